@@ -277,5 +277,5 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
                 raise IntegrityError(f"{path}: {error}") from error
     tokens = [file["tokens"] for file in files]
     found = MappedRows(tokens, partial(check_ids, grid.vocab_size), folder) if mapped else torch.cat(tokens)
-    rows = open_columns(files, meta.columns, folder, mapped)
-    return TokenSplit(found, Given(meta.columns, rows, len(found)), split in meta.drawn)
+    given = Given(meta.columns, open_columns(files, meta.columns, folder, mapped), len(found))
+    return TokenSplit(found, given, split in meta.drawn)

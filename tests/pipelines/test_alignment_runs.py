@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from givens.token_datasets import same_rows
 from launch import (
     COMMON,
     GPT,
@@ -106,12 +107,16 @@ def untrained(folder, tokens, **more):
     return folder
 
 
+def same_label(given):
+    return given.with_rows(label=torch.zeros(len(given), dtype=torch.int64))
+
+
 def test_cca_refuses_what_it_cannot_align(made, tmp_path):
     tokens, init = made
     masked = {"kind": "masked", "dim": 16, "depth": 1, "heads": 2}
     bound = untrained(tmp_path / "bound", tokens, model={**masked, "exact": False, "bound_passes": 4})
     data, bare = load_tokens(tokens), make_tokens(tmp_path / "bare", classes=0)
-    one_class = {name: replace(split, labels=torch.zeros_like(split.labels)) for name, split in data.splits.items()}
+    one_class = {name: replace(split, given=same_label(split.given)) for name, split in data.splits.items()}
     replace(data, splits=one_class).save(tmp_path / "one class")
     cases = {
         r"'masked' takes 49 passes": (tokens, untrained(tmp_path / "whole", tokens, model=masked)),
@@ -136,9 +141,9 @@ def test_the_wrong_label_is_a_function_of_seed_epoch_and_row(made, tmp_path):
     task = task_of(made, tmp_path / "run", objective="cca")
     rows, zeros = np.arange(72), np.zeros(72, np.int64)
     tokens, given, others = task.batch(rows, zeros, 0)
-    own = task.train_split.labels
+    own = task.train_split.given.raw("label")
     clean = task_of(made, tmp_path / "run").batch(rows, zeros, 0)
-    assert torch.equal(tokens, clean[0]) and torch.equal(given, clean[1]) and (given == 3).any()
+    assert torch.equal(tokens, clean[0]) and same_rows(given, clean[1]) and (given.raw("label") < 0).any()
     assert not (others == own).any() and others.dtype == torch.int64
     some = np.array([70, 3, 41])
     assert torch.equal(task.batch(some, zeros[:3], 0)[2], others[some])
@@ -163,7 +168,8 @@ def test_images_become_likelier_under_their_own_labels_than_under_others(made, a
     assert all(0 < line["bits_per_token"] < 4.1 for line in lines)
     data = load_tokens(made[0]).splits["test"]
     gains = []
-    for labels in (data.labels, (data.labels + 1) % 3):
+    own = data.given.raw("label")
+    for labels in (own, (own + 1) % 3):
         priors = [ImagePipeline.from_pretrained(folder).prior for folder in (aligned / "pipeline", made[1])]
         after, before = (prior.log_prob(data.tokens.long(), labels).detach() for prior in priors)
         gains.append(float((after - before).mean()))

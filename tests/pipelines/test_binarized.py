@@ -17,6 +17,7 @@ import pytest
 import torch
 from command import fails
 from givens.images import write_pictures
+from givens.token_datasets import make_split
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import metrics, prior_arguments, train_prior
@@ -32,7 +33,7 @@ from pipelines.images import DataConfig, load_images, to_uint8
 from pipelines.images.binarize import binarize
 from pipelines.metrics.likelihood import log_probs
 from pipelines.shuffling import draw_pixels
-from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
+from pipelines.tokens import TokenDataset, load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from prior import Prior
 from tokenizer import Tokenizer
@@ -352,13 +353,13 @@ def test_grids_of_drawn_images_are_augmented_with_their_images_and_not_with_thei
     data = data_of(source, augment={"shift": 3})
     shutil.copytree(source, tmp_path / "copies")
     pair = {"same": {"images": str(tmp_path / "copies"), "tokenizer": str(grid)}}
-    given = {"tokenizer": str(tokenizer), "data": data, "conditions": pair, "augmentations": 1}
+    given = {"tokenizer": str(tokenizer), "data": data, "attributes": pair, "augmentations": 1}
     splits = load_tokens(encode(EncodeConfig(out=str(tmp_path / "tokens"), **given))).splits
-    draws = splits["test"].condition(slice(None))["same"].view(5, 12, 8, 8)
+    draws = splits["test"].given.raw("same")[:].view(5, 12, 8, 8)
     assert torch.equal(draws, draws[:1].expand_as(draws))
     assert torch.equal(draws[0], load_images(DataConfig(**data)).held_out.grey().pixels(range(12))[:, 0].long())
     train = splits["train"]
-    moved = train.condition(slice(None))["same"]
+    moved = train.given.raw("same")[:]
     assert torch.equal(moved, train.tokens.squeeze(-1).long()) and not torch.equal(*moved.chunk(2))
 
 
@@ -497,8 +498,9 @@ def test_a_drawn_training_split_gives_the_baseline_of_frequencies(source, drawn,
     save_pipeline(tmp_path, source, "drawn")
     figures, _ = evaluate(tmp_path, f"tokens={drawn}")
     marginal = Prior.create("marginal", grid=load_tokens(drawn).grid, num_classes=0)
-    marginal.initialize(load_tokens(drawn).splits["train"].ids(), None)
-    first = TokenSplit(load_tokens(drawn).splits["test"].tokens[:12], None)
+    train, test = (load_tokens(drawn).splits[name] for name in ("train", "test"))
+    marginal.initialize(train.ids(), train.given)
+    first = make_split(test.tokens[:12])
     nats = -float(log_probs(marginal, first, np.arange(12)).mean())
     assert figures["marginal_bits_per_token"] == pytest.approx(nats / 64 / np.log(2), rel=1e-6)
 
@@ -506,12 +508,12 @@ def test_a_drawn_training_split_gives_the_baseline_of_frequencies(source, drawn,
 def test_a_dataset_made_by_hand_is_drawn_too(tmp_path):
     tokenizer = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2)
     grey = torch.full((30, 4, 4, 1), 200, dtype=torch.uint8)
-    splits = {"train": TokenSplit(grey, None, drawn=True), "test": TokenSplit(torch.ones(3, 4, 4).long(), None)}
-    TokenDataset(tokenizer.grid, [], splits, tokenizer, {}).save(tmp_path / "tokens")
+    splits = {"train": make_split(grey, drawn=True), "test": make_split(torch.ones(3, 4, 4).long())}
+    TokenDataset(tokenizer.grid, {}, splits, tokenizer, {}).save(tmp_path / "tokens")
     found = load_tokens(tmp_path / "tokens")
     assert found.splits["train"].drawn and not found.splits["test"].drawn
     with pytest.raises(ValueError):  # grey values are no ids
-        TokenDataset(tokenizer.grid, [], {"train": TokenSplit(grey, None)}, tokenizer, {}).save(tmp_path / "bad")
+        TokenDataset(tokenizer.grid, {}, {"train": make_split(grey)}, tokenizer, {}).save(tmp_path / "bad")
 
 
 # Bad input

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from givens.token_datasets import COLUMNS, make_conditioned
+from givens.token_datasets import COLUMNS, make_conditioned, same_rows
 from launch import (
     COMMON,
     arguments,
@@ -58,20 +58,12 @@ def task_of(data, monkeypatch, **more):
 
 
 def nulls_of(task, rows, epochs, seed=0):
-    """bool (B, 1 + columns): where the label and each column is null, among rows that have them all."""
-    split, batch = task.train_split, task.batch(rows, epochs, seed)
-    labels, condition = batch[1], batch[-1]
-    columns = task.data.conditions
-    found = [labels == task.data.num_classes]
-    had = torch.ones(len(rows), dtype=torch.bool)
-    raw = split.condition(rows)
-    for name, column in columns.items():
-        found.append(column.is_null(condition[name]))
-        had &= ~column.is_null(raw[name])
-        rest = ~found[-1]
-        assert torch.equal(condition[name][rest], raw[name][rest])
-    assert torch.equal(labels[~found[0]], split.labels[torch.from_numpy(rows)][~found[0]])
-    return torch.stack(found, 1), had
+    """bool (B, columns): where each column, the label first, is null, and which rows have them all."""
+    whole, given = task.train_split.given[rows], task.batch(rows, epochs, seed)[1]
+    null = {name: column.is_null(given.raw(name)) for name, column in task.data.columns.items()}
+    had = [~column.is_null(whole.raw(name)) for name, column in task.data.columns.items()]
+    assert all(torch.equal(given.raw(name)[~null[name]], whole.raw(name)[~null[name]]) for name in null)
+    return torch.stack(list(null.values()), 1), torch.stack(had).all(0)
 
 
 def test_all_are_dropped_together_and_each_alone(data, monkeypatch):
@@ -85,14 +77,13 @@ def test_all_are_dropped_together_and_each_alone(data, monkeypatch):
     assert alone.mean(0).tolist() == pytest.approx([0.3] * 6, abs=0.03)
     pairs = np.cov(alone.T.numpy())
     assert np.abs(pairs - np.diag(np.diag(pairs))).max() < 0.02  # each independently of the others
-    plain = task_of(replace_columns(data), monkeypatch, label_dropout=0.2).batch(rows, rows * 0, 0)
-    assert len(plain) == 2 and bool(together[(plain[1] == 3)[had]].all())  # the same rows as without columns
-    assert float((plain[1] == 3).double().mean()) == pytest.approx(0.2, abs=0.03)
+    plain, _ = nulls_of(task_of(only_labels(data), monkeypatch, label_dropout=0.2), rows, rows * 0)
+    assert plain.shape[1] == 1 and bool(together[plain[had, 0]].all())  # the same rows as without columns
+    assert float(plain.double().mean()) == pytest.approx(0.2, abs=0.03)
 
 
-def replace_columns(data):
-    splits = {name: replace(split, conditions={}) for name, split in data.splits.items()}
-    return replace(data, splits=splits, conditions={}, condition_tokenizers={})
+def only_labels(data):
+    return data.of_columns({"label": data.columns["label"]})
 
 
 def test_dropout_depends_on_seed_epoch_row_and_name_only(data, monkeypatch):
@@ -101,8 +92,8 @@ def test_dropout_depends_on_seed_epoch_row_and_name_only(data, monkeypatch):
     whole, _ = nulls_of(task, rows, epochs)
     some = np.array([200, 3, 77])
     assert torch.equal(nulls_of(task, some, epochs[some])[0], whole[some])
-    fewer = task_of(data, monkeypatch, condition_dropout=0.5, conditions=["outline", "age"])
-    assert list(fewer.model.conditions) == ["outline", "age"]
+    fewer = task_of(data, monkeypatch, condition_dropout=0.5, attributes=["outline", "age"])
+    assert list(fewer.model.columns) == ["label", "outline", "age"]
     expected = whole[:, [0, 1 + COLUMNS.index("outline"), 1 + COLUMNS.index("age")]]
     assert torch.equal(nulls_of(fewer, rows, epochs)[0], expected)
     for other in (nulls_of(task, rows, epochs + 1), nulls_of(task, rows, epochs, seed=1)):
@@ -110,19 +101,20 @@ def test_dropout_depends_on_seed_epoch_row_and_name_only(data, monkeypatch):
 
 
 def test_columns_are_chosen_by_name(data, monkeypatch):
-    assert task_of(data, monkeypatch, conditions=[]).batch(np.arange(4), np.zeros(4, np.int64), 0)[2:] == ()
-    bare = task_of(data, monkeypatch, label_dropout=1.0).model
-    assert (bare.num_classes, bare.conditions) == (0, {})
+    _, given = task_of(data, monkeypatch, attributes=[]).batch(np.arange(4), np.zeros(4, np.int64), 0)
+    assert list(given.columns) == ["label"]
+    _, given = (bare := task_of(data, monkeypatch, label_dropout=1.0)).batch(np.arange(4), np.zeros(4, np.int64), 0)
+    assert (bare.model.columns, given.columns, given.rows) == ({}, {}, {})
     cases = {
-        "conditions: unknown column 'aeg'; did you mean 'age'.*outline": (data, {"conditions": ["aeg"]}),
-        "conditions: unknown column 'age'; there are no columns": (replace_columns(data), {"conditions": ["age"]}),
+        "attributes: unknown column 'aeg'; did you mean 'age'.*outline": (data, {"attributes": ["aeg"]}),
+        "attributes: unknown column 'age'; there are no columns": (only_labels(data), {"attributes": ["age"]}),
     }
     for message, (some, more) in cases.items():
         with pytest.raises(UserError, match=message) as caught:
             task_of(some, monkeypatch, **more)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="^label_dropout: must be below 1 with conditions"):
-        config_of(conditions=["age"], label_dropout=1.0)
+    with pytest.raises(UserError, match="^label_dropout: must be below 1 with attributes"):
+        config_of(attributes=["age"], label_dropout=1.0)
 
 
 def fit(task, steps, batch=128, lr=5e-3):
@@ -149,11 +141,11 @@ def test_training_listens_to_every_column(data, monkeypatch):
     test = task.eval_splits["held_out"]
     with_all = task.evaluate(task.model, "held_out")["bits_per_token"]
     assert with_all == bits_per_token(task.model, test)
-    without = bits_per_token(task.model, replace(test, labels=None, conditions={}))
+    without = bits_per_token(task.model, replace(test, given=test.given.without()))
     assert with_all < 0.6 * without, (with_all, without)
     for name in COLUMNS:
-        fewer = {other: values for other, values in test.conditions.items() if other != name}
-        assert bits_per_token(task.model, replace(test, conditions=fewer)) > with_all + 0.05, name
+        fewer = replace(test, given=test.given.without([name]))
+        assert bits_per_token(task.model, fewer) > with_all + 0.05, name
 
 
 # Runs
@@ -182,7 +174,7 @@ def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path, monkey
     assert_same_run(run, whole)
     assert all(given[2]["columns"]["outline"] == "grid" and len(given[2]["columns"]) == 5 for given in tracked)
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
-    assert tuple(pipe.conditions) == COLUMNS and list(pipe.condition_tokenizers) == ["outline"]
+    assert tuple(pipe.columns) == ("label", *COLUMNS) and list(pipe.condition_tokenizers) == ["outline"]
     test = load_tokens(tokens).splits["test"]
     assert pipe.provenance["prior"]["evaluation"]["bits_per_token"] == pytest.approx(
         bits_per_token(pipe.prior, test), abs=1e-6
@@ -199,7 +191,7 @@ def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypa
     picture = task.preview(task.model)["samples"]
     split, tokenizer = data.splits["test"], data.condition_tokenizers["outline"]
     rows = np.linspace(0, len(split) - 1, 48).astype(int)
-    grids = tokenizer.decode(split.condition(rows)["outline"].clamp(min=0))
+    grids = tokenizer.decode(split.given[rows].raw("outline").clamp(min=0))
     cell = picture.shape[0] // 6
     first = to_uint8(grids[:1])[0, 0].repeat_interleave(7, 0).repeat_interleave(7, 1)
     assert np.array_equal(picture[2 : cell - 1, 2 : cell - 1, 0][:50, :50], first[:50, :50].numpy())
@@ -209,19 +201,19 @@ def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypa
     for shared in several.run(lambda: task.preview(task.model, several.side)["samples"]):
         assert np.array_equal(picture, shared)
     split = data.splits["test"]
-    other = replace(split, conditions={**split.conditions, "age": split.conditions["age"].flip(0)})
+    other = replace(split, given=split.given.with_rows(age=split.given.raw("age").flip(0)))
     changed = condition_picture(task.pipeline(task.model), other)
     assert np.array_equal(picture[:cell], changed[:cell]) and not np.array_equal(picture, changed)
 
 
 def test_a_class_prior_continues_with_columns_and_says_what_is_new(tokens, tmp_path, capsys):
-    first = train_prior(tmp_path / "first", tokens, **RUN, conditions=[]) / "pipeline"
+    first = train_prior(tmp_path / "first", tokens, **RUN, attributes=[]) / "pipeline"
     capsys.readouterr()
     run = train_prior(tmp_path / "second", tokens, **{**RUN, "train__steps": 1, "train__lr": 1e-12}, init=str(first))
     assert "init: new columns, which start without effect: view, tags, age, text, outline" in capsys.readouterr().out
     before, after = (ImagePipeline.from_pretrained(folder).prior for folder in (first, run / "pipeline"))
     test = load_tokens(tokens).splits["test"]
-    bare = replace(test, conditions={})
+    bare = test.of_columns(before.columns)
     assert bits_per_token(after, test) == pytest.approx(bits_per_token(before, bare), abs=1e-5)
 
 
@@ -234,19 +226,18 @@ def test_cca_contrasts_labels_and_leaves_columns_as_they_are(tokens, tmp_path):
     argv = [prior_arguments(tmp_path / "third", tokens, **each) for each in (more, RUN)]
     task, plain = (PriorTask(parse(TrainPriorConfig, each, verb="", description=None)) for each in argv)
     batch, expected = task.batch(rows, zeros, 0), plain.batch(rows, zeros, 0)
-    ids, labels, others, condition = batch
-    assert torch.equal(labels, expected[1])
-    assert all(torch.equal(condition[name].nan_to_num(9), expected[2][name].nan_to_num(9)) for name in COLUMNS)
+    ids, given, others = batch
+    assert same_rows(given, expected[1])
     torch.nn.init.normal_(task.model.class_embedding.weight)  # now they differ
     with torch.no_grad():
         loss, _ = task.loss("model", batch, 0)
     plain.model.load_state_dict(ImagePipeline.from_pretrained(first).prior.state_dict())
     gains = [
-        task.model.log_prob(ids, given, condition=condition) - plain.model.log_prob(ids, given, condition=condition)
-        for given in (labels, others)
+        task.model.log_prob(ids, condition=condition) - plain.model.log_prob(ids, condition=condition)
+        for condition in (given, given.with_rows(label=others))
     ]
     weight = task.data.num_classes
-    wanted = alignment_loss(*gains, (labels != weight).float(), 0.5, weight) / weight
+    wanted = alignment_loss(*gains, (given.raw("label") >= 0).float(), 0.5, weight) / weight
     assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-4)
 
 
@@ -254,7 +245,7 @@ def test_cca_contrasts_labels_and_leaves_columns_as_they_are(tokens, tmp_path):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("sharded", "columns"), [(False, None), (True, None), (True, ["outline"])])
 def test_two_processes_train_as_one_does(tokens, tmp_path, sharded, columns):
-    settings = {**RUN, "conditions": columns}
+    settings = {**RUN, "attributes": columns}
     one = train_prior(tmp_path / "one", tokens, **settings)
     argv = prior_arguments(tmp_path / "two", tokens, **settings)
     more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from givens.stripes import write_set
-from givens.token_datasets import COLUMNS, make_conditioned
+from givens.token_datasets import COLUMNS, make_conditioned, make_split
 from optional import needs_torch_fidelity
 from PIL import Image
 from ranks import Several
@@ -28,6 +28,7 @@ from pipelines.metrics.fid import Inception
 from pipelines.metrics.figures import format_rows
 from pipelines.saving import save_again
 from pipelines.tokens import TokenDataset, TokenSplit
+from pipelines.tokens.meta import label_column
 from prior import Prior
 
 COMPARED = {
@@ -169,13 +170,14 @@ def test_fid_needs_the_inception_weights(tmp_path, monkeypatch):
 def bits_of_frequencies(grid, train, test, num_classes):
     """Bits per token of `Marginal` fitted to the tokens and labels of training images."""
     prior = Prior.create("marginal", grid=grid, num_classes=num_classes)
-    prior.initialize(train.tokens, train.labels if num_classes else None)
-    nats = prior.log_prob(test.tokens.long(), test.labels if num_classes else None).double()
+    prior.initialize(train.tokens, train.given)
+    nats = prior.log_prob(test.tokens.long(), condition=test.of_columns(prior.columns).given).double()
     return -float(nats.detach().mean()) / np.log(2) / len(grid)
 
 
 def split_of(pipe, images):
-    return TokenSplit(pipe.encode(images.batch(range(len(images)))), images.labels)
+    tokens = pipe.encode(images.batch(range(len(images))))
+    return make_split(tokens, label_column(images.class_names), label=images.labels)
 
 
 def test_position_frequencies_are_those_of_the_token_dataset_that_the_prior_was_trained_on(
@@ -185,7 +187,7 @@ def test_position_frequencies_are_those_of_the_token_dataset_that_the_prior_was_
     pipe = save_pipeline(tmp_path, config, tokens=str(tokens))
     images, grid = load_images(config), pipe.prior.grid
     train, test = (split_of(pipe, part) for part in (images.train, images.held_out))
-    few = TokenSplit(train.tokens[:9], train.labels[:9])
+    few = TokenSplit(train.tokens[:9], train.given[:9])
 
     def bits(*options):
         figures, _, _ = evaluate(tmp_path, "num_images=0", "update_card=false", *options)
@@ -195,13 +197,12 @@ def test_position_frequencies_are_those_of_the_token_dataset_that_the_prior_was_
     assert bits() == sampled  # there is no such dataset: training images are encoded
     monkeypatch.setattr("pipelines.evaluate.MOST_TRAINING", 20)
     assert bits()[1] == 20
-    names = [images.train.class_names[k] for k in range(2)]
-    TokenDataset(grid, names, {"train": few, "test": test}, pipe.tokenizer, {}).save(tokens)
+    TokenDataset(grid, train.given.columns, {"train": few, "test": test}, pipe.tokenizer, {}).save(tokens)
     assert bits() == (pytest.approx(bits_of_frequencies(grid, few, test, 2), rel=1e-6), 9, None)
     other = copy.deepcopy(pipe.tokenizer)
     with torch.no_grad():
         next(other.parameters()).add_(1)
-    TokenDataset(grid, names, {"train": few, "test": test}, other, {}).save(tmp_path / "other")
+    TokenDataset(grid, train.given.columns, {"train": few, "test": test}, other, {}).save(tmp_path / "other")
     with pytest.raises(SystemExit):
         bits(f"tokens={tmp_path / 'other'}")
     assert "error: tokens: " in capsys.readouterr().err
@@ -282,21 +283,18 @@ def save_with_columns(root, config, rows_of=len):
     """Save a pipeline with a column of each kind, and the token dataset of its images with these columns."""
     pipe = make_pipeline("vqvae", "gpt", config.image_shape[0], size=config.image_shape[1:], labels=[], num_classes=2)
     images, given = load_images(config), make_conditioned(rows=500)
-    columns, grids = dict(given.conditions), given.condition_tokenizers
-    prior = make_prior("gpt", grid=pipe.prior.grid, num_classes=2, conditions=columns, condition_width=16)
+    others, grids = {name: given.columns[name] for name in COLUMNS}, given.condition_tokenizers
+    prior = make_prior("gpt", grid=pipe.prior.grid, num_classes=2, conditions=others, condition_width=16)
     prior = type(prior)(prior.config.model_copy(update={"tokenizer": pipe.tokenizer.fingerprint()}))
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     pipe = ImagePipeline(pipe.tokenizer, prior, condition_tokenizers=grids)
-    splits = {}
+    splits, columns = {}, {**label_column(images.train.class_names), **others}
     for name, part in (("train", images.train), ("test", images.held_out)):
-        rows = given.splits["train"].condition(range(rows_of(part)))
-        tokens = split_of(pipe, part)
-        splits[name] = TokenSplit(tokens.tokens[: rows_of(part)], tokens.labels[: rows_of(part)], rows)
-    names = images.train.class_names
-    data = TokenDataset(
-        pipe.prior.grid, names, splits, pipe.tokenizer, {}, conditions=columns, condition_tokenizers=grids
-    )
+        some, split = slice(rows_of(part)), split_of(pipe, part)
+        rows = {**given.splits["train"].given[some].rows, "label": split.given.raw("label")[some]}
+        splits[name] = make_split(split.tokens[some], columns, **rows)
+    data = TokenDataset(pipe.prior.grid, columns, splits, pipe.tokenizer, {}, condition_tokenizers=grids)
     data.save(root / "tokens")
     pipe.provenance = {"data": config.model_dump(mode="json"), "tokens": str(root / "tokens")}
     pipe.save_pretrained(root / "pipeline")
@@ -308,17 +306,14 @@ def test_a_prior_with_columns_is_evaluated_with_and_without_each(tmp_path, capsy
     figures, text, card = evaluate(tmp_path, "num_images=30")
     test, size = data.splits["test"], len(pipe.prior.grid)
 
-    def bits(labels, condition):
-        nats = pipe.prior.log_prob(test.tokens.long(), labels, condition=condition).detach().double()
+    def bits(*without):
+        nats = pipe.prior.log_prob(test.tokens.long(), condition=test.given.without(without)).detach().double()
         return pytest.approx(-float(nats.mean()) / (np.log(2) * size), rel=1e-5)
 
-    condition = test.condition(slice(None))
-    assert figures["bits_per_token"] == bits(test.labels, condition)
-    assert figures["unconditional_bits_per_token"] == bits(None, None)
-    assert figures["bits_per_token_without_label"] == bits(None, condition)
-    for name in COLUMNS:
-        fewer = {other: values for other, values in condition.items() if other != name}
-        assert figures[f"bits_per_token_without_{name}"] == bits(test.labels, fewer)
+    assert figures["bits_per_token"] == bits()
+    assert figures["unconditional_bits_per_token"] == bits("label", *COLUMNS)
+    for name in ("label", *COLUMNS):
+        assert figures[f"bits_per_token_without_{name}"] == bits(name)
         assert f"bits per token, no {name}" in text and f"bits per token, no {name}" in card
     assert len({figures[key] for key in figures if "bits_per_token" in key and "marginal" not in key}) == 10
     for title in ("no conditions", "conditions of other images"):
@@ -329,11 +324,12 @@ def test_a_prior_with_columns_is_evaluated_with_and_without_each(tmp_path, capsy
 
 
 def test_conditions_of_other_images_are_those_of_a_permutation_without_fixed_points():
-    split = make_conditioned(rows=50).splits["train"]
-    numbered = TokenSplit(split.tokens, torch.arange(50), {"age": torch.arange(50.0)[:, None]})
-    shuffled = dict(likelihood.vary_conditions(numbered))["shuffled_bits_per_token"]
-    assert sorted(shuffled.labels.tolist()) == list(range(50)) and not (shuffled.labels == torch.arange(50)).any()
-    assert torch.equal(shuffled.conditions["age"][:, 0].long(), shuffled.labels)
+    split, own = make_conditioned(rows=50).splits["train"], torch.arange(50)
+    numbered = replace(split, given=split.given.with_rows(label=own, age=own.float()[:, None]))
+    shuffled = dict(likelihood.vary_given(numbered))["shuffled_bits_per_token"].given
+    found = shuffled.raw("label")
+    assert sorted(found.tolist()) == own.tolist() and not (found == own).any()
+    assert torch.equal(shuffled.raw("age")[:, 0].long(), found)
 
 
 def test_samples_have_the_columns_of_the_training_images(tmp_path, monkeypatch):
@@ -341,16 +337,18 @@ def test_samples_have_the_columns_of_the_training_images(tmp_path, monkeypatch):
     asked, call = [], ImagePipeline.__call__
 
     def watched(self, num_images=None, labels=None, *, condition=None, **kwargs):
-        asked.append((torch.tensor(labels), condition))
+        asked.append(condition)
         return call(self, num_images, labels, condition=condition, **kwargs)
 
     monkeypatch.setattr(ImagePipeline, "__call__", watched)
     evaluate(tmp_path, "num_images=70", "update_card=false")
-    train = data.splits["train"]
-    labels = torch.cat([labels for labels, _ in asked[-2:]])
-    age = torch.cat([condition["age"] for _, condition in asked[-2:]])[:, 0]
-    pairs = set(zip(train.labels.tolist(), train.conditions["age"][:, 0].nan_to_num(-1).tolist(), strict=True))
-    assert len(labels) == 70 and set(zip(labels.tolist(), age.nan_to_num(-1).tolist(), strict=True)) <= pairs
+
+    def pairs(*several):
+        label, age = (torch.cat([given.raw(name).view(-1) for given in several]) for name in ("label", "age"))
+        return list(zip(label.tolist(), age.nan_to_num(-1).tolist(), strict=True))
+
+    drawn = pairs(*asked[-2:])
+    assert len(drawn) == 70 and set(drawn) <= set(pairs(data.splits["train"].given))
 
 
 @pytest.mark.parametrize("columns", [True, False])
@@ -382,8 +380,7 @@ def test_tune_and_probe_take_priors_with_columns(tmp_path, columns):
 )
 def test_missing_columns_are_one_line_of_error(tmp_path, capsys, rows_of, tokens, message):
     _, data = save_with_columns(tmp_path, write_set(tmp_path / "images"), rows_of)
-    plain = {name: TokenSplit(split.tokens, split.labels) for name, split in data.splits.items()}
-    TokenDataset(data.grid, data.class_names, plain, data.tokenizer, {}).save(tmp_path / "plain")
+    data.of_columns({"label": data.columns["label"]}).save(tmp_path / "plain")
     test = data.splits["test"]
     splits = {**data.splits, "test": replace(test, tokens=test.tokens.flip(0))}
     replace(data, splits=splits).save(tmp_path / "mixed")

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from prior.conditions import ConditionEmbedding, Given
 from small import SMALL, grid_of
 from torch import Tensor, nn
 
 from prior import Prior
 from prior.base import PriorConfig
 from prior.checks import NotCausalError, check_prior, example_columns, is_built_in, require_causal, with_random_weights
-from prior.conditions import ConditionEmbedding, Given
 from tokenizer import TokenGrid
 
 

@@ -10,9 +10,6 @@ import torch
 from givens.columns import AGE, GRIDS, KINDS, SPEED, TAGS, TEXT, VIEW, columns_of, draw_values, make_conditioned
 from hypothesis import given
 from hypothesis import strategies as st
-from small import draw_tokens, make_prior
-
-from prior.condition_encoder import AreaResize, GridEncoder, fold, fold_factors, make_embedding
 from prior.conditions import (
     ConditionEmbedding,
     GridColumn,
@@ -23,6 +20,9 @@ from prior.conditions import (
     read_column,
     select_rows,
 )
+from small import draw_tokens, make_prior
+
+from prior.condition_encoder import AreaResize, GridEncoder, fold, fold_factors, make_embedding
 from prior.transformer import reset
 from tokenizer import TokenGrid
 

@@ -11,10 +11,10 @@ from costs import all_steps
 from frequencies import as_frequent
 from givens.columns import KINDS, draw_condition, make_conditioned, repeat_row, without
 from givens.headed import MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
+from prior.conditions import Encoded, select_rows
 from small import ANY_ORDER, PRIORS, draw_known, draw_tokens, generators
 
 from prior import Prior
-from prior.conditions import Encoded, select_rows
 from prior.orders import Partition
 from prior.pixelcnn_pp import halve
 from prior.sampling import choose_by_known, make_batch

@@ -18,13 +18,15 @@ import yaml
 from command import errors_of
 from folders import contents
 from givens.images import header_only, write_pictures
+from givens.token_datasets import make_split
 from optional import needs_digits
 from PIL import Image
 from small_pipelines import make_pipeline
 
 from pipelines.__main__ import main
-from pipelines.tokens import TokenDataset, TokenSplit
-from pipelines.tokens.shards import smallest_type
+from pipelines.tokens import TokenDataset
+from pipelines.tokens.meta import label_column
+from tokenizer.base import smallest_type
 
 ROOT = Path(__file__).parents[2]
 SMALL_MODEL = ["model.kind=vqvae", "model.widths=[8]", "model.blocks=[1]"]
@@ -45,10 +47,11 @@ def world(tmp_path_factory):
         file.seek(-1, io.SEEK_END)
         file.write(b"\x77")
     tokenizer.save_pretrained(root / "tokenizer")
-    rows = TokenSplit(torch.zeros(20, *grid.shape).to(smallest_type(grid.vocab_size)), torch.arange(20) % 10)
-    TokenDataset(grid, names, {"train": rows, "test": rows}, tokenizer, {}).save(root / "tokens")
-    TokenDataset(grid, names, {"train": rows}, tokenizer, {}).save(root / "tokens_without_test")
-    TokenDataset(grid, names, {"train": rows}, tokenizer, {}).save(root / "stage_one_tokens")
+    ids = torch.zeros(20, *grid.shape).to(smallest_type(grid.vocab_size))
+    rows = make_split(ids, columns := label_column(names), label=torch.arange(20) % 10)
+    TokenDataset(grid, columns, {"train": rows, "test": rows}, tokenizer, {}).save(root / "tokens")
+    TokenDataset(grid, columns, {"train": rows}, tokenizer, {}).save(root / "tokens_without_test")
+    TokenDataset(grid, columns, {"train": rows}, tokenizer, {}).save(root / "stage_one_tokens")
     tokenizer.save_pretrained(root / "stage_one" / "tokenizer")
     write_pictures(root / "images" / "cat", 6)
     write_pictures(root / "corrupt" / "cat", 6)

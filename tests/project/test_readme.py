@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from givens.token_datasets import make_split
 from PIL import Image
 from small import make_prior, make_tokenizer
 from small_pipelines import make_conditioned
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import OTHER, main, verbs
-from pipelines.tokens import TokenDataset, TokenSplit
+from pipelines.tokens import TokenDataset
+from pipelines.tokens.meta import label_column
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.checks import check_quantizer
@@ -99,8 +101,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         prior = make_prior("gpt", shape=(7, 7), vocab_size=64, num_classes=10, any_order=name == "gpt_any_order")
         pipeline = ImagePipeline(tokenizer, prior, labels=[str(digit) for digit in range(10)])
         pipeline.save_pretrained(tmp_path / f"runs/{name}_digits/pipeline")
-    split = TokenSplit(torch.zeros(4, 7, 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
-    dataset = TokenDataset(tokenizer.grid, ["zero"], {"train": split}, tokenizer, {})
+    columns = label_column(["zero"])
+    split = make_split(torch.zeros(4, 7, 7, dtype=torch.uint8), columns, label=torch.zeros(4, dtype=torch.int64))
+    dataset = TokenDataset(tokenizer.grid, columns, {"train": split}, tokenizer, {})
     dataset.save(tmp_path / "runs/digits_tokens")
     clips = FrameByFrame.wrap(make_tokenizer("vqvae", (8, 8), 1).eval(), 4)
     prior = make_prior("gpt", grid=clips.grid, num_classes=0, tokenizer=clips.fingerprint())

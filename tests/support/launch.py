@@ -25,10 +25,12 @@ from pipelines.config.command import parse
 from pipelines.images import tables
 from pipelines.metrics.codebook import CodebookUse
 from pipelines.tokens import TokenDataset, TokenSplit
+from pipelines.tokens.meta import label_column
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_prior import run as run_prior
 from pipelines.train_tokenizer import TrainTokenizerConfig
 from pipelines.train_tokenizer import run as run_tokenizer
+from prior.given import Given
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -112,11 +114,12 @@ def make_tokens(
         ids = (labels[:, None] * 5 + torch.arange(len(grid)) // 7) % grid.vocab_size
         noise = torch.randint(grid.vocab_size, ids.shape, generator=generator)
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.1, noise, ids)
-        return TokenSplit(ids.reshape(count, *grid.shape), labels if classes else None)
+        given = Given(columns, {"label": labels} if classes else {}, count)
+        return TokenSplit(ids.reshape(count, *grid.shape), given)
 
-    names = [f"class {number}" for number in range(classes)]
+    columns = label_column([f"class {number}" for number in range(classes)])
     splits = {"train": split(rows), "test": split(24), "validation": split(24)}
-    TokenDataset(grid, names, splits, tokenizer, {}).save(folder)
+    TokenDataset(grid, columns, splits, tokenizer, {}).save(folder)
     return folder
 
 

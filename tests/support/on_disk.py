@@ -53,7 +53,7 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
 RUN = arguments(
     {
         **COMMON,
-        **{"tokens": "tokens/labels", "conditions": [], "out": "run", "model": "marginal"},
+        **{"tokens": "tokens/labels", "attributes": [], "out": "run", "model": "marginal"},
         **{"train.steps": 6, "train.warmup_steps": 1, "train.evaluate_every": 2},
     }
 )
@@ -109,11 +109,11 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
     """Load a pipeline with everything beside its models, and score images."""
     pipe = ImagePipeline.from_pretrained(folder)
     images = images_for(pipe.tokenizer, seed=1)
-    condition = ALL_COLUMNS if pipe.conditions else {"label": "cat"}
+    condition = ALL_COLUMNS if pipe.prior.config.conditions else {"label": "cat"}
     facts = {
         "parts": {name: model.fingerprint() for name, model in pipe.models.items()},
         "labels": pipe.labels,
-        "columns": {name: column.to_dict() for name, column in pipe.conditions.items()},
+        "columns": {name: column.to_dict() for name, column in pipe.prior.config.conditions.items()},
         "sampler": pipe.sampler.to_dict(),
         "provenance": pipe.provenance,
         "picture": None if pipe.sample_grid is None else list(pipe.sample_grid.shape),
@@ -135,17 +135,17 @@ def read_tokens(folder: Path) -> dict[str, Any]:
         "grid": str(data.grid),
         "classes": data.class_names,
         "source": data.source,
-        "columns": {name: column.to_dict() for name, column in data.conditions.items()},
+        "columns": {name: column.to_dict() for name, column in data.columns.items() if name != "label"},
         "condition sources": dict(data.condition_sources),
         "tokenizers": [model.fingerprint() for model in (data.tokenizer, *data.condition_tokenizers.values())],
     }
     for name, split in data.splits.items():
-        everything = np.arange(len(split))
+        others, label = split.given[:].without(["label"]), split.given.rows.get("label")
         facts[name] = {
             "drawn": split.drawn,
             "tokens": ids(torch.as_tensor(np.asarray(split.tokens))),
-            "labels": None if split.labels is None else torch.as_tensor(split.labels).tolist(),
-            "values": {name: numbers(values.nan_to_num(-7)) for name, values in split.condition(everything).items()},
+            "labels": None if label is None else label.tolist(),
+            "values": {name: numbers(values.nan_to_num(-7)) for name, values in others.rows.items()},
         }
     return facts
 

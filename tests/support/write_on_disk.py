@@ -23,7 +23,7 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from givens.coded import LOGISTIC  # noqa: E402
-from givens.token_datasets import add_columns, make_dataset  # noqa: E402
+from givens.token_datasets import add_columns, make_dataset, make_split  # noqa: E402
 from on_disk import FOLDER, READ, RUN, STREAMS, entries_of, images_for, in_folder, pattern  # noqa: E402
 from one_process import one_process  # noqa: E402
 from small import PRIORS, SMALL, TOKENIZERS, make_prior, make_tokenizer  # noqa: E402
@@ -35,7 +35,7 @@ from pipelines.exports import export_tokenizer  # noqa: E402
 from pipelines.generate import main as generate  # noqa: E402
 from pipelines.images.decoding import Rows, hash_names  # noqa: E402
 from pipelines.images.splits import Part, Units, describe_parts, find_thresholds  # noqa: E402
-from pipelines.tokens import TokenDataset, TokenSplit  # noqa: E402
+from pipelines.tokens import TokenDataset  # noqa: E402
 from pipelines.train_prior import main as train_prior  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tokenizer.files import write_json, write_manifest  # noqa: E402
@@ -111,10 +111,10 @@ def write_tokens(folder: Path) -> None:
     add_columns(data).save(folder / "labels", rows_per_shard=4)
     tokenizer = make_tokenizer("pixels", (4, 4), 1, levels=2, patch=2)
     splits = {
-        "train": TokenSplit(pattern(3, 2, 2, 4).to(torch.uint8), None, drawn=True),
-        "test": TokenSplit(pattern(10, 2, 2, values=16).to(torch.uint8), None),
+        "train": make_split(pattern(3, 2, 2, 4).to(torch.uint8), drawn=True),
+        "test": make_split(pattern(10, 2, 2, values=16).to(torch.uint8)),
     }
-    TokenDataset(tokenizer.grid, [], splits, tokenizer, {}).save(folder / "drawn")
+    TokenDataset(tokenizer.grid, {}, splits, tokenizer, {}).save(folder / "drawn")
 
 
 def write_run(folder: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command import fails
+from givens.token_datasets import make_split
 from PIL import Image
 from small import make_prior, make_tokenizer
 from small_pipelines import make_pipeline
@@ -21,7 +22,6 @@ from pipelines.__main__ import main
 from pipelines.commands.complete import ORANGE
 from pipelines.images.clip_files import Clip
 from pipelines.metrics.likelihood import evaluate_frames
-from pipelines.tokens import TokenSplit
 from tokenizer.frame_by_frame import FrameByFrame
 
 T, H, W = 3, 8, 12
@@ -187,18 +187,18 @@ def test_bits_of_frames_are_those_given_the_past():
     pipe = make_clips()
     tokens = torch.randint(0, pipe.prior.grid.vocab_size, (7, T, 2, 3))
     labels = torch.tensor([0, 1] * 3 + [2])
-    found = evaluate_frames(pipe.prior, T, TokenSplit(tokens, labels))
+    found = evaluate_frames(pipe.prior, T, make_split(tokens, label=labels))
     other = torch.cat([tokens[:, :2], tokens[:, 2:].roll(1, 0)], 1)
-    changed = evaluate_frames(pipe.prior, T, TokenSplit(other, labels))
+    changed = evaluate_frames(pipe.prior, T, make_split(other, label=labels))
     with torch.inference_mode():
         total = -pipe.prior.log_prob(tokens, labels).double().mean() / np.log(2)
     assert sum(found["frame_bits"]) == pytest.approx(float(total), rel=1e-5)
     assert found["bits_per_frame"] == pytest.approx(float(total) / T, rel=1e-5)
     assert found["frame_bits"][:2] == pytest.approx(changed["frame_bits"][:2])
     assert found["frame_bits"][2] != pytest.approx(changed["frame_bits"][2])
-    assert evaluate_frames(pipe.prior, 1, TokenSplit(tokens, labels)) == {}
+    assert evaluate_frames(pipe.prior, 1, make_split(tokens, label=labels)) == {}
     backwards = make_prior("gpt", grid=pipe.tokenizer.grid, num_classes=0, any_order=True, order="random:0")
-    assert evaluate_frames(backwards, T, TokenSplit(tokens, None)) == {}
+    assert evaluate_frames(backwards, T, make_split(tokens)) == {}
 
 
 def test_evaluate_prints_bits_per_frame(pipe, folder, tmp_path, capsys):

@@ -68,15 +68,15 @@ def test_checkpoints_have_the_size_of_a_real_run(stage, tokens, tmp_path):
 
 
 def test_columns_of_the_token_dataset_are_planned_for(tmp_path, capsys):
-    """The FLOPs of encoding a condition are counted; `conditions` chooses the columns."""
+    """The FLOPs of encoding a condition are counted; `attributes` chooses the columns."""
     data = make_conditioned(8)
     data.save(tmp_path / "tokens")
     argv = prior_arguments(tmp_path / "run", tmp_path / "tokens")
-    bare, age, every = (planned(*argv, *more) for more in (["conditions=[]"], ["conditions=[age]"], []))
+    bare, age, every = (planned(*argv, *more) for more in (["attributes=[]"], ["attributes=[age]"], []))
     model = build_prior({"kind": "gpt", "dim": 32, "depth": 2, "heads": 2}, data)
     assert bare.parameters < age.parameters < every.parameters == sum(p.numel() for p in model.parameters())
     assert bare.flops < age.flops < every.flops
-    assert "conditions: " in fails(capsys, "plan", *argv, "conditions=[aeg]")
+    assert "attributes: " in fails(capsys, "plan", *argv, "attributes=[aeg]")
 
 
 def test_time_is_flops_over_the_achieved_peak():

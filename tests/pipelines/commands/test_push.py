@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from givens.token_datasets import add_columns, make_dataset, same_condition
+from givens.token_datasets import add_columns, make_dataset, same_rows
 from servers.fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
 from small_pipelines import PARTS
@@ -27,7 +27,7 @@ from pipelines.card import model_card
 from pipelines.commands import push
 from pipelines.hub import PushError
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
-from pipelines.tokens import TokenDataset, load_tokens, shards
+from pipelines.tokens import load_tokens, shards
 
 SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"
 PLAIN = {".gitattributes", "README.md", "manifest.json", "model_index.json", "samples.png", *PARTS}
@@ -84,7 +84,7 @@ def test_each_push_replaces_the_token_dataset(report):
     one = common | {"train.safetensors"}
     assert [set(files) for files in report["token files"]] == [many, one | MY_DATA]
     assert report["token rows"] == [60, 8]
-    assert report["token columns"] == [["view", "tags", "age", "place", "text", "outline"], []]
+    assert report["token columns"] == [["label", "view", "tags", "age", "place", "wind", "text", "outline"], ["label"]]
     assert len([commit for commit in report["commits"] if commit["repository"] == "datasets/me/tokens"]) == 2
 
 
@@ -282,7 +282,7 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
     for rows in (60, 8):
         data = make_dataset(rows=rows)
         facts = {"data": {"source": HOME}}
-        data = TokenDataset(data.grid, data.class_names, data.splits, data.tokenizer, facts)
+        data = replace(data, source=facts, augmentations=0)
         if rows == 60:
             data = replace(add_columns(data), condition_sources={"age": {"source": HOME}})
             data.source["splits"] = SPLITS
@@ -290,12 +290,8 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
         found["token files"].append(files_of(folder))
         loaded = load_tokens("me/tokens", cache_dir=cache / "ours")
         found["token rows"].append(len(loaded.splits["train"]))
-        given, loaded_rows = (
-            data.splits["train"].condition([0, rows - 1]),
-            loaded.splits["train"].condition([0, rows - 1]),
-        )
-        assert same_condition(given, loaded_rows)
-        found["token columns"].append(list(loaded.conditions))
+        assert same_rows(*(some.splits["train"].given[[0, rows - 1]] for some in (data, loaded)))
+        found["token columns"].append(list(loaded.columns))
         found["token source"] = loaded.source
         found.setdefault("token splits", loaded.source.get("splits"))
         add(folder, MY_DATA)

@@ -76,7 +76,7 @@ def test_settings_are_chosen_on_validation_images_alone_and_stored(world, tmp_pa
     assert facts["validation_images"] == facts["num_samples"] == 60
 
     space = train(*seen[0])
-    samples = tune.draw_samples(before, tune.choose_labels(before, images.train, 60), 60, 0)
+    samples = tune.draw_samples(before, tune.choose_given(before, {}, images.train, 60), 0)
     apart = frechet_distance(samples.rows(space, 60), space(images.validation.batch(range(60))))
     assert facts["frechet_distance_before"] == pytest.approx(apart), "sample k of seed k against validation images"
     best = min(facts["trials"], key=lambda row: row["frechet_distance"])

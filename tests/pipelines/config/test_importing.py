@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from command import fails
+from givens.token_datasets import make_split
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.config import importing
-from pipelines.tokens import TokenDataset, TokenSplit
-from pipelines.tokens.shards import smallest_type
+from pipelines.tokens import TokenDataset
+from pipelines.tokens.meta import label_column
 from prior import Prior
+from tokenizer.base import smallest_type
 from tokenizer.files import ConfigError
 
 MINE = """
@@ -49,8 +51,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "my_prior.py").write_text(MINE)
     pipe = make_pipeline(size=(28, 28))
     grid = pipe.tokenizer.grid
-    rows = TokenSplit(torch.zeros(16, *grid.shape).to(smallest_type(grid.vocab_size)), torch.arange(16) % 2)
-    TokenDataset(grid, ["a", "b"], {"train": rows, "test": rows}, pipe.tokenizer, {}).save(tmp_path / "tokens")
+    ids = torch.zeros(16, *grid.shape).to(smallest_type(grid.vocab_size))
+    rows = make_split(ids, label_column(["a", "b"]), label=torch.arange(16) % 2)
+    TokenDataset(grid, rows.given.columns, {"train": rows, "test": rows}, pipe.tokenizer, {}).save(tmp_path / "tokens")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield tmp_path
     for name in ("my_prior", "my_other", "broken"):

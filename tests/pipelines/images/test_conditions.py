@@ -16,6 +16,7 @@ import pytest
 import torch
 from givens.images import ALL, encoded, noise, write_image, write_tar
 from givens.images import rows_of as write_tar_rows
+from prior.conditions import read_column
 from processes import run_file
 from servers.fake_hub import DatasetHandler, places_of, serve
 
@@ -25,7 +26,6 @@ from pipelines.images.augment import AugmentConfig
 from pipelines.images.conditions import ConditionSource, check_sources, choose_data, load_conditions
 from pipelines.images.unseen import count_seen
 from pipelines.text import encode_text, run_encoder
-from prior.conditions import read_column
 from tokenizer import Tokenizer
 
 COUNT = 20

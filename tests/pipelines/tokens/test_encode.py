@@ -87,8 +87,12 @@ def columns(images, tmp_path_factory):
         ImageOps.invert(Image.open(path)).save(root / "inverted" / name)
     (root / "table.csv").write_text("\n".join(lines) + "\n")
     grid = {"images": str(root / "inverted"), "tokenizer": str(root / "tokenizer")}
-    conditions = {"age": "age", "tags": {"kind": "flags"}, "side": "view", "inverse": grid}
-    return {"conditions": conditions, "table": str(root / "table.csv")}
+    attributes = {"age": "age", "tags": {"kind": "flags"}, "side": "view", "inverse": grid}
+    return {"attributes": attributes, "table": str(root / "table.csv")}
+
+
+def labels_of(data, split="train"):
+    return data.splits[split].given.raw("label")
 
 
 # Rows
@@ -103,7 +107,7 @@ def test_rows_are_the_images_in_order(tokenizer, images, tmp_path):
     for name, split in parts.items():
         expected = model.encode(split.batch(np.arange(len(split))))
         assert len(expected.unique()) > 1 and torch.equal(found.splits[name].tokens.long(), expected)
-        assert torch.equal(found.splits[name].labels, split.labels)
+        assert torch.equal(labels_of(found, name), split.labels)
     assert found.class_names == ["cat", "dog", "eel"] and found.source["data"]["source"] == images["source"]
     assert found.augmentations == 0 and found.tokenizer.fingerprint() == model.fingerprint()
 
@@ -117,7 +121,7 @@ def test_augmentations_are_further_rows_determined_by_the_seed(tokenizer, images
     variants = data.splits["train"].tokens.long().split(30)
     assert torch.equal(variants[0], plain.splits["train"].tokens.long())
     assert not torch.equal(variants[1], variants[0]) and not torch.equal(variants[2], variants[1])
-    assert torch.equal(data.splits["train"].labels, plain.splits["train"].labels.repeat(3))
+    assert torch.equal(labels_of(data), labels_of(plain).repeat(3))
     again = encoded(tokenizer, tmp_path / "again", augmented, augmentations=2, batch_size=7)
     assert torch.equal(again.splits["train"].tokens, data.splits["train"].tokens)
     other = encoded(tokenizer, tmp_path / "other", augmented, augmentations=2, seed=1)
@@ -140,18 +144,18 @@ def test_crops_are_rows_of_their_image(tokenizer, images, columns, tmp_path):
     assert torch.equal(found.splits["test"].tokens.long(), model.encode(splits.held_out.batch(np.arange(120))))
     rows = found.splits["train"].tokens.long().flatten(1).split(5)
     assert all(len(each.unique(dim=0)) > 2 for each in rows)
-    assert torch.equal(found.splits["train"].labels, splits.train.labels)
+    assert torch.equal(labels_of(found), splits.train.labels)
     assert found.source["data"]["crop"] == "random" and found.source["data"]["crops_per_image"] == 5
     again = encoded(tokenizer, tmp_path / "again", data, batch_size=64, seed=3)
     assert torch.equal(again.splits["train"].tokens, found.splits["train"].tokens)
     table = tmp_path / "ages.csv"
     names = sorted(str(path.relative_to(tmp_path / "large")) for path in (tmp_path / "large").rglob("*.png"))
     table.write_text("file_name,age\n" + "".join(f"{name},{number}\n" for number, name in enumerate(names)))
-    ages = {"conditions": {"age": "age"}, "table": str(table)}
-    given = encoded(tokenizer, tmp_path / "given", data, **ages).splits["train"].condition(range(150))["age"].flatten()
+    ages = {"attributes": {"age": "age"}, "table": str(table)}
+    given = encoded(tokenizer, tmp_path / "given", data, **ages).splits["train"].given[:150].raw("age").flatten()
     assert torch.equal(given, given[::5].repeat_interleave(5)) and len(given.unique()) == 30
-    grid = {"conditions": {"inverse": columns["conditions"]["inverse"]}}
-    with pytest.raises(UserError, match=r"^conditions.inverse: [^\n]*data.crop=null$"):
+    grid = {"attributes": {"inverse": columns["attributes"]["inverse"]}}
+    with pytest.raises(UserError, match=r"^attributes.inverse: [^\n]*data.crop=null$"):
         encoded(tokenizer, tmp_path / "grid", {**data, "source": images["source"]}, **grid)
 
 
@@ -176,7 +180,7 @@ def test_columns_are_those_of_the_images(tokenizer, images, columns, tmp_path, c
     given = {**columns, "augmentations": 1, "rows_per_shard": 7}
     data = encoded(tokenizer, tmp_path / "tokens", {**images, **SHIFT}, **given)
     assert "30 test rows of" in (said := capsys.readouterr().out) and "with age, tags, side, inverse" in said
-    assert list(data.conditions) == ["age", "tags", "side", "inverse"] and data.conditions["side"].names == [
+    assert list(data.columns) == ["label", "age", "tags", "side", "inverse"] and data.columns["side"].names == [
         "left",
         "right",
     ]
@@ -186,9 +190,9 @@ def test_columns_are_those_of_the_images(tokenizer, images, columns, tmp_path, c
     splits = encode.name_splits(load_images(settings.data))
     paths = sorted(Path(images["source"]).rglob("*.png"))
     model = data.condition_tokenizers["inverse"]
-    loaded = load_conditions(settings.data, settings.conditions, splits, table=settings.table)["inverse"].images
+    loaded = load_conditions(settings.data, settings.attributes, splits, table=settings.table)["inverse"].images
     for name, part in splits.items():
-        found, rows = data.splits[name].condition(slice(None)), len(part)
+        found, rows = data.splits[name].given[:].rows, len(part)
         numbers = [paths.index(Path(images["source"]) / each) for each in part.names(np.arange(rows))]
         assert len(found["side"]) == rows * (1 + (name == "train"))
         for row, number in enumerate(2 * numbers if name == "train" else numbers):
@@ -199,11 +203,12 @@ def test_columns_are_those_of_the_images(tokenizer, images, columns, tmp_path, c
             expected.append(model.encode(loaded[name].batch(np.arange(rows), epoch=1, augment=True)))
             assert not torch.equal(*expected)
         assert torch.equal(found["inverse"], torch.cat(expected))
-    ages = data.splits["train"].conditions["age"][:].double()
-    assert np.allclose(data.conditions["age"].mean, ages.nanmean())
-    prior = make_prior("gpt", data.grid.shape, data.grid.vocab_size, conditions=data.conditions).eval()
+    ages = data.splits["train"].given.raw("age")[:].double()
+    assert np.allclose(data.columns["age"].mean, ages.nanmean())
+    others = {name: column for name, column in data.columns.items() if name != "label"}
+    prior = make_prior("gpt", data.grid.shape, data.grid.vocab_size, conditions=others).eval()
     split = data.splits["train"]
-    assert prior.log_prob(split.rows([0, 5]), condition=split.condition([0, 5])).isfinite().all()
+    assert prior.log_prob(split.rows([0, 5]), condition=split.given[[0, 5]]).isfinite().all()
 
 
 def test_a_grid_without_an_image_is_null(tokenizer, tmp_path):
@@ -212,12 +217,12 @@ def test_a_grid_without_an_image_is_null(tokenizer, tmp_path):
         for clip in ("a", "b"):
             write_pictures(tmp_path / "images" / split / clip, 3)
     settings = {"source": str(tmp_path / "images")}
-    conditions = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
-    data = encoded(tokenizer, tmp_path / "tokens", settings, conditions=conditions)
+    attributes = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
+    data = encoded(tokenizer, tmp_path / "tokens", settings, attributes=attributes)
     split = data.splits["train"]
-    before = split.condition(slice(None))["before"]
+    before = split.given.raw("before")[:]
     assert data.source["data"]["clips"] and not (tmp_path / "tokens" / "conditions").exists()
-    assert torch.equal(data.conditions["before"].is_null(before), torch.tensor([True, False, False] * 2))
+    assert torch.equal(data.columns["before"].is_null(before), torch.tensor([True, False, False] * 2))
     assert torch.equal(before[1:3], split.rows([0, 1])) and torch.equal(before[4:], split.rows([3, 4]))
 
 
@@ -229,8 +234,8 @@ def test_a_tokenizer_that_was_trained_on_frames_of_all_clips_is_named(tokenizer,
     shutil.copytree(tokenizer, tmp_path / "tokenizer")
     data = {**settings, **({"clips": True} if clips else {})}
     write_json(tmp_path / "tokenizer" / PROVENANCE, {"data": data})
-    conditions = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
-    encoded(tmp_path / "tokenizer", tmp_path / "tokens", settings, conditions=conditions)
+    attributes = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
+    encoded(tmp_path / "tokenizer", tmp_path / "tokens", settings, attributes=attributes)
     printed = capsys.readouterr()
     assert ("was trained without data.clips" in printed.out + printed.err) != clips
 
@@ -259,7 +264,7 @@ def test_either_all_splits_have_labels_or_none(tokenizer, tmp_path, labelled):
         assert not (tmp_path / "tokens").exists()
         source["label_column"] = None
     data = encoded(tokenizer, tmp_path / "tokens", source)
-    assert data.class_names == [] and all(split.labels is None for split in data.splits.values())
+    assert data.class_names == [] and all(not split.given.rows for split in data.splits.values())
 
 
 # Output
@@ -390,14 +395,14 @@ def test_changed_columns_are_noticed(tokenizer, images, columns, tmp_path, capsy
     table.write_text(table.read_text().replace("left", "leftmost"))
     date(table, -9)  # its values are compared, too
     assert not finished() and finished()
-    assert load_tokens(out).conditions["side"].names == ["leftmost", "right"]
+    assert load_tokens(out).columns["side"].names == ["leftmost", "right"]
     date(table, 9)
     assert not finished()
     date(table, -9)
     date(next((copy / "inverted").rglob("*.png")), 9)
     assert not finished()
-    without = {name: each for name, each in options["conditions"].items() if name != "age"}
-    assert not finished(conditions=without) and list(load_tokens(out).conditions) == ["tags", "side", "inverse"]
+    without = {name: each for name, each in options["attributes"].items() if name != "age"}
+    assert not finished(attributes=without) and list(load_tokens(out).columns) == ["label", "tags", "side", "inverse"]
     interrupt(monkeypatch, tokenizer, tmp_path / "parts", images, after=16, rows_per_shard=7, **options)
     table.write_text(table.read_text().replace(",1,", ",3,"))
     with pytest.raises(UserError, match=r"^out: .*columns\.age"):
@@ -524,9 +529,9 @@ def test_foreign_files_in_the_work_folder_are_refused(tokenizer, images, tmp_pat
         ({"data": {"channels": 3}}, r"data.channels.*\(3, 28, 28\)"),
         ({"data": {"source": "digits"}, "augmentations": 2}, "augmentations.*data.augment"),
         ({"rows_per_shard": 7}, "rows_per_shard"),
-        ({"table": "rows.csv"}, "^table: .*conditions.age=age"),
-        ({"table": "rows.csv", "conditions": {"age": "age"}}, "^table: .*rows.csv"),
-        ({"conditions": {"label": "age"}}, "^conditions: 'label'"),
+        ({"table": "rows.csv"}, "^table: .*attributes.age=age"),
+        ({"table": "rows.csv", "attributes": {"age": "age"}}, "^table: .*rows.csv"),
+        ({"attributes": {"label": "age"}}, "^attributes: 'label'"),
     ],
 )
 def test_invalid_settings_are_refused_before_the_work(tokenizer, images, tmp_path, monkeypatch, options, named):

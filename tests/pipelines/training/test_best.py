@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from givens.token_datasets import make_split
 from launch import assert_equal_tensors, make_tokens, metrics, states, train_prior
 from one_process import one_process
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from tiny_task import (
 
 from pipelines import ImagePipeline
 from pipelines.metrics.likelihood import bits_per_token
-from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
+from pipelines.tokens import TokenDataset, load_tokens
 from pipelines.train_tokenizer import TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -122,10 +123,10 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = load_tokens(make_tokens(folder / "made", classes=0))
     draw = torch.Generator().manual_seed(0)
     splits = {
-        name: TokenSplit(torch.randint(made.grid.vocab_size, (count, 7, 7), generator=draw), None)
+        name: make_split(torch.randint(made.grid.vocab_size, (count, 7, 7), generator=draw))
         for name, count in (("train", 16), ("validation", 64), ("test", 16))
     }
-    TokenDataset(made.grid, [], splits, made.tokenizer, {}).save(folder / "tokens")
+    TokenDataset(made.grid, {}, splits, made.tokenizer, {}).save(folder / "tokens")
     return folder / "tokens"
 
 

@@ -7,9 +7,10 @@ import torch
 from givens.token_datasets import make_conditioned
 from small import PRIORS, VARIANTS, draw_tokens, make_prior
 
+from pipelines.tokens.meta import label_column
 from pipelines.training.transfer import find_class_tables, transfer_weights
 from prior import Prior
-from prior.conditions import ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn, make_condition
+from prior.columns import ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
 from tokenizer import TokenGrid
 
 KINDS = [*PRIORS, *VARIANTS, "direct_made"]
@@ -45,13 +46,18 @@ def fresh(kind, names, columns=None):
     return type(model)(model.config).double().eval()
 
 
+def transfer(model, names, other, other_names):
+    """Transfer weights between priors whose classes have these names."""
+    columns, others = ({**each.columns, **label_column(some)} for each, some in ((model, names), (other, other_names)))
+    return transfer_weights(model, columns, other, others)
+
+
 @torch.no_grad()
 def scores(model, names, asked, condition=None, count=4):
     """log p of some tokens given each of the classes `asked` (None is the null class)."""
     tokens = draw_tokens(model, count)
     labels = [len(names) if name is None else names.index(name) for name in asked]
-    given = make_condition(model.conditions, condition, count) if condition else None
-    return torch.stack([model.log_prob(tokens, torch.full((count,), label), condition=given) for label in labels])
+    return torch.stack([model.log_prob(tokens, torch.full((count,), label), condition=condition) for label in labels])
 
 
 def compare(model, names, other, other_names, pairs, condition=None, other_condition=None):
@@ -69,7 +75,7 @@ def test_classes_are_matched_by_name_and_new_ones_start_as_the_null_class(kind):
     other = prior_of(kind, OLD)
     for names in (NEW, OLD[::-1], ["gnu"], OLD[:1]):
         model = fresh(kind, names)
-        notes = transfer_weights(model, names, other, OLD)
+        notes = transfer(model, names, other, OLD)
         pairs = [(name, name if name in OLD else None) for name in (*names, None)]
         compare(model, names, other, OLD, pairs)
         text = "\n".join(notes)
@@ -83,11 +89,11 @@ def test_classes_are_matched_by_name_and_new_ones_start_as_the_null_class(kind):
 def test_classes_may_be_added_to_a_prior_without_any_and_removed(kind):
     other = prior_of(kind, [])
     model = fresh(kind, NEW)
-    transfer_weights(model, NEW, other, [])
+    transfer(model, NEW, other, [])
     compare(model, NEW, other, [], [(name, None) for name in (*NEW, None)])
     other = prior_of(kind, OLD)
     bare = fresh(kind, [])
-    assert transfer_weights(bare, [], other, OLD) == ("init: classes left out: cat, dog, eel",)
+    assert transfer(bare, [], other, OLD) == ("init: classes left out: cat, dog, eel",)
     compare(bare, [], other, OLD, [(None, None)])
 
 
@@ -97,17 +103,16 @@ def test_new_columns_start_without_effect_and_can_learn(kind):
     pairs = [("cat", "cat"), (None, None)]
     for old in ({}, {"age": AGE}, {name: column for name, column in COLUMNS.items() if name != "outline"}):
         other, model = prior_of(kind, OLD, old), fresh(kind, OLD, COLUMNS)
-        notes = transfer_weights(model, OLD, other, OLD)
+        notes = transfer(model, OLD, other, OLD)
         missing = [name for name in COLUMNS if name not in old]
         assert notes == (f"init: new columns, which start without effect: {', '.join(missing)}",)
         values = {name: VALUES[name] for name in old}
         ids = torch.randint(6, (4, 3, 4))
         compare(model, OLD, other, OLD, pairs, {**VALUES, "outline": ids}, values)
-        given = make_condition(COLUMNS, {**VALUES, "outline": ids}, 4)
         model.zero_grad()
         tokens = draw_tokens(model, 4)
         inputs = model.training_inputs(tokens, 0.0)
-        model.loss(tokens, condition=given, **inputs).backward()
+        model.loss(tokens, condition={**VALUES, "outline": ids}, **inputs).backward()
         learning = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
         if old:
             assert all(any(f"column_{name}." in weight for weight in learning) for name in missing)
@@ -126,7 +131,7 @@ def test_columns_that_changed_start_anew_and_others_are_left_out(kind):
         "extra": AGE,
     }
     other, model = prior_of(kind, OLD, old), fresh(kind, OLD, COLUMNS)
-    assert transfer_weights(model, OLD, other, OLD) == (
+    assert transfer(model, OLD, other, OLD) == (
         "init: new columns, which start without effect: text",
         "init: changed columns, which start anew, so that log p changes: tags",
         "init: columns left out, so that log p changes: extra",
@@ -151,5 +156,6 @@ def test_tables_of_classes_are_found_by_their_size(kind):
 def test_the_given_dataset_depends_on_its_columns():
     data = make_conditioned(64, noise=0.0)
     split = data.splits["train"]
-    whole = ~split.conditions["outline"].flatten(1).lt(0).any(1)
-    assert torch.equal(split.tokens[whole].long() % 4, split.conditions["outline"][whole])
+    outlines = split.given.raw("outline")
+    whole = ~outlines.flatten(1).lt(0).any(1)
+    assert torch.equal(split.tokens[whole].long() % 4, outlines[whole])
