@@ -46,7 +46,7 @@ from .text import NGRAMS, encode_text, run_encoder
 
 if TYPE_CHECKING:
     from .app.served import Served
-    from .images.conditions import Cells
+    from .images.attributes import Cells
 
 C = TypeVar("C", bound=Column)
 Q = TypeVar("Q", bound=QuantityColumn)
@@ -199,20 +199,17 @@ class ClassFormat(NamesFormat[ClassColumn]):
         return value if value in names else read_numbers(value, int)
 
     def read_cell(self, cell: Any, base: Path) -> Any:
-        """Whole floats are names without a fraction."""
         if is_empty(cell):
             return None
         text = str(cell)
-        return self.read_text(text if text in self.column.names else text.removesuffix(".0"))
+        return self.read_text(text if text in self.column.names else text.removesuffix(".0"))  # of a whole float
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """Texts, and what a data set has names for."""
         return bool(cells.names) or isinstance(first, str)
 
     @classmethod
     def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
-        """Names are those of the data set or, without these, the sorted values."""
         names, found = number_names(cells, lambda value: [value])
         return ClassColumn(names=names), torch.tensor([places[0] if places else -1 for places in found])
 
@@ -222,11 +219,9 @@ class ClassFormat(NamesFormat[ClassColumn]):
         return datasets.ClassLabel(names=self.column.names)
 
     def to_value(self, row: Any) -> Any:
-        """The name."""
         return self.column.names[row]
 
     def make_fields(self, served: Served, tab: str) -> list[Any]:
-        """A menu."""
         import gradio as gr
 
         return [gr.Dropdown([*self.column.names], value=self.column.names[0], label=self.name, visible=False)]
@@ -244,14 +239,12 @@ class FlagsFormat(NamesFormat[FlagsColumn]):
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """Lists of names; texts, if one of them contains `;`."""
         if isinstance(first, list):
             return bool(cells.names) or isinstance(first[0], str)
         return not cells.names and any(isinstance(value, str) and ";" in value for value in cells)
 
     @classmethod
     def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
-        """Names are those of the data set or, without these, the sorted values."""
 
         def split(value: Any) -> list[Any]:
             value = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
@@ -269,11 +262,9 @@ class FlagsFormat(NamesFormat[FlagsColumn]):
         return datasets.List(datasets.Value("string"))
 
     def to_value(self, row: Any) -> Any:
-        """The names of the flags that are set."""
         return [name for name, flag in zip(self.column.names, row, strict=True) if flag]
 
     def make_fields(self, served: Served, tab: str) -> list[Any]:
-        """A box for each flag."""
         import gradio as gr
 
         return [gr.CheckboxGroup(self.column.names, value=[], label=self.name, visible=False)]
@@ -324,7 +315,6 @@ class QuantityFormat(ColumnFormat[Q]):
         return read_numbers(value, float)
 
     def read_cell(self, cell: Any, base: Path) -> Any:
-        """The text NaN is null, too."""
         is_nan = isinstance(cell, str) and cell.lower() == "nan"
         return None if is_nan else super().read_cell(cell, base)
 
@@ -334,16 +324,15 @@ class QuantityFormat(ColumnFormat[Q]):
 
     @property
     def field_count(self) -> int:
-        """One for each number."""
         return self.column.shape[0]
 
     def make_fields(self, served: Served, tab: str) -> list[Any]:
-        """A slider for each number."""
         import gradio as gr
 
         ranges, fields = self.list_ranges(), []
         for k, (low, high, start) in enumerate(ranges, 1):
-            label = f"{self.name} {k}" if len(ranges) > 1 else self.name
+            high, label = max(high, low + 1e-6), f"{self.name} {k}" if len(ranges) > 1 else self.name
+            start = min(max(float(f"{start:.3g}"), low), high)
             fields.append(gr.Slider(low, high, value=start, label=label, visible=False))
         return fields
 
@@ -355,7 +344,6 @@ class NumberFormat(QuantityFormat[NumberColumn]):
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """What else is no vector."""
         return True
 
     @classmethod
@@ -367,12 +355,7 @@ class NumberFormat(QuantityFormat[NumberColumn]):
         return NumberColumn(mean=mean, std=std, low=low, high=high), torch.from_numpy(values).float()
 
     def list_ranges(self) -> list[tuple[float, float, float]]:
-        """The range of the training images, and their mean."""
-        column, found = self.column, []
-        for low, high, mean in zip(column.low, column.high, column.mean, strict=True):
-            high = max(high, low + 1e-6)
-            found.append((low, high, min(max(float(f"{mean:.3g}"), low), high)))
-        return found
+        return list(zip(self.column.low, self.column.high, self.column.mean, strict=True))
 
 
 class AngleFormat(QuantityFormat[AngleColumn]):
@@ -382,13 +365,11 @@ class AngleFormat(QuantityFormat[AngleColumn]):
 
     @classmethod
     def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
-        """Any numbers, brought to 0 to 360."""
         values = stack_numbers(cells, train)
         column = AngleColumn(size=values.shape[1])
         return column, column.check_raw(torch.from_numpy(values % 360))
 
     def list_ranges(self) -> list[tuple[float, float, float]]:
-        """A turn."""
         return [(0.0, 360.0, 0.0)] * self.column.size
 
 
@@ -403,7 +384,6 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return NGRAMS.fullmatch(self.column.encoder) is not None
 
     def convert(self, value: Any) -> Any:
-        """Texts become vectors. Raises `ValueError` if another encoder made the column."""
         value = unpack_objects(value)
         if isinstance(value, (list, tuple)):
             return [self.convert(one) if isinstance(one, str) else one for one in value]
@@ -420,12 +400,10 @@ class VectorFormat(ColumnFormat[VectorColumn]):
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """Long lists of numbers."""
         return isinstance(first, list) and len(first) > FEW
 
     @classmethod
     def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
-        """Vectors, or texts, which `encoder` turns into vectors."""
         if encoder:
             texts = list(dict.fromkeys(text for text in cells.convert(require_text) if text is not None))
             vectors = dict(zip(texts, run_encoder(encoder, texts).numpy(), strict=True))
@@ -437,11 +415,9 @@ class VectorFormat(ColumnFormat[VectorColumn]):
 
     @property
     def field_count(self) -> int:
-        """One for text."""
         return int(self.takes_text)
 
     def make_fields(self, served: Served, tab: str) -> list[Any]:
-        """A field for text."""
         import gradio as gr
 
         return [gr.Textbox("", label=self.name, max_length=MAX_TEXT, visible=False)]
@@ -500,16 +476,15 @@ class GridFormat(ColumnFormat[GridColumn]):
     of_pictures: ClassVar[bool] = True
 
     def convert(self, value: Any) -> Any:
-        """Pictures become tokens."""
         value = unpack_objects(value)
         several = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(one, (str, Path)) for one in several):
             raise ValueError("expected images or token ids, not paths; open pictures with PIL.Image.open")
-        if several is value:
-            pictures = [one for one in several if is_picture(one)]
-            tokens = iter(self.encode(pictures) if pictures else ())
-            return [next(tokens) if is_picture(one) else one for one in several]
-        return self.encode(value) if is_picture(value) else value
+        if several is not value:
+            return self.encode(value) if is_picture(value) else value
+        pictures = [one for one in several if is_picture(one)]
+        tokens = iter(self.encode(pictures) if pictures else ())
+        return [next(tokens) if is_picture(one) else one for one in several]
 
     def encode(self, images: Any) -> Tensor:
         """Encode one image to tokens of the column's shape, or several to a batch, on the CPU. Raises `ValueError`."""
@@ -521,11 +496,17 @@ class GridFormat(ColumnFormat[GridColumn]):
         if not isinstance(images, (list, Picture)) and tokenizer.frames > 1:
             singles += clip_shapes(images, frame_shape(tokenizer), tokenizer.frames)
         is_one = isinstance(images, Picture) or (not isinstance(images, list) and tuple(images.shape) in singles)
-        tokens = encode_images(tokenizer, [images] if is_one else images)
+        tokens = self.encode_batch([images] if is_one else images)
         return tokens[0] if is_one else tokens
 
+    @torch.no_grad()
+    def encode_batch(self, images: Any) -> Tensor:
+        """Encode images or clips in any form that `read_images` accepts, some at a time."""
+        assert (tokenizer := self.tokenizer) is not None
+        parts = read_images(images, tokenizer).split(AT_ONCE)
+        return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
+
     def list_values(self, value: Any, names: Sequence[str] | None) -> tuple[list[Any], bool]:
-        """A folder has a picture per image."""
         several = value if isinstance(value, list) else [value]
         several = [Path(one) if isinstance(one, str) else one for one in several]
         if missing := [path for path in several if isinstance(path, Path) and not path.exists()]:
@@ -549,7 +530,6 @@ class GridFormat(ColumnFormat[GridColumn]):
         return match_names(by_name, stems, f"condition.{self.name}: {folder}", "picture for")
 
     def read_cell(self, cell: Any, base: Path) -> Any:
-        """Text is a path."""
         return base / cell if isinstance(cell, str) and cell else super().read_cell(cell, base)
 
     def encode_files(self, values: list[Any]) -> list[Any]:
@@ -562,34 +542,29 @@ class GridFormat(ColumnFormat[GridColumn]):
                 if isinstance(pixels, str):
                     raise ValueError(f"{file}: {pixels}")
                 images.append(torch.from_numpy(pixels.copy()))
-            tokens += encode_images(self.tokenizer, images)
+            tokens += self.encode_batch(images)
         each = iter(tokens)
         return [next(each) if isinstance(value, Path) else value for value in values]
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """Pictures, which `images.conditions` reads."""
         return cells.open is not None
 
     def feature(self) -> Any:
         return ids_feature(self.column.grid, "int32")
 
     def to_values(self, raw: Tensor) -> Any:
-        """Ids, of which -1 is null."""
         return raw.int().numpy()
 
     def format_values(self, raw: Tensor, written: list[Any], folder: Path) -> list[Any]:
-        """Paths are relative to the folder."""
         paths = [os.path.relpath(value, folder) if isinstance(value, Path) else value for value in written]
         return super().format_values(raw, paths, folder)
 
     @property
     def field_count(self) -> int:
-        """One for a picture."""
         return int(self.tokenizer is not None)
 
     def make_fields(self, served: Served, tab: str) -> list[Any]:
-        """A field for a picture."""
         from .app.parts import make_picker, pick_last
 
         picture = make_picker(served, f"{tab}-{self.name}", self.name, visible=False)
@@ -630,13 +605,6 @@ def is_picture(value: Any) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
         return any(kind in str(value.dtype) for kind in ("uint8", "float"))
     return isinstance(value, Picture)
-
-
-@torch.no_grad()
-def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
-    """Encode images or clips in any form that `read_images` accepts, in batches; return tokens on the CPU."""
-    parts = read_images(images, tokenizer).split(AT_ONCE)
-    return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
 
 def ids_feature(grid: TokenGrid, kind: str) -> Any:

@@ -21,7 +21,7 @@ from prior.given import Given
 from .columns import ColumnFormat, format_of, formats_of
 from .config import Config, UserError, is_first_process, tell
 from .config.table import count_of
-from .images.conditions import TABLES
+from .images.attributes import TABLES
 from .images.folder import match_names, read_sheet
 from .options import Sampling, UsesTiles
 

@@ -46,7 +46,7 @@ from .images import (
     report_division,
     to_uint8,
 )
-from .images.conditions import ConditionSource, LoadedColumn, check_sources, choose_data, load_conditions
+from .images.attributes import AttributeSource, LoadedColumn, check_sources, choose_data, load_attributes
 from .images.dataset import is_stream
 from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
@@ -106,7 +106,7 @@ class EncodeConfig(Config):
     data: Annotated[DataConfig, Of("tokenizer")] = Field(
         DataConfig(), description="the images; default: those the tokenizer was trained on"
     )
-    attributes: dict[str, ConditionSource] = Field(
+    attributes: dict[str, AttributeSource] = Field(
         {},
         description="what else is known of each image, by name: a column of the source's tables, of the folder's "
         "metadata or of table",
@@ -244,7 +244,7 @@ def load_columns(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[
     labels = {split: part.labels for split, part in splits.items() if part.labels is not None}
     label = label_column(splits["train"].class_names if labels else [])
     variants = {"augmentations": config.augmentations, "seed": config.seed}
-    others = load_conditions(config.data, config.attributes, splits, table=config.table, together=True, **variants)
+    others = load_attributes(config.data, config.attributes, splits, table=config.table, together=True, **variants)
     return {**{name: LoadedColumn(column, {}, labels) for name, column in label.items()}, **others}
 
 

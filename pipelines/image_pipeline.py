@@ -520,7 +520,7 @@ class ImagePipeline:
 
         given = Given.read(
             columns, labels, condition, count=count, default=default, device=self.device, convert=convert
-        )
+        ).drop_null()
         if marginal is not None:
             given.over(marginal)  # raise its errors
             given = given.over(marginal, self.frequencies.log_prob(marginal, given))

@@ -526,8 +526,9 @@ class AngleColumn(QuantityColumn):
         return (self.size,)
 
     def check_raw(self, values: Tensor) -> Tensor:
-        """Check that angles are finite or NaN, and bring them to 0 to 360 degrees."""
-        return super().check_raw(values).remainder(360)
+        """Check that angles are finite or NaN, and bring them to 0 to 360 degrees, of which 360 is 0."""
+        angles = super().check_raw(values).remainder(360)
+        return torch.where(angles == 360, 0, angles)  # of a tiny negative angle
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
         """Two layers over sine and cosine."""

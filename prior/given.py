@@ -49,10 +49,11 @@ class Given:
         """Read what users write, once, in the first line of a public method.
 
         labels: one class or one per image, the short form of `condition["label"]`. condition: values by column, one for
-        all images or one per image (see `Column.parse`), or a `Given`. count: the number of images; None: as many as
-        there are values, or `default`. Raises `ValueError`, which names the column and what is allowed."""
+        all images or one per image (see `Column.parse`; None gives nothing), or a `Given`. count: the number of images;
+        None: as many as there are values, or `default`. Raises `ValueError`, which names the column and what is
+        allowed."""
         if isinstance(condition, Given):
-            found = condition.of_columns(columns).drop_null()
+            found = condition.of_columns(columns)
             if labels is not None and LABEL in found.rows:
                 raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
             if count not in (None, len(found)):
@@ -75,6 +76,8 @@ class Given:
             if where == "labels" and name not in columns:
                 raise ValueError(f"labels: there are no classes (got {shorten(value)})")
             column = find_column(columns, name)
+            if value is None:
+                continue
             try:
                 parsed[name] = column.parse(convert(name, column, value))
             except (ValueError, TypeError) as error:
@@ -89,7 +92,7 @@ class Given:
         count = default if count is None else count
         for name, raw in parsed.items():
             parsed[name] = raw if raw.ndim > len(columns[name].shape) else raw.expand(count, *raw.shape)
-        return cls(columns, parsed, count).drop_null().to(device)
+        return cls(columns, parsed, count).to(device)
 
     def __len__(self) -> int:
         return self.count

@@ -297,15 +297,16 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
     drawn = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("keys", "tokens", "known", "order")}
-        columns = {f"given.{name}": rows for name, rows in batch.given.rows.items()}
+        given = batch.given
+        columns = {f"given.{name}": given.raw(name, prior.device) for name in given.columns}  # null ones, too
         inputs |= columns
         key = (options, batch.blocks, batch.own_order, *((name, part.shape[1:]) for name, part in inputs.items()))
 
         def draw(inputs: dict[str, Any]) -> Tensor:
             rows = {name.removeprefix("given."): inputs[name] for name in columns}
-            given = Given(batch.given.columns, rows, len(inputs["keys"]))
+            every = Given(given.columns, rows, len(inputs["keys"]))
             there = {name: tensor for name, tensor in inputs.items() if name not in columns}
-            return draw_blocks(prior, replace(batch, **there, given=given), options, cache)
+            return draw_blocks(prior, replace(batch, **there, given=every), options, cache)
 
         drawn = compute_by_graph(prior, key, len(batch), inputs, draw)
     if drawn is None:

@@ -14,14 +14,14 @@ import weakref
 
 import pytest
 import torch
-from givens.columns import draw_condition, make_conditioned
+from givens.columns import draw_given, make_conditioned
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 from torch import Tensor
 
 from prior import Prior
 from prior.compiling import can_compile
 from prior.cuda_graph import Graph
-from prior.sampling import TOKENS, TokenNoise, draw_keys, gumbel_noise, uniform_noise
+from prior.noise import TOKEN_NOISE, TokenNoise, draw_keys, gumbel_noise, uniform_noise
 from tokenizer import TokenGrid
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +61,7 @@ def test_columns_of_every_kind_are_those_of_the_cpu(name, device, graphs, elsewh
     here = make_conditioned(name, "all").float()
     there, differing = copy.deepcopy(here).to(device), 0
     for call in range(3):
-        condition = {"age": 30.0} if call == 1 else draw_condition(here, COUNT, "some null")
+        condition = {"age": 30.0} if call == 1 else draw_given(here, COUNT, "some null")
         request = {"condition": condition, "guidance_scale": 2.0, "guidance_on": ["age", "outline"]}
         expected = here.sample(COUNT, generator=generators(COUNT, 100 * call), **request, **EAGER)
         with elsewhere():
@@ -107,7 +107,7 @@ def test_fused_noise_is_that_of_the_cpu(device, compiler):
     assert (noise.draw is gumbel_noise) != can_compile(device)
     with torch.inference_mode():
         for rank in range(2):
-            expected = gumbel_noise(keys, TOKENS, rank * size, size)[:, None]
+            expected = gumbel_noise(keys, TOKEN_NOISE, rank * size, size)[:, None]
             torch.testing.assert_close(noise.of_ranks(rank, rank + 1).cpu(), expected)
 
 

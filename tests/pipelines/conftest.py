@@ -29,9 +29,10 @@ def fresh(trained):
     """Statistics of normal images used in neither training nor calibration."""
     from givens.stripes import stripes
 
-    from pipelines.anomaly.image_statistics import statistics
+    from pipelines.anomaly.image_statistics import measure
 
-    return statistics(trained, stripes(1500, seed=11))
+    batch = trained.to_images(stripes(1500, seed=11))
+    return measure(trained, batch, trained.read_given(count=len(batch))).statistics
 
 
 @pytest.fixture(scope="session")

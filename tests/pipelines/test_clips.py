@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from prior.conditions import GridColumn
 from small import make_prior, make_tokenizer
 from small_pipelines import LABELS, make_conditioned
 
 from pipelines import ImagePipeline
 from pipelines.completion import conditional_log_prob, encode_visible
+from prior.columns import GridColumn
 from tokenizer.base import LikelihoodError
 from tokenizer.frame_by_frame import FrameByFrame
 

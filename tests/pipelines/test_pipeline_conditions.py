@@ -14,13 +14,13 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from prior.conditions import GridColumn, select_rows
 from small import draw_tokens, make_prior, make_tokenizer
 from small_pipelines import COLUMNS, GIVEN, make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ConfigError, ImagePipeline, IntegrityError
 from pipelines.compression.container import StreamError
 from pipelines.saving import FILES
+from prior.columns import LABEL, GridColumn
 from tokenizer.files import PipelineLoadError, write_json, write_manifest
 
 COUNT = 5
@@ -56,7 +56,7 @@ def every_column(pipe):
     """A different value of each column for each image."""
     outlines = [*pictures(3), None, draw_tokens(pipe.condition_tokenizers["outline"], 1)[0]]
     befores = draw_tokens(pipe.prior, COUNT)
-    return {**EACH, "outline": outlines, **({"before": befores} if "before" in pipe.conditions else {})}
+    return {**EACH, "outline": outlines, **({"before": befores} if "before" in pipe.prior.config.conditions else {})}
 
 
 def tokens_of(pipe, count=None, **options):
@@ -75,9 +75,9 @@ def test_image_k_depends_on_its_own_condition_alone(prior):
     whole = tokens_of(pipe, condition=every, labels=[0, 1, None, 2, 0], **guided)
     assert len(whole) == COUNT
     assert torch.equal(tokens_of(pipe, condition=every, labels=[0, 1, None, 2, 0], batch_size=2, **guided), whole)
-    raw = pipe.read_condition(every, COUNT)
-    for k, label in enumerate([0, 1, None, 2, 0]):
-        alone = pipe(labels=label, condition=select_rows(raw, slice(k, k + 1)), seed=3 + k, progress=False, **guided)
+    given = pipe.read_given([0, 1, None, 2, 0], every)
+    for k in range(COUNT):
+        alone = pipe(condition=given[k : k + 1], seed=3 + k, progress=False, **guided)
         assert torch.equal(alone.tokens[0], whole[k])
     assert not torch.equal(tokens_of(pipe, condition=every, labels=[0, 1, None, 2, 0]), whole), "guidance did nothing"
 
@@ -85,9 +85,11 @@ def test_image_k_depends_on_its_own_condition_alone(prior):
 def test_each_column_matters_and_is_null_if_missing(pipe):
     images = pixels_for(pipe, 3)
     null = pipe.log_prob(images)
-    torch.testing.assert_close(null, pipe.log_prob(images, condition={name: None for name in pipe.conditions}))
+    torch.testing.assert_close(
+        null, pipe.log_prob(images, condition={name: None for name in pipe.prior.config.conditions})
+    )
     given = {**GIVEN, "outline": pictures(1)[0], "before": draw_tokens(pipe.prior, 1)[0]}
-    assert set(given) == set(pipe.conditions)
+    assert set(given) == set(pipe.prior.config.conditions)
     for name, value in given.items():
         found = pipe.log_prob(images, condition={name: value})
         assert found.isfinite().all() and (found - null).abs().min() > 1e-4, name
@@ -155,11 +157,11 @@ def test_pictures_in_every_form_equal_their_tokens(only):
         "mixed": [images[0], expected[1], arrays[2]],
     }
     for name, form in forms.items():
-        assert torch.equal(only.read_condition({"outline": form}, 3)["outline"], expected), name
-        assert torch.equal(only.read_condition(form, 3)["outline"], expected), name
+        assert torch.equal(only.read_given(None, {"outline": form}, 3).raw("outline"), expected), name
+        assert torch.equal(only.read_given(None, form, 3).raw("outline"), expected), name
         one = form[0]
         if name != "lists of tokens":
-            assert torch.equal(only.read_condition(one, 2)["outline"], expected[[0, 0]]), name
+            assert torch.equal(only.read_given(None, one, 2).raw("outline"), expected[[0, 0]]), name
     for call in (tokens_of, lambda pipe, condition: pipe.log_prob(pixels_for(pipe, 3) * 0, condition=condition)):
         assert torch.equal(call(only, condition=images), call(only, condition=expected))
         assert not torch.equal(call(only, condition=images), call(only, condition=expected.roll(1, 0)))
@@ -169,7 +171,7 @@ def test_a_picture_of_another_size_is_resized_as_images_are(only):
     large = pictures(1, size=(90, 50))[0]
     tokenizer = only.condition_tokenizers["outline"]
     expected = ImagePipeline(tokenizer, make_prior("gpt", grid=tokenizer.grid)).encode(large)
-    assert torch.equal(only.read_condition(large, 1)["outline"], expected)
+    assert torch.equal(only.read_given(None, large, 1).raw("outline"), expected)
 
 
 def test_a_pixel_column_tells_bytes_of_an_image_from_ids():
@@ -182,15 +184,15 @@ def test_a_pixel_column_tells_bytes_of_an_image_from_ids():
     pixels = np.stack(pictures(2, size=(12, 8)))
     expected = other.encode(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1)
     for form in (pixels, pixels[..., None], expected, expected.numpy()):
-        assert torch.equal(pipe.read_condition(form, 2)["outline"], expected)
+        assert torch.equal(pipe.read_given(None, form, 2).raw("outline"), expected)
 
 
 def test_text_is_encoded_for_a_column_of_n_grams(pipe):
-    raw = pipe.read_condition({"text": EACH["text"]}, COUNT)["text"]
+    raw = pipe.read_given(None, {"text": EACH["text"]}).raw("text")
     assert torch.equal(raw[0], raw[4]) and not torch.equal(raw[0], raw[1]) and raw[2].isnan().all()
-    assert torch.equal(pipe.read_condition({"text": "a fish"}, 2)["text"], raw[[0, 0]])
+    assert torch.equal(pipe.read_given(None, {"text": "a fish"}, 2).raw("text"), raw[[0, 0]])
     assert torch.equal(
-        pipe.read_condition({"text": np.array(EACH["text"])}, COUNT)["text"].nan_to_num(), raw.nan_to_num()
+        pipe.read_given(None, {"text": np.array(EACH["text"])}).raw("text").nan_to_num(), raw.nan_to_num()
     )
 
 
@@ -206,7 +208,7 @@ def test_numbers_outside_the_training_data_warn_once_a_call(pipe):
         assert len(found) == 1 and found[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe.read_condition({**GIVEN, "age": [18, 90, None]}, 3)
+        pipe.read_given(None, {**GIVEN, "age": [18, 90, None]})
 
 
 def test_numbers_outside_the_training_data_count_as_the_nearest_of_these(pipe):
@@ -220,7 +222,7 @@ def test_numbers_outside_the_training_data_count_as_the_nearest_of_these(pipe):
         assert torch.equal(pipe(condition=beyond, seed=0).tokens, pipe(condition=edge, seed=0).tokens)
         assert torch.equal(pipe.embed(images, condition=beyond), pipe.embed(images, condition=edge))
         assert torch.equal(
-            pipe.read_condition({"age": [400, None]}, 2)["age"].isnan().flatten(), torch.tensor([0, 1]) > 0
+            pipe.read_given(None, {"age": [400, None]}).raw("age").isnan().flatten(), torch.tensor([0, 1]) > 0
         )
         tokens = pipe.encode(images)
         assert not torch.equal(pipe.prior.log_prob(tokens, condition=raw), pipe.log_prob(images, condition=edge))
@@ -243,9 +245,9 @@ def test_completions_repeat_the_condition_of_each_image(prior):
     every = {"condition": every_column(pipe), "labels": [0, 1, None, 2, 0]}
     guided = {"guidance_scale": 2.0, "guidance_on": ["age", "outline"], "progress": False, "output_type": "latent"}
     made = pipe.complete(images, known, **every, draws=2, seed=5, **guided).tokens
-    raw = pipe.read_condition(every["condition"], COUNT)
-    for k, label in enumerate(every["labels"]):
-        own = {"labels": label, "condition": select_rows(raw, slice(k, k + 1)), "seed": 5 + 2 * k}
+    given = pipe.read_given(**every)
+    for k in range(COUNT):
+        own = {"condition": given[k : k + 1], "seed": 5 + 2 * k}
         assert torch.equal(pipe.complete(images[k : k + 1], known, **own, draws=2, **guided).tokens[0], made[k])
     keep = pipe.tokenizer.known_tokens(known[None])[0]
     assert keep.any() and not keep.all() and torch.equal(made[:, 0][:, keep], made[:, 1][:, keep])
@@ -314,10 +316,13 @@ def test_what_is_saved_is_what_is_loaded(pipe, variant, tmp_path):
     found = ImagePipeline.from_pretrained(tmp_path / "a")
     assert found.condition_tokenizers["before"] is found.tokenizer and found.labels == pipe.labels
     for name, tokenizer in found.condition_tokenizers.items():
-        assert found.conditions[name].tokenizer == tokenizer.fingerprint() and not tokenizer.training
-        assert found.prior.config.conditions[name] == found.conditions[name]
+        assert found.prior.config.conditions[name].tokenizer == tokenizer.fingerprint() and not tokenizer.training
+        assert found.prior.config.conditions[name] == found.prior.config.conditions[name]
     if variant is None:
-        assert torch.equal(tokens_of(found, **every), before) and found.conditions == pipe.conditions
+        assert (
+            torch.equal(tokens_of(found, **every), before)
+            and found.prior.config.conditions == pipe.prior.config.conditions
+        )
     found.save_pretrained(tmp_path / "b", variant=variant)
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -344,7 +349,7 @@ def test_conversions_keep_tokenizers_that_fit(tmp_path):
     assert len(tokens_of(half, **every)) == COUNT and half.log_prob(pixels_for(pipe, 1), condition=GIVEN).isfinite()
     half.save_pretrained(tmp_path / "half")
     again = ImagePipeline.from_pretrained(tmp_path / "half", dtype="auto")
-    assert again.condition_tokenizers["outline"].fingerprint() == again.conditions["outline"].tokenizer
+    assert again.condition_tokenizers["outline"].fingerprint() == again.prior.config.conditions["outline"].tokenizer
     assert torch.equal(tokens_of(again, **every), tokens_of(half, **every))
     assert {model.device.type for model in again.to("meta").models.values()} == {"meta"}
 
@@ -353,17 +358,21 @@ def test_the_card_lists_columns_and_its_example_can_be_called(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     card = (tmp_path / "pipe" / "README.md").read_text()
     rows = dict(re.findall(r"^\| (\w+) \| (class|flags|number|vector|grid) \|", card, re.M))
-    assert rows == {name: column.kind for name, column in pipe.conditions.items()}
+    assert rows == {name: column.kind for name, column in pipe.prior.config.conditions.items()}
     assert (
         "| age | number | 18 to 90 |" in card
         and "frontal, lateral" in card
         and "text, or 16 numbers | ngrams:16" in card
     )
-    assert f"given {', '.join(pipe.conditions)}. The" in card
+    assert f"given {', '.join(pipe.prior.config.conditions)}. The" in card
     example = re.search(r"condition=({.*}), seed", card)[1]
     image = type("Image", (), {"open": staticmethod(lambda name: pictures(1)[0])})
     given = eval(example, {"Image": image})
-    assert set(given) == set(pipe.conditions) and pipe.read_condition(given, 2) and "from PIL import Image" in card
+    assert (
+        set(given) == set(pipe.prior.config.conditions)
+        and pipe.read_given(None, given, 2)
+        and "from PIL import Image" in card
+    )
     make_pipeline().save_pretrained(tmp_path / "plain")
     plain = (tmp_path / "plain" / "README.md").read_text()
     assert "Conditions" not in plain and "condition=" not in plain
@@ -415,7 +424,7 @@ def test_a_bad_condition_is_one_line(strict, pipe, case):
 
 def test_a_grid_of_ids_needs_no_tokenizer(strict):
     ids = torch.tensor([[0, 3], [-1, 2]])
-    assert torch.equal(strict.read_condition({"map": ids}, 2)["map"], torch.stack([ids, ids]))
+    assert torch.equal(strict.read_given(None, {"map": ids}, 2).raw("map"), torch.stack([ids, ids]))
 
 
 def test_guidance_on_names_given_columns(pipe):
@@ -438,9 +447,9 @@ def test_a_pipeline_without_columns_refuses_conditions():
     images = pixels_for(plain, 1)
     for condition in ({"age": 3}, pictures(1)[0], "a fish"):
         for call in (plain, lambda condition: plain.log_prob(images, condition=condition)):
-            with pytest.raises(ValueError, match="^condition: .*no columns$"):
+            with pytest.raises(ValueError, match="^condition: .*the columns are label$"):
                 call(condition=condition)
-    assert plain.read_condition(None, 3) == {} and plain.conditions == {} == plain.condition_tokenizers
+    assert plain.read_given(count=3).names == () and list(plain.columns) == [LABEL]
     assert torch.equal(tokens_of(plain, condition={"label": "dog"}), tokens_of(plain, labels="dog"))
 
 
@@ -458,7 +467,7 @@ def test_models_that_do_not_fit_are_refused(pipe):
     with pytest.raises(TypeError, match=r"condition_tokenizers\.outline"):
         ImagePipeline(**{**parts, "condition_tokenizers": {"outline": torch.nn.Linear(1, 1)}})
     config = {name: value for name, value in pipe.prior.config.to_dict().items() if name != "kind"}
-    for conditions, fits in ((pipe.conditions, True), ({}, True), (COLUMNS, False)):
+    for conditions, fits in ((pipe.prior.config.conditions, True), ({}, True), (COLUMNS, False)):
         background = make_prior("gpt", **{**config, "conditions": conditions})
         if fits:
             assert ImagePipeline(**parts, background=background).background is background

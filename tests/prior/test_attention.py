@@ -1,6 +1,6 @@
 """The transformer's parts by their definitions, and the memory that attention takes.
 
-Covers: prior/transformer.py.
+Covers: prior/attention.py, prior/transformer.py.
 """
 
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import torch
 from costs import saved_elements
 from small import make_prior
 
-from prior import transformer
+from prior import attention
 from tokenizer.layers import SelfAttention, one_head_attention
 from tokenizer.vqgan import Attention
 
@@ -45,7 +45,7 @@ def test_compiled_models_rotate_queries_and_keys_by_the_same_angles(monkeypatch,
 
     def outputs():
         model.zero_grad()
-        logits = model(tokens, None, **more)
+        logits = model(tokens, **more)
         logits.square().sum().backward()
         return [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -62,7 +62,7 @@ def test_rotate_is_a_rotation_times_the_gain():
         [torch.stack([angles.cos(), -angles.sin()], -1), torch.stack([angles.sin(), angles.cos()], -1)], -2
     )
     expected = gains[..., None] * (matrix @ x.unflatten(-1, (3, 2))[..., None])[..., 0]
-    torch.testing.assert_close(transformer.rotate(x, rotations), expected.flatten(-2))
+    torch.testing.assert_close(attention.rotate(x, rotations), expected.flatten(-2))
 
 
 # Its sizes and its start
@@ -72,8 +72,8 @@ def test_rotate_is_a_rotation_times_the_gain():
 def test_pairs_of_a_head_rotate_by_each_axis_ever_more_slowly(axes):
     """Angle = coordinate * base^(-k/K) for the k-th of the K pairs of its axis."""
     config = SimpleNamespace(dim=24, heads=2, rope_base=50.0)
-    cells = transformer.coordinates((2, 3, 4)[:axes])
-    table = transformer.Rotations(config, cells).table.double()
+    cells = attention.coordinates((2, 3, 4)[:axes])
+    table = attention.Rotations(config, cells).table.double()
     assert table.shape == (len(cells), 6, 2)
     for pair in range(6):
         axis, number = pair % axes, pair // axes
@@ -82,7 +82,7 @@ def test_pairs_of_a_head_rotate_by_each_axis_ever_more_slowly(axes):
 
 
 def test_a_table_of_rotations_is_never_below_float32():
-    made = transformer.Rotations(SimpleNamespace(dim=8, heads=1, rope_base=50.0), transformer.coordinates((3, 4)))
+    made = attention.Rotations(SimpleNamespace(dim=8, heads=1, rope_base=50.0), attention.coordinates((3, 4)))
     before = made.table.clone()
     for dtype, kept in (
         (torch.bfloat16, torch.float32),
@@ -95,7 +95,7 @@ def test_a_table_of_rotations_is_never_below_float32():
 
 def test_units_have_a_mean_square_of_one_at_least_in_float32():
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        found = transformer.unit(torch.randn(3, 5).to(dtype) * 7)
+        found = attention.unit(torch.randn(3, 5).to(dtype) * 7)
         assert found.dtype == wide
         torch.testing.assert_close(found.square().mean(-1), torch.ones(3).to(wide), rtol=1e-5, atol=0)
-    assert torch.equal(transformer.unit(torch.zeros(2, 4)), torch.zeros(2, 4))
+    assert torch.equal(attention.unit(torch.zeros(2, 4)), torch.zeros(2, 4))

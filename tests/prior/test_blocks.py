@@ -5,7 +5,7 @@ import torch
 from costs import all_steps
 from frequencies import as_frequent
 from givens.headed import all_grids
-from small import PARTITIONS, draw_tokens, make_prior
+from small import PARTITIONS, draw_tokens, logits_of, make_prior
 
 from pipelines.completion import region_log_prob
 from prior.orders import Partition, block_numbers, make_partition
@@ -24,10 +24,10 @@ def test_a_block_does_not_see_itself_bit_for_bit(name, order):
     """In float32, as it is used: logits of a block are the same bits for any tokens of this block and of later ones."""
     model = make_prior(name, order=order)
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
-    before = model(tokens, labels)
+    before = logits_of(model, tokens, labels)
     for block in range(len(model.blocks)):
         changed = torch.where((model.block_of >= block).view(3, 4), (tokens + 1) % 5, tokens)
-        after = model(changed, labels)
+        after = logits_of(model, changed, labels)
         upto = model.block_of <= block
         assert torch.equal(after[:, upto], before[:, upto])
         assert (after[:, ~upto] != before[:, ~upto]).any(-1).all()
@@ -38,9 +38,9 @@ def test_an_order_a_name_and_numbers_say_the_same(name):
     model, walk = make(name, order="halton:4"), make_partition("random:5:4", (3, 4))
     assert walk.blocks == model.blocks
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
-    by_numbers = model(tokens, labels, block_of=block_numbers(*walk))
-    assert torch.equal(model(tokens, labels, order=walk.order), by_numbers)
-    assert not torch.equal(model(tokens, labels), by_numbers)
+    by_numbers = logits_of(model, tokens, labels, block_of=block_numbers(*walk))
+    assert torch.equal(logits_of(model, tokens, labels, order=walk.order), by_numbers)
+    assert not torch.equal(logits_of(model, tokens, labels), by_numbers)
     expected = model.log_prob(tokens, labels, order="random:5:4")
     for order in (walk, walk.order, Partition(walk.order.expand(4, -1), walk.blocks)):
         assert torch.equal(model.log_prob(tokens, labels, order=order), expected)
@@ -55,7 +55,8 @@ def test_completions_have_the_density_that_is_said(name):
     known = torch.tensor([[False, True, False], [False, False, True]])
     grids = all_grids(model.grid)
     grids = grids[(grids[:, known] == torch.tensor([1, 0])).all(1)]
-    expected = region_log_prob(model, grids, known, torch.ones(16).long()).detach().exp()
+    given = model.read_given([1] * len(grids), None, len(grids))
+    expected = region_log_prob(model, grids, known, given).detach().exp()
     assert abs(float(expected.sum()) - 1) < 1e-5
     drawn = model.sample(
         count, torch.ones(count).long(), generator=torch.Generator().manual_seed(3), tokens=grids[0], known=known

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from costs import all_steps
-from small import ORDERS, draw_tokens, make_prior, moved_by
+from small import ORDERS, draw_tokens, encode, logits_of, make_prior, moved_by
 
 
 @pytest.mark.sparse
@@ -48,7 +48,7 @@ def test_forward_is_wavenet_by_definition():
         skips = [skip + block.out.weight[width:, :, 0] @ gate for skip, gate in zip(skips, gates, strict=True)]
         x = [h + block.out.weight[:width, :, 0] @ gate for h, gate in zip(x, gates, strict=True)] if width else x
     expected = torch.stack([model.head(torch.relu(model.hidden(torch.relu(skip)))) for skip in skips])
-    assert (model(tokens, torch.tensor([label]))[0, walk] - expected).abs().max() < 1e-12
+    assert (logits_of(model, tokens, torch.tensor([label]))[0, walk] - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -58,7 +58,7 @@ def test_steps_with_any_number_of_rows_and_kernel(rows):
     tokens, labels = torch.randint(5, (rows, 3, 4)), torch.arange(rows) % 4
     for given in (labels, None):
         steps = all_steps(model, tokens, given)  # with gradients on: a step is no part of training
-        assert not steps.requires_grad and (steps - model(tokens, given)[:, model.order]).abs().max() < 1e-9
-    firsts = torch.cat([model.start(1, torch.tensor([label])).step(None) for label in range(4)])
+        assert not steps.requires_grad and (steps - logits_of(model, tokens, given)[:, model.order]).abs().max() < 1e-9
+    firsts = torch.cat([model.start(encode(model, 1, [label])).step(None) for label in range(4)])
     assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-3
-    assert torch.equal(firsts[3:], model.start(1, None).step(None))
+    assert torch.equal(firsts[3:], model.start(encode(model, 1)).step(None))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from prior.conditions import ConditionEmbedding, Given
 from small import SMALL, grid_of
 from torch import Tensor, nn
 
 from prior import Prior
-from prior.base import PriorConfig
 from prior.checks import NotCausalError, check_prior, example_columns, is_built_in, require_causal, with_random_weights
+from prior.condition_encoder import ConditionEmbedding, Encoded
+from prior.config import PriorConfig
+from prior.given import Given
 from tokenizer import TokenGrid
 
 
@@ -38,9 +39,9 @@ def make_broken(fault: str, shape: tuple[int, ...] = (2, 3)) -> Prior:
             self.seen = nn.Parameter(torch.zeros(config.grid.vocab_size, config.grid.vocab_size))
             self.extra = {"scale": 1.0}
 
-        def forward(self, tokens: Tensor, labels: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        def forward(self, tokens: Tensor, encoded: Encoded | None = None, *_: Any, **__: Any) -> Tensor:
             null = self.num_classes if fault != "null class" else 0
-            rows = torch.full((len(tokens),), null) if labels is None else labels
+            rows = torch.full((len(tokens),), null) if encoded is None else encoded.labels
             logits = self.table.logits[rows]
             if fault == "peeks":
                 logits = logits + self.seen[tokens.flatten(1)]
@@ -107,11 +108,11 @@ def test_what_raises_is_a_broken_promise() -> None:
 def test_an_output_layer_of_zeros_hides_nothing(fault: str) -> None:
     """On a large grid too, where only some of the tokens are changed."""
     prior = make_broken(fault, (12, 12))
-    tokens = torch.randint(3, (12, 12))
+    tokens, given = torch.randint(3, (12, 12)), Given(prior.columns, {"label": torch.tensor([1])}, 1)
     require_causal(prior, tokens)  # what it sees is multiplied by zero
     with pytest.raises(NotCausalError, match="broken"):
-        require_causal(with_random_weights(prior), tokens, torch.tensor(1))
-    require_causal(with_random_weights(make_broken("none", (12, 12))), tokens, torch.tensor(1))
+        require_causal(with_random_weights(prior), tokens, given)
+    require_causal(with_random_weights(make_broken("none", (12, 12))), tokens, given)
 
 
 def test_random_weights_are_a_copy() -> None:
@@ -140,18 +141,19 @@ def make_conditioned_outsider(fault: str) -> Prior:
             super().__init__(config)
             self.embedding = ConditionEmbedding(config, len(config.grid) * config.grid.vocab_size)
 
-        def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
-            labels = self.encode_condition(labels, len(tokens))
+        def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
+            vector = encoded.vector
+            assert vector is not None
             if fault == "ignores":
-                labels = replace(labels, vector=torch.zeros_like(labels.vector))
+                encoded = replace(encoded, vector=torch.zeros_like(vector))
             if fault == "batch":
-                labels = replace(labels, vector=labels.vector.mean(0, keepdim=True).expand_as(labels.vector))
-            return self.embedding(labels).unflatten(1, (len(self.grid), -1))
+                encoded = replace(encoded, vector=vector.mean(0, keepdim=True).expand_as(vector))
+            return self.embedding(encoded).unflatten(1, (len(self.grid), -1))
 
-        def make_cache(self, labels: Given, partition: Any) -> Any:
+        def make_cache(self, encoded: Encoded, partition: Any) -> Any:
             if fault == "cache":
-                labels = labels[torch.zeros(len(labels), dtype=torch.long)]
-            return super().make_cache(labels, partition)
+                encoded = encoded[torch.zeros(len(encoded), dtype=torch.long)]
+            return super().make_cache(encoded, partition)
 
     grid = TokenGrid((2, 3), 2)
     return Outsider(Conditioned(grid=grid, num_classes=2, conditions=example_columns(grid)))

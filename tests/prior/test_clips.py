@@ -8,7 +8,7 @@ import torch
 from costs import all_steps
 from frequencies import as_frequent
 from givens.headed import all_grids, numbers_of
-from small import FLAT, PRIORS, draw_known, draw_tokens, generators, make_prior, moved_by
+from small import FLAT, PRIORS, draw_known, draw_tokens, generators, logits_of, make_prior, moved_by
 
 from prior.masks import make_windows
 
@@ -71,7 +71,7 @@ def test_steps_equal_forward_and_all_paths_draw_the_same_tokens(name):
     assert torch.equal(cached[known], tokens[known])
     model = model.double()
     with torch.no_grad():
-        whole, steps = model(tokens, labels), all_steps(model, tokens, labels)
+        whole, steps = logits_of(model, tokens, labels), all_steps(model, tokens, labels)
     assert (steps - whole[:, model.order]).abs().max() < 1e-9
 
 
@@ -98,9 +98,9 @@ def test_each_axis_has_its_own_positions(name):
     assert len(table.flatten(1).unique(dim=0)) == 18
     with torch.no_grad():
         for axis, embedding in enumerate(model.axis_embeddings):
-            before = model.outputs(draw_tokens(model, 1))
+            before = model.outputs(draw_tokens(model, 1), model.encode_nothing(1))
             embedding[1] += 1
-            assert not torch.equal(model.outputs(draw_tokens(model, 1)), before), axis
+            assert not torch.equal(model.outputs(draw_tokens(model, 1), model.encode_nothing(1)), before), axis
 
 
 def test_a_window_of_one_frame_sees_as_a_window_of_the_picture():

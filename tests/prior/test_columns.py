@@ -1,43 +1,51 @@
-"""Values of columns, their encoding, and what is refused.
+"""The kinds of columns: how values are written, checked and stored, and how they are encoded.
 
-Covers: prior/conditions.py, prior/condition_encoder.py.
+Covers: prior/columns.py, prior/condition_encoder.py.
 """
 
 import math
 
 import pytest
 import torch
-from givens.columns import AGE, GRIDS, KINDS, SPEED, TAGS, TEXT, VIEW, columns_of, draw_values, make_conditioned
+from givens.columns import (
+    AGE,
+    GRIDS,
+    KINDS,
+    POSE,
+    SPEED,
+    TAGS,
+    TEXT,
+    VECTORS,
+    VIEW,
+    WIND,
+    columns_of,
+    draw_values,
+    make_conditioned,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from prior.conditions import (
-    ConditionEmbedding,
-    GridColumn,
-    NumberColumn,
-    conditions_problem,
-    digest_condition,
-    make_condition,
-    read_column,
-    select_rows,
-)
-from small import draw_tokens, make_prior
+from small import encode, make_prior
 
-from prior.condition_encoder import AreaResize, GridEncoder, fold, fold_factors, make_embedding
+from prior.columns import GridColumn, NumberColumn, names_problem, read_column
+from prior.condition_encoder import AreaResize, ConditionEmbedding, GridEncoder, fold, fold_factors
 from prior.transformer import reset
 from tokenizer import TokenGrid
 
 OUTLINE = GridColumn(grid=TokenGrid((2, 3), 4))
-COLUMNS = {"view": VIEW, "tags": TAGS, "age": AGE, "speed": SPEED, "text": TEXT, "outline": OUTLINE}
+COLUMNS = {**VECTORS, "outline": OUTLINE}
 finite = st.floats(-(2.0**99), 2.0**99, width=32)
+half = st.floats(-(2.0**15), 2.0**15, width=16)
 
 
-def lists(column):
+def one_value(column):
     """Values of one image as users write them."""
+    numbers = finite if column.shape == (1,) else st.lists(finite, min_size=2, max_size=2)
     return {
         "class": st.sampled_from(VIEW.names) | st.integers(0, 2),
         "flags": st.lists(st.sampled_from(TAGS.names)) | st.lists(st.sampled_from([0, 1]), min_size=4, max_size=4),
-        "number": finite if column.shape == (1,) else st.lists(finite, min_size=2, max_size=2),
-        "vector": st.lists(finite, min_size=6, max_size=6),
+        "number": numbers,
+        "angle": finite if column.shape == (1,) else st.lists(finite, min_size=3, max_size=3),
+        "vector": st.lists(half, min_size=6, max_size=6),
         "grid": st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=2, max_size=2),
     }[column.kind]
 
@@ -46,12 +54,15 @@ def equal(one, other):
     return one.dtype == other.dtype and torch.equal(one.nan_to_num(-7), other.nan_to_num(-7))
 
 
+# Values
+
+
 @pytest.mark.parametrize("name", COLUMNS)
 @given(data=st.data())
 def test_one_value_and_one_per_image_differ_in_every_form(name, data):
     """Values are the same alone, in a list, as arrays and as tensors; None is null."""
     column = COLUMNS[name]
-    values = data.draw(st.lists(st.none() | lists(column), min_size=1, max_size=4))
+    values = data.draw(st.lists(st.none() | one_value(column), min_size=1, max_size=4))
     each = [column.parse(value) for value in values]
     assert all(one.shape == column.shape for one in each)
     assert [bool(column.is_null(one[None])) for one in each] == [value is None for value in values]
@@ -63,8 +74,7 @@ def test_one_value_and_one_per_image_differ_in_every_form(name, data):
         assert equal(column.parse(stacked.numpy()), stacked)
         assert equal(column.parse([one.numpy() for one in each]), stacked)
         assert equal(column.parse(list(each)), stacked)
-    batch = make_condition({name: column}, {name: values[0]}, 3)[name]
-    assert equal(batch, torch.stack([each[0]] * 3))
+    assert equal(column.unpack(column.pack(stacked)), stacked), "as it is read from a file"
 
 
 def test_values_by_hand():
@@ -73,61 +83,54 @@ def test_values_by_hand():
     assert TAGS.parse([["wet"], [], "old"]).tolist() == [[0, 0, 1, 0], [0] * 4, [0, 1, 0, 0]]
     assert AGE.parse([63, 5.5]).tolist() == [[63], [5.5]] and SPEED.parse([3, -1]).tolist() == [3, -1]
     assert AGE.parse(torch.tensor([63.0])).shape == (1,) and AGE.parse(torch.tensor([1.0, 2.0])).shape == (2, 1)
+    assert WIND.parse([370, -10, 360, -1e-9]).tolist() == [[10], [350], [0], [0]]
+    assert POSE.parse([0, 90, 720]).tolist() == [0, 90, 0]
     assert OUTLINE.parse([[0, 1, 2], [3, 0, 1]]).shape == (2, 3)
-    assert make_condition(COLUMNS, None, 0)["outline"].shape == (0, 2, 3)
 
 
-WRONG = [
-    ("agee", 3, "unknown column 'agee'; did you mean 'age'\\? the columns are view"),
-    ("view", "latral", "'latral' is not a class; allowed are frontal, lateral, oblique"),
-    ("view", 3, "3 is not a class"),
-    ("view", True, "True is not a class"),
-    ("view", torch.tensor([0.5, 1.0]), "whole numbers"),
-    ("view", torch.tensor([0, 3]), r"lie in \[0, 3\)"),
-    ("tags", "blue", "'blue' is not a flag; allowed are red, old, wet, loud"),
-    ("tags", ["red", 1], "expected names of flags, or a number 0 or 1 for each of 4"),
-    ("tags", [0, 1, 2, 0], r"flags must be 0 or 1 \(got 2\)"),
-    ("age", 10**400, "finite"),
-    ("age", "old", "expected a number per image"),
-    ("age", [1, math.nan], "finite"),
-    ("age", torch.tensor([math.inf, 1.0]), "finite"),
-    ("age", [1, 2, 3], "got a list of 3 for 2 images; give one value, or one per image"),
-    ("speed", 3, "expected 2 numbers per image"),
-    ("text", torch.zeros(2, 5), r"expected the shape \(6,\) for one image, or \(n, 6\) for n images \(got \(2, 5\)\)"),
-    ("outline", [[0, 1, 2], [0, 1]], r"expected token ids of shape \(2, 3\)"),
-    ("outline", "file.png", r"expected token ids of shape \(2, 3\)"),
-    ("outline", torch.full((2, 3), 4), r"lie in \[0, 4\)"),
+# Files
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_are_stored_in_small_types(name):
+    """Null has a number of its own, also in single cells of grids; there may be no rows."""
+    column = COLUMNS[name]
+    types = {"class": torch.int32, "flags": torch.uint8, "vector": torch.float16, "grid": torch.uint8}
+    rows = torch.cat([column.draw(4), column.null(2), column.draw(1)])
+    if name == "outline":
+        rows[0, 1, 2] = -1
+    for some in (rows, rows[:0], rows.expand(7, *column.shape)):
+        stored = column.pack(some)
+        assert stored.dtype == column.stored_type == types.get(column.kind, torch.float32)
+        assert stored.is_contiguous() and equal(column.unpack(stored), some)
+
+
+def test_a_grid_of_256_ids_and_null_needs_two_bytes():
+    column = GridColumn(grid=TokenGrid((2,), 256))
+    stored = column.pack(torch.tensor([[255, -1]]))
+    assert stored.dtype == torch.uint16 and stored.tolist() == [[255, 256]]
+
+
+NOT_STORED = [
+    ("view", torch.tensor([3]), r"lie in \[0, 3\)"),
+    ("tags", torch.full((1, 4), 0.5), r"flags must be 0 or 1 \(got 0.5\)"),
+    ("age", torch.tensor([[math.inf]]), "finite"),
+    ("text", torch.full((1, 6), 1e5), r"within \+-65504"),
+    ("outline", torch.full((1, 2, 3), 5), r"lie in \[0, 4\)"),
+    ("outline", torch.zeros(1, 2, 2).long(), r"the shape \(2, 3\)"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "allowed"), WRONG)
-def test_bad_values_are_refused_in_one_line_that_names_the_column(name, value, allowed):
-    with pytest.raises(ValueError, match=allowed) as caught:
-        make_condition(COLUMNS, {name: value}, 2)
-    assert f"condition: {name}" in str(caught.value) or "unknown column" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+@pytest.mark.parametrize(("name", "rows", "allowed"), NOT_STORED)
+def test_what_is_not_allowed_is_neither_written_nor_read(name, rows, allowed):
+    column = COLUMNS[name]
+    with pytest.raises(ValueError, match=allowed):
+        column.pack(rows)
+    with pytest.raises(ValueError):
+        column.unpack(rows.to(torch.float16) if name == "text" else rows)
 
 
-def test_unknown_columns_are_refused_wherever_conditions_go():
-    for model, there in (
-        (make_conditioned("gpt", "number"), "the columns are given"),
-        (make_prior("gpt"), "no columns"),
-    ):
-        tokens = draw_tokens(model, 2)
-        for call in (model, model.log_prob, model.loss, model.features):
-            with pytest.raises(ValueError, match=f"unknown column 'givn'.*{there}"):
-                call(tokens, condition={"givn": torch.zeros(2, 1)})
-        with pytest.raises(ValueError, match=f"expected values by column .got .63.*{there}"):
-            model.log_prob(tokens, condition=[63])
-        with pytest.raises(ValueError, match=f"unknown column 'givn'.*{there}"):
-            model.sample(2, condition={"givn": 1})
-        with pytest.raises(ValueError, match="guidance_on: unknown column 'givn'"):
-            model.sample(2, torch.tensor([0, 1]), guidance_scale=2.0, guidance_on=["givn"])
-    model = make_conditioned("gpt", "all")
-    with pytest.raises(ValueError, match="guidance_scale other than 1 needs labels or a condition"):
-        model.sample(2, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="guidance_scale other than 1 needs a value of age"):
-        model.sample(2, condition={"view": 1}, guidance_scale=2.0, guidance_on=["age"])
+# Configurations
 
 
 NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [3.0]}
@@ -142,6 +145,8 @@ NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [
         ({**NUMBER, "std": [0.0]}, "std"),
         ({**NUMBER, "std": [math.nan]}, "std"),
         ({**NUMBER, "extra": 1}, "extra"),
+        ({**NUMBER, "low": [0.0, 1.0]}, "equally many"),
+        ({"kind": "angle", "size": 0}, "size"),
         ({"kind": "vector", "size": 1 << 20}, "size"),
         ({"kind": "grid", "grid": {"shape": [0, 3], "vocab_size": 4}}, "grid"),
     ],
@@ -154,24 +159,11 @@ def test_bad_columns_are_refused(column, key):
 
 def test_names_and_sizes_of_columns_are_checked():
     for name in ("label", "labels", "a.b", "", "1st", "a" * 65):
-        assert "cannot name a column" in next(conditions_problem({name: VIEW}))
-    assert "equally many" in next(conditions_problem({"age": read_column({**NUMBER, "low": [0.0, 1.0]})}))
-    assert "at most 64" in next(conditions_problem({f"c{k}": VIEW for k in range(65)}))
+        assert "cannot name a column" in next(names_problem([name]))
+    assert "at most 64" in next(names_problem(f"c{k}" for k in range(65)))
     for kind in KINDS:
         for column in columns_of(kind, (2, 3)).values():
             assert read_column(column.to_dict()) == column == read_column(column)
-
-
-def test_digest_depends_on_values_names_and_shapes_alone():
-    condition = {name: draw_values(column, 3) for name, column in COLUMNS.items()}
-    found = digest_condition(condition)
-    assert found == digest_condition({name: condition[name].clone() for name in reversed(condition)})
-    odd = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)  # another NaN
-    assert digest_condition({"age": odd[None]}) == digest_condition({"age": torch.tensor([[math.nan]])})
-    assert digest_condition({"age": torch.tensor([[-0.0]])}) == digest_condition({"age": torch.tensor([[0.0]])})
-    others = [{**condition, name: COLUMNS[name].null(3)} for name in condition]
-    others += [select_rows(condition, slice(2)), {}, {"old": condition["age"]}, {"age": condition["age"]}]
-    assert len({found, *(digest_condition(other) for other in others)}) == 1 + len(others)
 
 
 # Encoding
@@ -225,7 +217,7 @@ def test_grids_lie_over_the_positions_of_the_prior(name, target):
 def test_numbers_keep_their_precision_in_any_type(dtype):
     """Years differ by less than bfloat16 resolves; they are standardised first."""
     year = NumberColumn(mean=[2013.4], std=[7.3], low=[1999.0], high=[2026.0])
-    embed = make_embedding(year, 16)
+    embed = year.embedding(16, TokenGrid((2, 3), 5))
     exact, years = embed.double(), torch.arange(2020.0, 2027.0)[:, None]
     expected = exact(years)
     found = embed.to(dtype)(years)
@@ -235,11 +227,23 @@ def test_numbers_keep_their_precision_in_any_type(dtype):
 
 
 def test_null_is_not_the_mean_nor_zero():
-    for column in (AGE, SPEED, TEXT, TAGS):
-        embed = make_embedding(column, 8)
+    for column in (AGE, SPEED, WIND, POSE, TEXT, TAGS):
+        embed = column.embedding(8, TokenGrid((2, 3), 5))
         middle = torch.tensor(column.mean) if column.kind == "number" else torch.zeros(column.shape)
         null = embed(column.null(1))
         assert null.isfinite().all() and (embed(middle[None]) - null).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_near_angles_have_near_embeddings_across_north(width):
+    embed = WIND.embedding(width, TokenGrid((2, 3), 5)).double()
+    at_350, at_10, at_100, at_190, null = embed(WIND.parse([350, 10, 100, 190, None]))
+    assert (at_350 - at_10).norm() < 0.7 * min((at_10 - at_100).norm(), (at_10 - at_190).norm())
+    assert min((null - each).norm() for each in (at_10, at_100, at_190)) > 1e-4 and null.isfinite().all()
+    torch.testing.assert_close(embed(torch.tensor([[370.0], [-350.0]])), torch.stack([at_10, at_10]), atol=1e-6, rtol=0)
+    partly = torch.tensor([[10.0, math.nan, 20.0], [10.0, 0.0, 20.0]])
+    found = POSE.embedding(width, TokenGrid((2, 3), 5))(partly)
+    assert found.isfinite().all() and not torch.equal(*found), "an angle that is null is not 0"
 
 
 @pytest.mark.parametrize("name", ["gpt", "blocks", "masked", "next_scale"])
@@ -248,8 +252,8 @@ def test_the_encoder_keeps_its_initialization(name):
     model = make_conditioned(name, "all").float()
     reset(model, model.layers)
     weights = {key: weight.detach() for key, weight in model.condition_encoder.named_parameters()}
-    assert 0.8 < float(weights["grids.column_outline.embedding.weight"].std()) < 1.25
-    for column in ("age", "speed", "text", "tags"):
+    assert 0.7 < float(weights["grids.column_outline.embedding.weight"].std()) < 1.4
+    for column in ("age", "speed", "wind", "pose", "text", "tags"):
         assert 0.015 < float(weights[f"vectors.column_{column}.second.weight"].std()) < 0.025
         assert weights[f"vectors.column_{column}.second.bias"].abs().max() == 0
     assert 0.8 < float(model.class_embedding.columns.weight.detach().std()) * 8**0.5 < 1.25
@@ -269,7 +273,7 @@ def test_the_embedding_follows_the_order_of_each_image():
     model = make_conditioned("gpt", "grid same")
     embed, size = model.class_embedding, len(model.grid)
     assert isinstance(embed, ConditionEmbedding)
-    encoded = model.encode_condition(None, 3, {"outline": draw_values(model.conditions["outline"], 3)})
+    encoded = encode(model, 3, None, {"outline": draw_values(model.columns["outline"], 3)})
     orders, raster = torch.stack([torch.randperm(size) for _ in range(3)]), embed.at_positions(encoded)
     for k in range(3):
         assert torch.equal(embed.at_positions(encoded, orders)[k], raster[k, orders[k]])

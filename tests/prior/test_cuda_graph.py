@@ -12,7 +12,7 @@ from threading import Barrier, BrokenBarrierError, Event
 import pytest
 import torch
 from emulated_graphs import Emulated, TwoCards
-from givens.columns import draw_condition, make_conditioned
+from givens.columns import draw_given, make_conditioned
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 
 from prior import cuda_graph, sampling
@@ -54,7 +54,7 @@ def test_conditions_are_inputs_of_a_graph(name: str) -> None:
         return
     model = make_conditioned(name, "all").float()
     for call, count in enumerate((5, 4, 3, 5)):
-        condition = draw_condition(model, count, "some null") if call % 2 else {"age": 10.0 * call}
+        condition = draw_given(model, count, "some null") if call % 2 else {"age": 10.0 * call}
         request = {"condition": condition, "guidance_scale": 2.0, "guidance_on": ["age", "outline"]}
         drawn = model.sample(count, generator=generators(count, call), **request)
         eager = model.sample(count, generator=generators(count, call), on_step=lambda step: None, **request)

@@ -166,7 +166,7 @@ def test_features_are_those_of_each_layer_and_no_hook_is_left(name):
             model.features(tokens, labels, layer)
     if not model.feature_layers:
         return
-    every = model.layer_features(tokens, labels, range(model.feature_layers))
+    every = model.layer_features(tokens, model.read_given(labels, None, 2), range(model.feature_layers))
     assert torch.equal(model.features(tokens, labels), every[model.feature_layers // 2]), "the middle one by default"
     for layer, expected in enumerate(every):
         assert torch.equal(model.features(tokens, labels, layer), expected)

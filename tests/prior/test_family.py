@@ -21,7 +21,9 @@ from small import (
     VARIANTS,
     draw_known,
     draw_tokens,
+    encode,
     generators,
+    logits_of,
     make_prior,
     moved_by,
 )
@@ -55,7 +57,7 @@ def test_logits_depend_on_the_receptive_field_and_on_earlier_blocks_only(name, o
     """Changing a token moves no logits of its block and of earlier ones, and all those that `receptive_field` says."""
     model = make_model(name, order).double()
     tokens, labels, count = draw_tokens(model, 24), torch.arange(24) % 4, len(model.grid)
-    assert model(tokens, labels).shape == (24, count, model.grid.vocab_size)
+    assert logits_of(model, tokens, labels).shape == (24, count, model.grid.vocab_size)
     field = model.receptive_field
     assert field.dtype == torch.bool and moved_by(model, tokens, labels, least=1e-13).equal(field)
     if name not in HEADED and name != "next_scale":
@@ -77,7 +79,7 @@ def test_probabilities_sum_to_one_and_follow_from_the_logits(name, order, label)
     model, grids = make_tiny(name, order, max_grids=4096)
     labels = None if label is None else torch.full((len(grids),), label)
     with torch.no_grad():
-        log_probs, logits = model.token_log_probs(grids, labels), model(grids, labels)
+        log_probs, logits = model.token_log_probs(grids, labels), logits_of(model, grids, labels)
     assert log_probs.dtype == torch.float64 and log_probs.shape == grids.shape
     assert abs(float(log_probs.flatten(1).sum(1).exp().sum()) - 1) < 1e-9
     expected = logits.log_softmax(-1).gather(-1, grids.flatten(1)[..., None]).view(grids.shape)
@@ -123,7 +125,7 @@ def test_step_logits_equal_forward_logits(name, order):
     model = make_model(name, order).double()
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
     with torch.no_grad():
-        whole, steps = model(tokens, labels), all_steps(model, tokens, labels)
+        whole, steps = logits_of(model, tokens, labels), all_steps(model, tokens, labels)
     assert (steps - whole[:, model.order]).abs().max() < 1e-9
 
 
@@ -189,7 +191,7 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
             seen = torch.zeros_like(tokens)
             seen[:, walk[:begin]] = tokens[:, walk[:begin]]
             both, classes = seen.expand(2, size).reshape(2, *model.grid.shape), torch.tensor([int(labels[k]), 3])
-            pair = model(both, classes, **inputs_of_order(model, walk, count)).detach()[:, position]
+            pair = logits_of(model, both, classes, **inputs_of_order(model, walk, count)).detach()[:, position]
             logits = pair[1] + scale_at(settings, begin / max(1, last)) * (pair[0] - pair[1])  # 3 is the null class
             logits = logits / settings.get("temperature", 1.0)
             descending = logits.sort(descending=True)
@@ -252,7 +254,7 @@ def test_sampling_costs_one_forward_pass(name):
     tokens = draw_tokens(model, 4)
     whole = flops(lambda: model(tokens))
     assert flops(lambda: all_steps(model, tokens)) <= 1.1 * whole
-    state = model.start_uncached(4, None)
+    state = model.start_uncached(model.encode_nothing(4))
     assert flops(lambda: model.next_logits_uncached(state, None)) == whole
 
 
@@ -278,7 +280,7 @@ def test_an_empty_batch_and_weights_of_lower_precision_work(name):
     model = make_prior(name)
     tokens = draw_tokens(model, 0)
     for labels in (None, torch.zeros(0, dtype=torch.long)):
-        assert model(tokens, labels).shape == (0, len(model.grid), 5)
+        assert logits_of(model, tokens, labels).shape == (0, len(model.grid), 5)
         assert model.token_log_probs(tokens, labels).shape == tokens.shape
         assert model.log_prob(tokens, labels).shape == (0,)
         assert not model.feature_layers or len(model.features(tokens, labels)) == 0
@@ -298,7 +300,7 @@ def test_a_step_takes_as_many_operations_on_a_larger_grid(name):
     for side in (4, 8):
         model = make_prior(name, shape=(side, side))
         with torch.inference_mode():
-            state, last, steps = model.start(4, torch.arange(4)), None, []
+            state, last, steps = model.start(encode(model, 4, torch.arange(4))), None, []
             if isinstance(state, UncachedState) or name == "next_scale":
                 return
             for size in model.blocks:
@@ -358,10 +360,10 @@ def test_other_grids(name):
 def test_marginal_is_fitted_by_counting():
     model = make_prior("marginal", shape=(1, 2), vocab_size=2, num_classes=2)
     tokens = torch.tensor([[[0, 1]], [[0, 0]], [[1, 1]], [[0, 1]]])
-    model.initialize(tokens, torch.tensor([0, 0, 1, 1]))
-    p = model(tokens[:1], torch.tensor([2])).softmax(-1)[0]
+    model.initialize(tokens, model.read_given([0, 0, 1, 1], None, 4))
+    p = logits_of(model, tokens[:1], torch.tensor([2])).softmax(-1)[0]
     assert torch.allclose(p, torch.tensor([[4 / 6, 2 / 6], [2 / 6, 4 / 6]]))
-    p = model(tokens[:1], torch.tensor([0])).softmax(-1)[0]
+    p = logits_of(model, tokens[:1], torch.tensor([0])).softmax(-1)[0]
     assert torch.allclose(p, torch.tensor([[3 / 4, 1 / 4], [2 / 4, 2 / 4]]))
 
 
@@ -370,8 +372,8 @@ def test_training_begins_with_equally_likely_ids(name):
     """`initialize` sets the output layer to zero; gradients still reach it. (`made` and `marginal` have none.)"""
     model = make_prior(name)
     tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
-    model.initialize(tokens, labels)
-    assert model(tokens, labels).abs().max() == 0
+    model.initialize(tokens, model.read_given(labels, None, 8))
+    assert logits_of(model, tokens, labels).abs().max() == 0
     model.loss(tokens, labels).backward()
     assert model.head.weight.grad.abs().max() > 0
 
@@ -390,5 +392,5 @@ class ManyRows:
 @pytest.mark.slow
 def test_marginal_counts_more_rows_than_a_float_counts_one_by_one():
     model = Prior.create("marginal", grid=TokenGrid((1,), 2))
-    model.initialize(ManyRows(), None)
+    model.initialize(ManyRows(), model.read_given(None, None, len(ManyRows())))
     assert float(model.log_prob(torch.tensor([[0]])).detach().exp()) == pytest.approx(0.9, abs=1e-5)

@@ -44,7 +44,7 @@ def test_orders_and_masks_are_drawn_unless_they_are_given(name, config):
         torch.manual_seed(2)
         inputs = {} if way == "drawn" else model.training_inputs(tokens, 0.7)
         if way == "objective":
-            loss = Likelihood(model)(tokens, labels, inputs)[0]
+            loss = Likelihood(model)(tokens, model.read_given(labels, None, 6), inputs)[0]
         else:
             loss = model.loss(tokens, labels, progress=0.7, **inputs)
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)

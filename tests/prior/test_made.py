@@ -21,7 +21,7 @@ from givens.made_variants import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import draw_tokens, generators, make_prior, moved_by
+from small import draw_tokens, generators, logits_of, make_prior, moved_by
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pipelines import ImagePipeline
@@ -43,7 +43,7 @@ def test_logits_are_those_of_the_paper(variant):
         for k, inputs in enumerate(({}, {"order": order, "degrees": degrees})):
             connections = (inputs.get("order", model.order), inputs.get("degrees", model.degrees()))
             expected = by_the_paper(model, tokens[k], int(labels[k]), *connections)
-            assert (model(tokens, labels, **inputs)[k] - expected).abs().max() < 1e-10
+            assert (logits_of(model, tokens, labels, **inputs)[k] - expected).abs().max() < 1e-10
 
 
 @pytest.mark.sparse
@@ -198,10 +198,10 @@ def test_steps_equal_a_whole_pass(variant, walk, number):
     for rows in (5, 1):
         order = given if given is None or given.ndim == 1 else given[:rows]
         with torch.no_grad(), model.connected(number):
-            whole = model(tokens[:rows], labels[:rows], order=order)
+            whole = logits_of(model, tokens[:rows], labels[:rows], order=order)
             steps, images = all_steps(model, tokens[:rows], labels[:rows], order), torch.arange(rows)[:, None]
             assert (steps - whole[images, path[:rows]]).abs().max() < 1e-9
-        assert number == 0 or not torch.allclose(model(tokens[:rows], labels[:rows], order=order), whole)
+        assert number == 0 or not torch.allclose(logits_of(model, tokens[:rows], labels[:rows], order=order), whole)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_mixture_of_orders_and_masks_is_the_mean_of_its_members_and_its_sample
         mixed, own = model.log_prob(grids, labels, **mixture).exp(), model.log_prob(grids, labels).exp()
         for number, order in itertools.product(range(4), model.orders(mixture["num_orders"])):
             given_ = {"order": model.to_partition(order).order, "degrees": model.numbered_degrees(number)}
-            log_probs = model(grids, labels, **given_).log_softmax(-1).gather(-1, grids.reshape(-1, 4, 1))
+            log_probs = logits_of(model, grids, labels, **given_).log_softmax(-1).gather(-1, grids.reshape(-1, 4, 1))
             members.append(log_probs.sum((1, 2)).exp())
     assert abs(float(mixed.sum()) - 1) < 1e-5
     torch.testing.assert_close(mixed, torch.stack(members).mean(0), rtol=1e-4, atol=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from costs import all_steps, flops, saved_elements
-from small import ORDERS, draw_tokens, make_prior, moved_by
+from small import ORDERS, draw_tokens, logits_of, make_prior, moved_by
 from torch.nn.attention.flex_attention import flex_attention
 
 from prior import masks
@@ -112,7 +112,7 @@ def test_a_model_sees_its_windows_in_forward_and_in_steps(case):
     earlier, field = ranks < ranks[:, None], model.receptive_field
     assert moved_by(model, tokens, labels, least=1e-12).equal(field)
     assert not (field & ~earlier).any() and not field.equal(earlier)
-    assert (all_steps(model, tokens, labels) - model(tokens, labels)[:, model.order]).abs().max() < 1e-9
+    assert (all_steps(model, tokens, labels) - logits_of(model, tokens, labels)[:, model.order]).abs().max() < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

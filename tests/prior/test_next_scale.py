@@ -9,7 +9,7 @@ import pytest
 import torch
 from costs import all_steps, flops
 from givens.headed import all_grids
-from small import draw_tokens, moved_by
+from small import draw_tokens, logits_of, moved_by
 
 from prior import Prior
 from tokenizer import TokenGrid
@@ -44,18 +44,19 @@ def test_a_scale_sees_all_coarser_ones_and_nothing_else(config):
     """Logits of a token's own scale and of coarser ones stay what they are to the bit; all finer ones move."""
     model = of_scales(**config)
     tokens, labels = draw_tokens(model, 16), torch.arange(16) % 4
-    assert model.blocks == (1, 4, 12) and model(tokens, labels).shape == (16, 17, 5)
+    assert model.blocks == (1, 4, 12) and logits_of(model, tokens, labels).shape == (16, 17, 5)
     moved = moved_by(model, tokens, labels, least=0.0)
     scale_of = torch.tensor([0] + [1] * 4 + [2] * 12)
     assert moved.equal(scale_of < scale_of[:, None]) and moved.equal(model.receptive_field)
-    assert (model(tokens, labels) - model(tokens, (labels + 1) % 4)).abs().amax((0, 2)).min() > 1e-3
+    other = logits_of(model, tokens, (labels + 1) % 4)
+    assert (logits_of(model, tokens, labels) - other).abs().amax((0, 2)).min() > 1e-3
 
 
 @every_kind
 def test_a_pass_for_each_scale_gives_the_logits_of_the_whole_at_its_cost(config):
     model = of_scales(((1, 1), (1, 2), (3, 3), (4, 4)), **config).double()
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
-    assert (all_steps(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-12
+    assert (all_steps(model, tokens, labels) - logits_of(model, tokens, labels)).abs().max() < 1e-12
     assert flops(lambda: all_steps(model, tokens)) <= 1.05 * flops(lambda: model(tokens))
 
 

@@ -1,6 +1,6 @@
 """Noise is a function of the image's key, its use, the rank and the id, and of nothing else.
 
-Covers: prior/sampling.py.
+Covers: prior/noise.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import generators, make_prior
 
-from prior import compiling, sampling
-from prior.sampling import (
-    CONFIDENCE,
-    MASKS,
-    ORDERS,
-    TOKENS,
+from prior import compiling
+from prior import noise as noise_module
+from prior.noise import (
+    CONFIDENCE_NOISE,
+    MASK_NOISE,
+    ORDER_NOISE,
+    TOKEN_NOISE,
     TokenNoise,
     draw_keys,
     draw_numbers,
@@ -34,7 +35,7 @@ from prior.sampling import (
     uniform_noise,
 )
 
-USES = (TOKENS, ORDERS, CONFIDENCE, MASKS)
+USES = (TOKEN_NOISE, ORDER_NOISE, CONFIDENCE_NOISE, MASK_NOISE)
 examples = settings(deadline=None, max_examples=60, derandomize=True)
 all_keys = st.lists(st.integers(0, (1 << 63) - 2), min_size=1, max_size=3)
 
@@ -77,16 +78,16 @@ def test_hashes_and_variates_are_those_of_unsigned_arithmetic(keys, use, first):
 @given(st.integers(-(1 << 63), (1 << 63) - 1), st.integers(1, 1 << 20))
 def test_a_uniform_variate_is_never_zero_or_one_and_draws_a_number_in_range(number, count):
     key = torch.tensor([0])
-    with mock.patch.object(sampling, "hash_counters", lambda *given: torch.tensor([[number]])):
-        assert 0 < float(uniform_noise(key, TOKENS, 0, 1)) < 1
-        assert gumbel_noise(key, TOKENS, 0, 1).isfinite().all()
-        assert 0 <= int(draw_numbers(key, ORDERS, count)) < count
+    with mock.patch.object(noise_module, "hash_counters", lambda *given: torch.tensor([[number]])):
+        assert 0 < float(uniform_noise(key, TOKEN_NOISE, 0, 1)) < 1
+        assert gumbel_noise(key, TOKEN_NOISE, 0, 1).isfinite().all()
+        assert 0 <= int(draw_numbers(key, ORDER_NOISE, count)) < count
 
 
 def test_the_largest_hash_draws_the_last_number(monkeypatch):
-    monkeypatch.setattr(sampling, "hash_counters", lambda *given: torch.tensor([[-1]]))
+    monkeypatch.setattr(noise_module, "hash_counters", lambda *given: torch.tensor([[-1]]))
     for count in (1, 3, (1 << 20) - 1):
-        assert draw_numbers(torch.tensor([0]), ORDERS, count).tolist() == [count - 1]
+        assert draw_numbers(torch.tensor([0]), ORDER_NOISE, count).tolist() == [count - 1]
 
 
 # Distribution
@@ -95,7 +96,7 @@ def test_the_largest_hash_draws_the_last_number(monkeypatch):
 @pytest.mark.parametrize(("images", "count"), [(1000, 1000), (1, 1_000_000)])
 def test_noise_has_the_distribution_of_gumbel(images, count):
     """Moments, and the largest distance of the distribution function (Kolmogorov and Smirnov), of a million numbers."""
-    drawn = gumbel_noise(keys_of(images), TOKENS, 0, count).flatten().double()
+    drawn = gumbel_noise(keys_of(images), TOKEN_NOISE, 0, count).flatten().double()
     total, scale = len(drawn), math.pi / 6**0.5
     centred = (drawn - drawn.mean()) / drawn.std()
     assert abs(float(drawn.mean()) - 0.5772156649) < 5 * scale / total**0.5
@@ -126,9 +127,9 @@ def test_uses_of_a_key_are_independent():
 
 def test_images_ranks_and_consecutive_keys_are_independent():
     """Also for keys that differ by one, or in one bit, which no generator draws."""
-    noise = uniform_noise(keys_of(500), TOKENS, 0, 400)
-    consecutive = uniform_noise(torch.arange(500), TOKENS, 0, 400)
-    bits = uniform_noise(torch.tensor([1 << bit for bit in range(63)]), TOKENS, 0, 4000)
+    noise = uniform_noise(keys_of(500), TOKEN_NOISE, 0, 400)
+    consecutive = uniform_noise(torch.arange(500), TOKEN_NOISE, 0, 400)
+    bits = uniform_noise(torch.tensor([1 << bit for bit in range(63)]), TOKEN_NOISE, 0, 4000)
     for drawn in (noise, consecutive, bits):
         for one, other in ((drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1])):
             assert abs(correlation(one, other)) < 5 / one.numel() ** 0.5
@@ -138,11 +139,11 @@ def test_images_ranks_and_consecutive_keys_are_independent():
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
 def test_numbers_are_equally_likely(count):
     keys = keys_of(30_000)
-    drawn = draw_numbers(keys, ORDERS, count)
+    drawn = draw_numbers(keys, ORDER_NOISE, count)
     assert drawn.dtype == torch.int64 and drawn.shape == keys.shape
     assert as_frequent(drawn, torch.full((count,), 1 / count))
-    assert torch.equal(draw_numbers(keys[5:9], ORDERS, count), drawn[5:9])
-    assert count == 1 or not torch.equal(drawn, draw_numbers(keys, MASKS, count))
+    assert torch.equal(draw_numbers(keys[5:9], ORDER_NOISE, count), drawn[5:9])
+    assert count == 1 or not torch.equal(drawn, draw_numbers(keys, MASK_NOISE, count))
 
 
 # Any part, on any device
@@ -153,22 +154,22 @@ def test_numbers_are_equally_likely(count):
 def test_any_ranks_of_any_images_have_the_same_noise(cuts, rows, at_once, backwards):
     """However many numbers are computed at a time, and in whichever sequence ranks are requested."""
     keys, ends = keys_of(4), [0, *sorted(cuts), 12]
-    whole = gumbel_noise(keys, TOKENS, 0, 60)[rows].view(4, 12, 5)
-    with mock.patch.object(sampling, "NUMBERS_AT_ONCE", at_once):
+    whole = gumbel_noise(keys, TOKEN_NOISE, 0, 60)[rows].view(4, 12, 5)
+    with mock.patch.object(noise_module, "NUMBERS_AT_ONCE", at_once):
         noise = TokenNoise(keys[rows], 12, 5)
         for begin, end in list(itertools.pairwise(ends))[:: -1 if backwards else 1]:
             assert torch.equal(noise.of_ranks(begin, end), whole[:, begin:end])
 
 
 def test_without_float64_numbers_are_computed_on_the_cpu(monkeypatch):
-    expected = gumbel_noise(keys_of(3), TOKENS, 0, 50), draw_numbers(keys_of(30), MASKS, 7)
+    expected = gumbel_noise(keys_of(3), TOKEN_NOISE, 0, 50), draw_numbers(keys_of(30), MASK_NOISE, 7)
     moved = []
-    monkeypatch.setattr(sampling, "finest", lambda device: torch.float32)
+    monkeypatch.setattr(noise_module, "finest", lambda device: torch.float32)
     monkeypatch.setattr(
         torch.Tensor, "cpu", lambda self, real=torch.Tensor.cpu: moved.append(self.numel()) or real(self)
     )
-    assert torch.equal(gumbel_noise(keys_of(3), TOKENS, 0, 50), expected[0]) and moved[-1] == 3
-    assert torch.equal(draw_numbers(keys_of(30), MASKS, 7), expected[1]) and moved[-1] == 30
+    assert torch.equal(gumbel_noise(keys_of(3), TOKEN_NOISE, 0, 50), expected[0]) and moved[-1] == 3
+    assert torch.equal(draw_numbers(keys_of(30), MASK_NOISE, 7), expected[1]) and moved[-1] == 30
 
 
 def test_the_default_device_of_torch_does_not_matter():
@@ -210,20 +211,20 @@ INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(
 def test_a_fused_kernel_draws_the_same_noise_for_any_batch_and_rank(backend, compiler, monkeypatch):
     """Hashes to the bit. It is compiled once, as it cannot be while a graph is captured."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
-    monkeypatch.setattr(sampling, "can_compile", lambda device: True)
-    monkeypatch.setattr(sampling, "NUMBERS_AT_ONCE", 15)
-    sampling._compiled_noise.cache_clear()
-    hashes = torch.compile(sampling._hash, dynamic=True)
+    monkeypatch.setattr(noise_module, "can_compile", lambda device: True)
+    monkeypatch.setattr(noise_module, "NUMBERS_AT_ONCE", 15)
+    noise_module._compiled_noise.cache_clear()
+    hashes = torch.compile(noise_module._hash, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
         for count in (3, 4, 6):
             keys, counters = keys_of(count), torch.arange(7 * count, 9 * count)
-            assert torch.equal(hashes(keys, TOKENS, counters), sampling._hash(keys, TOKENS, counters))
+            assert torch.equal(hashes(keys, TOKEN_NOISE, counters), noise_module._hash(keys, TOKEN_NOISE, counters))
             noise = TokenNoise(keys, 12, 5)
             assert noise.draw is fused_gumbel_noise and noise.at_once == 1
             for rank in range(12):
-                expected = gumbel_noise(keys, TOKENS, 5 * rank, 5)[:, None]
+                expected = gumbel_noise(keys, TOKEN_NOISE, 5 * rank, 5)[:, None]
                 torch.testing.assert_close(noise.of_ranks(rank, rank + 1), expected, rtol=1e-6, atol=1e-6)
-    sampling._compiled_noise.cache_clear()
+    noise_module._compiled_noise.cache_clear()
     assert TokenNoise(keys_of(2), 12, 5).draw is gumbel_noise  # small batches do not wait for a compiler
 
 
@@ -232,13 +233,13 @@ def test_a_kernel_that_cannot_be_compiled_is_replaced_with_one_warning(compiler,
         raise OSError("gcc: not found")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    sampling._compiled_noise.cache_clear()
+    noise_module._compiled_noise.cache_clear()
     with pytest.warns(UserWarning, match="gcc: not found") as warned:
         for first in (0, 5):
-            found = fused_gumbel_noise(keys_of(3), TOKENS, first, 5)
-            assert torch.equal(found, gumbel_noise(keys_of(3), TOKENS, first, 5))
+            found = fused_gumbel_noise(keys_of(3), TOKEN_NOISE, first, 5)
+            assert torch.equal(found, gumbel_noise(keys_of(3), TOKEN_NOISE, first, 5))
     assert len(warned) == 1
-    sampling._compiled_noise.cache_clear()
+    noise_module._compiled_noise.cache_clear()
 
 
 @pytest.mark.parametrize("lacks", ["Triton", "C compiler", "Python.h", "a newer GPU", "a GPU", "nothing"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from costs import saved_elements
-from small import PRIORS, draw_tokens, make_prior
+from small import PRIORS, draw_tokens, logits_of, make_prior
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -86,7 +86,7 @@ def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
             monkeypatch.setattr(objectives, "LARGE", large)
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model.loss_from_outputs(model(tokens, labels, **inputs), tokens, **inputs)
+                loss = model.loss_from_outputs(logits_of(model, tokens, labels, **inputs), tokens, **inputs)
             gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             found.append([loss, *(gradient for gradient in gradients if gradient is not None)])
         scale = max(float(part.detach().abs().max()) for part in found[0])
@@ -111,7 +111,7 @@ def test_losses_of_bf16_logits_are_computed_in_float32(name, vocab_size):
 def test_only_a_loss_that_bounds_the_likelihood_is_logged_as_bits(config, is_bound):
     model = make_prior("masked", **config).train()
     tokens, labels = draw_tokens(model, 6), torch.zeros(6, dtype=torch.long)
-    loss, logged = Likelihood(model)(tokens, labels, model.training_inputs(tokens, 0.0))
+    loss, logged = Likelihood(model)(tokens, model.read_given(labels, None, 6), model.training_inputs(tokens, 0.0))
     assert loss.requires_grad and torch.isfinite(loss) and ("bits_per_token" in logged) == is_bound
     assert not is_bound or float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / math.log(2))
 
@@ -156,18 +156,18 @@ def test_alignment_raises_the_own_label_above_others_against_a_frozen_copy(name)
     assert list(module.state_dict()) == [f"prior.{key}" for key in prior.state_dict()]
     tokens = draw_tokens(prior, 6)
     labels, others = torch.tensor([0, 1, 2, 0, 1, 3]), torch.tensor([1, 2, 0, 2, 0, 0])
-    inputs = prior.training_inputs(tokens, 0.0)
+    inputs, given = prior.training_inputs(tokens, 0.0), prior.read_given(labels, None, 6)
     optimizer = torch.optim.SGD(prior.parameters(), lr=0.02)
-    loss, terms = module(tokens, labels, others, inputs)
+    loss, terms = module(tokens, given, others, inputs)
     assert float(terms["cca"]) == pytest.approx((1 + 2 * 5 / 6) * math.log(2), rel=1e-4)
     assert float(loss.detach()) == pytest.approx(float(terms["cca"]) / 2)
     assert float(terms["margin"]) == pytest.approx(0, abs=1e-4)
     for _ in range(3):
         optimizer.zero_grad()
-        module(tokens, labels, others, inputs)[0].backward()
+        module(tokens, given, others, inputs)[0].backward()
         optimizer.step()
     assert all(parameter.grad is None for parameter in frozen.parameters())
-    _, after = module(tokens, labels, others, inputs)
+    _, after = module(tokens, given, others, inputs)
     assert float(after["cca"]) < float(terms["cca"]) and float(after["margin"]) > 0 and float(after["above"]) > 0.5
 
 
@@ -181,22 +181,23 @@ def test_own_labels_rise_and_others_fall(negatives, rises):
     others = (labels + 1) % 3
     for _ in range(3):
         optimizer.zero_grad()
-        module(tokens, labels, others, {})[0].backward()
+        module(tokens, prior.read_given(labels, None, 6), others, {})[0].backward()
         optimizer.step()
-    given = labels if rises else others
-    assert ((prior.log_prob(tokens, given) - frozen.log_prob(tokens, given)).mean() > 0) == rises
+    classes = labels if rises else others
+    assert ((prior.log_prob(tokens, classes) - frozen.log_prob(tokens, classes)).mean() > 0) == rises
 
 
 def test_logged_terms_are_of_images_with_their_label():
     """The loss is divided by lambda, so that a large one is no large learning rate, but by no less than one."""
     prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
     tokens, labels, others = draw_tokens(prior, 6), torch.tensor([0, 1, 2, 3, 1, 3]), torch.tensor([1, 2, 0, 0, 0, 1])
+    given = prior.read_given(labels, None, 6)
     with torch.no_grad():
         own = prior.log_prob(tokens, labels) - frozen.log_prob(tokens, labels)
         other = prior.log_prob(tokens, others) - frozen.log_prob(tokens, others)
         gap, labelled = (own - other)[labels < 3], (labels < 3).float()
         for negatives in (0.5, 4.0):
-            loss, terms = Alignment(prior, frozen, 0.7, negatives)(tokens, labels, others, {})
+            loss, terms = Alignment(prior, frozen, 0.7, negatives)(tokens, given, others, {})
             expected = alignment_loss(own, other, labelled, 0.7, negatives)
             bits = -prior.log_prob(tokens, labels).mean() / (12 * math.log(2))
             found = {"cca": expected, "margin": gap.mean(), "above": (gap > 0).float().mean(), "bits_per_token": bits}
@@ -204,7 +205,7 @@ def test_logged_terms_are_of_images_with_their_label():
                 {name: float(value) for name, value in found.items()}, rel=1e-4, abs=1e-5
             )
             assert float(loss) == pytest.approx(float(expected) / max(1.0, negatives), rel=1e-4)
-        _, terms = Alignment(prior, frozen, 0.7, 1.0)(tokens, torch.full((6,), 3), others, {})
+        _, terms = Alignment(prior, frozen, 0.7, 1.0)(tokens, given.without(), others, {})
         assert float(terms["margin"]) == float(terms["above"]) == 0.0  # no image has its label
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prior.options import select_order
 from prior.orders import (
     CURVES,
     FORMS,
@@ -24,7 +25,6 @@ from prior.orders import (
     order_problem,
     region_counts,
 )
-from prior.sampling import select_order
 
 examples = settings(deadline=None, max_examples=60, derandomize=True)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import generators, make_prior
 
-from prior import base, parallel, sampling
+from prior import base, noise, parallel
 
 
 def drawn_in_parallel(model, count, monkeypatch, **settings):
@@ -63,11 +63,11 @@ def test_large_batches_are_cut(scale, monkeypatch):
 def test_each_pass_is_right_up_to_the_first_token_that_changed(name, order, monkeypatch):
     """Against all passes written again: whole guesses, argmax of logits and noise."""
     model = make_prior(name, order=order)
-    noise = sampling.TokenNoise(sampling.draw_keys(generators(1), 1), 12, 5).of_ranks(0, 12)
-    guess, count = noise.argmax(-1), 0
+    own = noise.TokenNoise(noise.draw_keys(generators(1), 1), 12, 5).of_ranks(0, 12)
+    guess, count = own.argmax(-1), 0
     while True:
         raster = torch.empty_like(guess).scatter_(1, model.order[None], guess)
-        drawn = (model(raster.view(1, 3, 4))[:, model.order].detach() + noise).argmax(-1)
+        drawn = (model(raster.view(1, 3, 4))[:, model.order].detach() + own).argmax(-1)
         count += 1
         if torch.equal(drawn, guess):
             break

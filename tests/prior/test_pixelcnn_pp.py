@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from costs import all_steps
 from givens.headed import make_headed
-from small import draw_tokens, make_prior, moved_by
+from small import draw_tokens, encode, logits_of, make_prior, moved_by
 from torch import nn
 
 from prior import Prior
+from prior.condition_encoder import Encoded
 from prior.layers import CausalConv2d, RowCache, WholeRows, see
 from prior.pixelcnn_pp import Grow
 from tokenizer import TokenGrid
@@ -42,7 +43,8 @@ def gated(block, x, label, sides, *others):
     inner = convolved(block.first, both_signs(x), sides)
     for linear, other in zip(block.beside, others, strict=True):
         inner = inner + torch.einsum("oc,bchw->bohw", linear.weight, both_signs(other))
-    a, b = (convolved(block.second, both_signs(inner), sides) + block.label(label)[:, :, None, None]).chunk(2, 1)
+    bias = block.label(Encoded(label))[:, :, None, None]
+    a, b = (convolved(block.second, both_signs(inner), sides) + bias).chunk(2, 1)
     return x + a * torch.sigmoid(b)
 
 
@@ -100,7 +102,7 @@ def test_the_streams_are_those_of_the_paper(stages, shape, depth):
     model = make_prior(KIND, shape, stages=stages, depth=depth).double()
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
     expected = reference(model, tokens, labels)
-    assert torch.allclose(model(tokens, labels), expected, rtol=1e-9, atol=1e-9) and expected.std() > 0.1
+    assert torch.allclose(logits_of(model, tokens, labels), expected, rtol=1e-9, atol=1e-9) and expected.std() > 0.1
 
 
 def test_published_size():
@@ -129,7 +131,7 @@ def test_coarser_stages_see_farther():
 def test_every_part_is_used(stages):
     """A gradient reaches each weight: of each way, each short-cut, each resolution; of each tap, too."""
     model = make_prior(KIND, (9, 10), stages=stages).double()
-    model(draw_tokens(model, 8), torch.arange(8) % 4).square().sum().backward()
+    logits_of(model, draw_tokens(model, 8), torch.arange(8) % 4).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad.flatten(2) if parameter.ndim > 2 else parameter.grad).abs().sum() > 0, name
         assert parameter.ndim < 4 or (parameter.grad.abs().sum((0, 1)) > 0).all(), name
@@ -171,7 +173,7 @@ def test_steps_are_the_forward_pass(stages, rows, shape):
     model = make_prior(KIND, shape, stages=stages, depth=2).double()
     tokens, labels = draw_tokens(model, rows), torch.arange(rows) % 4
     with torch.inference_mode():
-        whole, other = model(tokens, labels), model.start(rows, labels)
+        whole, other = logits_of(model, tokens, labels), model.start(encode(model, rows, labels))
         bound = 1e-12 * whole.abs().max()
         assert (all_steps(model, tokens, labels) - whole).abs().max() < bound
         assert (all_steps(model, tokens) - model(tokens)).abs().max() < 1e-12 * model(tokens).abs().max()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from costs import all_steps
-from small import make_prior
+from small import logits_of, make_prior
+
+from prior.condition_encoder import Encoded
 
 
 @pytest.mark.parametrize("sizes", [{"heads": 1, "key": 4, "value": 4}, {"heads": 3, "key": 2, "value": 5}])
@@ -44,7 +46,7 @@ def test_residual_layer_by_definition(kernel):
     x, elu = torch.randn(3, 4, 8).double(), torch.nn.functional.elu
     inner = elu(convolved(residual.first, elu(x)))
     content, gate = (convolved(residual.second, inner) + residual.label.weight[1]).chunk(2, -1)
-    found = residual(x[None], torch.tensor([1]))[0]
+    found = residual(x[None], Encoded(torch.tensor([1])))[0]
     assert (found - (x + content * gate.sigmoid())).abs().max() < 1e-12
 
 
@@ -58,7 +60,7 @@ def test_the_first_position_attends_to_nothing():
     only = make_prior("pixelsnail", shape=(1, 1))
     assert only(torch.zeros(2, 1, 1, dtype=torch.long)).isfinite().all()
     with torch.inference_mode():
-        assert only.next_logits(only.start(1, None), None).isfinite().all()
+        assert only.next_logits(only.start(only.encode_nothing(1)), None).isfinite().all()
 
 
 SIZES = [{}, {"residual": 1, "kernel": 5}, {"residual": 3, "heads": 1, "key": 8, "depth": 1}]
@@ -74,4 +76,4 @@ def test_steps_with_any_number_of_rows_and_sizes(rows, shape, sizes):
     tokens, labels = torch.randint(5, (rows, *shape)), torch.arange(rows) % 4
     for given in (labels, None):
         steps = all_steps(model, tokens, given)  # with gradients on: a step is no part of training
-        assert not steps.requires_grad and (steps - model(tokens, given)[:, model.order]).abs().max() < 1e-9
+        assert not steps.requires_grad and (steps - logits_of(model, tokens, given)[:, model.order]).abs().max() < 1e-9

@@ -1,6 +1,6 @@
 """Settings, requests and calls that priors refuse: an error of one line that names the setting or argument.
 
-Covers: prior/base.py, prior/sampling.py.
+Covers: prior/base.py, prior/options.py, prior/sampling.py.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_an_unknown_kind_lists_the_known_ones():
 TOKENS, ALL = torch.zeros(2, 3, 4).long(), torch.ones(2, 3, 4).bool()
 BOTH = {"tokens": TOKENS, "known": ALL}
 NO_TOKENS = (TOKENS + 5, TOKENS - 1, TOKENS.transpose(1, 2), TOKENS[0], TOKENS.float(), ALL)
-NO_LABELS = [[1.0, 2.0], [1, 2, 3], [1, 4], [-1, 2], [True, False], torch.tensor(1), torch.eye(2).long()]
+NO_LABELS = [[1.0, 2.0], [1, 2, 3], [1, 4], [-1, 2], [True, False], torch.eye(2).long()]
 NO_ORDERS = ["strange", [1, 2], torch.arange(12.0), [0] * 12, torch.arange(12).expand(3, -1), torch.ones(12).bool()]
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "num_images": [0, -1, 2.0, None, True],

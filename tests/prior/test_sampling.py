@@ -17,16 +17,9 @@ from small import draw_tokens, generators, make_prior
 from torch import Tensor
 
 from prior.masked import MaskedOptions
-from prior.sampling import (
-    GREEDY,
-    TOKENS,
-    SamplingOptions,
-    TokenNoise,
-    draw_keys,
-    gumbel_noise,
-    likeliest,
-    progress_bar,
-)
+from prior.noise import TOKEN_NOISE, TokenNoise, draw_keys, gumbel_noise
+from prior.options import GREEDY, SamplingOptions, likeliest
+from prior.sampling import progress_bar
 
 examples = settings(deadline=None, max_examples=100, derandomize=True)
 
@@ -34,7 +27,7 @@ examples = settings(deadline=None, max_examples=100, derandomize=True)
 def gumbel(shape: tuple[int, ...], seed: int) -> Tensor:
     """Noise of this shape."""
     keys = draw_keys(torch.Generator().manual_seed(seed), 1)
-    return gumbel_noise(keys, TOKENS, 0, math.prod(shape)).view(shape)
+    return gumbel_noise(keys, TOKEN_NOISE, 0, math.prod(shape)).view(shape)
 
 
 # Settings

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+from small import encode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,9 +90,9 @@ def saved_elements(run):
     return sum(found.values())
 
 
-def all_steps(model, tokens, labels=None, order=None):
+def all_steps(model, tokens, labels=None, order=None, *, condition=None):
     """Logits `(B, N, V)` on `tokens` by cached steps, in an order (default: the model's own)."""
     path, blocks = model.to_partition(order)
     walked = tokens.flatten(1).gather(1, path.expand(len(tokens), -1)).split(blocks, 1)
-    state = model.start(len(tokens), labels, order)
+    state = model.start(encode(model, len(tokens), labels, condition), order)
     return torch.cat([model.next_logits(state, last) for last in (None, *walked[:-1])], 1)

@@ -321,15 +321,15 @@ def check_tokenizer(name: str, config: dict[str, Any]) -> None:
 
 def check_prior(name: str, config: dict[str, Any]) -> None:
     """A training step in bf16, a likelihood, and all modes of sampling."""
-    from small import draw_tokens, generators, make_prior
+    from small import draw_tokens, encode, generators, make_prior
 
     model = make_prior(name, (4, 4), 7, **config).train()
     tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
-    model.initialize(tokens, labels % 3)
+    model.initialize(tokens, model.read_given(labels % 3, None, 8))
     model, tokens, labels = model.to(CUDA), tokens.to(CUDA), labels.to(CUDA)
     inputs = model.training_inputs(tokens, 0.3)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        outputs = model.forward_outputs(tokens, labels, **inputs)
+        outputs = model.forward_outputs(tokens, encode(model, 8, labels), **inputs)
     check_gradients(model, model.loss_from_outputs(outputs, tokens, **inputs))
     with torch.no_grad():
         model.eval().log_prob(tokens, labels)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prior import Prior
+from prior.condition_encoder import Encoded
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.quantizers import Quantized, Quantizer
 
@@ -154,14 +155,26 @@ def draw_known(model: Prior, count: int, share: float) -> Tensor:
     return torch.rand(count, *model.grid.shape) < share
 
 
+def encode(model: Prior, count: int, labels: Any = None, condition: Any = None) -> Encoded:
+    """What is given of `count` images, as `forward` receives it."""
+    return model.encode_given(model.read_given(labels, condition, count))
+
+
+def logits_of(model: Prior, tokens: Tensor, labels: Any = None, *, condition: Any = None, **inputs: Any) -> Tensor:
+    """Teacher-forced logits given labels and a condition; inputs: further arguments of `forward`."""
+    logits: Tensor = model(tokens, encode(model, len(tokens), labels, condition), **inputs)
+    return logits
+
+
 def moved_by(model: Prior, tokens: Tensor, labels: Tensor | None = None, least: float = 1e-9, **inputs: Any) -> Tensor:
     """bool `(N, N)`: [i, j] if changing token j changes the logits at i by more than `least`, in some image."""
     vocab, size = model.grid.vocab_size, len(model.grid)
-    before, moved = model(tokens, labels, **inputs), torch.zeros(size, size, dtype=torch.bool)
+    encoded, moved = encode(model, len(tokens), labels), torch.zeros(size, size, dtype=torch.bool)
+    before = model(tokens, encoded, **inputs)
     for at in range(size):
         changed = tokens.flatten(1).clone()
         changed[:, at] = (changed[:, at] + torch.randint(1, vocab, changed[:, at].shape)) % vocab
-        moved[:, at] = (model(changed.view_as(tokens), labels, **inputs) - before).abs().amax((0, 2)) > least
+        moved[:, at] = (model(changed.view_as(tokens), encoded, **inputs) - before).abs().amax((0, 2)) > least
     return moved
 
 

@@ -107,7 +107,7 @@ def test_a_block_of_a_model_without_blocks_has_its_conditional_probability():
     pipe = make("gpt", size=(8, 8), any_order=True)
     tokens = tokens_of(pipe)
     for mask in hidden_masks(2, 2, 1):
-        nats = pipe.prior.hidden_log_probs(tokens, (~mask).flatten().expand(3, -1))
+        nats = pipe.prior.hidden_log_probs(tokens, (~mask).flatten().expand(3, -1), nothing(pipe, tokens))
         torch.testing.assert_close(
             (nats * mask).sum((1, 2)), region_log_prob(pipe.prior, tokens, ~mask, nothing(pipe, tokens))
         )

@@ -1,6 +1,6 @@
 """Fields of columns: they give what the Python code says, and mistakes are one line.
 
-Covers: pipelines/app/conditions.py.
+Covers: pipelines/app/controls.py, pipelines/columns.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 
 gr, served_ = Late("gradio"), Late("pipelines.app.served")
-conditions, controls = Late("pipelines.app.conditions"), Late("pipelines.app.controls")
+controls = Late("pipelines.app.controls")
 sample, complete, compare, anomaly = (
     Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare", "anomaly")
 )
@@ -31,7 +31,7 @@ EMBEDDING = {"kind": "vector", "size": 4, "encoder": "other:function"}
 @pytest.fixture(scope="module")
 def pipe():
     torch.manual_seed(0)
-    return make_conditioned("blocks", {**COLUMNS, "embedding": EMBEDDING}, any_order=True)
+    return make_conditioned("blocks", {**COLUMNS, "embedding": EMBEDDING, "wind": {"kind": "angle"}}, any_order=True)
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def quiet(done, total, unit):
 def fields(served, given=(), **changed):
     """The values of all fields after a visitor has chosen columns and changed some."""
     with gr.Blocks():
-        chosen, *made = conditions.make_condition_fields(served, "tab")
+        chosen, *made = controls.make_condition_fields(served, "tab")
     labels = [field.label.partition(",")[0] for field in made]
-    assert labels == ["view", "findings", "age", "motion 1", "motion 2", "text", "outline"]
+    assert labels == ["view", "findings", "age", "motion 1", "motion 2", "text", "wind", "outline"]
     assert chosen.value == [] and not any(field.visible for field in made)
     return [
         list(given),
@@ -67,8 +67,15 @@ def settings(pipe, guidance_scale=1.0, guidance_on=()):
     return [*{**controls.get_slider_values(pipe), "guidance_scale": guidance_scale}.values(), list(guidance_on)]
 
 
-CHANGED = {"view": 1, "findings": ["bone", "water"], "age": 63, "motion_1": 1.5, "motion_2": -1, "text": "a hand"}
-VALUES = {"view": "lateral", "findings": ["bone", "water"], "age": 63, "motion": [1.5, -1], "text": "a hand"}
+VALUES = {
+    "view": "lateral",
+    "findings": ["bone", "water"],
+    "age": 63,
+    "motion": [1.5, -1],
+    "text": "a hand",
+    "wind": 350,
+}
+CHANGED = {**VALUES, "motion_1": 1.5, "motion_2": -1}
 
 
 def run_code(code, pipe, monkeypatch, **files):
@@ -86,7 +93,7 @@ def arrays(images):
 @pytest.mark.parametrize("given", [[], ["age"], [*VALUES], [*VALUES, "outline"]])
 def test_only_columns_that_are_chosen_are_given(served, pipe, picture, monkeypatch, given):
     values = fields(served, given, **CHANGED, outline=[(str(picture), None)])
-    found = conditions.read_fields(pipe, values)
+    found = controls.read_fields(pipe, values)
     picked = found.pop("outline", None)
     assert found == {name: VALUES[name] for name in given if name in VALUES}
     assert (picked is not None) == ("outline" in given)
@@ -99,7 +106,7 @@ def test_only_columns_that_are_chosen_are_given(served, pipe, picture, monkeypat
 
 
 def test_guidance_applies_to_the_chosen_columns(served, pipe, monkeypatch):
-    values = fields(served, ["age", "view"], age=80, view=1)
+    values = fields(served, ["age", "view"], age=80, view="lateral")
     images, _, code = sample.draw(served, quiet, [1], 4, 0, "", *settings(pipe, 4.0, ["age"]), *values)
     condition = {"age": 80, "view": "lateral"}
     drawn = [pipe(4, "dog", condition=condition, seed=0, guidance_scale=4.0, guidance_on=on) for on in (["age"], None)]
@@ -153,7 +160,7 @@ def test_pipelines_without_columns_have_no_fields():
     torch.manual_seed(0)
     plain = served_.Served(make_pipeline("pixels", size=(4, 6)), "plain")
     with gr.Blocks() as page:
-        assert conditions.make_condition_fields(plain, "tab") == []
+        assert controls.make_condition_fields(plain, "tab") == []
         assert len(controls.make_sliders(plain.pipeline)) == len(controls.get_slider_values(plain.pipeline))
     assert not any(isinstance(block, gr.Markdown | gr.CheckboxGroup) for block in page.blocks.values())
 

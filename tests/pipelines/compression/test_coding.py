@@ -21,7 +21,6 @@ from givens.images import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from prior.conditions import GridColumn
 from small import PRIORS, make_prior, make_tokenizer
 from small_pipelines import COLUMNS, make_conditioned, make_pipeline
 
@@ -31,6 +30,7 @@ from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_ste
 from pipelines.compression.coding import exact_pixels
 from pipelines.compression.container import DamagedStream, ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
+from prior.columns import GridColumn
 from tokenizer import TokenGrid
 from tokenizer.base import LikelihoodError
 
@@ -318,7 +318,7 @@ def rows_of(pipe, count, seed=0):
         return values
 
     labels = torch.randint(3, (count,), generator=generator)
-    return {**{name: draw(column) for name, column in pipe.conditions.items()}, "label": labels}
+    return {**{name: draw(column) for name, column in pipe.prior.config.conditions.items()}, "label": labels}
 
 
 TAKE_CONDITIONS = [name for name in PRIORS if Prior.find(name).Config.takes_conditions]
@@ -336,11 +336,11 @@ def test_every_prior_codes_given_a_condition(prior, monkeypatch):
         found = decompressed(pipe, data, condition=condition, batch_size=batch_size)
         assert torch.equal(found, expected(pipe, images, False))
     model, tokens = coding.to_double(pipe.prior, pipe.device), pipe.encode(images)
-    labels = condition.pop("label")
-    used = torch.stack(seen, 1).log_softmax(-1)
-    for ids, columns, is_used in ((labels, condition, True), (None, condition, False), (labels, None, False)):
+    used, whole = torch.stack(seen, 1).log_softmax(-1), pipe.read_given(None, condition, limit=False)
+    others = [name for name in whole.names if name != "label"]
+    for known, is_used in ((whole, True), (whole.without(["label"]), False), (whole.without(others), False)):
         with torch.no_grad():
-            logits = model(tokens, ids, condition=columns)[:, model.order].log_softmax(-1)
+            logits = model(tokens, model.encode_given(known))[:, model.order].log_softmax(-1)
         close = (logits - used).abs().amax((1, 2)) < 1e-9
         assert bool(close.all() if is_used else (~close).any())
 
@@ -443,11 +443,11 @@ def test_an_earlier_type_of_the_weights_does_not_matter():
     fresh.prior.eval()
     images, condition = images_of(pipe), rows_of(pipe, 9)
     data = compressed(pipe, images, condition=condition)
-    labels = condition.pop("label")
-    encoded = coding.Models(pipe, residual=False).prior.encode_condition(None, 9, condition)
+    given = pipe.read_given(None, condition, limit=False)
+    encoded = coding.Models(pipe, residual=False).prior.encode_given(given)
     for other in (fresh, copy.deepcopy(pipe).to(dtype=torch.float64)):
-        assert compressed(other, images, condition={**condition, "label": labels}) == data
-        again = coding.Models(other, residual=False).prior.encode_condition(None, 9, condition)
+        assert compressed(other, images, condition=condition) == data
+        again = coding.Models(other, residual=False).prior.encode_given(given)
         assert torch.equal(again.vector, encoded.vector) and torch.equal(again.map, encoded.map)
 
 

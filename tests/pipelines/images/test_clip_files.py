@@ -20,8 +20,8 @@ from pipelines.__main__ import main
 from pipelines.commands.detect import DetectConfig, find_images
 from pipelines.config import UserError
 from pipelines.images import DataConfig, clip_files, load_images, to_float
+from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
-from pipelines.images.conditions import ConditionSource, load_conditions
 from pipelines.images.dataset import prepare_images
 from pipelines.images.decoding import try_decode
 from pipelines.options import read_clips
@@ -364,7 +364,7 @@ def test_a_table_lists_folders_of_frames(tmp_path):
     (tmp_path / "speed.csv").write_text("\n".join(["file_name,speed", *rows]))
     config = DataConfig(source=str(tmp_path / "clips"), frames=4, image_size=SIDE)
     parts = load_images(config).by_name()
-    columns = load_conditions(config, {"speed": ConditionSource()}, parts, table=str(tmp_path / "speed.csv"))
+    columns = load_attributes(config, {"speed": AttributeSource()}, parts, table=str(tmp_path / "speed.csv"))
     for split, part in parts.items():
         numbers = [int(clip_and_start(name)[0][4:]) for name in part.names(range(len(part)))]
         assert columns["speed"].values[split].flatten().tolist() == numbers

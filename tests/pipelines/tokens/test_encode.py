@@ -29,7 +29,7 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, tables
-from pipelines.images.conditions import load_conditions
+from pipelines.images.attributes import load_attributes
 from pipelines.job import work_folder
 from pipelines.provenance import read_data_settings
 from pipelines.tokens import load_tokens
@@ -190,7 +190,7 @@ def test_columns_are_those_of_the_images(tokenizer, images, columns, tmp_path, c
     splits = encode.name_splits(load_images(settings.data))
     paths = sorted(Path(images["source"]).rglob("*.png"))
     model = data.condition_tokenizers["inverse"]
-    loaded = load_conditions(settings.data, settings.attributes, splits, table=settings.table)["inverse"].images
+    loaded = load_attributes(settings.data, settings.attributes, splits, table=settings.table)["inverse"].images
     for name, part in splits.items():
         found, rows = data.splits[name].given[:].rows, len(part)
         numbers = [paths.index(Path(images["source"]) / each) for each in part.names(np.arange(rows))]

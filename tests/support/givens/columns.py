@@ -4,14 +4,16 @@ import math
 
 import torch
 from givens.headed import HEADED, make_model
-from prior.conditions import ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
 
+from prior.columns import AngleColumn, ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
 from tokenizer import TokenGrid
 
 VIEW = ClassColumn(names=["frontal", "lateral", "oblique"])
 TAGS = FlagsColumn(names=["red", "old", "wet", "loud"])
 AGE = NumberColumn(mean=[40.0], std=[15.0], low=[0.0], high=[99.0])
 SPEED = NumberColumn(mean=[0.0, 2.0], std=[3.0, 1.0], low=[-9.0, 0.0], high=[9.0, 4.0])
+WIND = AngleColumn()
+POSE = AngleColumn(size=3)
 TEXT = VectorColumn(size=6, scale=0.5, encoder="ngrams:6")
 
 
@@ -29,15 +31,23 @@ GRIDS = {
     "scales": lambda height, width: scaled((1, 1), (2, 2), (max(2, height), max(2, width))),
 }
 """Grids of a condition for a prior over positions `(height, width)`."""
-KINDS = ["class", "flags", "number", "numbers", "vector", *(f"grid {name}" for name in GRIDS), "all", "some null"]
-ONE = {"class": VIEW, "flags": TAGS, "number": AGE, "numbers": SPEED, "vector": TEXT}
+VECTORS = {"view": VIEW, "tags": TAGS, "age": AGE, "speed": SPEED, "wind": WIND, "pose": POSE, "text": TEXT}
+ONE = {
+    "class": VIEW,
+    "flags": TAGS,
+    "number": AGE,
+    "numbers": SPEED,
+    "angle": WIND,
+    "angles": POSE,
+    "vector": TEXT,
+}
+KINDS = [*ONE, *(f"grid {name}" for name in GRIDS), "all", "some null"]
 
 
 def columns_of(kind, shape):
     """The columns of one of `KINDS`, by name, for a prior over positions of this shape."""
     if kind in ("all", "some null"):
-        found = {"view": VIEW, "tags": TAGS, "age": AGE, "speed": SPEED, "text": TEXT}
-        return found | {"outline": GridColumn(grid=GRIDS["multiple"](*shape))}
+        return VECTORS | {"outline": GridColumn(grid=GRIDS["multiple"](*shape))}
     if kind.startswith("grid"):
         return {"outline": GridColumn(grid=GRIDS[kind.removeprefix("grid ")](*shape))}
     return {"given": ONE[kind]}
@@ -59,36 +69,23 @@ def make_conditioned(name, kind, order="raster", tiny=False, **config):
 
 def draw_values(column, count):
     """Random raw values of a column."""
-    if column.kind == "class":
-        return torch.randint(len(column.names), (count,))
-    if column.kind == "flags":
-        return (torch.rand(count, len(column.names)) < 0.5).float()
     if column.kind == "number":
         return torch.tensor(column.mean) + torch.tensor(column.std) * torch.randn(count, *column.shape)
+    if column.kind == "angle":
+        return 360 * torch.rand(count, *column.shape)
     if column.kind == "vector":
         return column.scale * torch.randn(count, *column.shape)
-    return torch.randint(column.grid.vocab_size, (count, *column.shape))
+    return column.draw(count)
 
 
-def draw_condition(model, count, kind):
-    """Random raw columns. If some are null, each column is null in half of the images (of one image, every other column
-    is null), and so are some cells of grids."""
-    found = {name: draw_values(column, count) for name, column in model.conditions.items()}
+def draw_given(model, count, kind, labels=None):
+    """Random rows of all columns, and of the class as `labels` say. If some are null, each column is null in half of
+    the images (of one image, every other column is null), and so are some cells of grids."""
+    found = {name: draw_values(column, count) for name, column in model.config.conditions.items()}
     if kind == "some null":
-        for number, (name, column) in enumerate(model.conditions.items()):
-            null = (torch.randperm(count) + number) % 2 == 0
+        for number, name in enumerate(found):
+            column, null = model.columns[name], (torch.randperm(count) + number) % 2 == 0
             found[name][null] = column.null(int(null.sum()))
-            if column.kind == "grid":
+            if column.is_map:
                 found[name][torch.rand(found[name].shape) < 0.3] = -1
-    return found
-
-
-def without(model, condition, *names):
-    """The same condition, in which columns of these names are null."""
-    nulls = {name: model.conditions[name].null(len(condition[name])) for name in names}
-    return {**condition, **nulls}
-
-
-def repeat_row(condition, row, count):
-    """One row of a condition, repeated."""
-    return {name: values[row : row + 1].expand(count, *values.shape[1:]) for name, values in condition.items()}
+    return model.read_given(labels, found, count)

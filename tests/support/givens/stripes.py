@@ -61,7 +61,7 @@ def trained_on_stripes() -> ImagePipeline:
         optimizer.step()
     tokens = tokenizer.eval().encode(images)
     prior = make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size, num_classes=0, any_order=True)
-    prior.initialize(tokens, None)
+    prior.initialize(tokens, prior.read_given(None, None, len(tokens)))
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     optimizer = torch.optim.AdamW(prior.parameters(), 5e-3)

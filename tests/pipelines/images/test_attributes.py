@@ -16,16 +16,16 @@ import pytest
 import torch
 from givens.images import ALL, encoded, noise, write_image, write_tar
 from givens.images import rows_of as write_tar_rows
-from prior.conditions import read_column
 from processes import run_file
 from servers.fake_hub import DatasetHandler, places_of, serve
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
+from pipelines.images.attributes import AttributeSource, check_sources, choose_data, load_attributes
 from pipelines.images.augment import AugmentConfig
-from pipelines.images.conditions import ConditionSource, check_sources, choose_data, load_conditions
 from pipelines.images.unseen import count_seen
 from pipelines.text import encode_text, run_encoder
+from prior.columns import read_column
 from tokenizer import Tokenizer
 
 COUNT = 20
@@ -36,10 +36,13 @@ ROWS = {
     "sick": [k % 3 == 0 for k in range(COUNT)],
     "size": [[k, 2.5 * k] for k in range(COUNT)],
     "face": [[k / 7, 1.0, -k, 0.5, 2] if k != 4 else None for k in range(COUNT)],
+    "wind": [20 * k - 350 if k % 7 else None for k in range(COUNT)],
     "text": [f"a {word}" if word else None for word in ["cat", "dog", "", "eel", "Ünïcode"]] * 4,
 }
 SKIP = {"on_error": "skip", "max_bad_fraction": 0.2}
-KINDS = dict(view="class", tags="flags", age="number", sick="number", size="number", face="vector", text="vector")
+KINDS = {"view": "class", "tags": "flags", "age": "number", "sick": "number", "size": "number", "face": "vector"}
+KINDS |= {"wind": "angle", "text": "vector"}
+GUESSED = [*KINDS][:-2]
 
 
 def picture(k: int, side: int = 12) -> np.ndarray:
@@ -112,12 +115,12 @@ def pixels(path, side: int = 12, channels: int = 1) -> str:
 
 def load(source, sources, table=None, **options):
     """Load images and columns of a source."""
-    sources = {name: ConditionSource.model_validate(one) for name, one in sources.items()}
+    sources = {name: AttributeSource.model_validate(one) for name, one in sources.items()}
     config = choose_data(DataConfig(**{"source": str(source), "image_size": 12, **options}), sources)
     splits = load_images(config)
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.held_out}
     parts = {name: part for name, part in parts.items() if part is not None}
-    return parts, load_conditions(config, sources, parts, table=None if table is None else str(table))
+    return parts, load_attributes(config, sources, parts, table=None if table is None else str(table))
 
 
 def numbers_of(images) -> list[int]:
@@ -127,10 +130,10 @@ def numbers_of(images) -> list[int]:
 
 
 def sources_of(tokenizer=None):
-    """Columns of all kinds: guessed, except for text and the picture."""
-    text = {"text": ConditionSource(encoder="ngrams:32")}
-    grid = {"outline": ConditionSource(kind="grid", tokenizer=tokenizer)} if tokenizer else {}
-    return {name: name for name in ROWS if name != "text"} | text | grid
+    """Columns of all kinds: guessed, except for the angle, text and the picture."""
+    chosen = {"wind": AttributeSource(kind="angle"), "text": AttributeSource(encoder="ngrams:32")}
+    grid = {"outline": AttributeSource(kind="grid", tokenizer=tokenizer)} if tokenizer else {}
+    return {name: name for name in GUESSED} | chosen | grid
 
 
 # The same rows from any origin
@@ -169,7 +172,7 @@ def test_the_same_rows_from_any_origin_are_the_same_columns(tmp_path, capsys, or
     else:
         source, pairs = tmp_path / "images", tmp_path / "conditions" / "outline"
         write_files(source, pairs)
-        sources["outline"] = ConditionSource(images=str(pairs), tokenizer=sources["outline"].tokenizer)
+        sources["outline"] = AttributeSource(images=str(pairs), tokenizer=sources["outline"].tokenizer)
         file = write_rows((tmp_path if origin.startswith("t.") else source) / origin, rows_of())
         table = file if origin.startswith("t.") else None
         write_image(source / "007.png", b"no image")
@@ -178,8 +181,8 @@ def test_the_same_rows_from_any_origin_are_the_same_columns(tmp_path, capsys, or
     assert sum(map(len, parts.values())) == COUNT - 1  # rows stay with their images, though one is skipped
     assert list(parts) == ["train", "validation", "test"] and list(columns) == list(sources)
     check_columns(parts, columns)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("conditions")]
-    assert [line.split(": ")[0] for line in lines] == [f"conditions.{name}" for name in ROWS if name != "text"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attributes")]
+    assert [line.split(": ")[0] for line in lines] == [f"attributes.{name}" for name in GUESSED]
     assert all(f" {KINDS[line.split(': ')[0].split('.')[1]]}," in line for line in lines)
     assert columns["view"].column.names == ["front", "rear", "side"] and columns["tags"].column.names == ["a", "b", "c"]
     assert columns["text"].column.encoder == "ngrams:32" and str(tmp_path) not in str(
@@ -212,7 +215,7 @@ def test_names_come_from_the_features_and_kinds_can_be_chosen(tmp_path):
     features = {"image": datasets.Image(), "view": label, "tags": datasets.List(label), "year": datasets.Value("int32")}
     table = datasets.Dataset.from_dict({"image": pictures, **columns}, features=datasets.Features(features))
     table.to_parquet(str(tmp_path / "a.parquet"))
-    sources = {"view": "view", "tags": "tags", "era": ConditionSource(kind="class", column="year")}
+    sources = {"view": "view", "tags": "tags", "era": AttributeSource(kind="class", column="year")}
     parts, found = load(tmp_path / "a.parquet", sources)
     assert found["view"].column.names == found["tags"].column.names == names
     assert found["era"].column.names == ["1999", "2001"] and found["era"].source == {"column": "year"}
@@ -240,7 +243,7 @@ def test_names_come_from_the_features_and_kinds_can_be_chosen(tmp_path):
 def test_text_of_tables_is_read_by_the_kind_that_is_chosen(tmp_path, suffix, cells, kind, names):
     source = write_files(tmp_path / "images")
     table = write_rows(tmp_path / f"t{suffix}", rows_of({"x": cells * 5}))
-    parts, found = load(source, {"x": ConditionSource(kind=kind)}, table)
+    parts, found = load(source, {"x": AttributeSource(kind=kind)}, table)
     assert found["x"].column.names == names
     for split, images in parts.items():
         null = [cells[k % 4] in ("", None) or cells[k % 4] != cells[k % 4] for k in numbers_of(images)]
@@ -273,7 +276,7 @@ def test_only_the_columns_wanted_are_held_in_memory(tmp_path):
         config = DataConfig(source=str(source), image_size=12)
         images = load_images(config).train
         tracemalloc.start()
-        load_conditions(config, {"x": ConditionSource()}, {"train": images}, table=str(table))
+        load_attributes(config, {"x": AttributeSource()}, {"train": images}, table=str(table))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < (COUNT // 2) * 2**17, suffix
@@ -286,7 +289,7 @@ def test_names_of_features_that_move_the_cursor_are_refused(tmp_path):
     pictures = [{"bytes": encoded(picture(k)), "path": None} for k in range(COUNT)]
     columns = {"image": pictures, "view": [0] * COUNT}
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(UserError, match=r"^conditions\.view: '\\x1b"):
+    with pytest.raises(UserError, match=r"^attributes\.view: '\\x1b"):
         load(tmp_path / "a.parquet", {"view": "view"})
 
 
@@ -304,7 +307,7 @@ def test_an_image_and_its_picture_are_moved_alike(tmp_path, flip):
         large[2 * y : 2 * y + 4, 2 * x : 2 * x + 4] = 255
         write_image(tmp_path / "images" / f"{k}.png", small)
         write_image(tmp_path / "pairs" / f"{k}.jpg", encoded(large, "JPEG", quality=100))
-    source = ConditionSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t", 24, 3))
+    source = AttributeSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t", 24, 3))
     augment = ALL if flip else AugmentConfig(shift=3)
     parts, found = load(tmp_path / "images", {"twin": source}, augment=augment)
     images, twins = parts["train"], found["twin"].images["train"]
@@ -328,7 +331,7 @@ def test_a_picture_is_resized_and_cropped_as_images_are(tmp_path):
     for k in range(COUNT):
         for place in ("images", "pairs"):
             write_image(tmp_path / place / f"{k}.png", noise(20, 31, 3, seed=k))
-    source = ConditionSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))
+    source = AttributeSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))
     parts, found = load(tmp_path / "images", {"twin": source})
     for split, images in parts.items():
         rows = range(len(images))
@@ -342,7 +345,7 @@ def test_missing_pictures_are_marked_and_bad_ones_skipped_as_images_are(tmp_path
     write_image(tmp_path / "pairs" / "005.png", b"no image")
     names = [None if k == 3 else f"../pairs/{k:03}.png" for k in range(COUNT)]
     table = write_rows(tmp_path / "t.jsonl", rows_of({column: names}))
-    sources = {"mask": ConditionSource(kind="grid", tokenizer=pixels(tmp_path / "t", 24))}
+    sources = {"mask": AttributeSource(kind="grid", tokenizer=pixels(tmp_path / "t", 24))}
     with pytest.raises(UserError, match=r"005.png: not an image"):
         load(source, sources, table)
     parts, found = load(source, sources, table, **SKIP)
@@ -367,7 +370,7 @@ def write_clips(root, clips=10, frames=11):
 
 def test_clips_are_held_out_whole_and_a_frame_is_given_the_one_before(tmp_path):
     root = write_clips(tmp_path / "clips")
-    sources = {"past": ConditionSource(frame=-1, tokenizer=pixels(tmp_path / "t"))}
+    sources = {"past": AttributeSource(frame=-1, tokenizer=pixels(tmp_path / "t"))}
     options = {"held_out_fraction": 0.2, "validation_fraction": 0.3}
     parts, found = load(root, sources, **options)
     clips = {name: {number // 11 for number in numbers_of(images)} for name, images in parts.items()}
@@ -375,8 +378,8 @@ def test_clips_are_held_out_whole_and_a_frame_is_given_the_one_before(tmp_path):
     assert sum(map(len, parts.values())) == 110 and len(set().union(*clips.values())) == 10
     assert all(images.labels is None for images in parts.values())  # a clip is no class
     images = load_images(DataConfig(source=str(root), image_size=12, label_column=None))
-    with pytest.raises(UserError, match=r"conditions.past: .*clip.*two splits.*data\.clips"):
-        load_conditions(DataConfig(source=str(root)), sources, {"train": images.train, "test": images.held_out})
+    with pytest.raises(UserError, match=r"attributes.past: .*clip.*two splits.*data\.clips"):
+        load_attributes(DataConfig(source=str(root)), sources, {"train": images.train, "test": images.held_out})
     for split, images in parts.items():
         past = found["past"].images[split].pixels(range(len(images)))
         for row, number in enumerate(numbers_of(images)):
@@ -430,8 +433,8 @@ def test_an_encoder_of_the_users_runs_only_if_its_module_was_imported(tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     source = write_files(tmp_path / "images")
     table = write_rows(tmp_path / "t.csv", rows_of({"text": ["banana", "a", "", "cat"] * 5}))
-    sources = {"text": ConditionSource(encoder="my_encoder:lengths")}
-    with pytest.raises(UserError, match=r"^conditions\.text: .*--import my_encoder"):
+    sources = {"text": AttributeSource(encoder="my_encoder:lengths")}
+    with pytest.raises(UserError, match=r"^attributes\.text: .*--import my_encoder"):
         load(source, sources, table)
     assert "my_encoder" not in sys.modules
     importlib.import_module("my_encoder")
@@ -469,8 +472,8 @@ def test_an_encoder_of_the_users_runs_only_if_its_module_was_imported(tmp_path, 
 def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, settings, words):
     source = write_files(tmp_path / "images")
     table = write_rows(tmp_path / "t.jsonl", rows_of({"age": values}))
-    with pytest.raises(UserError, match=f"^conditions.c: .*({words})") as caught:
-        load(source, {"c": ConditionSource(column=column, **settings)}, table)
+    with pytest.raises(UserError, match=f"^attributes.c: .*({words})") as caught:
+        load(source, {"c": AttributeSource(column=column, **settings)}, table)
     assert "\n" not in str(caught.value)
 
 
@@ -489,7 +492,7 @@ def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, sett
 def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
     source = write_files(tmp_path / "images")
     table = write_rows(tmp_path / f"t{suffix}", change(rows_of({"x": [1] * 20})))
-    with pytest.raises(UserError, match=f"^conditions.x: {table}:? .*{words}") as caught:
+    with pytest.raises(UserError, match=f"^attributes.x: {table}:? .*{words}") as caught:
         load(source, {"x": "x"}, table)
     assert "\n" not in str(caught.value)
 
@@ -497,7 +500,7 @@ def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
 def test_a_table_without_rows_says_so(tmp_path):
     source = write_files(tmp_path / "images")
     (table := tmp_path / "t.csv").write_text("name,x\n")
-    with pytest.raises(UserError, match=f"^conditions.x: {table} has no rows$"):
+    with pytest.raises(UserError, match=f"^attributes.x: {table} has no rows$"):
         load(source, {"x": "x"}, table)
 
 
@@ -512,8 +515,8 @@ def test_a_table_without_rows_says_so(tmp_path):
 def test_each_image_has_one_pair(tmp_path, extra, words):
     source = write_files(tmp_path / "images", tmp_path / "pairs")
     write_image(tmp_path / extra, picture(3))
-    sources = {"c": ConditionSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))}
-    with pytest.raises(UserError, match=f"^conditions.c: .*{words}"):
+    sources = {"c": AttributeSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))}
+    with pytest.raises(UserError, match=f"^attributes.c: .*{words}"):
         load(source, sources)
 
 
@@ -537,11 +540,11 @@ def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, opt
     others = {key: one.format(tmp_path) if isinstance(one, str) else one for key, one in options.items()}
     config = DataConfig(source=others.get("source", source), augment=AugmentConfig(flip=True))
     with pytest.raises(UserError, match=words):
-        check_sources(config, {name: ConditionSource(**place)}, others.get("table"), others.get("augmentations", 0))
+        check_sources(config, {name: AttributeSource(**place)}, others.get("table"), others.get("augmentations", 0))
 
 
 def test_a_change_that_is_off_falsifies_nothing(tmp_path):
-    source = {"c": ConditionSource(changed_by=("flip",))}
+    source = {"c": AttributeSource(changed_by=("flip",))}
     flips = DataConfig(augment=AugmentConfig(flip=True))
     check_sources(DataConfig(augment=AugmentConfig(shift=2)), source, augmentations=3)
     check_sources(flips, source)
@@ -562,13 +565,13 @@ def test_a_change_that_is_off_falsifies_nothing(tmp_path):
 )
 def test_settings_that_contradict_each_other_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings)) + "|exclude|tokenizer: missing"):
-        ConditionSource(**settings)
+        AttributeSource(**settings)
 
 
 def test_a_source_without_columns_says_where_they_come_from(tmp_path):
     tar = write_tar(tmp_path / "a.tar", write_tar_rows(20))
     for source, words in ((tar, "parquet"), (write_files(tmp_path / "images"), "table=FILE")):
-        with pytest.raises(UserError, match=f"^conditions.c: .*{words}"):
+        with pytest.raises(UserError, match=f"^attributes.c: .*{words}"):
             load(source, {"c": "c"})
 
 

@@ -2,7 +2,7 @@
 
 A column comes from the tables of the source (parquet files, a Hub data set), from the sheets of an image folder
 (`metadata.csv`, `.jsonl`, `.parquet`), from a table beside it, from a folder of images with the same names, or from
-the images before these in their folder. `load_conditions` reads all columns, parallel to the images of each split.
+the images before these in their folder. `load_attributes` reads all columns, parallel to the images of each split.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ else:
     Kind = Literal[tuple(KINDS)]
 
 
-class ConditionSource(Config):
+class AttributeSource(Config):
     """Where a column comes from; by default, from the column of the same name."""
 
     kind: Kind | None = Field(None, description="kind of the column; null: guessed from the values")
@@ -82,7 +82,7 @@ class ConditionSource(Config):
         return {"column": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _agree(self) -> ConditionSource:
+    def _agree(self) -> AttributeSource:
         given = [name for name in ("column", "images", "frame") if getattr(self, name) is not None]
         if self.place and (given or self.tokenizer or self.encoder or self.kind not in (None, "vector")):
             raise ValueError("place is computed, and takes no other settings")
@@ -125,51 +125,51 @@ class LoadedColumn:
     values: dict[str, Tensor] = field(default_factory=dict)
     """Raw values `(n, *column.shape)`, or for crops, one after another, those of all variants of the images; empty for
     grids."""
-    images: dict[str, ConditionImages] = field(default_factory=dict)
+    images: dict[str, AttributeImages] = field(default_factory=dict)
     """For grids: the images to encode."""
     tokenizer: Tokenizer | None = None
     """For grids: what encodes `images`."""
 
 
-def choose_data(config: DataConfig, sources: Mapping[str, ConditionSource]) -> DataConfig:
+def choose_data(config: DataConfig, sources: Mapping[str, AttributeSource]) -> DataConfig:
     """Return the settings with which to load the images: with `clips`, if a column consists of other frames."""
     frames = any(source.frame is not None for source in sources.values())
     return config.model_copy(update={"clips": True}) if frames and config.group is None else config
 
 
 def check_sources(
-    config: DataConfig, sources: Mapping[str, ConditionSource], table: str | None = None, augmentations: int = 0
+    config: DataConfig, sources: Mapping[str, AttributeSource], table: str | None = None, augmentations: int = 0
 ) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
     changes = [name for name, value in config.augment.model_dump().items() if value and augmentations]
     of_files = config.path is not None and config.path.is_dir() and holds_files(config.path)
     no_files = f"needs a folder of images as data.source (got {config.source})"
     for problem in names_problem(sources):
-        raise UserError(f"conditions: {problem}")
+        raise UserError(f"attributes: {problem}")
     for name, source in sources.items():
         if false := [change for change in source.changed_by if change in changes]:
-            raise UserError(f"conditions.{name}: data.augment.{false[0]} would falsify it, as changed_by says")
+            raise UserError(f"attributes.{name}: data.augment.{false[0]} would falsify it, as changed_by says")
         if source.is_picture and config.frames is not None:
-            raise UserError(f"conditions.{name}: images and frame are for single images (data.frames={config.frames})")
+            raise UserError(f"attributes.{name}: images and frame are for single images (data.frames={config.frames})")
         if source.place and config.crop is None:
-            raise UserError(f"conditions.{name}.place: needs crops; data.crop=random")
+            raise UserError(f"attributes.{name}.place: needs crops; data.crop=random")
         if source.place and "flip" in changes:
-            raise UserError(f"conditions.{name}: data.augment.flip would falsify the place of a crop")
+            raise UserError(f"attributes.{name}: data.augment.flip would falsify the place of a crop")
         if source.is_picture and not of_files:
-            raise UserError(f"conditions.{name}: {no_files}")
+            raise UserError(f"attributes.{name}: {no_files}")
         if source.images is not None and not (folder := Path(source.images).expanduser()).is_dir():
-            raise UserError(f"conditions.{name}.images: there is no folder {folder}")
+            raise UserError(f"attributes.{name}.images: there is no folder {folder}")
         if source.images is not None and not are_disjoint(folder, config.path or folder):
-            raise UserError(f"conditions.{name}.images: {folder} must lie outside data.source ({config.source})")
+            raise UserError(f"attributes.{name}.images: {folder} must lie outside data.source ({config.source})")
     if table is not None and (not os.path.isfile(path := os.path.expanduser(table)) or not path.endswith(TABLES)):
         raise UserError(f"table: there is no file {table} with one of the suffixes {', '.join(TABLES)}")
     if table is not None and not of_files:
         raise UserError(f"table: {no_files}")
 
 
-def load_conditions(
+def load_attributes(
     config: DataConfig,
-    sources: Mapping[str, ConditionSource],
+    sources: Mapping[str, AttributeSource],
     splits: Mapping[str, ImageDataset],
     *,
     table: str | None = None,
@@ -212,9 +212,9 @@ def load_conditions(
             found[name] = LoadedColumn(loaded, source.describe(name), dict(zip(splits, raw.split(sizes), strict=True)))
             if not (source.kind or source.encoder) and is_first_process():
                 about = f"of kind {kind}, guessed from its values ({loaded.describe()})"
-                tell(one_line(f"conditions.{name}: {about}; conditions.{name}.kind=KIND chooses another"))
+                tell(one_line(f"attributes.{name}: {about}; attributes.{name}.kind=KIND chooses another"))
         except ValueError as error:
-            raise UserError(one_line(f"conditions.{name}: {error}")) from error
+            raise UserError(one_line(f"attributes.{name}: {error}")) from error
     return found
 
 
@@ -411,7 +411,7 @@ def full_path(path: Path | str) -> str:
 # Images -------------------------------------------------------------------------------------------
 
 
-class ConditionImages(ImageDataset):
+class AttributeImages(ImageDataset):
     """Images in the shape of their tokenizer, moved as those they belong to: shifts are in pixels of the others. Those
     `missing`, bool (n,), are black; their ids must become -1."""
 
@@ -446,7 +446,7 @@ class ConditionImages(ImageDataset):
 
 def load_pictures(
     cells: Cells,
-    source: ConditionSource,
+    source: AttributeSource,
     name: str,
     config: DataConfig,
     splits: Mapping[str, ImageDataset],
@@ -469,7 +469,7 @@ def load_pictures(
     missing = np.isin(every, [image.row for image in bad])
     parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])
     images = {
-        split: ConditionImages(config, tokenizer.image_shape, rows, part, missing[part], values_of(tokenizer))
+        split: AttributeImages(config, tokenizer.image_shape, rows, part, missing[part], values_of(tokenizer))
         for split, part in zip(splits, parts, strict=True)
     }
     column = GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint())
