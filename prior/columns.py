@@ -181,7 +181,7 @@ class Column(ModelConfig):
     @property
     def texts(self) -> list[str]:
         """All texts that a file may hold."""
-        return [*getattr(self, "names", []), *([self.encoder] if getattr(self, "encoder", "") else [])]
+        return [text for text in (*getattr(self, "names", ()), getattr(self, "encoder", "")) if text]
 
     def describe(self) -> str:
         """Describe the allowed values."""
