@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.contenders import REFERENCE, Node, is_trained, write_node
+from benchmarks.support.random_data import write_tokens_of
 from benchmarks.support.tables import write_json
 from benchmarks.support.timing import TIMED_STEPS, cpu_seconds_of, prior_seconds, stepper
 
@@ -61,15 +62,9 @@ def time_tokenizers(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
 
 def time_gpts(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[str, float]:
     """Return the median CPU seconds of a training step of the GPT on random tokens of each grid."""
-    import torch
-
-    from pipelines.tokens import TokenDataset, TokenSplit
-
     arguments = {}
     for name, tokenizer in tokenizers.items():
-        grid, tokens = tokenizer.grid, folder / "tokens" / name
-        split = TokenSplit(torch.randint(grid.vocab_size, (TIMED_IMAGES, *grid.shape)), torch.zeros(TIMED_IMAGES))
-        TokenDataset(grid, [str(k) for k in range(10)], {"train": split, "test": split}, tokenizer, {}).save(tokens)
+        tokens = write_tokens_of(tokenizer, folder / "tokens" / name, TIMED_IMAGES)
         node = {**preset, "tokens": str(tokens), "out": str(folder), "track": {"wandb": "disabled"}}
         arguments[name] = ["--config", write_node(node, folder / f"{name}.yaml")]
     return prior_seconds(arguments)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def write_random_tokens(folder: Path, side: int, vocab_size: int, rows: int, classes: int = 10) -> Path:
     """Write a token dataset of `rows` grids of `side` x `side` random ids."""
-    import torch
-
-    from pipelines.tokens import TokenDataset, TokenSplit
     from tokenizer import Tokenizer
 
     quantizer = {"kind": "ema", "codes": vocab_size, "dim": 8}
     sizes = {"image_size": (4 * side, 4 * side), "channels": 1, "widths": (8,), "blocks": (1,)}
     tokenizer = Tokenizer.create("vqvae", **sizes, quantizer=quantizer)
-    split = TokenSplit(torch.randint(vocab_size, (rows, side, side)), torch.arange(rows) % classes)
-    names = [str(k) for k in range(classes)]
-    TokenDataset(tokenizer.grid, names, {"train": split, "test": split}, tokenizer, {}).save(folder)
+    return write_tokens_of(tokenizer, folder, rows, classes)
+
+
+def write_tokens_of(tokenizer: Any, folder: Path, rows: int, classes: int = 10) -> Path:
+    """Write a token dataset of `rows` grids of random ids of a tokenizer."""
+    import torch
+
+    from pipelines.tokens import TokenDataset, TokenSplit
+    from prior.columns import ClassColumn
+    from prior.given import Given
+
+    grid, columns = tokenizer.grid, {"label": ClassColumn.numbered(classes)}
+    given = Given(columns, {"label": torch.arange(rows) % classes}, rows)
+    split = TokenSplit(torch.randint(grid.vocab_size, (rows, *grid.shape)), given)
+    TokenDataset(grid, columns, {"train": split, "test": split}, tokenizer, {}).save(folder)
     return folder
 
 
