@@ -62,8 +62,9 @@ class Marginal(Prior, name="marginal"):
             ones = torch.ones_like(rows, dtype=counts.dtype).flatten()
             counts[-1].view(-1).scatter_add_(0, rows.flatten(), ones)
             if labels is not None:
-                rows = rows + labels[start : start + CHUNK, None].long().to(self.device) * size
-                counts.view(-1).scatter_add_(0, rows.flatten(), ones)
+                ids = labels[start : start + CHUNK].to(self.device)
+                rows = rows[ids >= 0] + ids[ids >= 0, None] * size
+                counts.view(-1).scatter_add_(0, rows.flatten(), ones[: rows.numel()])
         if before is not None:
             counts.add_(before)
         if labels is None:

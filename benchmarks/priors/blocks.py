@@ -74,7 +74,7 @@ class Pictures:
 
     def __init__(self, pipe: Any, split: Any, count: int, class_names: list[str]) -> None:
         self.images = pipe.decode(split.tokens[:count].long(), output_type="pt")
-        self.labels, self.class_names = split.labels[:count], class_names
+        self.labels, self.class_names = split.given.raw("label")[:count], class_names
         self.image_shape = tuple(self.images.shape[1:])
 
     def __len__(self) -> int:
@@ -173,9 +173,10 @@ def measure_masked(
 
         import torch
 
-        parts = zip(split.tokens[:EXACT_ROWS].long().split(50), split.labels[:EXACT_ROWS].split(50), strict=True)
+        parts = torch.arange(min(EXACT_ROWS, len(split))).split(50)
         with torch.inference_mode():
-            nats = torch.cat([pipe.prior.log_prob(part, ids, order=order) for part, ids in parts])
+            each = [pipe.prior.log_prob(split.rows(at), condition=split.given[at], order=order) for at in parts]
+        nats = torch.cat(each)
         return {"bits": -float(nats.double().mean()) / len(data.grid) / math.log(2)}
 
     confident, along = {"passes": steps}, cache_json(run / f"bits-{order.replace(':', '-')}.json", exact)
@@ -236,7 +237,7 @@ def main() -> None:
     for name, each in rows.items():
         print(format_row(name, each, rows["gpt"]), flush=True)
     test = data.splits["test"]
-    real = metrics(judge, test.tokens[: options.samples].long(), test.labels[: options.samples])
+    real = metrics(judge, test.tokens[: options.samples].long(), test.given.raw("label")[: options.samples])
     print(format_row("held-out images", [real], rows["gpt"]))
 
 

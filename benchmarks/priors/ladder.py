@@ -85,10 +85,11 @@ def time_uncached(prior: Any, labels: Any) -> tuple[float, bool]:
     import torch
 
     tokens = torch.zeros(len(labels), *prior.grid.shape, dtype=torch.long)
+    encoded = prior.encode_given(prior.read_given(labels, None, len(labels)))
     with torch.inference_mode():
-        (one_pass,) = seconds_of([lambda: prior(tokens, labels)], 3)
+        (one_pass,) = seconds_of([lambda: prior(tokens, encoded)], 3)
         if one_pass * len(prior.grid) > SLOW:
-            return len(prior.grid) * seconds_of([lambda: prior(tokens, labels)], 16)[0], True
+            return len(prior.grid) * seconds_of([lambda: prior(tokens, encoded)], 16)[0], True
     return seconds_of([lambda: prior.sample(len(labels), labels, cache=False)], 1)[0], False
 
 
@@ -140,8 +141,8 @@ def measure_agreement(pipe: Any, data: Any) -> dict[str, float]:
     wanted = torch.arange(SAMPLES) % pipe.prior.num_classes
     drawn = pipe(SAMPLES, wanted.tolist(), seed=0, guidance_scale=1.0, output_type="pt", progress=False).images
     shares = [
-        float((nearest_label(images, known, train.labels[:NEIGHBOURS]) == labels).double().mean())
-        for images, labels in ((drawn, wanted), (real, test.labels[:SAMPLES]))
+        float((nearest_label(images, known, train.given.raw("label")[:NEIGHBOURS]) == labels).double().mean())
+        for images, labels in ((drawn, wanted), (real, test.given.raw("label")[:SAMPLES]))
     ]
     return {"agreement": shares[0], "real_agreement": shares[1]}
 
@@ -173,7 +174,7 @@ def build_marginal(data: Any) -> Any:
     from prior import Prior
 
     prior = Prior.create("marginal", grid=data.grid, num_classes=data.num_classes)
-    prior.initialize(data.splits["train"].tokens, data.splits["train"].labels)
+    prior.initialize(data.splits["train"].tokens, data.splits["train"].given)
     return ImagePipeline(data.tokenizer, prior, labels=data.class_names)
 
 

@@ -80,10 +80,10 @@ def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> dict[st
         given["past"] = {"frame": -1, "tokenizer": str(tokenizer)}
     if not (tokens / "manifest.json").is_file():
         variants = ["augmentations=8"] if name == "emoji" else []
-        smalti("encode", f"tokenizer={tokenizer}", f"out={tokens}", f"conditions={json.dumps(given)}", *variants)
+        smalti("encode", f"tokenizer={tokenizer}", f"out={tokens}", f"attributes={json.dumps(given)}", *variants)
     pipes = {}
     for prior, some in PRIORS[name].items():
-        run, choice = out / f"gpt_{prior}", (f"tokens={tokens}", f"conditions={json.dumps(some)}")
+        run, choice = out / f"gpt_{prior}", (f"tokens={tokens}", f"attributes={json.dumps(some)}")
         preset = configs / f"prior/gpt_{PRESETS[name]}.yaml"
         train_once("train_prior", preset, options.steps, run, *choice, *SMALL, never=NEVER)
         pipes[prior] = ImagePipeline.from_pretrained(run / "pipeline")
@@ -94,18 +94,17 @@ def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> dict[st
 # Measurements -------------------------------------------------------------------------------------
 
 
-def read_rows(tokens: Path, pipe: Any, count: int, split_name: str = "test") -> tuple[Any, Any, dict[str, Any]]:
-    """Return tokens, labels (or None) and the pipeline's columns of a split, without the first frames of clips."""
+def read_rows(tokens: Path, pipe: Any, count: int, split_name: str = "test") -> tuple[Any, Any]:
+    """Return the tokens of a split and what is given of its images (the pipeline's columns), without the first frames
+    of clips."""
     import torch
 
     from pipelines.tokens import load_tokens
 
     split = load_tokens(str(tokens)).splits[split_name]
     rows = torch.arange(min(count, len(split)))
-    rows = rows[rows % FRAMES > 0] if "past" in split.conditions else rows
-    condition = split.condition(rows.numpy())
-    labels = None if split.labels is None else split.labels[rows].long()
-    return split.rows(rows.numpy()), labels, {name: condition[name] for name in pipe.conditions}
+    rows = rows[rows % FRAMES > 0] if "past" in split.given.columns else rows
+    return split.rows(rows), split.of_columns(pipe.columns).given[rows]
 
 
 def print_bits(pipes: dict[str, Any], folder: Path) -> None:
@@ -114,17 +113,16 @@ def print_bits(pipes: dict[str, Any], folder: Path) -> None:
     import torch
 
     for prior, pipe in pipes.items():
-        tokens, labels, columns = read_rows(folder, pipe, 1000)
-        half = len(tokens) // 2
-        others = {name: values.roll(half, 0) for name, values in columns.items()}
-        wrong = None if labels is None else labels.roll(half, 0)  # of the same images, as `smalti evaluate` does
-        cases = {"all": (labels, columns), "label": (labels, {}), "nothing": (None, {}), "shuffled": (wrong, others)}
-        for name in columns if len(columns) > 1 else ():
-            cases[f"without {name}"] = (labels, {key: columns[key] for key in columns if key != name})
+        tokens, given = read_rows(folder, pipe, 1000)
+        others = [name for name in given.names if name != "label"]
+        wrong = given[torch.arange(len(given)).roll(len(given) // 2)]  # of the same images, as `smalti evaluate` does
+        cases = {"all": given, "label": given.without(others), "nothing": given.without(), "shuffled": wrong}
+        for name in others if len(others) > 1 else ():
+            cases[f"without {name}"] = given.without([name])
         cells = [prior]
-        for some, condition in cases.values():
+        for some in cases.values():
             with torch.inference_mode():
-                log_p = pipe.prior.log_prob(tokens, some, condition=condition)
+                log_p = pipe.prior.log_prob(tokens, condition=some)
             cells.append(f"{-float(log_p.sum()) / tokens.numel() / math.log(2):.3f}")
         print(table_head("bits per token", *cases))
         print(table_row(cells), flush=True)
@@ -156,7 +154,8 @@ def save_strip(path: Path, rows: list[np.ndarray], count: int = 12) -> None:
 def measure_pairs(name: str, pipe: Any, data: Path, out: Path) -> None:
     """Save a strip of conditions, real images and samples at guidance 1 and 2; print how well the dark pixels of emoji
     overlap (intersection over union) with the outlines that were asked for."""
-    tokens, _, condition = read_rows(out / "tokens", pipe, SAMPLES)
+    tokens, given = read_rows(out / "tokens", pipe, SAMPLES)
+    condition = given.without(["label"])
     files = sorted((data / PAIRS[name][0] / "test").glob("*.png"))[: len(tokens)]
     asked = np.stack([np.asarray(Image.open(file)) for file in files])
     rows = {"tokenizer": to_pixels(pipe.decode(tokens, output_type="pt"))}
@@ -173,7 +172,8 @@ def measure_numbers(pipe: Any, out: Path) -> None:
     """Print correlation (and slope) of what was asked for, slant and thickness independently, and samples."""
     import torch
 
-    tokens, _, columns = read_rows(out / "tokens", pipe, 1000)
+    tokens, known = read_rows(out / "tokens", pipe, 1000)
+    columns = known.without(["label"]).rows
     shuffled = torch.Generator().manual_seed(0)
     mixed = {name: values[torch.randperm(len(values), generator=shuffled)] for name, values in columns.items()}
     mixed = {name: values[:SAMPLES] for name, values in mixed.items()}
@@ -202,20 +202,20 @@ def measure_numbers(pipe: Any, out: Path) -> None:
 def measure_words(pipe: Any, out: Path) -> None:
     """Print the share of samples, given flags or captions alone, that have each flag or lack it as asked, and whose
     nearest real digits are of the caption's class."""
-    train, known_labels, _ = read_rows(out / "tokens", pipe, 4000, "train")
+    train, of_train = read_rows(out / "tokens", pipe, 4000, "train")
     pixels = to_pixels(pipe.decode(train, output_type="pt"))
     known = pixels.reshape(len(pixels), -1) / np.float32(255)
-    tokens, labels, condition = read_rows(out / "tokens", pipe, SAMPLES)
+    tokens, asked = read_rows(out / "tokens", pipe, SAMPLES)
     rows = {"tokenizer": to_pixels(pipe.decode(tokens, output_type="pt")), "nothing": draw(pipe, len(tokens))}
     for name, scale in (("flags", 1.0), ("flags", 2.0), ("caption", 1.0), ("caption", 2.0)):
-        given = {"condition": {name: condition[name]}, "guidance_scale": scale}
+        given = {"condition": {name: asked.raw(name)}, "guidance_scale": scale}
         rows[f"{name}, guidance {scale:g}"] = draw(pipe, len(tokens), **given)
     print(table_head("share as asked", *FLAGS, "class"))
     for name, images in rows.items():
-        flags = find_flags(measure_digits(images)) == (condition["flags"].numpy() > 0)
+        flags = find_flags(measure_digits(images)) == (asked.raw("flags").numpy() > 0)
         each = images.reshape(len(images), -1) / np.float32(255)
         nearest = ((known**2).sum(1) - 2 * each @ known.T).argmin(1)
-        cells = [*flags.mean(0), (known_labels[nearest] == labels).float().mean()]
+        cells = [*flags.mean(0), (of_train.raw("label")[nearest] == asked.raw("label")).float().mean()]
         print(table_row([name, *(f"{float(cell):.3f}" for cell in cells)]), flush=True)
     save_strip(out / "strip_words.png", list(rows.values()))
 
@@ -224,10 +224,10 @@ def measure_clips(pipe: Any, out: Path) -> None:
     """Save clips, and below each the same first frame continued by samples, each given the one before."""
     import torch
 
-    tokens, _, condition = read_rows(out / "tokens", pipe, 4 * FRAMES)
+    tokens, given = read_rows(out / "tokens", pipe, 4 * FRAMES)
     second = torch.arange(0, len(tokens), FRAMES - 1)
-    velocity = {name: condition[name][second] for name in ("velocity_x", "velocity_y")}
-    frames = [condition["past"][second]]
+    velocity = {name: given.raw(name)[second] for name in ("velocity_x", "velocity_y")}
+    frames = [given.raw("past")[second]]
     for step in range(1, FRAMES):
         frames.append(pipe(num_images=len(second), seed=100 * step, condition={"past": frames[-1], **velocity}).tokens)
     rows = []

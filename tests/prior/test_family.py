@@ -365,6 +365,9 @@ def test_marginal_is_fitted_by_counting():
     assert torch.allclose(p, torch.tensor([[4 / 6, 2 / 6], [2 / 6, 4 / 6]]))
     p = logits_of(model, tokens[:1], torch.tensor([0])).softmax(-1)[0]
     assert torch.allclose(p, torch.tensor([[3 / 4, 1 / 4], [2 / 4, 2 / 4]]))
+    before = model.table.detach().clone()
+    model.initialize(tokens[[0, 1, 2, 3, 0]], model.read_given([0, 0, 1, 1, None], None, 5))
+    assert torch.equal(model.table[:2], before[:2]) and not torch.equal(model.table[2], before[2]), "null is no class"
 
 
 @pytest.mark.parametrize("name", [name for name in [*PRIORS, *VARIANTS] if name not in ("made", "marginal")])

@@ -36,7 +36,7 @@ class Unigram(Prior, name="my_unigram"):
         super().__init__(config)
         self.logits = nn.Parameter(torch.zeros(config.grid.vocab_size))
 
-    def forward(self, tokens, labels=None):
+    def forward(self, tokens, encoded=None):
         return self.logits.expand(len(tokens), tokens[0].numel(), -1)
 """
 
@@ -97,7 +97,7 @@ class Peeks(Prior, name="peeks"):
         size = config.grid.vocab_size
         self.seen, self.scale = nn.Embedding(size, size), nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens, labels=None):
+    def forward(self, tokens, encoded=None):
         return self.scale * self.seen(tokens.flatten(1))
 """
 
