@@ -115,7 +115,7 @@ class TrainPriorConfig(Config):
         le=1,
         description="share of images trained without label and columns, for guidance; 1: a prior without them",
     )
-    attributes: list[str] | None = Field(None, description="columns to condition on beside the class; null: all")
+    attributes: list[str] | None = Field(None, description="columns to condition on; null: all")
     condition_dropout: float = Field(
         0.1,
         ge=0,
