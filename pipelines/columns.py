@@ -74,7 +74,7 @@ class ColumnFormat(Generic[C]):
     def convert(self, value: Any) -> Any:
         """Replace pictures and texts, which the column does not read itself, in a value or in a list of values. Raises
         `ValueError`."""
-        return value
+        return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OU" else value
 
     def read_text(self, value: Any) -> Any:
         """Convert text of the command line to a value, or to several values separated by commas; other values, and what
@@ -165,7 +165,7 @@ class ColumnFormat(Generic[C]):
     @property
     def encoder(self) -> str:
         """The name of what makes the raw values, if anything does."""
-        return ""
+        return getattr(self.column, "encoder", "") if self.tokenizer is None else self.tokenizer.name
 
     def example(self) -> str:
         """Return Python code of a value; empty if there is no short one."""
@@ -384,7 +384,7 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return NGRAMS.fullmatch(self.column.encoder) is not None
 
     def convert(self, value: Any) -> Any:
-        value = unpack_objects(value)
+        value = super().convert(value)
         if isinstance(value, (list, tuple)):
             return [self.convert(one) if isinstance(one, str) else one for one in value]
         if not isinstance(value, str):
@@ -424,10 +424,6 @@ class VectorFormat(ColumnFormat[VectorColumn]):
 
     def describe(self) -> str:
         return f"{'text, or ' * self.takes_text}{self.column.describe()}"
-
-    @property
-    def encoder(self) -> str:
-        return self.column.encoder
 
     def example(self) -> str:
         return "'some words'" if self.takes_text else ""
@@ -476,7 +472,7 @@ class GridFormat(ColumnFormat[GridColumn]):
     of_pictures: ClassVar[bool] = True
 
     def convert(self, value: Any) -> Any:
-        value = unpack_objects(value)
+        value = super().convert(value)
         several = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(one, (str, Path)) for one in several):
             raise ValueError("expected images or token ids, not paths; open pictures with PIL.Image.open")
@@ -581,12 +577,8 @@ class GridFormat(ColumnFormat[GridColumn]):
             raise ValueError(f"{self.name}: {error}") from error
 
     def describe(self) -> str:
-        size = "" if self.tokenizer is None else " x ".join(map(str, self.tokenizer.image_shape[1:]))
-        return f"image of {size}, or {self.column.describe()}" if size else self.column.describe()
-
-    @property
-    def encoder(self) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.name
+        sides = () if self.tokenizer is None else self.tokenizer.image_shape[1:]
+        return f"image of {' x '.join(map(str, sides))}, or " * bool(sides) + self.column.describe()
 
     def example(self) -> str:
         return "" if self.tokenizer is None else f'Image.open("{self.name}.png")'
@@ -649,11 +641,6 @@ def guess_format(cells: Cells) -> type[ColumnFormat[Any]]:
 def is_empty(cell: Any) -> bool:
     """Return whether a cell is empty: None, empty text or NaN."""
     return cell is None or (isinstance(cell, str) and not cell) or (isinstance(cell, float) and math.isnan(cell))
-
-
-def unpack_objects(value: Any) -> Any:
-    """Convert an array of objects or texts to a list."""
-    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OU" else value
 
 
 def split_list(text: str, separators: str) -> list[str]:

@@ -34,6 +34,7 @@ from tokenizer.pixels import Pixels
 from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
 from .files import Output, lock_output
+from .frequencies import FREQUENCIES
 from .images import (
     TEST_DRAWS,
     DataConfig,
@@ -339,7 +340,7 @@ def have_changed(inputs: list[Path], since: float) -> bool:
 def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[Shard]:
     """Create or continue the work folder; return the missing shards. Raises `UserError` for a folder with shards of
     other settings, and `PathError` for unknown files."""
-    names, ours = {shard.name for shard in shards}, {"tokenizer", CONDITIONS, META, SPLITS, MANIFEST}
+    names, ours = {shard.name for shard in shards}, {"tokenizer", CONDITIONS, META, SPLITS, FREQUENCIES, MANIFEST}
 
     def is_result(name: str) -> bool:
         return name in ours or name.endswith(".safetensors")  # including shards of another size
@@ -497,7 +498,7 @@ def finish_dataset(
     """Complete the dataset in the work folder and rename it to `out`. Raises `UserError` for a missing shard."""
     if absent := [shard.name for shard in shards if not (work / shard.name).is_file()]:
         raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
-    for name in ("tokenizer", CONDITIONS, META, SPLITS, MANIFEST):  # left by a process killed here
+    for name in ("tokenizer", CONDITIONS, META, SPLITS, FREQUENCIES, MANIFEST):  # left by a process killed here
         shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
     write_meta(work, meta, tokenizer, condition_tokenizers)
     publish_folder(work, out, kind=TOKENS)

@@ -278,7 +278,14 @@ class Evaluation:
                 raise UserError(f"pipeline: {error}; its likelihoods are meaningless") from error
         known = tokens or encode_all(pipeline, self.train, group)
         return evaluate_likelihood(
-            pipeline.tokenizer, pipeline.prior, known, test, self.held_out, self.config.num_orders, group
+            pipeline.tokenizer,
+            pipeline.prior,
+            known,
+            test,
+            self.held_out,
+            self.config.num_orders,
+            pipeline.frequencies,
+            group,
         )
 
     def nats_per_image(self, test: TokenSplit) -> Figures:

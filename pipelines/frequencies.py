@@ -141,8 +141,11 @@ class Frequencies:
     def save(self, folder: Path) -> None:
         """Write `frequencies.json`, unless there are no tables."""
         if self.tables:
-            tables = [table.to_dict() for table in self.tables]
-            write_json(folder / FREQUENCIES, {"format_version": FORMAT_VERSION, "tables": tables})
+            write_json(folder / FREQUENCIES, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        return {"format_version": FORMAT_VERSION, "tables": [table.to_dict() for table in self.tables]}
 
     def of_columns(self, columns: Mapping[str, Column]) -> Frequencies:
         """Return the frequencies of the columns of a prior that was trained on some of those that were counted; without

@@ -26,6 +26,7 @@ from tokenizer.model import CONFIG
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
+from .frequencies import Frequencies
 from .image_pipeline import ImagePipeline
 from .images.origin import TOKENS, resolve_source
 from .metrics.likelihood import bits_per_token, rows_evaluated
@@ -114,7 +115,7 @@ class TrainPriorConfig(Config):
         le=1,
         description="share of images trained without label and columns, for guidance; 1: a prior without them",
     )
-    attributes: list[str] | None = Field(None, description="columns to condition on beside the class; null: all")
+    attributes: list[str] | None = Field(None, description="columns to condition on; null: all")
     condition_dropout: float = Field(
         0.1,
         ge=0,
@@ -156,6 +157,9 @@ class PriorTask(Task):
         columns = choose_columns(self.data.columns, config.attributes)
         self.data = self.data.of_columns({} if config.label_dropout == 1 else columns)  # 1: none would ever be trained
         self.train_split, self.eval_splits = select_splits(self.data)
+        self.frequencies = self.data.frequencies
+        if not self.frequencies.tables:  # a dataset of 0.3
+            self.frequencies = Frequencies.count(self.train_split.given)
         self.model: Prior = build_prior(config.model, self.data)
         self.is_checked = not is_built_in(self.model)  # before sharding, which changes the class
         if self.is_checked:
@@ -257,7 +261,9 @@ class PriorTask(Task):
         tokenizer = self.data.tokenizer.to(self.model.device)
         others = {name: one.to(self.model.device) for name, one in self.data.condition_tokenizers.items()}
         more: dict[str, Any] = {"sampler": sampler, "condition_tokenizers": others}
-        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, **more)
+        pipeline = ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, **more)
+        pipeline.frequencies = self.frequencies
+        return pipeline
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the pipeline's folder, with its provenance and a grid of samples on its card."""

@@ -38,7 +38,6 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 MAX_COLUMNS = 64
 FEW = 24  # names listed in an error
 NUMBERS = (int, float, np.number)
-NULL_FLAG = 255  # a flag that is null, as it is stored
 
 
 class Column(ModelConfig):
@@ -49,7 +48,11 @@ class Column(ModelConfig):
     is_map: ClassVar[bool] = False
     """Whether the encoding has a vector for each position of the prior's grid, not one for the image."""
     is_counted: ClassVar[bool] = False
-    """Whether the same value occurs in many images, so that its frequency in the training data means something."""
+    """Whether values are few, so that those of the training split can be counted."""
+    meaning: ClassVar[tuple[str, ...]] = ()
+    """The fields that must be equal for weights to mean the same."""
+    scaling: ClassVar[tuple[str, ...]] = ()
+    """The fields by which numbers are standardised."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,15 +128,25 @@ class Column(ModelConfig):
     @property
     def stored_type(self) -> torch.dtype:
         """The type of the numbers in files."""
-        raise NotImplementedError
+        return torch.float32
+
+    @property
+    def stored_null(self) -> float | None:
+        """The number that is null in files; None: the raw one."""
+        return None
 
     def pack(self, values: Tensor) -> Tensor:
         """Convert raw rows to stored ones. Raises `ValueError` for values that are not allowed."""
-        return self.check_raw(values).to(self.stored_type).contiguous()
+        raw, null = self.check_raw(values), self.stored_null
+        raw = raw if null is None else torch.where(raw.isnan() | (raw < 0), null, raw)
+        return raw.to(self.stored_type).contiguous()
 
     def unpack(self, stored: Tensor) -> Tensor:
         """Convert stored rows to raw ones. Raises `ValueError` for values that are not allowed."""
-        return self.check_raw(stored)
+        if self.stored_null is None:
+            return self.check_raw(stored)
+        numbers = stored.long()
+        return self.check_raw(torch.where(numbers == self.stored_null, self.null_value, numbers))
 
     # Models
 
@@ -144,23 +157,31 @@ class Column(ModelConfig):
 
     def suits(self, other: Column) -> bool:
         """Return whether weights that were trained for the column `other` fit this one and mean the same."""
-        return type(self) is type(other) and self.shape == other.shape
+        return (
+            type(self) is type(other)
+            and self.shape == other.shape
+            and self.values(self.meaning) == other.values(self.meaning)
+        )
 
     def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
         """Return the weights of `embedding` for this column, given those of a column that it `suits`."""
         return weights
 
     @property
-    def scales(self) -> tuple[Any, ...]:
-        """The constants by which values are standardised."""
-        return ()
+    def scales(self) -> list[Any]:
+        """The constants by which numbers are standardised."""
+        return self.values(self.scaling)
+
+    def values(self, names: Iterable[str]) -> list[Any]:
+        """Return fields."""
+        return [getattr(self, name) for name in names]
 
     # Words
 
     @property
     def texts(self) -> list[str]:
         """All texts that a file may hold."""
-        return []
+        return [text for text in (*getattr(self, "names", ()), getattr(self, "encoder", "")) if text]
 
     def describe(self) -> str:
         """Describe the allowed values."""
@@ -185,11 +206,9 @@ class IdColumn(Column):
 
     @property
     def count(self) -> int:
-        """Number of ids."""
         raise NotImplementedError
 
     def check_raw(self, values: Tensor) -> Tensor:
-        """Check that ids are whole numbers in range."""
         values = self.check_shape(values)
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(f"expected ids, which are whole numbers (got {values.dtype})")
@@ -200,11 +219,9 @@ class IdColumn(Column):
         return values
 
     def is_null(self, values: Tensor) -> Tensor:
-        """A row is null if all of its ids are."""
         return (values < 0)[..., None].flatten(1).all(1)
 
     def draw(self, count: int) -> Tensor:
-        """Draw uniform ids."""
         return torch.randint(self.count, (count, *self.shape))
 
 
@@ -222,11 +239,9 @@ class ClassColumn(IdColumn):
 
     @property
     def count(self) -> int:
-        """Number of classes."""
         return len(self.names)
 
     def parse_one(self, value: Any) -> Tensor:
-        """Convert a name or an id."""
         if value is None:
             return torch.tensor(-1)
         if isinstance(value, str) and value in self.names:
@@ -237,16 +252,13 @@ class ClassColumn(IdColumn):
 
     @property
     def stored_type(self) -> torch.dtype:
-        """-1 is stored as it is."""
         return torch.int32
 
     @property
     def num_classes(self) -> int:
-        """See `Column`."""
         return len(self.names)
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
-        """A vector for each class."""
         return ClassEmbedding(len(self.names), width)
 
     def suits(self, other: Column) -> bool:
@@ -263,17 +275,10 @@ class ClassColumn(IdColumn):
         places = {name: row for row, name in enumerate(other.names)}
         return torch.tensor([*(places.get(name, other.count) for name in self.names), other.count])
 
-    @property
-    def texts(self) -> list[str]:
-        """The names."""
-        return self.names
-
     def describe(self) -> str:
-        """The names."""
         return describe_names(self.names)
 
     def example(self) -> str:
-        """The first name."""
         return repr(self.names[0])
 
 
@@ -282,21 +287,19 @@ class GridColumn(IdColumn):
 
     kind = "grid"
     is_map: ClassVar[bool] = True
+    meaning: ClassVar[tuple[str, ...]] = ("grid", "tokenizer")
     grid: Grid = Field(description="shape and vocabulary size of the tokens")
     tokenizer: str = Field("", description="fingerprint of the tokenizer that makes the tokens")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The grid's shape."""
         return self.grid.shape
 
     @property
     def count(self) -> int:
-        """Number of ids."""
         return self.grid.vocab_size
 
     def parse_one(self, value: Any) -> Tensor:
-        """Convert tokens of the grid's shape."""
         if value is None:
             return self.null(1)[0]
         try:
@@ -307,29 +310,16 @@ class GridColumn(IdColumn):
 
     @property
     def stored_type(self) -> torch.dtype:
-        """The smallest unsigned type that also holds `vocab_size`, which is null."""
         return smallest_type(self.grid.vocab_size + 1)
 
-    def pack(self, values: Tensor) -> Tensor:
-        """Null becomes `vocab_size`."""
-        raw = self.check_raw(values)
-        return torch.where(raw < 0, self.grid.vocab_size, raw).to(self.stored_type).contiguous()
-
-    def unpack(self, stored: Tensor) -> Tensor:
-        """`vocab_size` becomes null."""
-        ids = stored.long()
-        return self.check_raw(torch.where(ids == self.grid.vocab_size, -1, ids))
+    @property
+    def stored_null(self) -> float:
+        return self.grid.vocab_size
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
-        """A transformer block over the ids, laid over the prior's positions."""
         return GridEncoder(self.grid, positions, width)
 
-    def suits(self, other: Column) -> bool:
-        """The tokens must be those of one tokenizer."""
-        return isinstance(other, GridColumn) and (self.grid, self.tokenizer) == (other.grid, other.tokenizer)
-
     def describe(self) -> str:
-        """The shape and the number of ids."""
         return f"{' x '.join(map(str, self.shape))} ids of {self.grid.vocab_size}"
 
 
@@ -355,11 +345,9 @@ class FloatColumn(Column):
         return self.check_raw(found)
 
     def describe_expected(self) -> str:
-        """Describe one value in an error."""
         return "a number per image" if self.shape == (1,) else f"{self.shape[0]} numbers per image"
 
     def check_raw(self, values: Tensor) -> Tensor:
-        """Check that numbers are finite or NaN."""
         if self.shape == (1,) and values.ndim < 2 and values.shape != (1,):  # a number, or one per image
             values = values[..., None]
         if values.is_complex():
@@ -370,24 +358,16 @@ class FloatColumn(Column):
         return values
 
     def is_null(self, values: Tensor) -> Tensor:
-        """A row is null if any of its numbers is."""
         return values.isnan().flatten(1).any(1)
 
     def draw(self, count: int) -> Tensor:
         """Draw zeros and ones, which all columns of numbers allow."""
         return torch.randint(2, (count, *self.shape)).float()
 
-    @property
-    def stored_type(self) -> torch.dtype:
-        """NaN is stored as it is."""
-        return torch.float32
-
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
-        """Two layers over the numbers and whether each is given."""
         return embed_standardized([0.0] * self.shape[0], [1.0] * self.shape[0], width)
 
     def describe(self) -> str:
-        """How many numbers."""
         return f"{self.shape[0]} numbers"
 
 
@@ -396,11 +376,11 @@ class FlagsColumn(FloatColumn):
 
     kind = "flags"
     is_counted: ClassVar[bool] = True
+    meaning: ClassVar[tuple[str, ...]] = ("names",)
     names: list[str] = Field(min_length=1, max_length=1 << 12, description="names of the flags")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """A number for each flag."""
         return (len(self.names),)
 
     def parse_one(self, value: Any) -> Tensor:
@@ -413,11 +393,9 @@ class FlagsColumn(FloatColumn):
         return torch.tensor([float(name in names) for name in self.names])
 
     def describe_expected(self) -> str:
-        """Describe one value in an error."""
         return f"names of flags, or a number 0 or 1 for each of {len(self.names)} flags"
 
     def check_raw(self, values: Tensor) -> Tensor:
-        """Check that flags are 0 or 1."""
         values = super().check_raw(values)
         if bool(((values != 0) & (values != 1) & ~values.isnan()).any()):
             wrong = values[(values != 0) & (values != 1) & ~values.isnan()]
@@ -426,32 +404,16 @@ class FlagsColumn(FloatColumn):
 
     @property
     def stored_type(self) -> torch.dtype:
-        """Bytes, of which `NULL_FLAG` is null."""
         return torch.uint8
 
-    def pack(self, values: Tensor) -> Tensor:
-        """NaN becomes `NULL_FLAG`."""
-        return self.check_raw(values).nan_to_num(NULL_FLAG).to(self.stored_type).contiguous()
-
-    def unpack(self, stored: Tensor) -> Tensor:
-        """`NULL_FLAG` becomes NaN."""
-        return self.check_raw(torch.where(stored == NULL_FLAG, torch.nan, stored.float()))
-
-    def suits(self, other: Column) -> bool:
-        """The flags must have the same names."""
-        return isinstance(other, FlagsColumn) and self.names == other.names
-
     @property
-    def texts(self) -> list[str]:
-        """The names."""
-        return self.names
+    def stored_null(self) -> float:
+        return 255
 
     def describe(self) -> str:
-        """The names."""
         return describe_names(self.names)
 
     def example(self) -> str:
-        """The first two names."""
         return repr(self.names[:2])
 
 
@@ -460,7 +422,6 @@ class QuantityColumn(FloatColumn):
 
     @property
     def axes(self) -> int:
-        """See `Column`."""
         return 0 if self.shape == (1,) else 1
 
 
@@ -468,6 +429,7 @@ class NumberColumn(QuantityColumn):
     """One or several numbers, standardised by the training split."""
 
     kind = "number"
+    scaling: ClassVar[tuple[str, ...]] = ("mean", "std")
     mean: list[float] = Field(min_length=1, max_length=64, description="mean over the training split")
     std: list[Annotated[float, Field(gt=0)]] = Field(description="standard deviation over the training split")
     low: list[float] = Field(description="smallest values of the training split")
@@ -480,7 +442,6 @@ class NumberColumn(QuantityColumn):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As many numbers as there are means."""
         return (len(self.mean),)
 
     def limit(self, values: Tensor) -> Tensor:
@@ -489,27 +450,18 @@ class NumberColumn(QuantityColumn):
         return values.clamp(*torch.tensor([self.low, self.high]).to(values).unbind())
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
-        """Octaves of sine and cosine accompany the standardised numbers."""
         return embed_standardized(self.mean, self.std, width, waves=True)
 
-    @property
-    def scales(self) -> tuple[Any, ...]:
-        """See `Column`."""
-        return self.mean, self.std
-
     def describe(self) -> str:
-        """The range of each number in the training data."""
         return ", ".join(f"{low:g} to {high:g}" for low, high in zip(self.low, self.high, strict=True))
 
     def describe_outside(self, values: Tensor) -> str:
-        """See `Column`."""
         low, high = torch.tensor([self.low, self.high]).to(values).unbind()
         if not bool(((values < low) | (values > high)).any()):
             return ""
         return f"numbers outside those of the training data, {self.describe()}, count as the nearest of these"
 
     def example(self) -> str:
-        """The means."""
         means = [float(f"{mean:.4g}") for mean in self.mean]
         return repr(means if len(means) > 1 else means[0])
 
@@ -522,7 +474,6 @@ class AngleColumn(QuantityColumn):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As many numbers as there are angles."""
         return (self.size,)
 
     def check_raw(self, values: Tensor) -> Tensor:
@@ -531,7 +482,6 @@ class AngleColumn(QuantityColumn):
         return torch.where(angles == 360, 0, angles)  # of a tiny negative angle
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
-        """Two layers over sine and cosine."""
         return FloatEmbedding(self.features, 9 * self.size, width)
 
     def features(self, values: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -543,11 +493,9 @@ class AngleColumn(QuantityColumn):
         return [given, angles.sin() * masks, angles.cos() * masks]
 
     def describe(self) -> str:
-        """The unit."""
         return "degrees" if self.size == 1 else f"{self.size} angles in degrees"
 
     def example(self) -> str:
-        """A right angle."""
         return repr(90.0 if self.size == 1 else [90.0] * self.size)
 
 
@@ -555,18 +503,18 @@ class VectorColumn(FloatColumn):
     """An embedding computed by `encoder`."""
 
     kind = "vector"
+    meaning: ClassVar[tuple[str, ...]] = ("encoder",)
+    scaling: ClassVar[tuple[str, ...]] = ("scale",)
     size: int = Field(ge=1, le=1 << 14, description="length of the vector")
     scale: float = Field(1.0, gt=0, description="root mean square of the numbers in the training split")
     encoder: str = Field("", description="what computes the vectors")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The vector's length."""
         return (self.size,)
 
     @property
     def stored_type(self) -> torch.dtype:
-        """Half precision, since embeddings are long."""
         return torch.float16
 
     def pack(self, values: Tensor) -> Tensor:
@@ -578,22 +526,7 @@ class VectorColumn(FloatColumn):
         return stored
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
-        """Two layers over the numbers, divided by their scale."""
         return embed_standardized([0.0] * self.size, [self.scale] * self.size, width)
-
-    def suits(self, other: Column) -> bool:
-        """The vectors must be of one encoder."""
-        return isinstance(other, VectorColumn) and (self.size, self.encoder) == (other.size, other.encoder)
-
-    @property
-    def scales(self) -> tuple[Any, ...]:
-        """See `Column`."""
-        return (self.scale,)
-
-    @property
-    def texts(self) -> list[str]:
-        """The encoder."""
-        return [self.encoder]
 
 
 # All kinds ----------------------------------------------------------------------------------------

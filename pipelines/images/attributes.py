@@ -389,17 +389,14 @@ def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Cells:
 
 
 def list_cells(values: list[Any], name: Callable[[int], str]) -> Cells:
-    """Return cells in memory."""
     return Cells(len(values), lambda rows: [values[row] for row in rows], name)
 
 
 def file_cells(paths: list[str | None]) -> Cells:
-    """Return the paths of pictures."""
     return replace(list_cells(paths, lambda row: str(paths[row])), open=Path)
 
 
 def paths_of(images: Iterable[ImageDataset]) -> list[str]:
-    """Return the paths of image files."""
     return [(rows.paths or [])[at] for rows, positions in (each.origin for each in images) for at in positions]
 
 

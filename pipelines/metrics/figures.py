@@ -41,6 +41,7 @@ _BITS_PER_TOKEN = (
     "position frequencies {marginal_bits_per_token:.3f}; from {marginal_rows:,} training rows; {marginal_note}; "
     "uniform {uniform_bits_per_token:.3f}"
 )
+_CLASS_UNKNOWN = "null class {null_class_bits_per_token:.3f}; {class_unknown_rows:,} images; {class_unknown_note}"
 _FRAMES = "from the first: {frame_bits}"
 _BITS_PER_DIM = (
     "+- {bits_per_dim_error:.3f}; tokens {prior_bits_per_dim:.3f}; pixels given the tokens {pixel_bits_per_dim:.3f}"
@@ -66,6 +67,7 @@ TABLE = (
     Figure("codebook_usage", "codebook use", "{:.1%}", "", "reconstruction", "perplexity {codebook_perplexity:.0f}"),
     Figure("bits_per_token", "bits per token", "{:.3f}", "lower", "likelihood", _BITS_PER_TOKEN),
     Figure("unconditional_bits_per_token", "bits per token, no labels", "{:.3f}", "", "likelihood"),
+    Figure("class_unknown_bits_per_token", "bits per token, class unknown", "{:.3f}", "", "likelihood", _CLASS_UNKNOWN),
     Figure("bits_per_frame", "bits per frame given its past", "{:.1f}", "lower", "likelihood", _FRAMES),
     Figure("bits_per_dim", "bits per dim", "{:.3f}", "lower", "likelihood", _BITS_PER_DIM),
     Figure("nats_per_image", "nats per image", "{:.2f}", "lower", "likelihood", _NATS),

@@ -16,6 +16,7 @@ from prior import Prior
 from prior.columns import LABEL
 from tokenizer import TokenGrid, Tokenizer
 
+from ..frequencies import Frequencies
 from ..images import ImageDataset
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import random_rows, spread
@@ -24,6 +25,8 @@ from .figures import WITHOUT
 from .reconstruction import images_at_a_time
 
 EVALUATED_ROWS = 2000  # limit during training; `smalti evaluate` uses all held-out rows
+MOST_SUMMED = 100
+"""Most classes for which the mixture over them is evaluated, since each takes a pass."""
 EVALUATED_TOKENS = 1 << 24  # limit during training over all passes, for priors that need several passes per row
 TABLE = 1 << 26  # limit on the elements of `Marginal`'s table (256 MiB of float32)
 LOGITS = 1 << 28  # limit on the logits computed at a time (1 GiB of float32)
@@ -74,19 +77,43 @@ def evaluate_likelihood(
     test: TokenSplit,
     held_out: ImageDataset,
     num_orders: int,
+    frequencies: Frequencies,
     group: ProcessGroup = ALONE,
 ) -> dict[str, Any]:
     """Return bits per token of the prior on the held-out images, whose tokens are `test`; those of a `Marginal` fitted
     to training tokens; and bits per dim if the decoder has a likelihood. A prior is given what is known of each image,
-    except for the figures of `vary_given`."""
+    except for the figures of `vary_given` and `evaluate_open_class`. frequencies: of the classes."""
     grid, nats = prior.grid, log_probs(prior, test, np.arange(len(test)), num_orders, group)
     return {
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
         **{key: bits_per_token(prior, part, num_orders=num_orders, group=group) for key, part in vary_given(test)},
+        **evaluate_open_class(prior, test, frequencies, num_orders, group),
         **evaluate_frames(prior, tokenizer.frames, test, group),
         **evaluate_marginal(prior, train, test, group),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
         **evaluate_bits(tokenizer, held_out, test, nats, group),
+    }
+
+
+def evaluate_open_class(
+    prior: Prior, test: TokenSplit, frequencies: Frequencies, num_orders: int = 1, group: ProcessGroup = ALONE
+) -> dict[str, Any]:
+    """Return bits per token of the mixture over the classes, given the other columns, and those of the null class on
+    the same images: at most `EVALUATED_ROWS`, evenly spread. Empty for priors without classes or with more than
+    `MOST_SUMMED`, and for one whose likelihood is a bound."""
+    if not 0 < prior.num_classes <= MOST_SUMMED or not prior.exact:
+        return {}
+    others = test.given.without([LABEL])
+    unknown = others.over(LABEL, frequencies.log_prob(LABEL, others))
+    some = rows_evaluated(prior, len(test))
+    mixture, null = (
+        bits_per_token(prior, replace(test, given=given), some, num_orders, group) for given in (unknown, others)
+    )
+    return {
+        "class_unknown_bits_per_token": mixture,
+        "null_class_bits_per_token": null,
+        "class_unknown_rows": some,
+        "class_unknown_note": frequencies.describe(LABEL, others.names),
     }
 
 

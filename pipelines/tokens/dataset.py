@@ -40,6 +40,7 @@ from tokenizer.files import (
     read_folder,
 )
 
+from ..frequencies import Frequencies
 from ..hub import is_reachable, push_folder, require_reachable
 from ..images.origin import shareable
 from .meta import (
@@ -86,6 +87,7 @@ class TokenDataset:
     `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
     the unchanged images. `columns`: what is known of the images of all splits, the class first, as `label`;
     `condition_tokenizers`: the tokenizers of grids among them; `condition_sources`: facts about the origin of each.
+    `frequencies`: how often the classes occur in the training split; those of a folder that has been loaded.
     `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
     """
 
@@ -98,6 +100,7 @@ class TokenDataset:
     digest: str = ""
     condition_tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
     condition_sources: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    frequencies: Frequencies = Frequencies()
 
     @property
     def class_names(self) -> list[str]:
@@ -113,7 +116,8 @@ class TokenDataset:
         """Return the dataset with no other columns than these."""
         splits = {name: split.of_columns(columns) for name, split in self.splits.items()}
         tokenizers = {name: one for name, one in self.condition_tokenizers.items() if name in columns}
-        return replace(self, columns=columns, splits=splits, condition_tokenizers=tokenizers)
+        counted = self.frequencies.of_columns(columns)
+        return replace(self, columns=columns, splits=splits, condition_tokenizers=tokenizers, frequencies=counted)
 
     def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
         """Write the folder atomically; replace an older token dataset.
@@ -257,6 +261,7 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
         *facts,
         condition_tokenizers=tokenizers,
         condition_sources=meta.condition_sources,
+        frequencies=Frequencies.load(folder, meta.columns),
     )
 
 

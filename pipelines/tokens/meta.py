@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, PlainValidator, model_validator
 
 from prior.columns import LABEL, MAX_COLUMNS, ClassColumn, Column, names_problem, read_column
+from prior.given import Given
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import grid_to_dict, read_grid
 from tokenizer.files import (
@@ -30,13 +31,16 @@ from tokenizer.files import (
 )
 
 from ..files import FieldError, Text, Whole, validate
+from ..frequencies import Frequencies
 from ..images.dataset import is_printable
 from ..images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
-from .shards import shard_names
+from .shards import map_shard, open_columns, shard_names, stored_grid
 
 META, FORMAT_VERSION = "meta.json", 1
 CONDITIONS = "conditions"
 """Folder of the tokenizers of grid columns."""
+TRAIN = "train"
+"""The split whose classes are counted."""
 SOURCE = "source"
 """Key of a column's origin in `meta.json`."""
 TOKENS = FolderKind("a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta))
@@ -102,14 +106,25 @@ def class_names(columns: Mapping[str, Column]) -> list[str]:
 def write_meta(
     folder: Path, meta: Meta, tokenizer: Tokenizer, condition_tokenizers: Mapping[str, Tokenizer] | None = None
 ) -> None:
-    """Write the tokenizers, `meta.json` and finally `manifest.json` beside the shards."""
+    """Write the tokenizers, `meta.json`, the frequencies of classes and finally `manifest.json` beside the shards."""
     tokenizer.save_pretrained(folder / "tokenizer")
     for name in meta.own_tokenizers():
         (condition_tokenizers or {})[name].save_pretrained(folder / CONDITIONS / name)
     write_json(folder / META, meta.to_dict())
     if SPLITS_KEY in meta.source:
         write_json(folder / SPLITS, meta.source[SPLITS_KEY])
+    count_classes(folder, meta).save(folder)
     write_manifest(folder)
+
+
+def count_classes(folder: Path, meta: Meta) -> Frequencies:
+    """Count the classes and flags in the shards of the training split, if there is one."""
+    sizes = meta.shards.get(TRAIN, [])
+    columns = {name: column for name, column in meta.columns.items() if column.is_counted}
+    grid, names = stored_grid(meta.grid, TRAIN in meta.drawn), shard_names(TRAIN, len(sizes))
+    files = [map_shard(folder / name, rows, grid, columns) for name, rows in zip(names, sizes, strict=True)]
+    rows = open_columns(files, columns, folder, mapped=True) if files else {}
+    return Frequencies.count(Given(columns, rows, sum(sizes)))
 
 
 def manifest_hash(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Conditions on the command line: keys, tables, pictures and folders mean what they mean in Python.
 
-Covers: pipelines/condition_keys.py.
+Covers: pipelines/condition_keys.py, pipelines/columns.py.
 """
 
 from __future__ import annotations

@@ -125,9 +125,9 @@ def test_samples_have_the_classes_of_the_training_images(tmp_path, monkeypatch):
     save_pipeline(tmp_path, config)
     asked, call = {}, ImagePipeline.__call__
 
-    def watched(self, num_images=None, labels=None, *, seed, **kwargs):
-        asked[seed] = labels
-        return call(self, num_images, labels, seed=seed, **kwargs)
+    def watched(self, num_images=None, labels=None, *, seed, condition=None, **kwargs):
+        asked[seed] = labels if condition is None else condition.raw("label").tolist()
+        return call(self, num_images, labels, seed=seed, condition=condition, **kwargs)
 
     monkeypatch.setattr(ImagePipeline, "__call__", watched)
     evaluate(tmp_path, "num_images=106", "update_card=false", "seed=5")
@@ -315,7 +315,12 @@ def test_a_prior_with_columns_is_evaluated_with_and_without_each(tmp_path, capsy
     for name in ("label", *COLUMNS):
         assert figures[f"bits_per_token_without_{name}"] == bits(name)
         assert f"bits per token, no {name}" in text and f"bits per token, no {name}" in card
-    assert len({figures[key] for key in figures if "bits_per_token" in key and "marginal" not in key}) == 10
+    assert figures["null_class_bits_per_token"] == bits("label")
+    open_class = test.given.without(["label"]).over("label")
+    nats = pipe.prior.log_prob(test.tokens.long(), condition=open_class).detach().double()
+    assert figures["class_unknown_bits_per_token"] == pytest.approx(-float(nats.mean()) / (np.log(2) * size), rel=1e-5)
+    assert "bits per token, class unknown" in text and "bits per token, class unknown" in card
+    assert len({figures[key] for key in figures if "bits_per_token" in key and "marginal" not in key}) == 11
     for title in ("no conditions", "conditions of other images"):
         assert f"bits per token, {title}" in text and f"bits per token, {title}" in card
     assert "no labels" not in text

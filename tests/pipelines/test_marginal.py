@@ -1,25 +1,30 @@
 """The mixture over a class in a pipeline: densities, scores, and the frequencies beside the models.
 
-Covers: pipelines/image_pipeline.py, pipelines/saving.py, pipelines/anomaly/, pipelines/commands/.
+Covers: pipelines/image_pipeline.py, pipelines/saving.py, pipelines/anomaly/, pipelines/tokens/, pipelines/metrics/.
 """
 
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from command import fails
 from givens.stripes import SIZE, stripes
+from givens.token_datasets import add_columns, make_dataset
+from launch import train_prior
 from PIL import Image
-from small import make_prior
+from small import draw_tokens, make_prior
 from small_pipelines import LABELS, make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.frequencies import FREQUENCIES, Frequencies
+from pipelines.metrics.likelihood import evaluate_open_class
+from pipelines.tokens import TokenSplit, load_tokens
 from prior.given import Given
 from tokenizer.files import PipelineLoadError, read_manifest, write_json, write_manifest
 
@@ -186,3 +191,53 @@ def test_verbs_calibrate_and_detect_with_an_open_class(tmp_path, capsys):
         stripes(3, seed=9), "nll", marginal="label"
     )
     np.testing.assert_allclose(scores, expected, rtol=1e-3)
+
+
+# From images to figures
+
+
+def test_frequencies_go_from_the_training_split_to_the_pipeline_and_are_counted_if_they_are_missing(tmp_path):
+    data = add_columns(make_dataset(rows=60), only=("view", "tags", "age"))
+    data.save(tmp_path / "tokens", rows_per_shard=7)
+    counted = Frequencies.count(data.splits["train"].given)
+    loaded = load_tokens(tmp_path / "tokens").frequencies
+    assert loaded.to_dict() == counted.to_dict() and len(loaded.tables) == 1
+    shutil.copytree(tmp_path / "tokens", tmp_path / "older")
+    (tmp_path / "older" / FREQUENCIES).unlink()
+    write_manifest(tmp_path / "older")
+    for name in ("tokens", "older"):
+        run = train_prior(tmp_path / f"run_{name}", tmp_path / name, train__steps=2, attributes=["tags"])
+        pipe = ImagePipeline.from_pretrained(run / "pipeline")
+        some = {name: column for name, column in data.columns.items() if name in ("label", "tags")}
+        assert pipe.frequencies.to_dict() == counted.of_columns(some).to_dict()
+        given = pipe.read_given(condition={"tags": ["hat"]})
+        assert pipe.frequencies.describe("label", given.names).endswith("as likely as in the training split given tags")
+    without = train_prior(tmp_path / "run_without", tmp_path / "tokens", train__steps=2, label_dropout=1, attributes=[])
+    assert not ImagePipeline.from_pretrained(without / "pipeline").frequencies.tables
+
+
+def test_encode_counts_the_training_split(tmp_path):
+    for number, image in enumerate(stripes(40).numpy()):
+        (folder := tmp_path / "images" / "ab"[number % 4 == 0]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(folder / f"{number}.png")
+    make_pipeline(size=(SIZE, SIZE)).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = [f"data.source={tmp_path}/images", f"data.image_size={SIZE}", "data.channels=1", "data.augment.flip=true"]
+    main(["encode", f"tokenizer={tmp_path}/tokenizer", *data, "augmentations=1", f"out={tmp_path}/tokens"])
+    tokens = load_tokens(tmp_path / "tokens", verify=True)
+    labels = tokens.splits["train"].given.rows["label"]
+    assert tokens.frequencies.to_dict()["tables"] == [
+        {"columns": ["label"], "values": [[0], [1]], "counts": torch.bincount(labels).tolist()}
+    ]
+
+
+def test_evaluate_leaves_out_the_mixture_where_it_costs_too_much_or_is_a_bound():
+    for prior, found in (
+        (make_prior("gpt", num_classes=100), True),
+        (make_prior("gpt", num_classes=101), False),
+        (make_prior("gpt", num_classes=0), False),
+        (make_prior("masked", exact=False), False),
+    ):
+        split = TokenSplit(draw_tokens(prior, 3), Given(prior.columns, {}, 3))
+        figures = evaluate_open_class(prior, split, Frequencies())
+        assert bool(figures) == found
+        assert not found or figures["class_unknown_bits_per_token"] != figures["null_class_bits_per_token"]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from on_disk import FOLDER, READ, RUN, STREAMS, entries_of, in_folder
-from prior.conditions import KINDS
 from small import PRIORS, QUANTIZERS, TOKENIZERS
 
 from pipelines import ImagePipeline, exports, frequencies, saving
@@ -27,6 +26,7 @@ from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_prior import run as train_prior
 from pipelines.training import checkpoint
 from prior import Prior
+from prior.columns import KINDS
 from prior.heads import Head
 from tokenizer.files import IntegrityError, read_manifest, verify_manifest, write_manifest
 from tokenizer.likelihoods import Likelihood

@@ -26,12 +26,15 @@ from torch import Tensor
 
 from pipelines import ImagePipeline
 from pipelines.compression import coding
+from pipelines.frequencies import Frequencies
 from pipelines.images import DataConfig, load_images
 from pipelines.images.decoding import hash_names
 from pipelines.images.splits import Inherited, read_splits
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import main as train_prior
 from prior import Prior
+from prior.columns import ClassColumn, Column, FlagsColumn
+from prior.given import Given
 from tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "on_disk"
@@ -40,6 +43,8 @@ ALL_COLUMNS = {
     **{"label": "dog", "text": [k / 16 for k in range(16)], "outline": torch.arange(-1, 95).view(8, 12) % 8},
 }
 """A value of each column of the pipeline `conditions`; equal to the bit on every machine, as its digest is stored."""
+COUNTED: dict[str, Column] = {"label": ClassColumn.numbered(3), "tags": FlagsColumn(names=["red", "old"])}
+"""The columns of `frequencies`."""
 STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens": ("plain", {}),
     "lossless": ("plain", {"lossless": True}),
@@ -213,6 +218,13 @@ def read_division(path: Path) -> dict[str, Any]:
     return {"parts": " ".join(parts), "facts": facts.to_dict(), "text": facts.describe()}
 
 
+def read_frequencies(path: Path) -> dict[str, Any]:
+    """Read how often classes occur; their probabilities given a flag."""
+    found, red = Frequencies.load(path.parent, COUNTED), {"tags": torch.tensor([[1.0, torch.nan]])}
+    nats = [found.log_prob("label", Given(COUNTED, rows, 1))[0] for rows in ({}, red)]
+    return {"nothing": numbers(nats[0].exp()), "red": numbers(nats[1].exp()), "text": found.describe("label", red)}
+
+
 READ: dict[str, Callable[..., dict[str, Any]]] = {
     "tokenizers": read_tokenizer,
     "priors": read_prior,
@@ -222,6 +234,7 @@ READ: dict[str, Callable[..., dict[str, Any]]] = {
     "streams": read_stream,
     "sets": read_set,
     "splits": read_division,
+    "frequencies": read_frequencies,
     "export": read_export,
 }
 """The parts of the fixtures, each with the function that reads one of its entries."""

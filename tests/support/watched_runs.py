@@ -7,6 +7,7 @@ A test file starts itself twice by `in_two_processes(__file__, "basic", FOLDER)`
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from pipelines.processes.group import ProcessGroup
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.trainer import Trainer
+from prior.given import Given
 
 # In the test process
 
@@ -123,12 +125,13 @@ def state_of(trainer: Trainer, micro_batches: list[Any]) -> dict[str, Any]:
         for name, value in state.items()
         if name != "step"
     ]
+    batch = [part.rows.values() if isinstance(part, Given) else [part] for part in micro_batches[0]]
     return {
         "weights": digest(weights),
         "average": digest(average),
         "moments": digest(moments),
         "buffers": digest(trainer.task.model.buffers()),
-        "batch": digest(micro_batches[0]),
+        "batch": digest(itertools.chain(*batch)),
         "seed": torch.initial_seed(),
         "replicated": all(isinstance(net, DistributedDataParallel) for net in trainer.task.nets.values()),
         "shares": [share(values) for values in (weights, average, moments)],

@@ -4,7 +4,7 @@
     PYTHONPATH=. python tests/support/write_on_disk.py --overwrite streams  # a part once more
 
 Replace a fixture only if its format was never released. A new format, or a new version of one, gets a fixture beside
-the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, splits, export.
+the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, splits, frequencies, export.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from givens.coded import LOGISTIC  # noqa: E402
 from givens.token_datasets import add_columns, make_dataset, make_split  # noqa: E402
-from on_disk import FOLDER, READ, RUN, STREAMS, entries_of, images_for, in_folder, pattern  # noqa: E402
+from on_disk import COUNTED, FOLDER, READ, RUN, STREAMS, entries_of, images_for, in_folder, pattern  # noqa: E402
 from one_process import one_process  # noqa: E402
 from small import PRIORS, SMALL, TOKENIZERS, make_prior, make_tokenizer  # noqa: E402
 from small_pipelines import LABELS, PROVENANCE, make_conditioned, make_pipeline  # noqa: E402
@@ -32,11 +32,13 @@ from tiny_task import stopped_at  # noqa: E402
 
 from pipelines import ImagePipeline  # noqa: E402
 from pipelines.exports import export_tokenizer  # noqa: E402
+from pipelines.frequencies import Frequencies  # noqa: E402
 from pipelines.generate import main as generate  # noqa: E402
 from pipelines.images.decoding import Rows, hash_names  # noqa: E402
 from pipelines.images.splits import Part, Units, describe_parts, find_thresholds  # noqa: E402
 from pipelines.tokens import TokenDataset  # noqa: E402
 from pipelines.train_prior import main as train_prior  # noqa: E402
+from prior.given import Given  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tokenizer.files import write_json, write_manifest  # noqa: E402
 
@@ -149,6 +151,12 @@ def write_splits(folder: Path) -> None:
     write_json(folder / "splits.json", facts.to_dict())
 
 
+def write_frequencies(folder: Path) -> None:
+    rows = {"label": pattern(40, values=3), "tags": pattern(40, 2, values=2, seed=1).float()}
+    rows["tags"][:4] = torch.nan
+    Frequencies.count(Given(COUNTED, rows, 40)).save(folder)
+
+
 def write_export(folder: Path) -> None:
     export_tokenizer(Tokenizer.from_pretrained(FOLDER / "tokenizers/palette"), folder, "onnx")
 
@@ -162,6 +170,7 @@ WRITE: dict[str, Callable[[Path], None]] = {
     "streams": write_streams,
     "sets": write_sets,
     "splits": write_splits,
+    "frequencies": write_frequencies,
     "export": write_export,
 }
 """The parts in an order in which each needs only earlier ones."""
@@ -188,7 +197,7 @@ def main() -> None:
         target = FOLDER / part
         if target.exists():
             shutil.rmtree(target)
-        if part in ("streams", "sets", "splits"):
+        if part in ("streams", "sets", "splits", "frequencies"):
             target.mkdir()
         torch.manual_seed(0)
         WRITE[part](target)

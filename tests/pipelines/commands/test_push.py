@@ -78,7 +78,7 @@ def test_a_push_that_fails_changes_nothing(report):
 def test_each_push_replaces_the_token_dataset(report):
     """Files of the user stay."""
     common = {".gitattributes", "meta.json", "manifest.json", "test.safetensors"}
-    common |= {"tokenizer/config.json", "tokenizer/model.safetensors"}
+    common |= {"frequencies.json", "tokenizer/config.json", "tokenizer/model.safetensors"}
     many = common | {f"train-{k:05d}-of-00003.safetensors" for k in range(3)}
     many |= {"splits.json", "conditions/outline/config.json", "conditions/outline/model.safetensors"}
     one = common | {"train.safetensors"}

@@ -429,6 +429,23 @@ def read_parts(*argv: str) -> Parts:
     return parse(Parts, [*argv], verb="run", description=None)
 
 
+class Renamed(Parts):
+    renamed = {"pieces": "parts"}
+
+
+def test_a_key_of_an_earlier_release_is_read_from_files_and_refused_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("pieces: {a: {kind: round}}")
+    found = parse(Renamed, ["--config", str(path), "parts.b.kind=square"], verb="run", description=None)
+    assert {name: part.kind for name, part in found.parts.items()} == {"a": "round", "b": "square"}
+    assert build_config(Renamed, [path], {}).parts["a"].kind == "round"
+    message = r"^pieces\.a\.kind: unknown key; it is called parts\.a\.kind now$"
+    with pytest.raises(UserError, match=message):
+        parse(Renamed, ["pieces.a.kind=round"], verb="run", description=None)
+    with pytest.raises(UserError, match=message):
+        build_config(Renamed, [], {"pieces": {"a": {"kind": "round"}}})
+
+
 def test_names_of_a_mapping_are_chosen_by_the_user(tmp_path: Path) -> None:
     """A mapping of settings: inline, by dotted keys, in a file, and together."""
     expected = Parts(parts={"lid": Part(kind="round"), "box": Part(sizes=(3, 8))})

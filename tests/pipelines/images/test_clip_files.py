@@ -492,12 +492,12 @@ def test_a_table_has_a_row_for_each_clip(run, tmp_path, capsys):
     rows = [f"{path.relative_to(run / 'clips')},{int(path.stem)}" for path in clips]
     (tmp_path / "speed.csv").write_text("\n".join(["file_name,speed", *rows]))
     command = ["encode", f"tokenizer={run / 'tok'}", f"out={tmp_path / 'x'}"]
-    main([*command, f"table={tmp_path / 'speed.csv'}", "conditions.speed=speed"])
+    main([*command, f"table={tmp_path / 'speed.csv'}", "attributes.speed=speed"])
     tokens = load_tokens(tmp_path / "x")
     train = load_images(DataConfig.model_validate(tokens.source["data"])).train
     numbers = [float(clip_and_start(name)[0].rpartition("/")[2]) for name in train.names(range(len(train)))]
-    assert tokens.splits["train"].condition(range(len(train)))["speed"].flatten().tolist() == numbers
-    grid = ["conditions.before.frame=-1", f"conditions.before.tokenizer={run / 'tok'}"]
+    assert tokens.splits["train"].given[:].raw("speed").flatten().tolist() == numbers
+    grid = ["attributes.before.frame=-1", f"attributes.before.tokenizer={run / 'tok'}"]
     assert "images and frame are for single images" in fails(capsys, *command, *grid)
 
 

@@ -34,7 +34,7 @@ def encoded(tmp_path, images, columns=PLACE, **options):
         | {"crop": "random", "crops_per_image": 8, **options.pop("data", {})}
     )
     settings = {"tokenizer": str(tmp_path / "tokenizer"), "out": str(tmp_path / "tokens"), **options}
-    folder = run(EncodeConfig(data=data, conditions=columns, **settings))
+    folder = run(EncodeConfig(data=data, attributes=columns, **settings))
     return load_tokens(folder), load_images(data)
 
 
@@ -43,10 +43,10 @@ def test_the_column_holds_the_centres_of_the_crops(tmp_path, cache_mb):
     """Distinct pixels in images of several sizes tell where each crop is, in variants, too."""
     images = [noise(8 + 3 * k, 30 - 2 * k, seed=k).reshape(8 + 3 * k, 30 - 2 * k) for k in range(8)]
     data, splits = encoded(tmp_path, images, data={"cache_mb": cache_mb, "augment": {"shift": 1}}, augmentations=2)
-    column = data.conditions["where"]
+    column = data.columns["where"]
     assert (column.size, column.encoder) == (2, "place") and data.condition_sources["where"] == {"place": True}
     for name, part in {"train": splits.train, "test": splits.held_out}.items():
-        found, rows = data.splits[name].condition(slice(None))["where"], len(part)
+        found, rows = data.splits[name].given[:].raw("where"), len(part)
         assert len(found) == rows * (3 if name == "train" else 1)
         for variant in range(len(found) // rows):
             crops = part.raw_batch(np.arange(rows), variant, 0, augment=False)[0]
@@ -61,18 +61,18 @@ def test_the_column_holds_the_centres_of_the_crops(tmp_path, cache_mb):
 
 
 def test_only_crops_have_places_and_flips_would_falsify_them(tmp_path):
-    with pytest.raises(UserError, match=r"^conditions.where.place: needs crops; data.crop=random$"):
+    with pytest.raises(UserError, match=r"^attributes.where.place: needs crops; data.crop=random$"):
         encoded(tmp_path, half_dark(4), data={"crop": None, "crops_per_image": 1})
-    with pytest.raises(UserError, match=r"^conditions.where: data.augment.flip would falsify"):
+    with pytest.raises(UserError, match=r"^attributes.where: data.augment.flip would falsify"):
         encoded(tmp_path, half_dark(4), data={"augment": {"flip": True}}, augmentations=1)
     with pytest.raises(ValueError, match="place is computed"):
-        EncodeConfig(tokenizer="a", out="b", conditions={"where": {"place": True, "column": "age"}})
+        EncodeConfig(tokenizer="a", out="b", attributes={"where": {"place": True, "column": "age"}})
 
 
 def trained(tokens, tokenizer, conditions):
     torch.manual_seed(0)
     rows = tokens.splits["train"]
-    ids, given = rows.rows(slice(None)).long(), rows.condition(slice(None))
+    ids, given = rows.rows(slice(None)).long(), rows.given[:]
     columns = {"conditions": conditions, "condition_width": 16} if conditions else {}
     prior = make_prior("gpt", grid=tokenizer.grid, tokenizer=tokenizer.fingerprint(), num_classes=0, **columns)
     for parameter in prior.parameters():
@@ -80,8 +80,7 @@ def trained(tokens, tokenizer, conditions):
     optimizer = torch.optim.AdamW(prior.parameters(), 1e-2)
     for step in range(60):
         at = torch.arange(32) + 32 * (step % (len(ids) // 32))
-        condition = {name: values[at].float() for name, values in given.items()} if conditions else None
-        loss = prior.loss(ids[at], condition=condition)
+        loss = prior.loss(ids[at], condition=given[at] if conditions else None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -92,7 +91,7 @@ def test_a_dark_tile_is_an_anomaly_at_the_right_alone(tmp_path):
     """Only its place tells whether a tile should be dark, and tiles find it from where they are."""
     tokens, _ = encoded(tmp_path, half_dark(40))
     tokenizer = tokens.tokenizer
-    knowing, other = (trained(tokens, tokenizer, columns) for columns in (tokens.conditions, {}))
+    knowing, other = (trained(tokens, tokenizer, columns) for columns in (tokens.columns, {}))
     new = half_dark(20, seed=900)
     bits = [pipe.anomaly_score(new, "nll", stride=8).mean() for pipe in (knowing, other)]
     assert bits[0] < bits[1] - 1

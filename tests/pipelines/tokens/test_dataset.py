@@ -34,7 +34,8 @@ def test_a_saved_dataset_is_loaded_unchanged(name, labelled, tmp_path):
         assert same_rows(loaded.splits[key].given, split.given)
     splits = ["test.safetensors", "train.safetensors"]
     parts = ["tokenizer/config.json", "tokenizer/model.safetensors"]
-    assert files_in(tmp_path / "tokens") == sorted(["manifest.json", "meta.json", *splits, *parts])
+    counts = ["frequencies.json"] if labelled else []
+    assert files_in(tmp_path / "tokens") == sorted(["manifest.json", "meta.json", *counts, *splits, *parts])
 
 
 @settings(deadline=None, max_examples=20)

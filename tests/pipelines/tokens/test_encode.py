@@ -36,7 +36,7 @@ from pipelines.tokens import load_tokens
 from pipelines.tokens.meta import META
 from pipelines.train_prior import TrainPriorConfig, build_prior
 from tokenizer import Tokenizer
-from tokenizer.files import FormatError, PathError, write_json
+from tokenizer.files import FormatError, PathError, write_json, write_manifest
 from tokenizer.model import PROVENANCE
 
 SHIFT = {"augment": {"shift": 3}}
@@ -392,6 +392,9 @@ def test_changed_columns_are_noticed(tokenizer, images, columns, tmp_path, capsy
     for path in (table, *copy.rglob("*")):
         os.utime(path, (1, 1))
     assert not finished() and finished()
+    (out / "job.json").write_text((out / "job.json").read_text().replace('"attributes"', '"conditions"'))  # as in 0.3
+    write_manifest(out)
+    assert finished()
     table.write_text(table.read_text().replace("left", "leftmost"))
     date(table, -9)  # its values are compared, too
     assert not finished() and finished()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,7 +170,7 @@ def test_without_validation_images_held_out_ones_are_evaluated_and_the_newest_we
 ):
     data = load_tokens(tokens)
     splits = {name: data.splits[name] for name in ("train", "test")}
-    TokenDataset(data.grid, data.class_names, splits, data.tokenizer, {}).save(tmp_path / "tokens")
+    replace(data, splits=splits).save(tmp_path / "tokens")
     whole = train_prior(tmp_path / "whole", tmp_path / "tokens", train__steps=4, train__evaluate_every=2)
     assert "no validation images" in capsys.readouterr().out
     for line in metrics(whole)[1::2]:

@@ -18,7 +18,7 @@ from launch import (
     tensors,
     train_prior,
 )
-from small import PRIORS, draw_tokens, make_prior, make_tokenizer
+from small import PRIORS, draw_tokens, logits_of, make_prior, make_tokenizer
 from tiny_task import assert_same_run
 from torch import nn
 from torch._dynamo.utils import counters
@@ -73,7 +73,7 @@ def step(model: Any) -> dict[str, torch.Tensor]:
     if isinstance(model, Prior):
         tokens, labels = draw_tokens(model, 6), torch.randint(3, (6,))
         inputs = model.training_inputs(tokens, 0.1)
-        loss = model.loss_from_outputs(model(tokens, labels, **inputs), tokens, **inputs)
+        loss = model.loss_from_outputs(logits_of(model, tokens, labels, **inputs), tokens, **inputs)
     else:
         images = torch.rand(3, 3, 12, 8) * 2 - 1
         output = model(images)
