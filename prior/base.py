@@ -551,6 +551,9 @@ class Prior(PretrainedModel, family="prior"):
             if options is not None and others:
                 raise TypeError(f"give {next(iter(others))} or {type(options).__name__}, not both")
         sampling = sampling or self.make_sampling_options(**settings)
+        if not isinstance(sampling, self.Sampling):
+            expected = self.Sampling.__name__
+            raise TypeError(f"sampling: a {self.name} prior takes {expected} (got {type(sampling).__name__})")
         self.check_sampling_options(sampling)
         decoding = decoding or DecodingOptions(**of_decoding)
         decoding.check()

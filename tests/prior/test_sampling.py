@@ -1,4 +1,7 @@
-"""Settings of sampling and how they choose a token."""
+"""Settings of sampling and how they choose a token.
+
+Covers: prior/options.py, prior/sampling.py.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ import tqdm
 from frequencies import as_frequent
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from small import draw_tokens, generators, make_prior
+from small import ANY_ORDER, draw_tokens, generators, make_prior
 from torch import Tensor
 
 from prior.masked import MaskedOptions
 from prior.noise import TOKEN_NOISE, TokenNoise, draw_keys, gumbel_noise
-from prior.options import GREEDY, SamplingOptions, likeliest
+from prior.options import GREEDY, DecodingOptions, SamplingOptions, likeliest
 from prior.sampling import progress_bar
 
 examples = settings(deadline=None, max_examples=100, derandomize=True)
@@ -43,6 +46,37 @@ def test_numbers_of_numpy_and_torch_are_plain_numbers_in_settings():
     drawn = model.sample(2, generator=generators(2), **plain)
     for count in (np.int64(2), torch.tensor(2)):
         assert torch.equal(model.sample(count, generator=generators(2), **given), drawn)
+
+
+REQUESTS = [
+    ("gpt", {"temperature": 0.7, "top_k": 3}, {"cache": False}),
+    ("gpt", {"guidance_scale": 2.0, "guidance_end": 3.0}, {"parallel": True}),
+    ("gpt", {}, {"order": torch.arange(12).flip(0)}),
+    ("gpt", {"top_p": 0.8}, {"num_orders": 3}),
+    ("masked", {"steps": 3, "confidence_temperature": 2.0}, {}),
+    ("made", {"num_masks": 3}, {"order": "snake"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "decoding"), REQUESTS, ids=str)
+def test_settings_are_given_as_values_or_as_keywords(kind, settings, decoding):
+    model = make_prior(kind, **({"connectivity_agnostic": True} if kind == "made" else {}), **ANY_ORDER[kind])
+
+    def draw(**given):
+        return model.sample(4, [0, 1, 2, 0], generator=generators(4), **given)
+
+    expected, (how, path) = draw(**settings, **decoding), (model.Sampling(**settings), DecodingOptions(**decoding))
+    assert torch.equal(draw(sampling=how, decoding=path), expected)
+    assert torch.equal(draw(sampling=how, **decoding), expected), "one of them as a value"
+    assert torch.equal(draw(**settings, decoding=path), expected)
+    for name, value in settings.items():
+        with pytest.raises(TypeError, match=f"give {name} or {type(how).__name__}, not both"):
+            draw(sampling=how, **{name: value})
+    for name, value in decoding.items():
+        with pytest.raises(TypeError, match=f"give {name} or DecodingOptions, not both"):
+            draw(decoding=path, **{name: value})
+    with pytest.raises(TypeError, match=f"a {kind} prior takes {model.Sampling.__name__} .got DecodingOptions"):
+        draw(sampling=path)
 
 
 # The course of guidance

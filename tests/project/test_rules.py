@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_imports_follow_the_data_and_nothing_unpickles(package: str) -> None:
     files = [name for name in FILES if name.startswith(f"{package}/")]
     found = {name: violations((ROOT / name).read_text(encoding="utf-8"), name) for name in files}
     assert len(files) > 10 and not {name: wrong for name, wrong in found.items() if wrong}
+
+
+@pytest.mark.parametrize("package", ["tokenizer", "prior"])
+def test_modules_of_a_package_import_one_another_in_one_direction(package: str) -> None:
+    """Also inside functions. What type checkers alone read does not count, nor does the package itself, which lists
+    what users import."""
+    files = [name for name in FILES if name.startswith(f"{package}/") and not name.endswith("__init__.py")]
+    modules = {name.removesuffix(".py").replace("/", "."): name for name in files}
+    graph = {}
+    for module, name in modules.items():
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))]
+        imported = imports_of(ast.unparse(tree), name)
+        graph[module] = {found for each in imported for found in (each, each.rpartition(".")[0]) if found in modules}
+    assert max(map(len, graph.values())) > 5
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def run_python(code: str, *options: str, code_of_exit: int = 0) -> list[str]:
