@@ -207,13 +207,13 @@ class ImagePipeline:
         tokenizers = saving.check_fit(tokenizer, prior, background, condition_tokenizers)
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{saving.INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
-        saving.check_names(labels, prior.config.conditions)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.background = None if background is None else background.eval()
         """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
         self.condition_tokenizers = {name: one.eval() for name, one in tokenizers.items()}
         """The tokenizers of grid columns by name."""
         self.labels = list(labels)
+        saving.check_texts(self.columns)
         self.sampler = saving.make_sampler(prior, sampler or {})
         self.provenance: dict[str, Any] = {}
         self.frequencies = Frequencies()

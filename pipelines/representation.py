@@ -51,35 +51,39 @@ def embed(
     prior; None is null. The result does not depend on `batch_size`, up to rounding. Raises `ValueError` for an unknown
     layer or pool, listing those available.
     """
-    how: Any = {"pool": pool, "labels": labels, "condition": condition, "batch_size": batch_size}
-    return embed_layers(pipeline, images, [layer], **how)[0]
+    batch = read_batch(pipeline, images)
+    given = pipeline.read_given(labels, condition, len(batch))
+    return embed_layers(pipeline, batch, given, [layer], pool=pool, batch_size=batch_size)[0]
 
 
 @torch.no_grad()
 def embed_layers(
     pipeline: ImagePipeline,
-    images: Images,
+    batch: Tensor,
+    given: Given,
     layers: Sequence[Layer],
     *,
     pool: str | None = None,
-    labels: Any = None,
-    condition: Condition = None,
     batch_size: int = 64,
 ) -> list[Tensor]:
-    """Return `embed` for each of `layers`, computed in one pass."""
+    """Return `embed` for each of `layers`, computed in one pass. batch: from `read_batch`."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
-    pools = [choose_pool(source, pool) for source, _ in chosen]
-    plain = pipeline.values is None and pipeline.frames == 1
-    batch = as_batch(images, pipeline.tokenizer.image_shape) if plain else pipeline.to_images(images)
-    if not len(batch):
-        raise ValueError("no images given")
-    batch = pipeline.binarize(batch) if batch.dtype == torch.uint8 else pipeline.to_images(batch)
-    given, parts = pipeline.read_given(labels, condition, len(batch)), []
+    pools, parts = [choose_pool(source, pool) for source, _ in chosen], []
     for _, part, own in pipeline.batches(batch, given, batch_size):
         floats = to_float(part)  # per batch, because all images might not fit into memory
         maps = compute_position_vectors(pipeline, floats.to(pipeline.device), own, chosen)
         parts.append([pool_positions(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+def read_batch(pipeline: ImagePipeline, images: Images) -> Tensor:
+    """Convert images as `ImagePipeline.to_images` does, except that 8-bit ones stay uint8, because all of them as
+    floats might not fit into memory. Raises `ValueError` for none."""
+    plain = pipeline.values is None and pipeline.frames == 1
+    batch = as_batch(images, pipeline.tokenizer.image_shape) if plain else pipeline.to_images(images)
+    if not len(batch):
+        raise ValueError("no images given")
+    return pipeline.binarize(batch) if batch.dtype == torch.uint8 else pipeline.to_images(batch)
 
 
 def nearest(

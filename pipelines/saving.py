@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from prior import Prior
-from prior.columns import MAX_COLUMNS, NAME, Column
+from prior.columns import LABEL, MAX_COLUMNS, NAME, Column
 from prior.options import SamplingOptions
 from tokenizer import Tokenizer
 from tokenizer.files import (
@@ -123,14 +123,13 @@ def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
         raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
 
 
-def check_names(labels: Sequence[str], conditions: Mapping[str, Column]) -> None:
-    """Raise `ConfigError` for a name with unprintable characters, such as terminal escape sequences."""
-    places = {f"{INDEX}: labels": list(labels)}
-    places |= {f"prior/{CONFIG}: conditions.{name}": column.texts for name, column in conditions.items()}
-    for place, names in places.items():
-        for name in names:
-            if not is_class_name(name):
-                raise ConfigError(f"{place}: {quote(name)} should be at most {LONGEST} printable characters")
+def check_texts(columns: Mapping[str, Column]) -> None:
+    """Raise `ConfigError` for a text with unprintable characters, such as terminal escape sequences."""
+    for name, column in columns.items():
+        place = f"{INDEX}: labels" if name == LABEL else f"prior/{CONFIG}: conditions.{name}"
+        for text in column.texts:
+            if not is_class_name(text):
+                raise ConfigError(f"{place}: {quote(text)} should be at most {LONGEST} printable characters")
 
 
 class DataFacts(BaseModel):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
-from prior.columns import LABEL, ClassColumn, Column, find_column
+from prior.columns import LABEL, Column, find_column
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.options import GUIDANCE_FIELDS, SamplingOptions
 from tokenizer import TokenGrid
@@ -37,6 +37,7 @@ from .provenance import are_divided_differently, find_file
 from .saving import INDEX, PIPELINE, resolve_shipped
 from .shuffling import OTHER, draw_by_row, draw_nulls, other_labels, perturb_tokens, samples_of
 from .tokens import TokenDataset, TokenSplit, load_tokens
+from .tokens.meta import class_names
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
 from .training.stopping import describe_saved
@@ -298,9 +299,8 @@ def choose_columns(columns: Mapping[str, Column], names: list[str] | None) -> di
 
 def facts_of(grid: TokenGrid, columns: Mapping[str, Column]) -> dict[str, Any]:
     """Return the keys of a prior's configuration that say what its data are."""
-    others = dict(columns)
-    label = others.pop(LABEL, ClassColumn.numbered(0))
-    return {"grid": grid, "num_classes": len(label.texts), "conditions": others}
+    others = {name: column for name, column in columns.items() if name != LABEL}
+    return {"grid": grid, "num_classes": len(class_names(columns)), "conditions": others}
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:

@@ -26,7 +26,7 @@ from ..images.pictures import write_picture
 from ..metrics.charts import BLUE, GREY, Pixels, render
 from ..options import UsesImages
 from ..provenance import defaults
-from ..representation import embed_layers
+from ..representation import embed_layers, read_batch
 from ..shuffling import random_rows
 
 if TYPE_CHECKING:
@@ -108,9 +108,14 @@ def randomize_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
 def probe(pipeline: ImagePipeline, layers: list[str], train: Labelled, test: Labelled) -> dict[str, float]:
     """Return the accuracy of a probe for each layer that is not too wide. The prior gets no classes and no
     columns."""
-    first = embed_layers(pipeline, train[0][:1], layers)
+
+    def embed(images: Tensor) -> list[Tensor]:
+        batch = read_batch(pipeline, images)
+        return embed_layers(pipeline, batch, pipeline.read_given(count=len(batch)), layers)
+
+    first = embed(train[0][:1])
     layers = [layer for layer, features in zip(layers, first, strict=True) if features.shape[1] <= WIDEST]
-    features, unseen = (embed_layers(pipeline, images, layers) for images, _ in (train, test))
+    features, unseen = (embed(images) for images, _ in (train, test))
     return {
         layer: fit_probe(fitted, new, train[1], test[1])
         for layer, fitted, new in zip(layers, features, unseen, strict=True)

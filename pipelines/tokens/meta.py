@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, PlainValidator, model_validator
 
@@ -100,7 +100,7 @@ def label_column(names: Sequence[str]) -> dict[str, Column]:
 
 def class_names(columns: Mapping[str, Column]) -> list[str]:
     """Return the names of the classes; [] without classes."""
-    return columns[LABEL].texts if LABEL in columns else []
+    return cast(ClassColumn, columns[LABEL]).names if LABEL in columns else []
 
 
 def write_meta(

@@ -24,9 +24,9 @@ def transfer_weights(
     the same.
     """
     new, old = dict(columns), dict(other_columns)
-    label, other_label = (some.pop(LABEL, ClassColumn.numbered(0)) for some in (new, old))
+    label, other_label = (cast(ClassColumn, some.pop(LABEL, ClassColumn.numbered(0))) for some in (new, old))
     state, found = other.state_dict(), prior.state_dict()
-    tables, rows = find_class_tables(other), cast(ClassColumn, label).match_rows(other_label)
+    tables, rows = find_class_tables(other), label.match_rows(other_label)
     for name, weight in found.items():
         if not name.startswith("condition_encoder."):
             weight.copy_((state[name][rows] if name in tables else state[name]) if name in state else torch.tensor(0.0))
@@ -40,8 +40,8 @@ def transfer_weights(
         elif old:  # their sum is projected by trained weights; without old columns, the projection is zero
             network.remove_effect()  # type: ignore[operator]
     lines = {
-        "new classes, which start as the null class": [name for name in label.texts if name not in other_label.texts],
-        "classes left out": [name for name in other_label.texts if name not in label.texts],
+        "new classes, which start as the null class": [name for name in label.names if name not in other_label.names],
+        "classes left out": [name for name in other_label.names if name not in label.names],
         "new columns, which start without effect": [name for name in new if name not in old],
         "changed columns, which start anew, so that log p changes": [
             name for name in new if name in old and name not in fitting

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipelines.prefetch import AHEAD, pin_memory, prefetch, to_device_async
+from prior.given import Given
 
 
 def test_items_keep_their_order_and_are_made_once_by_one_thread():
@@ -66,8 +67,10 @@ def test_an_error_is_raised_at_its_item_and_closing_ends_the_thread():
     assert list(stream) == [] and len(made) <= 2 + 6
 
 
-def test_only_tensors_are_moved_to_the_device():
-    batch = to_device_async((torch.zeros(3, dtype=torch.uint8), "name"), torch.device("meta"))
-    assert batch[0].device.type == "meta" and batch[0].dtype == torch.uint8 and batch[1] == "name"
+def test_tensors_and_what_is_given_are_moved_to_the_device():
+    given = Given({}, {"age": torch.zeros(3, 1)}, 3)
+    batch = to_device_async((torch.zeros(3, dtype=torch.uint8), given, "name"), torch.device("meta"))
+    assert batch[0].device.type == "meta" and batch[0].dtype == torch.uint8 and batch[2] == "name"
+    assert batch[1].rows["age"].device.type == "meta" and len(batch[1]) == 3
     if torch.cuda.is_available():
         assert pin_memory((torch.zeros(3), None))[0].is_pinned()

@@ -107,12 +107,13 @@ def test_a_vector_depends_only_on_its_image_and_label(name):
     """It does not depend on the rest of the batch, its size or its order."""
     pipe = make_pipeline(prior=name)
     images, labels, layers = pixels_for(pipe, 7), torch.tensor([0, 1, 2, 0, 0, 2, 1]), list_layers(pipe)
-    whole = embed_layers(pipe, images, layers, labels=labels)
+    given = pipe.read_given(labels)
+    whole = embed_layers(pipe, images, given, layers)
     shuffled = torch.randperm(7)
-    again = embed_layers(pipe, images[shuffled], layers, labels=labels[shuffled])
+    again = embed_layers(pipe, images[shuffled], given[shuffled], layers)
     for other in (
         [each[shuffled.argsort()] for each in again],
-        *(embed_layers(pipe, images, layers, labels=labels, batch_size=n) for n in (1, 3)),
+        *(embed_layers(pipe, images, given, layers, batch_size=n) for n in (1, 3)),
     ):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, other, strict=True))
     assert all(len(each) == 7 and each.dtype == torch.float32 for each in whole)

@@ -7,8 +7,9 @@ from givens.images import config, load, rows_of, write_folder, write_parquet, wr
 
 from pipelines.config import UserError
 from pipelines.images import load_images
-from pipelines.saving import check_names
+from pipelines.saving import check_texts
 from pipelines.tokens.meta import check_printable
+from prior.columns import LABEL, ClassColumn
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", os.fsdecode(b"caf\xe9")])
@@ -43,7 +44,7 @@ def test_a_class_name_has_at_most_200_characters(tmp_path):
 def test_class_names_may_use_any_script_and_joined_emoji(tmp_path, name):
     write_folder(tmp_path, classes=(name, "dog"), count=3)
     assert set(load_images(config(tmp_path)).train.class_names) == {"dog", name}
-    check_names([name], {})
+    check_texts({LABEL: ClassColumn(names=[name])})
     assert check_printable(name) == name
 
 
