@@ -98,11 +98,11 @@ class Given:
         return self.count
 
     def __getitem__(self, at: Any) -> Given:
-        """Select images by any index of a tensor that keeps its first axis."""
-        rows, weights = ({name: raw[at] for name, raw in each.items()} for each in (self.rows, self.weights))
-        first = next(iter(rows.values()), None)
-        count = len(torch.arange(self.count)[at] if first is None else first)
-        return replace(self, rows=rows, count=count, weights=weights)
+        """Select images by any index of a tensor that keeps its first axis, on the rows' device or on the CPU."""
+        rows = {name: raw[at] for name, raw in self.rows.items()}
+        weights = {name: each[at.cpu() if isinstance(at, Tensor) else at] for name, each in self.weights.items()}
+        places = torch.zeros(1, device=getattr(at, "device", "cpu")).expand(self.count)  # which takes no memory
+        return replace(self, rows=rows, count=len(next(iter(rows.values()), places[at])), weights=weights)
 
     def repeat(self, times: int) -> Given:
         """Repeat each image `times` in a row."""
