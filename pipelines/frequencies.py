@@ -153,7 +153,7 @@ class Frequencies:
         tables = list[Table]()
         for table in self.tables:
             both = {name: columns[name] for name in table.columns if name in columns}
-            if any(not fits(column, table.columns[name]) for name, column in both.items()):
+            if any(not column.takes_rows_of(table.columns[name]) for name, column in both.items()):
                 return Frequencies()
             if both:
                 tables.append(table.select(both))
@@ -214,11 +214,6 @@ def add_up(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct rows of `values`, and the sum of the counts of each."""
     distinct, inverse = values.unique(dim=0, return_inverse=True)
     return distinct, torch.zeros(len(distinct), dtype=torch.long).index_add(0, inverse, counts)
-
-
-def fits(column: Column, other: Column) -> bool:
-    """Return whether packed values of the column `other` mean the same for `column`."""
-    return column.suits(other) and column.num_classes == other.num_classes
 
 
 def problems(table: TableFields, columns: Mapping[str, Column]) -> Iterator[str]:

@@ -165,9 +165,13 @@ class Given:
         return replace(self, rows=rows)
 
     def of_columns(self, columns: Mapping[str, Column]) -> Given:
-        """Return the same rows for other `columns`, which must have all that are given. Raises `ValueError`."""
+        """Return the same rows for other `columns`, which must have all that are given, with the same meaning. Raises
+        `ValueError`."""
         for name in (*self.rows, *self.weights):
-            find_column(columns, name)
+            column, own = find_column(columns, name), self.columns[name]
+            if not column.takes_rows_of(own):
+                there, here = (f"{each.kind}: {each.describe()}" for each in (own, column))
+                raise ValueError(f"condition: {name}: was read for another column ({there}), not for this one ({here})")
         return replace(self, columns=columns)
 
     def limit(self) -> Given:

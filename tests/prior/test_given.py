@@ -5,16 +5,17 @@ Covers: prior/given.py, prior/base.py.
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from givens.columns import VECTORS, draw_values, make_conditioned
+from givens.columns import AGE, VECTORS, draw_values, make_conditioned
 from hypothesis import given as drawn_by
 from hypothesis import strategies as st
 from small import draw_tokens, generators, make_prior
 
-from prior.columns import ClassColumn, GridColumn
+from prior.columns import AngleColumn, ClassColumn, FlagsColumn, GridColumn, VectorColumn
 from prior.given import Given
 from tokenizer import TokenGrid
 
@@ -108,6 +109,40 @@ def test_what_is_already_read_is_taken_as_it_is():
         Given.read(COLUMNS, [0, 1, 2], some)
     with pytest.raises(ValueError, match="unknown column 'label'; the columns are age"):
         Given.read({"age": OTHERS["age"]}, None, whole)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"label": ClassColumn(names=["dog", "cat", "eel"])},
+        {"label": ClassColumn(names=["cat", "dog"])},
+        {"label": ClassColumn.numbered(2)},
+        {"label": ClassColumn.numbered(4)},
+        {"text": VectorColumn(size=6, encoder="ngrams:8")},
+        {"tags": FlagsColumn(names=["old", "red", "wet", "loud"])},
+        {"age": AngleColumn()},
+        {"pose": AngleColumn(size=2)},
+        {"outline": GridColumn(grid=TokenGrid((2, 2), 3))},
+    ],
+    ids=str,
+)
+def test_rows_of_columns_with_another_meaning_are_refused(other):
+    given, (name,) = draw(), other
+    with pytest.raises(ValueError, match=rf"condition: {name}: was read for another column \([^\n]+$"):
+        Given.read({**COLUMNS, **other}, None, given)
+    if name == "label":
+        with pytest.raises(ValueError, match="label: was read for another column"):
+            Given.read(other, None, Given(COLUMNS, {}, 4).over("label"))
+    assert len(Given.read({**COLUMNS, **other}, None, given.without([name]))) == 4
+
+
+def test_a_prior_reads_rows_of_columns_with_names_and_of_other_statistics():
+    statistics = AGE.model_copy(update={"mean": [0.0]})
+    numbered = {**COLUMNS, "label": ClassColumn.numbered(3), "age": statistics}
+    for one, other in ((COLUMNS, numbered), (numbered, COLUMNS)):
+        given = draw(columns=one)
+        found = Given.read(other, None, given)
+        assert found.columns is other and equal(replace(found, columns=one), given)
 
 
 def test_converted_values_are_read():
