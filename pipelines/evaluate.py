@@ -158,7 +158,7 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
         for name, column in columns.items():
             other = data.columns.get(name)
             if other is None or not column.takes_rows_of(other):
-                raise UserError(f"tokens: {source} has no {column.kind} column {name!r} with the meaning of the prior's")
+                raise UserError(f"tokens: {source} has no {column.kind} column {name!r} with the prior's meaning")
     except (PipelineLoadError, UserError):
         if tokens or columns:
             raise

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,8 @@ class Given:
         if labels is not None:
             if values.get(LABEL) is not None:
                 raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
-            values[LABEL] = labels
+            lists = isinstance(labels, Iterable) and not isinstance(labels, (str, Mapping, Tensor, np.ndarray))
+            values[LABEL] = list(labels) if lists else labels  # such as a range
         parsed = dict[str, Tensor]()
         for name, value in values.items():
             if name == LABEL and name not in columns and is_all_none(value):
@@ -145,6 +147,8 @@ class Given:
         if classes > MOST_CLASSES:
             cost = f"{name!r} has {classes:,} classes, that is {classes:,} passes of the prior for each image"
             raise ValueError(f"marginal: {cost}; at most {MOST_CLASSES:,} classes are possible")
+        if other := [each for each in self.weights if each != name]:
+            raise ValueError(f"marginal: {other[0]!r} is open, too; only one column can be")
         uniform = torch.zeros(classes, dtype=torch.float64).log_softmax(0)
         weights = uniform if log_weights is None else as_tensor(log_weights).cpu().double()
         shape = (self.count, classes)
@@ -160,8 +164,9 @@ class Given:
         return replace(self, rows={**self.rows, **rows}, weights=weights)
 
     def drop_null(self) -> Given:
-        """Leave out columns that are null in every row."""
-        rows = {name: raw for name, raw in self.rows.items() if not bool(self.columns[name].is_null(raw).all())}
+        """Leave out columns that are null in every row; one of several numbers only if all of these are null."""
+        nulls = {name: self.columns[name].null_value for name in self.rows}
+        rows = {name: raw for name, raw in self.rows.items() if not bool((raw.isnan() | (raw == nulls[name])).all())}
         return replace(self, rows=rows)
 
     def of_columns(self, columns: Mapping[str, Column]) -> Given:

@@ -86,6 +86,19 @@ def test_labels_and_the_column_label_are_the_same():
     assert Given.read(COLUMNS, "cat", {"label": None}).rows["label"].tolist() == [0]
 
 
+def test_labels_are_any_numbers_one_after_another():
+    for labels in (range(3), iter([0, 1, 2]), {0: "a", 1: "b", 2: "c"}.keys(), np.arange(3, dtype=np.uint16)):
+        assert Given.read(COLUMNS, labels).rows["label"].tolist() == [0, 1, 2]
+    assert Given.read(COLUMNS, "cat").rows["label"].tolist() == [0]
+
+
+def test_a_column_is_left_out_if_no_number_of_it_is_given():
+    speed = torch.tensor([[1.0, math.nan], [math.nan, math.nan]])
+    given = Given(COLUMNS, {"speed": speed, "age": torch.full((2, 1), math.nan), "label": torch.tensor([-1, -1])}, 2)
+    assert given.drop_null().names == ("speed",) and given.drop_null().rows["speed"] is speed
+    assert given[1:].drop_null().names == ()
+
+
 def test_without_classes_only_null_labels_are_allowed():
     for labels in (None, [None, None]):
         assert Given.read(OTHERS, labels, count=2).names == ()
@@ -220,7 +233,8 @@ def test_unknown_columns_are_refused_wherever_conditions_go():
 def test_a_prior_reads_its_number_of_classes_as_null():
     model, tokens = make_prior("gpt"), draw_tokens(make_prior("gpt"), 3)
     expected = model.log_prob(tokens, [0, None, 2])
-    for labels in ([0, 3, 2], torch.tensor([0, 3, 2]), torch.tensor([0, -1, 2]), np.array([0, 3, 2], dtype=np.uint8)):
+    lists = [[0, 3, 2], [*np.array([0, 3, 2])], [*torch.tensor([0, 3, 2])]]
+    for labels in (*lists, torch.tensor([0, 3, 2]), torch.tensor([0, -1, 2]), np.array([0, 3, 2], dtype=np.uint8)):
         given = model.read_given(labels, None, 3)
         assert given.rows["label"].tolist() == [0, -1, 2] and model.encode_given(given).labels.tolist() == [0, 3, 2]
         assert torch.equal(model.log_prob(tokens, labels), expected)
