@@ -1,8 +1,8 @@
 """How often the classes occur in the training split, which is p(c) in the mixture over a class.
 
 `frequencies.json`, beside a token dataset and a pipeline, has the numbers of training images with each combination of
-classes and flags; or, if too many combinations occur, the numbers of each column of classes alone. Files of 0.3 lack
-it, and all classes count as equally likely.
+classes and flags; or, if too many combinations occur, the numbers of each column of classes alone, if a mixture over it
+is possible (`MOST_CLASSES`). Files of 0.3 lack it, and all classes count as equally likely.
 
 The file is published with the models, including combinations that a single image has.
 """
@@ -19,14 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from prior.columns import Column
-from prior.given import Given
-from tokenizer.files import FormatError, check_format_version, read_json, write_json
+from prior.given import MOST_CLASSES, Given
+from tokenizer.files import FormatError, check_format_version, parse_json, read_bytes, write_json
 
 from .files import Whole, validate
 
 FREQUENCIES, FORMAT_VERSION = "frequencies.json", 1
 MOST = 1 << 16
-"""Numbers in a table of several columns: 4,096 combinations of sixteen flags, for example."""
+"""Numbers in a table: 4,096 combinations of sixteen flags, for example."""
+MAX_BYTES = 8 << 20
+"""Largest file that is read; the largest that is written has 5 MiB."""
 CHUNK = 1 << 20
 """Numbers that are counted at once."""
 
@@ -67,8 +69,8 @@ class Table:
     counts: Tensor
 
     @classmethod
-    def count(cls, given: Given, columns: Mapping[str, Column], most: int | None = None) -> Table | None:
-        """Count the rows of `given`, a chunk at a time; None if the table has more than `most` numbers."""
+    def count(cls, given: Given, columns: Mapping[str, Column]) -> Table | None:
+        """Count the rows of `given`, a chunk at a time; None if the table has more than `MOST` numbers."""
         width = sum(column.null(1).numel() for column in columns.values())
         values, counts = torch.zeros(0, width, dtype=torch.long), torch.zeros(0, dtype=torch.long)
         rows = max(1, CHUNK // width)
@@ -76,7 +78,7 @@ class Table:
             packed = pack_rows(given[begin : begin + rows], columns)
             joined = torch.cat([counts, torch.ones(len(packed), dtype=torch.long)])
             values, counts = add_up(torch.cat([values, packed]), joined)
-            if most is not None and values.numel() > most:
+            if values.numel() > MOST:
                 return None
         return cls(columns, values, counts)
 
@@ -114,11 +116,11 @@ class Frequencies:
         given = given.without(set(given.columns) - set(columns))
         if not classes or not len(given):
             return cls()
-        most = MOST if len(columns) > 1 else None
-        joint = Table.count(given, columns, most)
+        joint = Table.count(given, columns)
         if joint is not None:
             return cls((joint,))
-        each = (Table.count(given, {name: column}) for name, column in classes.items())
+        few = {name: column for name, column in classes.items() if column.num_classes <= MOST_CLASSES}
+        each = (Table.count(given, {name: column}) for name, column in few.items())
         return cls(tuple(table for table in each if table is not None))
 
     @classmethod
@@ -128,7 +130,7 @@ class Frequencies:
         path = folder / FREQUENCIES
         if not path.is_file():
             return cls()
-        found = read_json(path)
+        found = parse_json(read_bytes(path, MAX_BYTES), path)
         check_format_version(found, FORMAT_VERSION, path)
         tables = list[Table]()
         for number, fields in enumerate(validate(FrequencyFile, found, path).tables):

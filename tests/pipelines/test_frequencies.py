@@ -130,6 +130,18 @@ def test_a_file_holds_the_same_and_there_is_none_without_classes(tmp_path):
     assert not (tmp_path / "none").exists() and Frequencies.load(tmp_path / "none", COLUMNS) == Frequencies()
 
 
+@pytest.mark.parametrize(("label", "view"), [(1 << 16, 0), (1 << 17, 0), (1 << 10, 1 << 5), (10, 1 << 16)])
+def test_every_file_that_is_written_can_be_read(label, view, tmp_path):
+    """Also of many classes and combinations."""
+    sizes = {name: size for name, size in (("label", label), ("view", view)) if size}
+    columns, count = {name: ClassColumn.numbered(size) for name, size in sizes.items()}, label * max(1, view)
+    rows = {name: torch.arange(count) // (1 if name == "label" else label) % size for name, size in sizes.items()}
+    found = Frequencies.count(Given(columns, rows, count))
+    found.save(tmp_path)
+    assert Frequencies.load(tmp_path, columns).to_dict() == found.to_dict()
+    assert bool(found.tables) == (label <= 1 << 16)
+
+
 @pytest.mark.parametrize(
     ("columns", "values", "counts", "problem"),
     [
