@@ -60,7 +60,7 @@ class Given:
             if count not in (None, len(found)):
                 raise ValueError(f"condition: got rows of {len(found)} images for {count} images")
             own = {} if labels is None else cls.read(columns, labels, count=len(found)).rows
-            return found.with_rows(**own).to(device)
+            return found[:].with_rows(**own).to(device)  # rows on a disk are read
         if not isinstance(condition, (Mapping, type(None))):
             there = describe_columns(columns)
             raise ValueError(f"condition: expected values by column (got {shorten(condition)}); {there}")

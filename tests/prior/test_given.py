@@ -314,6 +314,7 @@ def test_rows_may_be_read_from_a_disk():
     for index in (slice(1, 3), [3, 0]):
         assert equal(stored[index], given[index])
     assert stored.names == given.names and len(stored) == 4
+    assert equal(Given.read(COLUMNS, None, stored, device=torch.device("cpu")), given)
 
 
 # Digests
