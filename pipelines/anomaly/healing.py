@@ -135,8 +135,8 @@ def heal(
     restorations, weighted by likelihood, minus the tokenizer's mean error on normal images. An any-order prior
     conditions on all other tokens, and any other prior on those that come earlier in its order. Image k uses the seeds
     (seed + k) * draws to (seed + k) * draws + draws - 1. condition: values of the columns that were given in the
-    calibration. Raises `CalibrationError` without a calibration or with other columns, and `ValueError` for a quantile
-    that is not calibrated.
+    calibration; its `marginal` applies, too, unless that column is given. Raises `CalibrationError` without a
+    calibration or with other columns, and `ValueError` for a quantile that is not calibrated.
 
     Marimont and Tarroni measure a token's surprise given the tokens healed so far; here it is measured once, given the
     original tokens. They weight restorations by softmax(3 / mean |x - decoded|), favouring those near the image; here
@@ -146,6 +146,9 @@ def heal(
     """
     batch = pipeline.to_images(images)
     given = pipeline.read_given(labels, condition, len(batch))
+    marginal = require_calibration(pipeline.calibration).marginal
+    if marginal not in given.rows:
+        given = pipeline.read_given(condition=given, marginal=marginal)
     healed = heal_images(pipeline, batch, given, quantile, draws, seed)
     difference = split_frames(healed.difference, pipeline.frames)
     return healed._replace(images=pipeline.convert_images(healed.images, "pt"), difference=difference)
@@ -162,7 +165,7 @@ def heal_images(
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")
     tokens = pipeline.encode_batch(batch)
     label = {LABEL} if calibration.labels else set()
-    calibration.check_given({*given.names} - {LABEL} | label | {*calibration.mixture})
+    calibration.check_given({*given.terms} - {LABEL} | label | {*calibration.mixture})
     bits = -pipeline.prior.token_log_probs(tokens, condition=given) / math.log(2)
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):

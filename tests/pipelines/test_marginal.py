@@ -145,13 +145,18 @@ def test_scores_and_calibrations_agree_on_the_class_that_is_open(stride, tmp_pat
     with pytest.raises(CalibrationError, match="^marginal: calibrated with marginal=label given, but now with label"):
         again.anomaly_score(new, labels="cat", stride=stride)
     if stride is None:
-        assert again.heal(new, draws=1).images.shape == new.shape
+        tokens, mixture = again.encode(new), again.read_given(count=4, marginal="label")
+        bits = -again.prior.token_log_probs(tokens, condition=mixture) / math.log(2)
+        limit = torch.from_numpy(again.calibration.surprise[0]).float().reshape(tokens.shape[1:])
+        assert torch.equal(again.heal(new, draws=1, quantile=0.9).resampled, bits > limit)
     else:
         assert len(again.anomaly_map(new, method="hidden", stride=stride)) == 4
     pipe.calibrate(normal, stride=stride)
     assert "marginal" not in json.loads(pipe.calibration.to_json())
     with pytest.raises(CalibrationError, match="^marginal: calibrated with nothing given, but now with marginal=label"):
         pipe.anomaly_score(new, **options)
+    with pytest.raises(CalibrationError, match="^marginal: calibrated with nothing given"):
+        pipe.heal(new, condition=pipe.read_given(count=4, marginal="label"))
 
 
 def test_a_background_prior_without_the_column_has_no_mixture():

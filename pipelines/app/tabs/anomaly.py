@@ -44,20 +44,21 @@ def build(served: Served, samples: Samples) -> None:
 def score(served: Served, step: Step, picked: Picked, method: str, label: Any = UNCONDITIONAL, *fields: Any) -> Any:
     """Return the verdict in Markdown, pictures with captions, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.shape)
-    given = read_given(pipeline, label, fields)
+    assert pipeline.calibration is not None  # otherwise there is no button
+    given, marginal = read_given(pipeline, label, fields), pipeline.calibration.marginal
+    options = given if marginal is None else {**given, "marginal": marginal}
     with warnings.catch_warnings(record=True) as known:
         warnings.simplefilter("always")
-        found = float(pipeline.anomaly_score(batch, method, **given))
-        p_value = float(pipeline.anomaly_score(batch, method, p_values=True, **given))
+        found = float(pipeline.anomaly_score(batch, method, **options))
+        p_value = float(pipeline.anomaly_score(batch, method, p_values=True, **options))
     images = [(as_picture(batch[0]), "image"), *draw_surprise(served, batch, **given)]
-    others = format_arguments(given)
+    others = format_arguments(options)
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',
         f"pipe.anomaly_score(image, {method!r}{others})",
         f"pipe.anomaly_score(image, {method!r}{others}, p_values=True)",
     ]
-    assert pipeline.calibration is not None  # otherwise there is no button
     is_known = any("calibrat" in str(warning.message) for warning in known)
     return verdict(pipeline.calibration, method, found, p_value, is_known), images, served.code(*lines)
 

@@ -145,6 +145,15 @@ def test_an_anomaly_has_a_score_and_a_p_value(served, pipe, picked):
             served_.picked_files(value, most)
 
 
+def test_a_calibration_with_a_mixture_scores_by_it(served, pipe, picked, monkeypatch):
+    changed = pipe.calibration.model_copy(update={"marginal": "label", "labels": False})
+    monkeypatch.setattr(pipe, "calibration", changed)
+    method = next(iter(changed.scores))
+    facts, _, code = anomaly.score(served, quiet, picked[:1], method)
+    expected = float(pipe.anomaly_score(Image.open(picked[0][0]), method, marginal="label"))
+    assert f"score: **{expected:.4g}**" in facts and "marginal='label', p_values=True" in code
+
+
 class Train:
     """Training images without classes."""
 
