@@ -50,7 +50,7 @@ def hidden_bits(prior: Prior, tokens: Tensor, given: Given, size: int = BLOCK) -
     hide blocks, given also those in the block before it; and for one of a single order, given the tokens before it.
     Calibrations of 0.3 need the second, too. A class that is left open is null, because how likely each is given the
     visible tokens would take further passes."""
-    given = given.without(given.weights.keys())
+    given = given.without(given.weights.keys()).to(tokens.device)
     if not takes_any(prior):
         return -prior.token_log_probs(tokens, condition=given) / math.log(2)
     found = torch.zeros(tokens.shape, device=tokens.device)

@@ -63,8 +63,7 @@ def give_places(given: Given, places: Sequence[Place]) -> Given:
     """Return what is given of tiles: the rows of their images, and their centres."""
     rows = given[torch.tensor([place.image for place in places], dtype=torch.long)]
     centres = torch.tensor([place.centre for place in places], dtype=torch.float32).view(-1, 2)
-    device = next((each.device for each in rows.rows.values()), None)
-    return rows.with_rows(**{name: centres.to(device) for name in list_place_columns(given.columns)})
+    return rows.with_rows(**dict.fromkeys(list_place_columns(given.columns), centres))
 
 
 @dataclass(frozen=True)

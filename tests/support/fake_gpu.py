@@ -344,7 +344,7 @@ def check_prior(name: str, config: dict[str, Any]) -> None:
 
 def check_pipeline() -> None:
     """The public methods of a pipeline."""
-    from small_pipelines import make_pipeline, pixels_for
+    from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
     pipe = make_pipeline(sizes={"likelihood": {"kind": "discretized_logistic"}}).to(CUDA)
     images = pixels_for(pipe, 40)
@@ -354,6 +354,8 @@ def check_pipeline() -> None:
     pipe.log_prob(images[:4], marginal="label"), pipe.bits_per_dim(images[:4])
     pipe.decompress(pipe.compress(images[:4], condition={"label": None}), condition={"label": None})
     pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
+    place = {"place": {"kind": "vector", "size": 2, "encoder": "place"}}
+    make_conditioned("masked", place, outline=False).to(CUDA).calibrate(images, stride=4)
 
 
 def check_plan(*argv: str) -> None:
