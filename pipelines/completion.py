@@ -187,6 +187,8 @@ def conditional_log_prob(
     batch = pipeline.to_images(images)
     known = find_known_pixels(known, mask, images, batch, frames, pipeline.frames)
     given, parts = pipeline.read_given(labels, condition, len(batch)), []
+    if given.weights:
+        raise ValueError("marginal: a mixture given known tokens is not computed; give the class, or leave it null")
     for rows, part, own in pipeline.batches(batch, given, batch_size):
         visible, keep = encode_visible(pipeline, part, known[rows])
         tokens = torch.where(keep, visible, pipeline.encode_batch(part))

@@ -870,8 +870,10 @@ def equal_batches(count: int, at_most: int) -> list[slice]:
 
 def repeat_labels(labels: Any, condition: Any, per_label: int) -> tuple[Any, Any, int]:
     """Return `labels`, or the label in `condition`, `per_label` times in a row, the condition without it, and the
-    number of images. Raises `ValueError` for less than 1."""
+    number of images. Rows with labels that have been read are repeated. Raises `ValueError` for less than 1."""
     per_label = check_count(per_label, "num_images_per_label")
+    if isinstance(condition, Given) and LABEL in condition.rows:
+        return labels, condition.repeat(per_label), len(condition) * per_label
     if labels is None and isinstance(condition, Mapping):
         condition = dict(condition)
         labels = condition.pop(LABEL, None)

@@ -159,6 +159,12 @@ def test_scores_and_calibrations_agree_on_the_class_that_is_open(stride, tmp_pat
         pipe.heal(new, condition=pipe.read_given(count=4, marginal="label"))
 
 
+def test_a_region_has_no_mixture():
+    pipe, known = make_pipeline(size=(SIZE, SIZE)), torch.arange(SIZE)[:, None].expand(SIZE, SIZE) < SIZE // 2
+    with pytest.raises(ValueError, match="^marginal: a mixture given known tokens is not computed"):
+        pipe.conditional_log_prob(stripes(2), known, condition=pipe.read_given(count=2, marginal="label"))
+
+
 def test_a_background_prior_without_the_column_has_no_mixture():
     pipe = make_conditioned(outline=False)
     facts = {"grid": pipe.prior.grid, "num_classes": len(LABELS), "tokenizer": pipe.tokenizer.fingerprint()}

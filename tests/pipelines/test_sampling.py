@@ -170,6 +170,8 @@ def test_labels_say_how_many_images():
     wanted = pipe(labels=["dog", "dog", "cat", "cat"], seed=4)
     made = pipe(labels=(name for name in ("dog", "cat")), seed=4, num_images_per_label=2)
     assert made.tokens.equal(wanted.tokens) and made.class_names == ["dog", "dog", "cat", "cat"]
+    assert pipe(condition=pipe.read_given(["dog", "cat"]), seed=4, num_images_per_label=2).tokens.equal(made.tokens)
+    assert pipe(labels=iter(["dog", "dog", "cat", "cat"]), seed=4).tokens.equal(made.tokens)
     assert pipe(labels="dog", num_images_per_label=3, seed=4).tokens.equal(pipe(3, "dog", seed=4).tokens)
     assert pipe(num_images_per_label=3, seed=4).tokens.equal(pipe(3, seed=4).tokens)
 
