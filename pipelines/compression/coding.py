@@ -128,8 +128,10 @@ def read_condition(pipeline: ImagePipeline, condition: Condition, count: int) ->
 
 
 def identify_given(given: Given) -> bytes:
-    """Return 8 bytes that identify what is given, or none if all is null."""
-    return bytes.fromhex(given.digest)[:8] if given.names else b""
+    """Return 8 bytes that identify what is given, or none if all rows are null: as in 0.3, also those of several numbers
+    one of which is."""
+    known = any(not bool(given.columns[name].is_null(rows).all()) for name, rows in given.rows.items())
+    return bytes.fromhex(given.digest)[:8] if known else b""
 
 
 def given_of_stream(given: Given, header: Header) -> Given:

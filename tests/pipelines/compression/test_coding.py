@@ -6,6 +6,7 @@ Covers: pipelines/compression/codec.py.
 import copy
 import hashlib
 import io
+import math
 import os
 import struct
 import subprocess
@@ -27,7 +28,7 @@ from small_pipelines import COLUMNS, make_conditioned, make_pipeline
 from pipelines import ImagePipeline
 from pipelines.compression import codec, coding
 from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_steps
-from pipelines.compression.coding import exact_pixels
+from pipelines.compression.coding import exact_pixels, identify_given
 from pipelines.compression.container import DamagedStream, ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
 from prior.columns import GridColumn
@@ -420,6 +421,14 @@ def test_of_images_for_a_grid_the_tokens_count():
         assert len(decompressed(pipe, data, condition={"outline": same})) == 2
     with pytest.raises(StreamError, match="another condition"):
         decompressed(pipe, data, condition={"outline": -outlines})
+
+
+def test_a_condition_of_which_some_numbers_are_null_is_coded_as_in_03():
+    pipe = make_conditioned(outline=False)
+    half = {"motion": torch.tensor([1.0, math.nan])}
+    assert identify_given(pipe.read_given(None, half)) == identify_given(pipe.read_given()) == b""
+    both = pipe.read_given(None, {**half, "age": 63})
+    assert identify_given(both) == bytes.fromhex(both.digest)[:8] != identify_given(both.without(["motion"]))
 
 
 def test_lossless_streams_take_conditions():
