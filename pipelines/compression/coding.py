@@ -128,8 +128,8 @@ def read_condition(pipeline: ImagePipeline, condition: Condition, count: int) ->
 
 
 def identify_given(given: Given) -> bytes:
-    """Return 8 bytes that identify what is given, or none if all rows are null: as in 0.3, also those of several numbers
-    one of which is."""
+    """Return 8 bytes that identify what is given, or none if all rows are null: as in 0.3, also rows of several
+    numbers one of which is."""
     known = any(not bool(given.columns[name].is_null(rows).all()) for name, rows in given.rows.items())
     return bytes.fromhex(given.digest)[:8] if known else b""
 
