@@ -16,7 +16,7 @@ from .arguments import as_tensor
 from .columns import LABEL, Column, describe_columns, find_column, shorten
 
 Convert = Callable[[str, Column, Any], Any]
-"""Replaces what a column does not read itself, such as pictures and texts, in a value of the named column."""
+"""Replaces what a column does not read itself, such as pictures and texts: name, column, value -> value."""
 MOST_CLASSES = 1024
 """Most classes of a mixture, each of which costs a pass."""
 
@@ -117,8 +117,8 @@ class Given:
         return replace(self, rows=rows, count=count, weights=weights)
 
     def without(self, names: Iterable[str] | Mapping[str, Tensor] | None = None) -> Given:
-        """Make columns null, also one that densities are mixtures over: those named, or all. A mapping makes them null
-        in the rows, bool `(B,)`, that it has by name."""
+        """Make columns null, also one that densities are mixtures over: these `names`, or all. A mapping makes them
+        null in the rows, bool `(B,)`, that it has by name."""
         if isinstance(names, Mapping):
             rows = dict(self.rows)
             for name in names.keys() & rows.keys():
@@ -150,7 +150,7 @@ class Given:
         if other := [each for each in self.weights if each != name]:
             raise ValueError(f"marginal: {other[0]!r} is open, too; only one column can be")
         uniform = torch.zeros(classes, dtype=torch.float64).log_softmax(0)
-        weights = uniform if log_weights is None else as_tensor(log_weights).cpu().double()
+        weights = (uniform if log_weights is None else as_tensor(log_weights)).cpu().double()
         shape = (self.count, classes)
         if tuple(weights.shape) not in (shape, shape[1:]):
             raise ValueError(f"log_weights must have the shape {shape} or {shape[1:]} (got {tuple(weights.shape)})")
