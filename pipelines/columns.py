@@ -159,7 +159,6 @@ class ColumnFormat(Generic[C]):
     # Words and pictures
 
     def describe(self) -> str:
-        """Describe the allowed values."""
         return self.column.describe()
 
     @property
@@ -380,7 +379,6 @@ class VectorFormat(ColumnFormat[VectorColumn]):
 
     @property
     def takes_text(self) -> bool:
-        """Whether a value may be text, which is encoded here."""
         return NGRAMS.fullmatch(self.column.encoder) is not None
 
     def convert(self, value: Any) -> Any:
@@ -456,7 +454,6 @@ def stack_numbers(cells: Cells, train: int, stored: torch.dtype = torch.float32,
 
 
 def require_text(value: Any) -> str:
-    """Return a text. Raises `ValueError` for another type."""
     if not isinstance(value, str):
         raise ValueError(f"expected text (got {shorten(value)})")
     return value
@@ -618,7 +615,6 @@ FORMATS: dict[str, type[ColumnFormat[Any]]] = {
 
 
 def format_of(name: str, column: Column, tokenizer: Tokenizer | None = None) -> ColumnFormat[Any]:
-    """Return the format of a column."""
     return FORMATS[column.kind](name, column, tokenizer)
 
 

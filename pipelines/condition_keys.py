@@ -152,7 +152,6 @@ class SamplesWithCondition(Sampling, UsesCondition):
     )
 
     def sampling_settings(self) -> dict[str, Any]:
-        """Return the sampling settings that were given, by name."""
         return {**super().sampling_settings(), **self.model_dump(include={"guidance_on"}, exclude_none=True)}
 
 

@@ -42,7 +42,6 @@ class TableFields(BaseModel):
 
     @model_validator(mode="after")
     def has_equal_lengths(self) -> TableFields:
-        """Raise `ValueError` unless each value has a count and as many numbers as the first."""
         if len(self.values) != len(self.counts) or len({len(row) for row in self.values}) > 1:
             raise ValueError("values: must have equally many numbers each, and a count each")
         return self
@@ -81,13 +80,11 @@ class Table:
         return cls(columns, values, counts)
 
     def part(self, names: Iterable[str]) -> Tensor:
-        """Return the numbers of some columns, `(n, ...)`."""
         sizes = [column.null(1).numel() for column in self.columns.values()]
         parts = dict(zip(self.columns, self.values.split(sizes, 1), strict=True))
         return torch.cat([parts[name] for name in names], 1)
 
     def select(self, columns: Mapping[str, Column]) -> Table:
-        """Return the table of some of the columns."""
         return Table(columns, *add_up(self.part(columns), self.counts))
 
     def ids(self, name: str) -> Tensor:
@@ -95,7 +92,6 @@ class Table:
         return self.columns[name].unpack(self.part([name])[:, 0].to(self.columns[name].stored_type))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
         return {"columns": list(self.columns), "values": self.values.tolist(), "counts": self.counts.tolist()}
 
 
@@ -108,7 +104,6 @@ class Frequencies:
 
     @classmethod
     def count(cls, given: Given) -> Frequencies:
-        """Count the rows of the training split."""
         columns = {name: column for name, column in given.columns.items() if column.is_counted}
         classes = {name: column for name, column in columns.items() if column.num_classes}
         given = given.without(set(given.columns) - set(columns))
@@ -144,7 +139,6 @@ class Frequencies:
             write_json(folder / FREQUENCIES, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
         return {"format_version": FORMAT_VERSION, "tables": [table.to_dict() for table in self.tables]}
 
     def of_columns(self, columns: Mapping[str, Column]) -> Frequencies:

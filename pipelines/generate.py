@@ -175,8 +175,6 @@ class Request:
         return self.pipeline.choose_sampler(self.settings, self.given.names, self.decoding)
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that the pixels depend on, except the number of images. Raises `UserError` for a request
-        that does not fit the prior."""
         pipeline, prior = self.pipeline, self.pipeline.prior
         try:
             self.decoding.check()
@@ -201,7 +199,6 @@ class Request:
 
 
 def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
-    """Return the request that `config` describes."""
     keys = config.read_condition(pipeline, config.num_images, default=IMAGES)
     given, chosen = keys.given, config.labels
     if chosen is not None and chosen != [] and LABEL in keys.written:
@@ -235,7 +232,6 @@ def is_constant(raw: Tensor) -> bool:
 
 
 def describe_job(request: Request, suffix: str) -> dict[str, Any]:
-    """Return everything that the files depend on. suffix: theirs."""
     other = {} if suffix == FILES[0] else {"suffix": suffix}
     return {"verb": "generate", "num_images": len(request.given), **other, **request.describe()}
 
@@ -277,12 +273,10 @@ def make_images(
 
 
 def assign_labels(job: dict[str, Any]) -> list[int] | None:
-    """Return the class of each image, or None without classes."""
     return [job["labels"][k % len(job["labels"])] for k in range(job["num_images"])] if job["labels"] else None
 
 
 def name_files(count: int, suffix: str = ".png") -> list[str]:
-    """Return the file names of `count` images: their numbers with at least five digits."""
     digits = max(5, len(str(count - 1)))
     return [f"{number:0{digits}d}{suffix}" for number in range(count)]
 
@@ -374,7 +368,6 @@ class ImageFolder:
             list(pool.map(write_one, numbers, images))
 
     def split(self, image: np.ndarray) -> np.ndarray:
-        """Return the frames (T, H, W, C) of a strip; an image is left as it is."""
         frames = 1 if self.tokenizer is None else self.tokenizer.frames
         return image if frames == 1 else image.reshape(frames, -1, *image.shape[1:])
 
@@ -443,7 +436,6 @@ class ImageFolder:
 
 
 def npy_bytes(image: np.ndarray) -> bytes:
-    """Encode an array (H, W, C) as `.npy`."""
     file = io.BytesIO()
     np.save(file, image)
     return file.getvalue()

@@ -91,7 +91,6 @@ class PipelineOutput(NamedTuple):
         return f"{type(self).__name__}(images: {self.describe_images()}, tokens: {tokens}, class_names: {names})"
 
     def describe_images(self) -> str:
-        """Return the form of the images."""
         images = self.images
         if images is self.tokens:
             return "not decoded"
@@ -139,7 +138,6 @@ class ClipOutput(PipelineOutput):
     __slots__ = ()
 
     def describe_images(self) -> str:
-        """Return the form of the clips."""
         images = self.images
         if not isinstance(images, list):
             return super().describe_images()

@@ -21,7 +21,6 @@ def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
 
 
 def is_integer(dtype: torch.dtype) -> bool:
-    """Return whether a type is an integer type."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 

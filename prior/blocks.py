@@ -179,7 +179,6 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The layers: the stream, `(B, P, dim)`."""
         return list(self.layers)
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
@@ -196,7 +195,6 @@ class Blocks(Prior, name="blocks"):
         return {"block_of": torch.where(random, shuffled, self.block_of)}
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make an empty key/value cache."""
         return Cache(self, encoded, partition or Partition(self.position_order, self.position_blocks))
 
 

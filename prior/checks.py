@@ -128,7 +128,6 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
     others = given.without([LABEL])
 
     def logits(given: Given) -> Tensor:
-        """Return the logits of as many tokens."""
         found: Tensor = model(tokens[: len(given)], model.encode_given(given))
         return found
 
@@ -228,5 +227,4 @@ def fits(found: Tensor, expected: Tensor) -> bool:
 
 
 def generators(seeds: Any) -> list[torch.Generator]:
-    """Return one generator for each image."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -173,7 +173,6 @@ class Column(ModelConfig):
         return self.values(self.scaling)
 
     def values(self, names: Iterable[str]) -> list[Any]:
-        """Return fields."""
         return [getattr(self, name) for name in names]
 
     # Words
@@ -266,7 +265,6 @@ class ClassColumn(IdColumn):
         return type(self) is type(other)
 
     def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
-        """Match the rows by name; see `match_rows`."""
         return {"weight": weights["weight"][self.match_rows(other)]}
 
     def match_rows(self, other: Any) -> Tensor:
@@ -330,7 +328,6 @@ class FloatColumn(Column):
     """Numbers, of which NaN is null."""
 
     def parse_one(self, value: Any) -> Tensor:
-        """Convert a list of numbers."""
         if value is None:
             return self.null(1)[0]
         several = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]
@@ -436,7 +433,6 @@ class NumberColumn(QuantityColumn):
     high: list[float] = Field(description="largest values of the training split")
 
     def check(self) -> Iterator[str]:
-        """Check that all statistics are of equally many numbers."""
         if {len(self.std), len(self.low), len(self.high)} != {len(self.mean)}:
             yield "mean: mean, std, low and high must have equally many numbers"
 
@@ -573,12 +569,10 @@ def find_column(columns: Mapping[str, Any], name: str, argument: str = "conditio
 
 
 def describe_columns(columns: Mapping[str, Any]) -> str:
-    """Describe the columns in a few words."""
     return f"the columns are {', '.join(columns)}" if columns else "there are no columns"
 
 
 def describe_names(names: Sequence[str]) -> str:
-    """List the first names."""
     return ", ".join(names[:FEW]) + (f", ... ({len(names)} in all)" if len(names) > FEW else "")
 
 

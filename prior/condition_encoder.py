@@ -49,12 +49,10 @@ class Encoded:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All tensors."""
         return self.labels, self.vector, self.map
 
     @property
     def device(self) -> torch.device:
-        """The device of all tensors."""
         return self.labels.device
 
     @property
@@ -87,7 +85,6 @@ class ConditionEncoder(nn.Module):
         self.vectors, self.grids = (nn.ModuleDict(networks[is_map]) for is_map in (False, True))
 
     def reset_parameters(self) -> None:
-        """Initialize all columns."""
         for module in (*self.vectors.values(), *self.grids.values()):
             module.reset_parameters()  # type: ignore[operator]
 
@@ -97,7 +94,6 @@ class ConditionEncoder(nn.Module):
         return {name.removeprefix("column_"): module for name, module in parts.items()}
 
     def forward(self, given: Given) -> tuple[Tensor, Tensor | None]:
-        """Return `Encoded.vector` and `Encoded.map`."""
         weight = next(self.parameters())
 
         def raw(name: str) -> Tensor:
@@ -130,7 +126,6 @@ class ClassEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids `(B,)`."""
         return super().forward(ids % self.num_embeddings)  # -1 is the last
 
 
@@ -154,7 +149,6 @@ class Standardized(Constants):
         self.register_buffer("octaves", 2.0 ** torch.arange(OCTAVES), persistent=False)
 
     def forward(self, values: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """See `Features`."""
         given = ~values.isnan()
         x = ((values - self.shift) / self.scale).clamp(-CLAMP, CLAMP).to(dtype)
         x = torch.where(given, x, 0)
@@ -166,7 +160,6 @@ class Standardized(Constants):
 
 
 def embed_standardized(mean: Sequence[float], std: Sequence[float], width: int, *, waves: bool = False) -> nn.Module:
-    """Return the embedding of `Standardized` numbers."""
     features = Standardized(mean, std, waves=waves)
     return FloatEmbedding(features, features.size, width)
 
@@ -182,18 +175,15 @@ class FloatEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start small, as the embedding of the class does."""
         self.first.reset_parameters()
         nn.init.normal_(self.second.weight, std=STD)
         nn.init.zeros_(self.second.bias)
 
     def remove_effect(self) -> None:
-        """Encode everything as zero."""
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Embed `(B, size)`."""
         weight = self.first.weight
         features = self.features(values, at_least_float32(weight).dtype)
         return self.second(F.silu(self.first(torch.cat([each.to(weight.dtype) for each in features], 1))))
@@ -250,7 +240,6 @@ class GridEncoder(nn.Module):
             nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5)
 
     def remove_effect(self) -> None:
-        """Encode everything as zero."""
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, tokens: Tensor, vector: Tensor) -> Tensor:
@@ -312,7 +301,6 @@ class ColumnProjection(nn.Linear):
         super().__init__(config.condition_width, size, bias=False)
 
     def reset_parameters(self) -> None:
-        """Keep the size of the encoding."""
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 

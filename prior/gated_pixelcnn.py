@@ -36,7 +36,6 @@ class GatedPixelCNNConfig(RowsConfig):
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
-        """Check that kernels are odd."""
         yield from super().check()
         yield from odd_kernels(self, "first_kernel", "kernel")
 
@@ -105,7 +104,6 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         return horizontal.flatten(0, 1)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         vertical = horizontal = self.embedding(self.position_id_map(tokens))
         for layer in self.layers:
             vertical = vertical if layer.first else gate(vertical)
@@ -118,11 +116,9 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         return list(self.layers)
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
         return super().arrange_features(output[1])
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each stack reads."""
         return Cache(self, encoded)
 
 
@@ -187,8 +183,6 @@ class Cache:
         self.head = ClosingLayers(model.hidden, model.head, rows, torch.relu_)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         column = self.rank % self.width
         if token is not None:
             self.layers[0].horizontal.cells[column - 1].copy_(self.embedding.embed_rows(token))

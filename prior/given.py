@@ -216,5 +216,4 @@ def digest_rows(rows: Mapping[str, Tensor]) -> str:
 
 
 def is_all_none(value: Any) -> bool:
-    """Return whether a value is None, or a list of nothing but None."""
     return value is None or isinstance(value, (list, tuple)) and all(one is None for one in value)

@@ -116,7 +116,6 @@ class GPT(Prior, name="gpt"):
         return {"order": torch.where(random, shuffled, self.order)}
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make an empty key/value cache."""
         return Cache(self, encoded, self.position_order if partition is None else partition.order)
 
 
@@ -166,13 +165,10 @@ class Cache:
         self.head = pack(model.head.weight, model.norm)
 
     def unit(self, x: Tensor) -> Tensor:
-        """Scale `x` to unit length along its last axis."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.precise)
         return (x / length.clamp_min_(EPS)).to(x.dtype)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         rank, batch = self.rank, self.qkv_shape[0]
         x = self.start if token is None else self.token_embedding.embed_rows(token)
         x = x + self.labels[rank] + self.positions[rank]

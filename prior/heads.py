@@ -62,7 +62,6 @@ class Head(Registered, nn.Module, family="prior.heads"):
         return -self.log_probs(outputs, ids).float()
 
     def mean_nats(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """Return the mean of `nats`, a scalar."""
         return self.nats(outputs, ids).mean()
 
 
@@ -100,7 +99,6 @@ def head_problem(config: Any) -> str | None:
 
 
 def make_head(config: Any) -> Head:
-    """Build the output head for a prior's configuration."""
     return Softmax(config.grid) if config.head is None else Head.find(config.head.kind)(config.head, config.grid)
 
 
@@ -116,7 +114,6 @@ class IdEmbedding(nn.Embedding):
         self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids `(..., ids_per_position)` to `(..., dim)`."""
         if self.ids_per_position == 1:
             return super().forward(ids[..., 0])
         return super().forward(ids + self.offsets).sum(-2)

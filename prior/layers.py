@@ -38,7 +38,6 @@ class RasterConfig(PriorConfig):
     takes_heads = takes_positions = takes_conditions = True
 
     def check(self) -> Iterator[str]:
-        """Check that the grid has two axes and raster order."""
         yield from super().check()
         if self.order != "raster":
             yield f"order: {self.kind} takes raster order only (got {self.order!r})"
@@ -106,7 +105,6 @@ class CausalConv2d(nn.Module):
         """The offsets (row, column) that the kernel covers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, H, W, inputs)` to `(B, H, W, outputs)`; a stride divides the sides, rounding up."""
         (top, bottom), (left, right) = self.rows, self.columns
         padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative `bottom` crops the last rows
         weight = self.weight if self.mask is None else self.weight * self.mask
@@ -171,7 +169,6 @@ class MapRows:
         self.next_row()
 
     def next_row(self) -> None:
-        """Make the oldest row the current one."""
         self.current = (self.current + 1) % len(self.rows)
         self.row = self.rows[self.current]
         self.cells = self.row_cells[self.current]
@@ -219,7 +216,6 @@ class RowCache:
         self.above = self.sums_above.unbind(0)
 
     def start_row(self) -> None:
-        """Begin the next row."""
         torch.mm(self.map.patches(), self.weight_above, out=self.sums_above.flatten(0, 1))
         self.sums_above += next(self.biases)
         self.map.next_row()
@@ -234,7 +230,6 @@ class WholeRows:
     """Evaluates a `CausalConv2d` with two kernel rows, one row at a time."""
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
-        """bias: added to the convolution's own; see `bias_by_row`."""
         self.biases = bias_by_row(bias, conv.bias)
         like = bias.new_zeros(len(bias), conv.weight.shape[1])
         self.map = MapRows(like, 2, width, conv.columns, 1, conv.stride)
@@ -246,7 +241,6 @@ class WholeRows:
         return self.map.row
 
     def read(self) -> Tensor:
-        """Return the output row, `(W, B, outputs)`, for this row and the last one."""
         bias = next(self.biases)
         return torch.mm(self.map.patches(), self.weight).view(-1, *bias.shape[1:]).add_(bias)
 

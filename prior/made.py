@@ -62,7 +62,6 @@ class MADEConfig(PriorConfig):
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
 
     def check(self) -> Iterator[str]:
-        """Check that masks have agnostic training and that direct connections are not too many."""
         yield from super().check()
         if self.masks and not (self.order_agnostic or self.connectivity_agnostic):
             yield "masks: needs order_agnostic or connectivity_agnostic"
@@ -166,12 +165,10 @@ class MADE(Prior, name="made"):
 
     @property
     def current_degrees(self) -> Tensor:
-        """The degrees of all layers, `(sum of units,)`."""
         return self.all_degrees if self.chosen_degrees is None else self.chosen_degrees
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`."""
         if self.direct is not None:
             return super().position_field
         reach = torch.arange(len(self.grid), device=self.device)  # of the output at each rank
@@ -284,7 +281,6 @@ class MADE(Prior, name="made"):
         return logits if bias is None else logits + bias
 
     def check_sampling_options(self, options: MADEOptions) -> None:
-        """See `Prior`: several connectivities require `any_connectivity`."""
         super().check_sampling_options(options)
         self.connectivities(options.num_masks)
 
@@ -299,7 +295,6 @@ class MADE(Prior, name="made"):
                 super().draw(batch[at], options, decoding.select(at.tolist(), len(batch)), monitor)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> RunningSums:
-        """Create running sums, to which each step adds a token."""
         return RunningSums(self, encoded, self.order if partition is None else partition.order)
 
 
@@ -444,7 +439,6 @@ class RunningSums:
         self.images = torch.arange(len(encoded), device=encoded.device)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's `token` `(B,)`."""
         model, rank, layers = self.model, self.rank, self.layers
         if token is not None:
             self._add(token, self.order[rank - 1])
@@ -456,7 +450,6 @@ class RunningSums:
         return model.to_outputs(outputs, None if model.head_bias is None else model.head_bias[at])
 
     def _add(self, token: Tensor, at: Any) -> None:
-        """Add the token at position `at` to all units that see it."""
         model, begin = self.model, self.ends[0][self.rank - 1]
         weights = [(self.layers[0][:, begin:], self.input[..., begin:])]
         if model.direct is not None:
@@ -468,7 +461,6 @@ class RunningSums:
                 sums += multiply(model.embedding.index_select(0, token), at_position(weight, at))
 
     def _finish(self, rank: int) -> None:
-        """Activate the units of degree `rank`, layer by layer."""
         for depth, (layer, ends) in enumerate(zip(self.layers, self.ends, strict=True)):
             begin, end = ends[rank - 1], ends[rank]
             if begin == end:

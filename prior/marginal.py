@@ -37,11 +37,9 @@ class Marginal(Prior, name="marginal"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`: all False."""
         return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return logits `(B, N, vocab_size)`, which do not depend on the tokens."""
         return self.table[encoded.labels]
 
     @torch.no_grad()
@@ -78,5 +76,4 @@ class Marginal(Prior, name="marginal"):
         return list(self(empty, encoded)[:, self.order].split(self.blocks, 1))[::-1]
 
     def next_logits(self, state: list[Tensor], tokens: Tensor | None) -> Tensor:
-        """Return the next block's logits."""
         return state.pop()

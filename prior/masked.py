@@ -75,7 +75,6 @@ class MaskedOptions(SamplingOptions):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
 
     def check(self, grid: TokenGrid) -> None:
-        """Raise `ValueError` for more steps than tokens."""
         if self.steps is not None and (type(self.steps) is not int or not 1 <= self.steps <= len(grid)):
             raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
 
@@ -136,7 +135,6 @@ class MaskedConfig(TransformerConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """Check that label smoothing is used only with a softmax."""
         yield from super().check()
         if self.head is not None and self.label_smoothing:
             yield f"label_smoothing: must be 0 with head {self.head.kind!r} (got {self.label_smoothing})"
@@ -280,7 +278,6 @@ class Masked(Prior, name="masked"):
 
     @full_float32()
     def hidden_log_probs(self, tokens: Tensor, known: Tensor, given: Given) -> Tensor:
-        """See `Prior`; from a single pass."""
         outputs = self.forward_outputs(tokens, self.encode_given(given), known=known)
         return self.output_head.log_probs(outputs, tokens.flatten(1).long()[..., None]).reshape(tokens.shape)
 
@@ -297,7 +294,6 @@ class Masked(Prior, name="masked"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.layers)
 
     def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:

@@ -147,7 +147,6 @@ class Alignment(nn.Module):
 
     @torch.no_grad()
     def reference_nats(self, tokens: Tensor, given: Given, inputs: dict[str, Any]) -> Tensor:
-        """Return `image_nats` of the frozen prior."""
         return image_nats(self.frozen[0], tokens, given, inputs)
 
 

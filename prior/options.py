@@ -81,7 +81,6 @@ class SamplingOptions:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Return the names of the settings."""
         return [field.name for field in fields(cls)]
 
     def check(self, grid: TokenGrid) -> None:
@@ -116,16 +115,13 @@ class SamplingOptions:
 
     @property
     def has_constant_scale(self) -> bool:
-        """Whether all tokens have the same guidance scale."""
         return self.guidance_end is None or self.guidance_end == self.guidance_scale
 
     @property
     def guides(self) -> bool:
-        """Whether any token is guided."""
         return self.guidance_scale != 1 or not self.has_constant_scale
 
     def unguided(self: S) -> S:
-        """Return these settings without guidance."""
         return replace(self, guidance_scale=1.0, guidance_end=None, guidance_power=None, guidance_on=None)
 
     def scale_at(self, t: Any) -> Any:
@@ -137,7 +133,6 @@ class SamplingOptions:
         return (1 - weight) * self.guidance_scale + weight * self.guidance_end
 
     def scale_by_block(self, blocks: Sequence[int]) -> list[float]:
-        """Return the guidance scale of each block."""
         before = [0, *accumulate(blocks[:-1])]
         return [self.scale_at(count / max(1, before[-1])) for count in before]
 
@@ -223,12 +218,10 @@ class DecodingOptions:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Return the names of the options."""
         return [field.name for field in fields(cls)]
 
     @property
     def is_default(self) -> bool:
-        """Whether all options have their defaults."""
         return self.order is None and self.num_orders == 1 and self.cache and not self.parallel
 
     def select(self, rows: slice | Sequence[int], count: int) -> DecodingOptions:
@@ -236,6 +229,5 @@ class DecodingOptions:
         return replace(self, order=select_order(self.order, rows, count))
 
     def check(self) -> None:
-        """Raise `ValueError` for mutually exclusive options."""
         if self.parallel and not self.cache:
             raise ValueError("cache=False cannot be combined with parallel=True, which never uses a cache")

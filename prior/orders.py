@@ -69,7 +69,6 @@ def parse_name(name: str) -> Name:
 
 
 def name_forms(kind: str) -> list[str]:
-    """Return the written forms of an order of this kind."""
     return [f"{kind}:{form}" if form else kind for form in FORMS[kind]]
 
 
@@ -113,7 +112,6 @@ def number_problem(kind: str, numbers: tuple[str, ...], shape: tuple[int, ...]) 
 
 
 def limit(what: str, largest: int) -> str:
-    """Return the end of an error message about a number of `what`."""
     return f"is a number of {what}, from 1 to {largest} here"
 
 
@@ -413,7 +411,6 @@ def radical_inverse(numbers: Integers, base: int, digits: int) -> Integers:
 
 
 def digits_for(count: int, base: int) -> int:
-    """Return the number of digits that the numbers 0 to `count` - 1 need."""
     return next(digits for digits in range(64) if base**digits >= count)
 
 

@@ -30,7 +30,6 @@ LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 25, 1 << 28
 
 
 def rows_per_pass(grid: TokenGrid, device: torch.device) -> int:
-    """Return how many rows to sample together on this device."""
     return max(1, (LOGITS_ON_GPU if device.type == "cuda" else LOGITS_ON_CPU) // (len(grid) * grid.vocab_size))
 
 

@@ -47,7 +47,6 @@ class PixelSNAILConfig(RasterConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each gated residual branch")
 
     def check(self) -> Iterator[str]:
-        """Check that the kernel is odd and values are at least as wide as keys."""
         yield from super().check()
         yield from odd_kernels(self, "kernel")
         if self.key > self.value:
@@ -138,7 +137,6 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         self.register_buffer("background", torch.cartesian_prod(rows, columns), persistent=False)  # (N, 2)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         embedded = self.embedding(self.position_id_map(tokens))
         x = self.first(embedded)
         for block in self.layers:
@@ -147,11 +145,9 @@ class PixelSNAIL(Prior, name="pixelsnail"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: maps `(B, H, W, dim)`."""
         return list(self.layers)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution reads, and of attention slots."""
         return Cache(self, encoded)
 
 
@@ -232,8 +228,6 @@ class Cache:
         self.keys, self.values = self.slots[..., : config.value], self.slots[..., config.key :]
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         rank, column = self.rank, self.rank % self.width
         if token is not None:
             self.tokens.copy_(self.embedding.embed_rows(token))

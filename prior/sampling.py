@@ -90,7 +90,6 @@ class SampleBatch:
             yield replace(group, blocks=blocks_after_known(self.blocks, count))
 
     def split(self, size: int) -> Iterator[SampleBatch]:
-        """Yield parts of at most `size` images."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
@@ -228,7 +227,6 @@ class Monitor:
         self.num_steps = 0
 
     def iterate(self, steps: Sequence[T]) -> Iterable[T]:
-        """Iterate over `steps` with the bar."""
         return progress_bar(steps, self.bar, unit="pass")
 
     def report(self, batch: SampleBatch, drawn: Tensor, decided: int | Tensor) -> None:
@@ -251,7 +249,6 @@ class Monitor:
             self.on_step(step)
 
     def finish(self, batch: SampleBatch, drawn: Tensor) -> None:
-        """Store the tokens of finished images."""
         self.tokens[batch.rows] = batch.to_raster(drawn)
         self.known[batch.rows] = True
 
@@ -293,7 +290,6 @@ class UncachedState:
 
 
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
-    """Draw the tokens of a batch, one block per step."""
     drawn = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("keys", "tokens", "known", "order")}

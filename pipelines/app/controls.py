@@ -63,8 +63,6 @@ def make_guidance_menu(pipeline: ImagePipeline) -> list[Any]:
 
 
 def make_condition_fields(served: Served, tab: str) -> list[Any]:
-    """Make a choice of the columns that are given, and fields for each, which appear when it is chosen; none for a
-    pipeline without columns but the class. tab: prefix of the names of pictures."""
     every = list_others(served.pipeline)
     columns = {name: column for name, column in every.items() if column.field_count}
     if others := [name for name in every if name not in columns]:
@@ -84,8 +82,7 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
 
 
 def read_fields(pipeline: ImagePipeline, values: Sequence[Any]) -> dict[str, Any]:
-    """Return the condition from the values of `make_condition_fields`. Raises `ValueError` for a missing or broken
-    picture."""
+    """Return the condition from values of `make_condition_fields`. Raises `ValueError` for a missing picture."""
     given, *rest = values or [[]]
     found = {}
     for name, column in list_others(pipeline).items():
@@ -150,7 +147,6 @@ def format_condition(condition: dict[str, Any]) -> str:
 
 
 def import_pictures(arguments: dict[str, Any]) -> list[str]:
-    """Return the line of Python that the pictures of a condition need, if any."""
     pictures = any(isinstance(value, Image.Image) for value in arguments.get("condition", {}).values())
     return ["from PIL import Image"] * pictures
 
@@ -192,7 +188,6 @@ def make_order_menu(prior: Prior) -> gr.Dropdown | gr.State:
 
 
 def make_seed_field() -> gr.Number:
-    """Make a seed field, with a button for a random seed."""
     seed = gr.Number(0, label="Seed", info="the same seed gives the same images; image k uses seed + k")
     random = gr.Button("Random seed", size="sm")
     random.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", queue=False)

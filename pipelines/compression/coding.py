@@ -259,7 +259,6 @@ def to_double(model: Any, device: torch.device) -> Any:
 
 
 def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
-    """Return the CRC-32 of ids as u32 and pixels as u8."""
     content = tokens.cpu().numpy().astype("<u4").tobytes()
     return crc32(content if pixels is None else content + pixels.cpu().numpy().astype(np.uint8).tobytes())
 

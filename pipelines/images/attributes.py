@@ -78,7 +78,6 @@ class AttributeSource(Config):
     @model_validator(mode="before")
     @classmethod
     def _name_column(cls, value: Any) -> Any:
-        """A string is the name of a column."""
         return {"column": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -104,7 +103,6 @@ class AttributeSource(Config):
 
     @property
     def is_picture(self) -> bool:
-        """Whether the column consists of image files without a table."""
         return self.images is not None or self.frame is not None
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -221,7 +219,6 @@ def load_attributes(
 def locate_crops(
     splits: Mapping[str, ImageDataset], source: dict[str, Any], augmentations: int, seed: int
 ) -> LoadedColumn:
-    """Return the places of all crops as a column."""
     values = dict[str, Tensor]()
     for name, images in splits.items():
         if isinstance(images, CropImages):  # all are
@@ -314,7 +311,6 @@ class Sheets:
 
 
 def parse_cell(text: Any) -> Any:
-    """Parse the text of a number, a boolean or a list, as JSON or Python write them."""
     for parse in (json.loads, float) if isinstance(text, str) and "_" not in text else ():  # 1_2 is a name
         try:
             return parse(text.lower() if text in ("True", "False") else text)
@@ -429,7 +425,6 @@ class AttributeImages(ImageDataset):
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
     def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:
-        """Read the images from the source in `shape` (C, H, W)."""
         images = zip(indices, super().decode(indices, shape), strict=True)
         return [np.zeros(shape, np.uint8) if self.missing[index] else image for index, image in images]
 

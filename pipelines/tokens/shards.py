@@ -56,7 +56,6 @@ def bytes_per_row(grid: TokenGrid, columns: Mapping[str, Column]) -> int:
 
 
 def shard_names(split: str, count: int) -> list[str]:
-    """Return the file names of a split, in the order of rows."""
     if count == 1:
         return [f"{split}.safetensors"]
     return [f"{split}-{k:05d}-of-{count:05d}.safetensors" for k in range(count)]
@@ -231,7 +230,6 @@ class MappedRows:
 
 
 def check_ids(vocab_size: int, ids: Tensor) -> Tensor:
-    """Return ids as they are. Raises `ValueError` for an id out of range."""
     most = int(ids.numpy().max(initial=0))
     if most >= vocab_size:
         raise ValueError(f"found id {most}, ids must lie in [0, {vocab_size})")
@@ -276,7 +274,6 @@ class TokenSplit:
         return torch.cat([self.rows(rows).to(kind) for rows in chunks(len(self))])
 
     def of_columns(self, columns: Mapping[str, Column]) -> TokenSplit:
-        """Return the split with no other columns than these."""
         rows = {name: values for name, values in self.given.rows.items() if name in columns}
         return replace(self, given=Given(columns, rows, len(self)))
 
