@@ -177,7 +177,6 @@ class Request:
     def describe(self) -> dict[str, Any]:
         pipeline, prior = self.pipeline, self.pipeline.prior
         try:
-            self.decoding.check()
             batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
         except (ValueError, TypeError) as error:

@@ -14,9 +14,8 @@ def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
     """Convert numbers, arrays, or lists of tensors to a tensor."""
     listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
     if listed or isinstance(values, np.ndarray):
-        values = np.asarray(
-            values, order="C"
-        )  # torch accepts neither lists of tensors nor arrays with negative strides
+        # torch accepts neither lists of tensors nor arrays with negative strides.
+        values = np.asarray(values, order="C")
     return torch.as_tensor(values, device=device)
 
 

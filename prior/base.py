@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -342,14 +343,16 @@ class Prior(PretrainedModel, family="prior"):
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
         """Return the orders of a mixture: `order` (None means the model's own), then random:1, random:2, ... with the
         same blocks."""
-        check_mixture("num_orders", num_orders, self.any_order, f"this {self.name} prior has one order")
+        if check_count(num_orders, "num_orders") > 1 and not self.any_order:
+            raise ValueError(f"num_orders: this {self.name} prior has one order")
         blocks = self.to_partition(order).blocks
         others = [make_order(f"random:{index}", self.grid.shape) for index in range(1, num_orders)]
         return [order, *(Partition(other, blocks) for other in others)]
 
     def connectivities(self, num_masks: int) -> range:
         """Return the numbers of a mixture's connectivities; 0 is the model's own."""
-        check_mixture("num_masks", num_masks, self.any_connectivity, f"this {self.name} prior has one connectivity")
+        if check_count(num_masks, "num_masks") > 1 and not self.any_connectivity:
+            raise ValueError(f"num_masks: this {self.name} prior has one connectivity")
         return range(num_masks)
 
     def connected(self, number: int) -> AbstractContextManager[None]:
@@ -546,7 +549,7 @@ class Prior(PretrainedModel, family="prior"):
         for arguments out of range, and `TypeError` for a setting that this prior does not support.
         """
         given = self.read_given(labels, condition, check_count(num_images))
-        of_decoding = {name: settings.pop(name) for name in DecodingOptions.names() if name in settings}
+        of_decoding = {each.name: settings.pop(each.name) for each in fields(DecodingOptions) if each.name in settings}
         for options, others in ((sampling, settings), (decoding, of_decoding)):
             if options is not None and others:
                 raise TypeError(f"give {next(iter(others))} or {type(options).__name__}, not both")
@@ -556,7 +559,6 @@ class Prior(PretrainedModel, family="prior"):
             raise TypeError(f"sampling: a {self.name} prior takes {expected} (got {type(sampling).__name__})")
         self.check_sampling_options(sampling)
         decoding = decoding or DecodingOptions(**of_decoding)
-        decoding.check()
         with torch.inference_mode(), evaluation_mode(self):
             batch = make_batch(self, given, sampling, generator, tokens, known)
             monitor = Monitor(progress, on_step, batch, self.grid)
@@ -589,15 +591,6 @@ def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
     parts = grid.cells[partition.order].split(partition.blocks)
     blocks = tuple(size for size in partition.blocks for _ in range(grid.ids_per_position))
     return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
-
-
-def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
-    """Raise `ValueError` unless `count`, the argument `name`, is 1, or larger and `allowed`."""
-    count = whole_number(name, count)
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1 (got {count})")
-    if count > 1 and not allowed:
-        raise ValueError(f"{name}: {otherwise}")
 
 
 @contextmanager

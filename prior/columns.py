@@ -394,8 +394,8 @@ class FlagsColumn(FloatColumn):
 
     def check_raw(self, values: Tensor) -> Tensor:
         values = super().check_raw(values)
-        if bool(((values != 0) & (values != 1) & ~values.isnan()).any()):
-            wrong = values[(values != 0) & (values != 1) & ~values.isnan()]
+        wrong = values[(values != 0) & (values != 1) & ~values.isnan()]
+        if len(wrong):
             raise ValueError(f"flags must be 0 or 1 (got {float(wrong[0]):g})")
         return values
 

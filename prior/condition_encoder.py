@@ -74,15 +74,10 @@ class ConditionEncoder(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.width = config.condition_width
-        networks = {
-            is_map: {
-                f"column_{name}": column.embedding(self.width, config.positions)
-                for name, column in config.conditions.items()
-                if column.is_map == is_map
-            }
-            for is_map in (False, True)
-        }
-        self.vectors, self.grids = (nn.ModuleDict(networks[is_map]) for is_map in (False, True))
+        self.vectors, self.grids = nn.ModuleDict(), nn.ModuleDict()
+        for name, column in sorted(config.conditions.items(), key=lambda each: each[1].is_map):
+            part = self.grids if column.is_map else self.vectors
+            part[f"column_{name}"] = column.embedding(self.width, config.positions)
 
     def reset_parameters(self) -> None:
         for module in (*self.vectors.values(), *self.grids.values()):

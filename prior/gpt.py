@@ -70,7 +70,7 @@ class GPT(Prior, name="gpt"):
         ranks = torch.argsort(self.position_order)
         field = ranks == torch.arange(-1, len(ranks) - 1, device=ranks.device)[:, None]  # (rank, cell)
         for window in windows:
-            field = window.spread(field)
+            field = field | window.seen(field)
         return field[ranks]
 
     def make_rotations(self, order: Tensor) -> Tensor:

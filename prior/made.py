@@ -357,10 +357,8 @@ class Connections:
         chosen = [model.order if order is None else order, *(degrees or [model.current_degrees])]
 
         def build() -> list[Tensor]:
-            ranks = model.ranks if order is None else torch.argsort(order)
-            return build_masks(
-                ranks, degrees or model.degrees(), model.width_out if direct else None, model.input.dtype
-            )
+            ranks, outputs = model.ranks if order is None else torch.argsort(order), model.width_out if direct else None
+            return build_masks(ranks, degrees or model.degrees(), outputs, model.input.dtype)
 
         masks = self.masks.get(chosen, build)
 
@@ -419,9 +417,8 @@ class RunningSums:
         """model: a `MADE`; order: `(N,)`, or `(B, N)` for per-image orders."""
         self.model = model
         self.rank = 0
-        self.order = (
-            order.tolist() if order.ndim == 1 else order.t()
-        )  # the position at each rank, of all images or of each
+        # The position at each rank, of all images or of each.
+        self.order = order.tolist() if order.ndim == 1 else order.t()
         ranks = torch.arange(len(model.grid), device="cpu")
         degrees = [each.cpu().sort(stable=True) for each in model.degrees()]
         units = [each.indices for each in degrees]
@@ -432,9 +429,8 @@ class RunningSums:
         layers_below = zip(model.hidden, units, units[1:], strict=False)
         self.hidden = [select_units(select_units(weight, 0, own), 1, below) for weight, below, own in layers_below]
         *layers, outputs = [bias(encoded).expand(len(encoded), -1).clone() for bias in model.biases]
-        self.layers = [
-            select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)
-        ]  # become activations
+        # Sums, which become activations.
+        self.layers = [select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)]
         self.outputs = outputs.unflatten(1, (-1, model.width_out))
         self.images = torch.arange(len(encoded), device=encoded.device)
 

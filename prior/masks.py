@@ -111,13 +111,11 @@ class Window(nn.Module):
         queries, keys, masks = (list(each) for each in zip(*self.tiles(), strict=True))
         most, many = max(map(len, queries)), max(map(len, keys))
         masks = [F.pad(mask, (0, many - mask.shape[1])) for mask in masks]
-        masks = [
-            F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks
-        ]  # softmax needs at least one key
+        # Softmax needs at least one key.
+        masks = [F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks]
         numbers = [most * tile + torch.arange(len(each), device="cpu") for tile, each in enumerate(queries)]
-        at = torch.empty(len(targets), dtype=torch.long, device="cpu").scatter_(
-            0, torch.cat(queries), torch.cat(numbers)
-        )
+        at = torch.empty(len(targets), dtype=torch.long, device="cpu")
+        at.scatter_(0, torch.cat(queries), torch.cat(numbers))
         self.register_buffer("queries", pad_sequence(queries, batch_first=True), persistent=False)
         self.register_buffer("keys", pad_sequence(keys, batch_first=True), persistent=False)
         self.register_buffer("mask", torch.stack(masks), persistent=False)
@@ -196,10 +194,6 @@ class Window(nn.Module):
         tokens)`."""
         seen = [mask.float() @ field[keys].float() > 0 for mask, keys in zip(self.mask, self.keys, strict=True)]
         return torch.cat(seen)[self.at]
-
-    def spread(self, field: Tensor) -> Tensor:
-        """Return which tokens reach each rank of a stream that attends to itself once: bool `(N, tokens)`."""
-        return field | self.seen(field)
 
     @property
     def reads(self) -> Sequence[Tensor]:

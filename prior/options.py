@@ -216,9 +216,9 @@ class DecodingOptions:
     cache: bool = True
     parallel: bool = False
 
-    @classmethod
-    def names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]
+    def __post_init__(self) -> None:
+        if self.parallel and not self.cache:
+            raise ValueError("cache=False cannot be combined with parallel=True, which never uses a cache")
 
     @property
     def is_default(self) -> bool:
@@ -227,7 +227,3 @@ class DecodingOptions:
     def select(self, rows: slice | Sequence[int], count: int) -> DecodingOptions:
         """Return the options of the images `rows` out of `count`. Raises `ValueError` as `select_order` does."""
         return replace(self, order=select_order(self.order, rows, count))
-
-    def check(self) -> None:
-        if self.parallel and not self.cache:
-            raise ValueError("cache=False cannot be combined with parallel=True, which never uses a cache")

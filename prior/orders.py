@@ -20,15 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-FORMS = {
-    "raster": ("",),
-    "column": ("",),
-    "snake": ("",),
-    "spiral_in": ("",),
-    "spiral_out": ("",),
-    "z_curve": ("",),
-    "hilbert": ("",),
-    "subsample": ("",),
+FORMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample"), ("",)),
     "random": ("SEED", "SEED:K"),
     "halton": ("", "K"),
     "spread": ("", "K"),
@@ -53,19 +46,11 @@ class Partition(NamedTuple):
     """Sizes that sum to N and cut the ranks into blocks."""
 
 
-class Name(NamedTuple):
-    """The parts of KIND:NUMBER:NUMBER/SIZE."""
-
-    kind: str
-    numbers: tuple[str, ...]
-    size: str | None
-
-
-def parse_name(name: str) -> Name:
-    """Split a name into its parts, without checking them."""
+def parse_name(name: str) -> tuple[str, tuple[str, ...], str | None]:
+    """Split KIND:NUMBER:NUMBER/SIZE into its parts, without checking them."""
     head, slash, size = name.partition("/")
     kind, *numbers = head.split(":")
-    return Name(kind, tuple(numbers), size if slash else None)
+    return kind, tuple(numbers), size if slash else None
 
 
 def name_forms(kind: str) -> list[str]:
@@ -159,7 +144,7 @@ def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf
         return regions(int(numbers[0]), shape)
     if kind == "wave":
         return wave(int(numbers[0]))
-    return {"diagonal": wave(1), "rows": rows(), "dyadic": dyadic()}[kind]
+    return {"diagonal": wave(1), "rows": lambda row, col: (row,), "dyadic": dyadic}[kind]
 
 
 def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -294,13 +279,7 @@ def subsample(height: int, width: int) -> list[Cell]:
 
 
 CURVES: dict[str, Callable[[int, int], Iterable[Cell]]] = {
-    "column": column,
-    "snake": snake,
-    "spiral_in": spiral_in,
-    "spiral_out": spiral_out,
-    "z_curve": z_curve,
-    "hilbert": hilbert,
-    "subsample": subsample,
+    curve.__name__: curve for curve in (column, snake, spiral_in, spiral_out, z_curve, hilbert, subsample)
 }
 """Orders of two-axis grids that draw one cell at a time, by name."""
 
@@ -322,36 +301,21 @@ def wave(steps: int) -> KeyOf:
     return lambda row, col: (steps * row + col,)
 
 
-def rows() -> KeyOf:
-    """Make each row of the grid a block."""
-    return lambda row, col: (row,)
-
-
-def dyadic() -> KeyOf:
+def dyadic(row: int, col: int) -> Key:
     """Draw from coarse to fine: first the corner; then, for strides s = ..., 8, 4, 2, the centres of the squares with
     side s between known cells, followed by the midpoints of their sides.
 
-    A cell's half stride is the largest power of two that divides both of its coordinates.
-    """
-
-    def key(row: int, col: int) -> Key:
-        half = (row | col) & -(row | col)
-        if half == 0:
-            return (0,)  # the corner, which every power of two divides
-        return (1, -half, 0 if row & half and col & half else 1)
-
-    return key
+    A cell's half stride is the largest power of two that divides both of its coordinates."""
+    half = (row | col) & -(row | col)
+    if half == 0:
+        return (0,)  # the corner, which every power of two divides
+    return (1, -half, 0 if row & half and col & half else 1)
 
 
 def regions(count: int, shape: tuple[int, int]) -> KeyOf:
     """Draw the first cell of each of `count` regions, one at a time; then draw cells at the same position of all
-    regions together (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer.
-
-    Raises `ValueError` if no such regions fit (`region_counts`).
-    """
-    counts = region_counts(count, shape)
-    if counts is None:
-        raise ValueError(f"no {count} regions fit a grid of {shape[0]}x{shape[1]}")
+    regions together (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer."""
+    counts = region_counts(count, shape) or ()  # never empty after `order_problem`
     downs, acrosses = (places(side, parts) for side, parts in zip(shape, counts, strict=True))
 
     def key(row: int, col: int) -> Key:
