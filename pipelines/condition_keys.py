@@ -60,16 +60,11 @@ class UsesCondition(Config):
         description="condition: the value of a column for all images; a list or folder of pictures has one per image",
     )
     conditions: str | None = Field(
-        None,
-        description="table with a row per image and these columns, or `label`; pictures are paths beside it",
+        None, description="table with a row per image and these columns, or `label`; pictures are paths beside it"
     )
 
     def read_condition(
-        self,
-        pipeline: ImagePipeline,
-        count: int | None = None,
-        names: Sequence[str] | None = None,
-        default: int = 1,
+        self, pipeline: ImagePipeline, count: int | None = None, names: Sequence[str] | None = None, default: int = 1
     ) -> GivenKeys:
         """Read the condition of `count` images; None: of as many as have values, or `default`. names: of the images;
         they choose the rows of a table with `file_name`, and the pictures in a folder. Warns about numbers outside

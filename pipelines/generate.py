@@ -441,11 +441,7 @@ def npy_bytes(image: np.ndarray) -> bytes:
 
 
 def write_npz(
-    path: Path,
-    images: Iterable[np.ndarray],
-    shape: Sequence[int],
-    labels: list[int] | None,
-    dtype: str = "uint8",
+    path: Path, images: Iterable[np.ndarray], shape: Sequence[int], labels: list[int] | None, dtype: str = "uint8"
 ) -> None:
     """Write images (H, W, C) as one array of `shape` (N, H, W, C) and type `dtype`, and their classes, in the format of
     ADM's evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion). Images are written one at a time and

@@ -46,14 +46,7 @@ from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
 from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
 from .images.origin import shareable
-from .images.pictures import (
-    LATENT,
-    check_output_type,
-    find_user_stacklevel,
-    picture_pixels,
-    shown_channels,
-    to_uint8,
-)
+from .images.pictures import LATENT, check_output_type, find_user_stacklevel, picture_pixels, shown_channels, to_uint8
 from .images.tiles import LazyImages, list_images
 from .processes.group import ALONE, ProcessGroup
 from .provenance import trained_data

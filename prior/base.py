@@ -99,12 +99,7 @@ class Prior(PretrainedModel, family="prior"):
         raise NotImplementedError
 
     def forward(
-        self,
-        tokens: Tensor,
-        encoded: Encoded | None = None,
-        *order: Any,
-        raw: bool = False,
-        **inputs: Any,
+        self, tokens: Tensor, encoded: Encoded | None = None, *order: Any, raw: bool = False, **inputs: Any
     ) -> Tensor:
         """Return teacher-forced logits `(B, N, vocab_size)`, in raster order; `logits[:, i]` depends only on tokens in
         earlier blocks.
@@ -175,13 +170,7 @@ class Prior(PretrainedModel, family="prior"):
         return {}
 
     def loss(
-        self,
-        tokens: Tensor,
-        labels: Any = None,
-        *,
-        condition: Any = None,
-        progress: float = 0.0,
-        **inputs: Any,
+        self, tokens: Tensor, labels: Any = None, *, condition: Any = None, progress: float = 0.0, **inputs: Any
     ) -> Tensor:
         """Return the training loss, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
         of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all) and the columns of
@@ -412,12 +401,7 @@ class Prior(PretrainedModel, family="prior"):
         return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
 
     def features(
-        self,
-        tokens: Tensor,
-        labels: Any = None,
-        layer: int | None = None,
-        *,
-        condition: Any = None,
+        self, tokens: Tensor, labels: Any = None, layer: int | None = None, *, condition: Any = None
     ) -> Tensor:
         """Return activations after a layer in the teacher-forced pass, `(B, N, dim)` in raster order.
 

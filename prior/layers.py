@@ -49,8 +49,7 @@ class RowsConfig(RasterConfig):
     """Settings of convolutions, with an optional bias that tells rows apart."""
 
     row_embedding: bool = Field(
-        True,
-        description="add a learned bias for each row to every layer, for grids whose rows are channels or levels",
+        True, description="add a learned bias for each row to every layer, for grids whose rows are channels or levels"
     )
 
 

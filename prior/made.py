@@ -49,10 +49,7 @@ class MADEConfig(PriorConfig):
     order_agnostic: bool = Field(False, description="train with a new random order at every step")
     connectivity_agnostic: bool = Field(False, description="train with new random hidden-unit degrees at every step")
     masks: int | None = Field(
-        None,
-        ge=1,
-        le=1 << 20,
-        description="number of orders and degrees to train with; null: new ones at every step",
+        None, ge=1, le=1 << 20, description="number of orders and degrees to train with; null: new ones at every step"
     )
     sigmoid: bool = Field(True, description="with two ids, use one logit per token; false: one-hot rows and a softmax")
 
@@ -218,11 +215,7 @@ class MADE(Prior, name="made"):
             self.chosen_degrees = before
 
     def outputs(
-        self,
-        tokens: Tensor,
-        encoded: Encoded,
-        order: Tensor | None = None,
-        degrees: Sequence[Tensor] | None = None,
+        self, tokens: Tensor, encoded: Encoded, order: Tensor | None = None, degrees: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Return the outputs; see `Prior.outputs`.
 

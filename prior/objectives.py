@@ -115,11 +115,7 @@ class Alignment(nn.Module):
         self.frozen = (reference.eval().requires_grad_(False),)  # a tuple hides it from torch
 
     def forward(
-        self,
-        tokens: Tensor,
-        given: Given,
-        others: Tensor,
-        inputs: dict[str, Any],
+        self, tokens: Tensor, given: Given, others: Tensor, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar, and scalars to log.
 

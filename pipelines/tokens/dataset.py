@@ -31,14 +31,7 @@ from torch import Tensor
 from prior.columns import LABEL, Column
 from prior.given import Given
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files import (
-    FormatError,
-    IntegrityError,
-    PathError,
-    atomic_folder,
-    find_folder,
-    read_folder,
-)
+from tokenizer.files import FormatError, IntegrityError, PathError, atomic_folder, find_folder, read_folder
 
 from ..frequencies import Frequencies
 from ..hub import is_reachable, push_folder, require_reachable
