@@ -72,8 +72,7 @@ class ColumnFormat(Generic[C]):
     # Python, the command line, and tables of conditions
 
     def convert(self, value: Any) -> Any:
-        """Replace pictures and texts, which the column does not read itself, in a value or in a list of values. Raises
-        `ValueError`."""
+        """Replace pictures and texts, which columns do not read, in a value or a list. Raises `ValueError`."""
         return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OU" else value
 
     def read_text(self, value: Any) -> Any:
@@ -107,8 +106,7 @@ class ColumnFormat(Generic[C]):
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """Return whether cells, whose `first` value is this, are taken for columns of this kind and not of one that is
-        earlier in `FORMATS`."""
+        """Return whether cells, of which one is `first`, suggest this kind rather than those after it in `FORMATS`."""
         return False
 
     @classmethod
@@ -511,8 +509,7 @@ class GridFormat(ColumnFormat[GridColumn]):
         return super().list_values(value, names)
 
     def list_pictures(self, folder: Path, names: Sequence[str] | None) -> list[Any]:
-        """Return the pictures in a folder, sorted; or the one of each of `names`, without suffix. Raises
-        `ValueError`."""
+        """Return the pictures in a folder, or those of `names` (without suffix). Raises `ValueError`."""
         files = find_images(folder)
         if not files:
             raise ValueError(f"condition.{self.name}: no images in {folder}")

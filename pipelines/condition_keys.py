@@ -91,8 +91,7 @@ class UsesCondition(Config):
     def list_written(
         self, formats: dict[str, ColumnFormat[Any]], names: Sequence[str] | None
     ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-        """Return the values of each column as they are written, and the number of images by the key that says it.
-        Raises `ValueError`."""
+        """Return the values of each column as written, and the number of images by the key that says it."""
         written, counts = dict[str, list[Any]](), dict[str, int]()
         if self.conditions is not None:
             path = Path(self.conditions)
@@ -127,8 +126,7 @@ class ScoresWithCondition(UsesCondition, UsesTiles):
     )
 
     def read_given(self, pipeline: ImagePipeline, names: Sequence[str]) -> Given:
-        """Read what is given of the images `names`, and print what the classes of `marginal` are taken to be. Raises
-        `UserError`."""
+        """Read what is given of images, and print what `marginal` is taken to be. Raises `UserError`."""
         given = self.read_condition(pipeline, len(names), names).given
         try:
             given = pipeline.read_given(condition=given, marginal=self.marginal)
@@ -151,8 +149,7 @@ class SamplesWithCondition(Sampling, UsesCondition):
 
 
 def read_rows(path: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Read the rows of a table; with `file_name`, those of the images `names` in their order. Raises `ValueError` or
-    `UserError`."""
+    """Read a table's rows; with `file_name`, those of the images `names`. Raises `ValueError` or `UserError`."""
     if path.suffix not in TABLES:
         raise ValueError(f"conditions: {path} should end in {' or '.join(TABLES)}")
     rows = list(read_sheet(path, "conditions"))

@@ -271,10 +271,6 @@ def make_images(
             writing.pop().result()
 
 
-def assign_labels(job: dict[str, Any]) -> list[int] | None:
-    return [job["labels"][k % len(job["labels"])] for k in range(job["num_images"])] if job["labels"] else None
-
-
 def name_files(count: int, suffix: str = ".png") -> list[str]:
     digits = max(5, len(str(count - 1)))
     return [f"{number:0{digits}d}{suffix}" for number in range(count)]
@@ -378,11 +374,11 @@ class ImageFolder:
         return picture_pixels(to_images(images, shape, values_of(self.tokenizer)), self.tokenizer)
 
     def finish(self, job: dict[str, Any], values: dict[str, list[Any]]) -> None:
-        """Write `metadata.jsonl` if there are classes or `values` of columns, or the single file. Raises `UserError` if
-        an image is missing."""
+        """Write `metadata.jsonl` for classes or `values`, or the single file. Raises `UserError` without an image."""
         if absent := [name for name in self.names if not (self.folder / name).is_file()]:
             raise UserError(f"out: {self.folder / absent[0]} is missing; all processes must share the same disk")
-        labels, known = assign_labels(job), [*(job["class_names"] or []), ""]  # the null class has no name
+        chosen, known = job["labels"], [*(job["class_names"] or []), ""]  # the null class has no name
+        labels = [chosen[k % len(chosen)] for k in range(job["num_images"])] if chosen else None
         classes = None if labels is None else [known[label] for label in labels]
         with self.output.errors():
             if self.is_work:
@@ -424,11 +420,7 @@ class ImageFolder:
             require_writable(out, self.output.overwrite)
             self.result.replace(out)
             fsync(out.parent)
-        self.remove_work()
-
-    def remove_work(self) -> None:
-        """Remove the work folder, `job.json` last."""
-        for name in (self.result.name, *self.names, JOB):
+        for name in (self.result.name, *self.names, JOB):  # job.json last
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # it contains files of the user
             self.folder.rmdir()

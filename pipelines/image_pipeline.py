@@ -139,8 +139,7 @@ class ClipOutput(PipelineOutput):
         return f"{len(images)} {draws}clips of {len(clip)} PIL of {clip[0].width} x {clip[0].height}"
 
     def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
-        """Return all clips in one picture; see `PipelineOutput.grid`. A clip is a strip, its frames below one
-        another."""
+        """Return all clips in one picture, as `PipelineOutput.grid` does; frames lie below one another."""
         images = self.images
         if images is self.tokens:
             return super().grid(columns, labels=labels, show=show)
@@ -231,11 +230,9 @@ class ImagePipeline:
         grid, shape = self.prior.grid, "x".join(map(str, frame_shape(self.tokenizer)))
         shape = f"images {shape}" if self.frames == 1 else f"clips {self.frames}x{shape}"
         others = self.prior.config.conditions
-        return (
-            f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, {shape}, tokens "
-            f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes"
-            f"{', columns ' * bool(others)}{', '.join(others)})"
-        )
+        tokens, columns = "x".join(map(str, grid.shape)), ", columns " * bool(others) + ", ".join(others)
+        known = f"tokens {tokens} of {grid.vocab_size}, {self.prior.num_classes} classes{columns}"
+        return f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, {shape}, {known})"
 
     # Sampling
 
@@ -327,10 +324,8 @@ class ImagePipeline:
                 on_step=report if callback_on_step_end else None,
             )
             done[rows] = True
-        if output_type == LATENT:
-            images: Any = drawn
-        else:
-            images = self.decode(drawn, output_type=output_type, batch_size=batch_size, progress=progress)
+        options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
+        images = drawn if output_type == LATENT else self.decode(drawn, **options)
         kind = ClipOutput if self.frames > 1 else PipelineOutput
         return kind(images, drawn, self.class_names(given.rows[LABEL]) if LABEL in given.rows else None)
 
@@ -393,9 +388,8 @@ class ImagePipeline:
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
         """Like `decode`, but return float images `(B, C, H, W)` in [-1, 1]; clips are strips `(B, C, T * H, W)`."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
-        return torch.cat(
-            [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
-        )
+        shown = self._with_bar(parts, "decoding") if progress else parts
+        return torch.cat([self.tokenizer.decode(part) for part in shown])
 
     encode_tiles = serialized(encode_tiles)
     decode_tiles = serialized(decode_tiles)
@@ -452,8 +446,7 @@ class ImagePipeline:
         return values_of(self.tokenizer)
 
     def batches(self, rows: Tensor, given: Given, batch_size: int) -> Iterator[tuple[slice, Tensor, Given]]:
-        """Yield batches of images or tokens: their slice, the rows, and what is given of them. Without rows, yield one
-        empty batch."""
+        """Yield the slice, the rows and what is given of batches; at least one, which may be empty."""
         check_count(batch_size, "batch_size")
         for start in self._with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
             place = slice(start, start + batch_size)
@@ -500,9 +493,8 @@ class ImagePipeline:
         if isinstance(condition, (PILImage, Tensor, np.ndarray, list, tuple)):
             grids = [name for name, column in columns.items() if column.is_map]
             if len(grids) != 1:
-                there = (
-                    f"the grids are {', '.join(grids)}" if grids else f"there is no grid; {describe_columns(columns)}"
-                )
+                none = f"there is no grid; {describe_columns(columns)}"
+                there = f"the grids are {', '.join(grids)}" if grids else none
                 raise ValueError(f"condition: images alone stand for the only grid, but {there}")
             condition = {grids[0]: condition}
 
@@ -647,9 +639,8 @@ class ImagePipeline:
                 return [exact(each) for each in one]
             return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
 
-        return compress(
-            self, read_images(exact(several), self.tokenizer).to(self.device), condition=condition, **options
-        )
+        pixels = read_images(exact(several), self.tokenizer).to(self.device)
+        return compress(self, pixels, condition=condition, **options)
 
     @serialized
     def decompress(
@@ -780,8 +771,7 @@ class ImagePipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` makes another pipeline
-        from them."""
+        """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` is another pipeline."""
         models = {
             "tokenizer": self.tokenizer,
             "prior": self.prior,
@@ -851,8 +841,7 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
 
 
 def equal_batches(count: int, at_most: int) -> list[slice]:
-    """Cut `count` images into the fewest batches whose sizes differ by at most one, so that one CUDA graph suits all;
-    larger ones come first."""
+    """Cut `count` images into the fewest batches of nearly equal size, so that one CUDA graph suits all."""
     number = -(-count // at_most)
     size, larger = divmod(count, number)
     starts = [k * size + min(k, larger) for k in range(number + 1)]

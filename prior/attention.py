@@ -81,8 +81,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate and scale each pair of `x` (B, N, heads, width): `rotations` ([B,] N, 1 or heads, width / 2, 2) holds cos
-    and sin times the scale."""
+    """Rotate each pair of `x` (B, N, heads, width) by scaled cos and sin `([B,] N, 1 or heads, width / 2, 2)`."""
     pairs = x.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():  # a complex product makes a single pass over memory
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)

@@ -287,8 +287,7 @@ class Prior(PretrainedModel, family="prior"):
     # Orders, and mixtures of them
 
     def to_partition(self, order: Order) -> Partition:
-        """Convert `order` to a `Partition` on the model's device. Raises `ValueError` unless block sizes are whole
-        numbers."""
+        """Convert `order` to a `Partition` on the model's device. Raises `ValueError` for sizes that are not whole."""
         found: Any = make_partition(order, self.grid.shape) if isinstance(order, str) else order
         if not isinstance(found, Partition):
             found = Partition(self.order if found is None else found, self.blocks)
@@ -330,8 +329,7 @@ class Prior(PretrainedModel, family="prior"):
         return {"block_of": block_of}
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
-        """Return the orders of a mixture: `order` (None means the model's own), then random:1, random:2, ... with the
-        same blocks."""
+        """Return the orders of a mixture: `order`, then random:1, random:2, ... with the same blocks."""
         if check_count(num_orders, "num_orders") > 1 and not self.any_order:
             raise ValueError(f"num_orders: this {self.name} prior has one order")
         blocks = self.to_partition(order).blocks
@@ -378,8 +376,7 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`, in raster order: row i marks the positions that the network sees at position i, by default all
-        positions in earlier blocks."""
+        """bool `(P, P)`, in raster order: row i marks the positions seen at i, by default those of earlier blocks."""
         return self.position_block_of < self.position_block_of[:, None]
 
     # Features

@@ -42,8 +42,7 @@ def is_built_in(prior: Prior | type[Prior]) -> bool:
 
 
 def with_random_weights(prior: Prior, seed: int = 0) -> Prior:
-    """Return a copy in eval mode, on the CPU, whose weights are all random: an output layer that starts at zero would
-    hide what the network sees."""
+    """Return a copy on the CPU, in eval mode, with random weights: an output layer may start at zero."""
     model = copy.deepcopy(prior).to("cpu", torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -217,8 +216,7 @@ def expect_close(one: Tensor, other: Tensor, what: str) -> None:
 
 
 def fits(found: Tensor, expected: Tensor) -> bool:
-    """Return whether counts agree with expected counts, by a chi-squared test at six standard deviations; rare outcomes
-    are pooled."""
+    """Return whether counts are as expected: chi-squared at six standard deviations, rare outcomes pooled."""
     rare = expected < 5
     found = torch.cat([found[~rare], found[rare].sum()[None]])
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-3)

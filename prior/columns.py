@@ -268,8 +268,7 @@ class ClassColumn(IdColumn):
         return {"weight": weights["weight"][self.match_rows(other)]}
 
     def match_rows(self, other: Any) -> Tensor:
-        """Return for each class, and for null, its row in a table of the classes of `other` and null; a new class has
-        the row of null."""
+        """Return the row of each class, and of null, in a table of `other`'s classes and null; null for new ones."""
         places = {name: row for row, name in enumerate(other.names)}
         return torch.tensor([*(places.get(name, other.count) for name in self.names), other.count])
 

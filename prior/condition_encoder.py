@@ -31,8 +31,7 @@ MAP = 0.25  # of the features of a grid at the start of training; 1 costs 0.03 t
 
 @dataclass
 class Encoded:
-    """Classes and encoded columns of a batch, as networks receive them. Nothing in them is set to null: that is done to
-    `Given`."""
+    """Classes and encoded columns of a batch, as networks receive them; only a `Given` is set to null."""
 
     labels: Tensor
     """`(B,)` from 0 to `num_classes`, which is the null class."""
@@ -312,8 +311,7 @@ class ConditionEmbedding(nn.Embedding):
         return x if self.columns is None else x + self.columns(encoded.vector)
 
     def at_positions(self, encoded: Encoded, order: Tensor | None = None) -> Tensor:
-        """Return the embedding at each position, `(B, 1 or P, size)`, in raster order, or in the given order `(P,)` or
-        `(B, P)`."""
+        """Return the embedding at each position, `(B, 1 or P, size)`, in raster or this order `([B,] P)`."""
         x = super().forward(encoded.labels)[:, None]
         if self.columns is None:
             return x

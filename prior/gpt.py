@@ -106,8 +106,7 @@ class GPT(Prior, name="gpt"):
         return output[:, self.position_order.argsort()]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """With `any_order`, draw an order for each image: random or, for a growing share of images, the model's own
-        (RAR, eq. 4)."""
+        """With `any_order`, draw random orders or, for a growing share of images, the model's own (RAR, eq. 4)."""
         if not self.any_order:
             return {}
         share = self.config.random_share_at(progress)

@@ -317,8 +317,7 @@ class Logistic(Head, name="logistic"):
         return torch.cat([self.value_log_probs(some, known) for some, known in parts]).unflatten(0, outputs.shape[:-1])
 
     def value_log_probs(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """Return log P of each value of the next channel, `(rows, V)`, for outputs `(rows, size)` and the ids
-        `(rows, l)` of earlier channels."""
+        """Return log P of values of the next channel, `(rows, V)`. ids: `(rows, l)`, of the channels before it."""
         _, mixture = self.condition(outputs, ids)
         every = self.intensities(torch.arange(self.vocab_size, device=outputs.device), mixture.means.dtype)
         means, inverse = mixture.means[..., None], mixture.inverse[..., None]  # of (rows, K, V)

@@ -154,8 +154,7 @@ class MapRows:
     have not been written still hold an older row and must not be read."""
 
     def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int, stride: int = 1) -> None:
-        """like: `(B, C)` zeros; reach: the columns (first, last) that the kernel covers, as offsets; stride: of the
-        kernel's outputs."""
+        """like: `(B, C)` zeros; reach: first and last column of the kernel, as offsets; stride: of its outputs."""
         (batch, channels), (left, right) = like.shape, (-reach[0], reach[1])
         self.size = left + 1 + right
         stored = like.new_zeros(count, batch, left + width + right, channels)
@@ -245,8 +244,7 @@ class WholeRows:
 
 
 def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:
-    """Propagate receptive fields through a convolution: map the tokens that reach each input to those that reach each
-    output, both bool `(H, W, N)`."""
+    """Propagate receptive fields through a convolution: which tokens reach each cell, bool `(H, W, N)`."""
     height, width = field.shape[:2]
     seen = torch.zeros_like(field)
     for row, column in taps:

@@ -156,8 +156,7 @@ class MADE(Prior, name="made"):
         return super()._apply(fn, recurse)
 
     def degrees(self) -> list[Tensor]:
-        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those set by
-        `connected`."""
+        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those of `connected`."""
         return list(self.current_degrees.split(self.config.hidden))
 
     @property
@@ -175,8 +174,7 @@ class MADE(Prior, name="made"):
         return self.ranks < reach[self.ranks][:, None]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Draw a random order `(N,)` and random degrees, if training is agnostic to them: new ones, or one of the first
-        `masks`, as in a mixture."""
+        """Draw what training is agnostic to, an order `(N,)` and degrees: new ones, or some of the first `masks`."""
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
             inputs["order"] = to_device_async(self._draw_order(), tokens.device)
@@ -198,8 +196,7 @@ class MADE(Prior, name="made"):
         return self.numbered_degrees(int(torch.randint(masks, ())))
 
     def numbered_degrees(self, number: int) -> list[Tensor]:
-        """Return the degrees `(units,)` of each layer in connectivity `number`; 0 is the model's own, and others are
-        random."""
+        """Return the degrees `(units,)` of each layer in connectivity `number`; 0 is the model's own."""
         if not number:
             return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
         return random_degrees(self.config.hidden, len(self.grid), torch.Generator().manual_seed(number))
@@ -252,8 +249,7 @@ class MADE(Prior, name="made"):
         return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
 
     def _inputs(self, tokens: Tensor) -> Tensor:
-        """Return the input of `sum_inputs`: embedded ids `(B, N, width)`, one-hot ids for small vocabularies, else
-        ids."""
+        """Return the input of `sum_inputs`: embedded ids `(B, N, width)`, one-hot ids if they are few, else ids."""
         if self.embedding is not None:
             return F.embedding(tokens.long(), self.embedding)
         return F.one_hot(tokens.long(), self.width).to(self.input.dtype) if self.width <= DENSE_WIDTH else tokens.long()
@@ -268,8 +264,7 @@ class MADE(Prior, name="made"):
         return self.dropout(F.relu(x))
 
     def to_outputs(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Map `x` (..., width_out) to the outputs: `x` itself, or its product with the output embedding shared by
-        positions."""
+        """Map `x` (..., width_out) to the outputs, by the output embedding if there is one."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
@@ -295,15 +290,13 @@ class MADE(Prior, name="made"):
 
 
 def even_degrees(units: int, num_tokens: int) -> Tensor:
-    """Return ascending degrees `(units,)`, with each of 1 .. N - 1 equally often; the last unit sees all tokens but the
-    last."""
+    """Return ascending degrees `(units,)`, each of 1 .. N - 1 equally often; the last unit has N - 1."""
     steps = torch.arange(1, units + 1, device="cpu") * (num_tokens - 1)
     return ((steps + units - 1) // units).clamp(min=1)
 
 
 def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Draw uniform degrees for each layer, at least the smallest degree of the previous layer, so that every unit sees
-    some unit."""
+    """Draw uniform degrees of each layer, from the last layer's smallest on: every unit sees some unit."""
     degrees, smallest = [], 1
     for units in hidden:
         degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), generator=generator, device="cpu"))
@@ -329,8 +322,7 @@ def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dt
 
 
 class Connections:
-    """The masked weights of a `MADE`. Masks and masked weights are cached until something changes, and are not copied
-    or saved with the model."""
+    """The masked weights of a `MADE`, cached until something changes; neither copied nor saved with the model."""
 
     def __init__(self) -> None:
         self.masks, self.masked = LastResult(), LastResult()
@@ -374,8 +366,7 @@ class LastResult:
         self.result: list[Tensor] = []
 
     def get(self, inputs: list[Tensor], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the last result, or recompute it if `inputs` are other tensors or have changed. (torch does not track
-        changes through `tensor.data`.)"""
+        """Return the last result, recomputed if `inputs` are others or changed (not through `tensor.data`)."""
         versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in inputs]
         same = len(inputs) == len(self.inputs) and all(a is b for a, b in zip(inputs, self.inputs, strict=True))
         if not same or versions != self.versions:

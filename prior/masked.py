@@ -141,8 +141,7 @@ class MaskedConfig(TransformerConfig):
 
 
 class Masked(Prior, name="masked"):
-    """Predicts every masked token from all visible tokens. `exact` selects how `log_prob` is computed, and may be
-    changed at any time."""
+    """Predicts masked tokens from all visible ones. `exact` selects how `log_prob` is computed, at any time."""
 
     Config = MaskedConfig
     Sampling = MaskedOptions

@@ -58,8 +58,7 @@ def covers(window: Sides, dilation: int, shape: Sides) -> bool:
 def make_windows(
     targets: Tensor, sources: Tensor, window: Sides, dilations: Sequence[int], shape: Sides
 ) -> list[Window | None]:
-    """Make each layer's window, given its dilation; layers with equal dilations share it. A window that covers the grid
-    is None. Arguments: see `Window`."""
+    """Make each layer's window, given its dilation; None if it covers the grid. Arguments: see `Window`."""
     made = {d: None if covers(window, d, shape) else Window(targets, sources, window, d) for d in set(dilations)}
     return [made[dilation] for dilation in dilations]
 
@@ -190,8 +189,7 @@ class Window(nn.Module):
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
 
     def seen(self, field: Tensor) -> Tensor:
-        """Return which tokens reach each query, bool `(N, tokens)`, given which tokens reach each key, `(M,
-        tokens)`."""
+        """Return which tokens reach each query, bool `(N, tokens)`. field: those that reach each key, `(M, tokens)`."""
         seen = [mask.float() @ field[keys].float() > 0 for mask, keys in zip(self.mask, self.keys, strict=True)]
         return torch.cat(seen)[self.at]
 

@@ -44,8 +44,7 @@ def mean_nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def token_nats(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return -log p of each token, float32 `(B, N)`, for logits `(B, N, V)` of any type. label_smoothing: the share of
-    the target spread over all ids."""
+    """Return -log p of tokens, float32 `(B, N)`. label_smoothing: the target's share spread over all ids."""
     ids = tokens.flatten(1)
     if logits.numel() < LARGE:
         by_id = logits.float().transpose(1, 2)

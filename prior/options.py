@@ -87,8 +87,7 @@ class SamplingOptions:
         """Raise `ValueError` for settings that do not suit the grid."""
 
     def check_guidance(self, given: Collection[str]) -> None:
-        """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns, and
-        `label` for labels."""
+        """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns."""
         if self.guides and not self.can_guide(given):
             name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
             needs = "labels or a condition" if self.guidance_on is None else f"a value of {', '.join(self.guidance_on)}"

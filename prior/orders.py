@@ -332,8 +332,7 @@ def places(side: int, parts: int) -> list[tuple[int, int]]:
 
 
 def region_counts(count: int, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Return into how many parts to cut rows and columns to get `count` regions, as square as possible; None if
-    impossible."""
+    """Return the numbers of parts of rows and columns for `count` regions, as square as possible, or None."""
     height, width = shape
     fits = [(a, count // a) for a in range(1, min(height, count) + 1) if count % a == 0 and count // a <= width]
 
@@ -345,8 +344,7 @@ def region_counts(count: int, shape: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def group_cells(key: KeyOf, shape: tuple[int, int]) -> tuple[list[int], tuple[int, ...]]:
-    """Return the raster indices of the cells, block by block and in raster order within a block; and the block
-    sizes."""
+    """Return the raster indices of cells block by block, in raster order within a block; and the block sizes."""
     height, width = shape
     blocks: dict[Key, list[int]] = {}
     for row in range(height):

@@ -70,8 +70,7 @@ def sample_parallel(
 def logits_in_order(
     prior: Prior, batch: SampleBatch, encoded: Encoded, tokens: Tensor, options: SamplingOptions
 ) -> Tensor:
-    """Return logits `(B, N, V)` in decoding order (2 B rows with guidance), from one forward pass on `tokens` (B, N).
-    encoded: from `encode_rows`."""
+    """Return logits `(B, N, V)` in decoding order (2 B rows with guidance) of `tokens` (B, N), from one pass."""
     raster = options.with_unconditional(batch.to_raster(tokens)).unflatten(1, prior.grid.shape)
     order = batch.order if batch.order.ndim == 1 else options.with_unconditional(batch.order)
     inputs = {} if batch.own_order else prior.order_inputs(Partition(order, batch.blocks))

@@ -202,8 +202,7 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         self.head = nn.Linear(dim, self.output_head.size)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the network's input `(..., channels + 1)` for ids `(..., ids_per_position)`, with the channel of
-        ones."""
+        """Return the input `(..., channels + 1)` of ids `(..., ids_per_position)`, with the channel of ones."""
         if self.embedding is None:
             x = ids.to(self.dtype) * (2 / max(1, self.grid.vocab_size - 1)) - 1
         else:

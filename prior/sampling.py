@@ -268,8 +268,7 @@ def progress_bar(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = 
 
 @dataclass
 class UncachedState:
-    """The state of decoding without a cache: tokens so far `(B, N)`, raster order. inputs: further arguments of
-    `forward`."""
+    """The state of uncached decoding: tokens so far `(B, N)`, raster order. inputs: other inputs of `forward`."""
 
     tokens: Tensor
     encoded: Encoded
@@ -321,8 +320,7 @@ def can_capture(device: torch.device) -> bool:
 def draw_blocks(
     prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor | None = None
 ) -> Tensor:
-    """Draw tokens `(B, N)` eagerly. Without a monitor no control flow depends on the contents of a tensor, so a CUDA
-    graph can capture all of it."""
+    """Draw tokens `(B, N)` eagerly; without a monitor, no control flow reads tensors, as CUDA graphs require."""
     ends = list(accumulate(batch.blocks))
     cuts = list(zip([0, *ends], ends, strict=False))
     skipped, some_known = set[int](), True  # starts of blocks that are known in all images

@@ -94,8 +94,7 @@ class OrderedConfig(TransformerConfig):
         return self.dilation or (1,) * self.depth
 
     def random_share_at(self, progress: float) -> float:
-        """Return the share of images in random orders at `progress`, the completed fraction of training (RAR, eq.
-        4)."""
+        """Return the share of images in random orders at `progress`, the share of training (RAR, eq. 4)."""
         begin, end = self.anneal
         left = 1.0 if progress < begin else max(0.0, (end - progress) / max(end - begin, 1e-9))
         return self.random_share + (1 - self.random_share) * left

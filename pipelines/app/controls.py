@@ -33,7 +33,8 @@ def get_slider_values(pipeline: ImagePipeline) -> dict[str, float]:
 
 
 def make_sliders(pipeline: ImagePipeline) -> list[Any]:
-    """Make a slider for each of `get_slider_values`, in a closed accordion; and with columns, `make_guidance_menu`."""
+    """Make a slider for each of `get_slider_values`, in a closed accordion; and with columns other than the class, a
+    choice of those that guidance applies to."""
     ranges = {
         "temperature": (0, 2, 0.05),
         "top_k": (1, pipeline.prior.grid.vocab_size, 1),
@@ -50,16 +51,10 @@ def make_sliders(pipeline: ImagePipeline) -> list[Any]:
                 about = "above 1 follows the class and the conditions more closely"
             title = name.replace("_", " ").capitalize()
             sliders.append(gr.Slider(low, max(high, value), step=step, value=value, label=title, info=about))
-        return [*sliders, *make_guidance_menu(pipeline)]
-
-
-def make_guidance_menu(pipeline: ImagePipeline) -> list[Any]:
-    """Make a choice of the columns that guidance applies to; none for a pipeline without columns but the class."""
-    if not list_others(pipeline):
-        return []
-    own = list(pipeline.sampler.guidance_on or ())
-    about = "what guidance scale applies to; none: all"
-    return [gr.CheckboxGroup([*pipeline.columns], value=own, label="Guidance on", info=about)]
+        if list_others(pipeline):
+            own, about = list(pipeline.sampler.guidance_on or ()), "what guidance scale applies to; none: all"
+            sliders.append(gr.CheckboxGroup([*pipeline.columns], value=own, label="Guidance on", info=about))
+        return sliders
 
 
 def make_condition_fields(served: Served, tab: str) -> list[Any]:

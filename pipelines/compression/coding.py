@@ -121,12 +121,6 @@ def identify(pipeline: ImagePipeline) -> bytes:
     return hashlib.sha256(" ".join(parts).encode()).digest()[:16]
 
 
-def read_condition(pipeline: ImagePipeline, condition: Condition, count: int) -> Given:
-    """Read what is given of the `count` images of a stream. Numbers are as they are given, which streams of 0.3 need,
-    too."""
-    return pipeline.read_given(None, condition, count, limit=False)
-
-
 def identify_given(given: Given) -> bytes:
     """Return 8 bytes that identify what is given, or none if all is null."""
     return bytes.fromhex(given.digest)[:8] if given.names else b""
@@ -185,8 +179,7 @@ class Models:
             last, rank = flat[:, block].split(batch_size), rank + size
 
     def code_classes(self, classes: Tensor, given: Given, coder: SymbolCoder) -> Given:
-        """Code `classes` `(n,)`, of which all, and the null class, are equally probable; return what is given with
-        these labels."""
+        """Code `classes` `(n,)`, all and null equally probable; return what is given with these labels."""
         null = self.prior.num_classes
         logits = torch.zeros(len(classes), null + 1, dtype=torch.float64, device=self.device)
         labels = coder.code(logits, classes)
@@ -207,8 +200,7 @@ class Models:
 
     @torch.inference_mode()
     def encode(self, tokens: Tensor, given: Given, pixels: Tensor | None, classes: Tensor | None = None) -> Chunk:
-        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk. classes: to be stored,
-        `(n,)`."""
+        """Encode tokens `(n, *grid.shape)`, pixels `(n, C, H, W)` in 0 to 255, and `classes` `(n,)` to a chunk."""
         tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
         if classes is not None:
             given = self.code_classes(classes.to(self.device), given, of_tokens)
@@ -222,8 +214,7 @@ class Models:
 
     @torch.inference_mode()
     def decode(self, chunk: Chunk, count: int, given: Given, batch_size: int | None) -> tuple[Tensor, Tensor | None]:
-        """Decode the tokens and pixels of a chunk of `count` images. Raises `ModelMismatch` if this machine computes
-        different probabilities."""
+        """Decode a chunk of `count` images. Raises `ModelMismatch` for other probabilities on this machine."""
         if chunk.classes and (LABEL in given.rows or not self.prior.num_classes):
             why = "labels, too, were given to compress" if LABEL in given.rows else "this pipeline has none"
             raise DamagedStream(f"the stream is damaged: it has classes, but {why}")
@@ -277,7 +268,7 @@ def compress(
 ) -> bytes:
     """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream; see `write_images`."""
     file, parts = io.BytesIO(), images.split(chunk_images(pipeline))
-    given, chooses = read_condition(pipeline, condition, len(images)), has_no_label(condition)
+    given, chooses = pipeline.read_given(None, condition, len(images), limit=False), has_no_label(condition)
     options: dict[str, Any] = {"lossless": lossless, "names": names, "progress": progress}
     write_images(pipeline, file, parts, given, chooses_classes=chooses, **options)
     return file.getvalue()
@@ -303,8 +294,8 @@ def write_images(
 ) -> int:
     """Write a stream of images in `parts` of `chunk_images`; return its size in bytes.
 
-    sizes: (height, width) of each image; `parts` then contain the tiles of all images. given: from `read_condition`;
-    without the same the stream cannot be decoded. chooses_classes: without a label, store the best class of each image,
+    sizes: (height, width) of each image; `parts` then contain the tiles of all images. given: without the same the
+    stream cannot be decoded. chooses_classes: without a label, store the best class of each image,
     if that shortens the stream (see `choose_classes`). lossless: decoding returns the exact 8-bit
     images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError` if the
     coder is not installed or a name is not a valid file name.
@@ -339,8 +330,7 @@ def write_tiles(
     given: Given,
     **options: Any,
 ) -> int:
-    """Write a stream of images by tiles that lie side by side; return its size in bytes. sizes: from `sizes_of`.
-    options: as in `write_images`."""
+    """Write a stream of images by tiles side by side; return its size. sizes: from `sizes_of`."""
     shape, size = pipeline.tokenizer.image_shape, chunk_images(pipeline)
     images = images if options.get("lossless") else pipeline.list_images(images)
     loaded = ((number, load_image(images, number, shape)) for number in range(len(images)))
@@ -390,7 +380,8 @@ def read_images(
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
     if max_images is not None and header.images > max_images:
         raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
-    given = read_condition(pipeline, condition, header.images)
+    # Numbers are as they are given, which streams of 0.3 need, too.
+    given = pipeline.read_given(None, condition, header.images, limit=False)
     check_condition(pipeline, header, identify_given(given))
     coded = given_of_stream(given, header)
     constriction()
@@ -399,9 +390,8 @@ def read_images(
     def images() -> Iterator[Tensor]:
         for index in iterate_chunks(header, progress):
             count = min(header.chunk_images, header.num_coded - index * header.chunk_images)
-            tokens, pixels = models.decode(
-                chunks[index], count, models.given_of_chunk(coded, header, index), batch_size
-            )
+            own = models.given_of_chunk(coded, header, index)
+            tokens, pixels = models.decode(chunks[index], count, own, batch_size)
             if pixels is None:
                 yield pipeline.decode_batch(tokens)
             else:

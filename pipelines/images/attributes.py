@@ -266,8 +266,8 @@ class Sheets:
 
     def __init__(self, config: DataConfig, paths: list[str], table: str | None, wanted: set[str]) -> None:
         root = config.path or Path()
-        self.files = sorted(path for path in files_below(root) if path.name in SHEETS)
-        self.files = [Path(table).expanduser()] if table else self.files
+        sheets = [Path(table).expanduser()] if table else files_below(root)
+        self.files = sorted(path for path in sheets if table or path.name in SHEETS)
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()

@@ -202,8 +202,7 @@ class MetaFile(BaseModel):
 
     @model_validator(mode="after")
     def draws_digits(self) -> MetaFile:
-        """Raise `ValueError` for drawn splits that do not exist, or with ids that are not all numbers of some binary
-        digits."""
+        """Raise `ValueError` for drawn splits that do not exist, or whose ids are not all those of some digits."""
         if strange := [name for name in self.drawn if name not in self.splits]:
             raise ValueError(f"drawn: there is no split {quote(strange[0])}")
         if self.drawn and (self.grid.vocab_size < 2 or self.grid.vocab_size.bit_count() != 1):

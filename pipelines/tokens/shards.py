@@ -153,8 +153,7 @@ def map_shard(path: Path, rows: int, grid: TokenGrid, columns: Mapping[str, Colu
 
 
 def check_labels(path: Path, labels: Tensor | None, classes: Column | None) -> None:
-    """Raise `FormatError` for missing labels, `IntegrityError` for labels out of range. classes: their column, if there
-    are classes."""
+    """Raise `FormatError` for missing labels, `IntegrityError` for labels out of range of `classes`."""
     count = 0 if classes is None else classes.count  # type: ignore[attr-defined]
     if count and labels is None:
         raise FormatError(f"{path}: labels: missing, though there are {count} classes")
@@ -199,9 +198,8 @@ class MappedRows:
 
     def __getitem__(self, rows: Indices) -> Tensor:
         """Return rows `(B, *shape)`. Raises `IndexError`, or `IntegrityError` for values that are not allowed."""
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(len(self))
-            found = self._read_slice(start, stop) if step == 1 else self._read_rows(positions_of(rows, len(self)))
+        if isinstance(rows, slice) and rows.indices(len(self))[2] == 1:
+            found = self._read_slice(*rows.indices(len(self))[:2])
         else:
             found = self._read_rows(positions_of(rows, len(self)))
         try:
@@ -211,9 +209,8 @@ class MappedRows:
 
     def _read_slice(self, start: int, stop: int) -> NDArray[Any]:
         pairs = zip(self._shards, self._starts, strict=False)
-        parts = [
-            shard[max(0, start - s) : max(0, stop - s)] for shard, s in pairs if s < stop and start < s + len(shard)
-        ]
+        here = ((shard, s) for shard, s in pairs if s < stop and start < s + len(shard))
+        parts = [shard[max(0, start - s) : max(0, stop - s)] for shard, s in here]
         return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self._shards[0].dtype)
 
     def _read_rows(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
