@@ -2,8 +2,7 @@
 read from data sets, asked for in the app, and described.
 
 `prior.columns` says what a column is and which values Python code may give. A new kind is one class there and one here,
-which `format_of` finds; nothing else asks which kind a column is.
-"""
+which `format_of` finds; nothing else asks which kind a column is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Conditions on the command line: `condition.NAME=VALUE` for each column, or a table with a row per image.
 
-Text becomes a value of its column: `red,round` two flags, a path a picture or a folder of pictures.
-"""
+Text becomes a value of its column: `red,round` two flags, a path a picture or a folder of pictures."""
 
 from __future__ import annotations
 

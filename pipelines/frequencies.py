@@ -4,8 +4,7 @@
 classes and flags; or, if too many combinations occur, the numbers of each column of classes alone. Files of 0.3 lack
 it, and all classes count as equally likely.
 
-The file is published with the models, including combinations that a single image has.
-"""
+The file is published with the models, including combinations that a single image has."""
 
 from __future__ import annotations
 

@@ -99,8 +99,7 @@ class PipelineOutput(NamedTuple):
         show, by default the first three. The completions (`draws`) of an image form a row.
 
         Small images are enlarged by an integer factor until a name fits above them. Raises `ValueError` for the output
-        of `output_type="latent"`, which has no images, and for fewer than 1 column.
-        """
+        of `output_type="latent"`, which has no images, and for fewer than 1 column."""
         if columns is not None and columns < 1:
             raise ValueError(f"columns must be at least 1 (got {columns})")
         if self.images is self.tokens:
@@ -280,8 +279,7 @@ class ImagePipeline:
         `order`, `num_orders`, `cache` or `parallel` is given, since it cannot be combined with them. The guidance
         schedule is replaced as a whole: a given `guidance_scale` is constant unless `guidance_end` is also given, and a
         given `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of
-        range, `TypeError` for a setting that the prior does not have.
-        """
+        range, `TypeError` for a setting that the prior does not have."""
         if isinstance(num_images, str):
             raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
         if num_images_per_label is not None:
@@ -487,8 +485,7 @@ class ImagePipeline:
         Numbers outside those of the training data become the nearest of these, with a warning except for tensors, which
         hold raw values; limit: False leaves them as they are. marginal: a column of classes that densities are mixtures
         over (see `Given.over`), with their frequencies in the training split given the other columns. Raises
-        `ValueError`, which names the column and what is allowed.
-        """
+        `ValueError`, which names the column and what is allowed."""
         columns = self.columns
         if isinstance(condition, (PILImage, Tensor, np.ndarray, list, tuple)):
             grids = [name for name, column in columns.items() if column.is_map]
@@ -544,8 +541,7 @@ class ImagePipeline:
         marginal: a column of classes, usually "label", that are not known: log sum_c p(c | condition) p(tokens | c,
         condition), where p(c) is the share of the class in the training split (for files of 0.3 one in the number of
         classes). It takes as many passes as there are classes. Raises `ValueError` for a column that is no class, that
-        the prior lacks or that is given, and for more than 1,024 classes.
-        """
+        the prior lacks or that is given, and for more than 1,024 classes."""
         batch, parts = self.to_images(images), []
         given = self.read_given(labels, condition, len(batch), marginal=marginal)
         for rows, part, own in self.batches(batch, given, batch_size):
@@ -660,8 +656,7 @@ class ImagePipeline:
         with more images. Of images that were compressed with `tile=True`, return a list at their own sizes.
 
         Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
-        made by another pipeline or on a machine that computes other probabilities.
-        """
+        made by another pipeline or on a machine that computes other probabilities."""
         check_output_type(output_type)
         options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
         images = decompress(self, data, condition=condition, **options)
@@ -681,8 +676,7 @@ class ImagePipeline:
         and stores them in files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid:
         uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for
         a grid too large to be loaded again, `ValueError` for weights out of the type's range, `IntegrityError` if a
-        model was replaced by one that does not fit the others.
-        """
+        model was replaced by one that does not fit the others."""
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
         saving.save(self, folder, variant)
 
@@ -704,8 +698,7 @@ class ImagePipeline:
         Raises a `PipelineLoadError` that names the file, the field, what was found and what is allowed.
 
         variant: "fp16" or "bf16"; None uses that of the folder. dtype: dtype of the weights in memory; "auto" keeps
-        that of the file, None is float32. verify: compare the sha256 of every file with the manifest.
-        """
+        that of the file, None is float32. verify: compare the sha256 of every file with the manifest."""
         folder = saving.find_pipeline(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -729,8 +722,7 @@ class ImagePipeline:
         removes files of an earlier pipeline and keeps all others. The path of a local folder of training images is not
         published.
 
-        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one line.
-        """
+        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one line."""
         from .hub import push_folder, require_reachable
 
         require_reachable(repo_id)

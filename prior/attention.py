@@ -1,8 +1,7 @@
 """A transformer block and rotary positions on a grid.
 
 The design follows LlamaGen (Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary positions on grid coordinates, queries
-and keys normalised per head.
-"""
+and keys normalised per head."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ class BlockSizes(Protocol):
 class Block(nn.Module):
     """Pre-normalised attention and SwiGLU on a residual stream `(B, N, dim)`.
 
-    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones.
-    """
+    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones."""
 
     def __init__(self, config: BlockSizes, *, causal: bool, window: Window | None = None) -> None:
         super().__init__()

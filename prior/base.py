@@ -42,8 +42,7 @@ class Prior(PretrainedModel, family="prior"):
     """A distribution over grids of ids. Gradients flow only through `forward`.
 
     N is the number of tokens, and P the number of positions that the network sees: P < N if an output head draws
-    several ids per position.
-    """
+    several ids per position."""
 
     Sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
     """The class of `sample`'s settings; a model may declare a subclass with more."""
@@ -107,8 +106,7 @@ class Prior(PretrainedModel, family="prior"):
         tokens: `(B, *grid.shape)`; encoded: what is given, from `encode_given`; None means nothing. A model with
         `any_order` has a third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or, if it supports
         blocks, `block_of`, the block number of each token in raster order, `(N,)` or `(B, N)`. raw: return `outputs`,
-        the input of `loss_from_outputs`.
-        """
+        the input of `loss_from_outputs`."""
         encoded = self.encode_nothing(len(tokens)) if encoded is None else encoded
         outputs = self.outputs(tokens, encoded, *order, **inputs)
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
@@ -165,8 +163,7 @@ class Prior(PretrainedModel, family="prior"):
         """Draw further arguments of `forward` for a training step on `tokens`, such as orders or masks.
 
         Uses torch's global generator, which the training loop seeds by (seed, rank, step). progress: the completed
-        fraction of training, in [0, 1].
-        """
+        fraction of training, in [0, 1]."""
         return {}
 
     def loss(
@@ -178,8 +175,7 @@ class Prior(PretrainedModel, family="prior"):
 
         inputs: further arguments of `forward`, by default drawn by `training_inputs`. The loss of a model that draws
         orders or masks is therefore random, and may depend on `progress`, the completed fraction of training. Raises
-        `ValueError` for tokens or labels out of range, or of the wrong shape or type.
-        """
+        `ValueError` for tokens or labels out of range, or of the wrong shape or type."""
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
         encoded = self.encode_given(self.read_given(labels, condition, len(tokens)))
@@ -229,8 +225,7 @@ class Prior(PretrainedModel, family="prior"):
 
         order: for a model with `any_order`, a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a
         `Partition`; None means the model's own. known: bool `(B, N)`, in raster order; such a model decodes these
-        tokens first, as in `sample`. Raises `ValueError` for an order out of range.
-        """
+        tokens first, as in `sample`. Raises `ValueError` for an order out of range."""
         partition = self.check_order(order, len(tokens))
         if known is not None and self.any_order:
             partition = partition or Partition(self.order, self.blocks)
@@ -245,8 +240,7 @@ class Prior(PretrainedModel, family="prior"):
         known tokens have no meaning. known: bool `(B, N)`, as many in each row.
 
         A model that draws blocks predicts all hidden tokens at once; any other with `any_order` conditions each on the
-        hidden tokens before it, too. Raises `ValueError` for a model with one order.
-        """
+        hidden tokens before it, too. Raises `ValueError` for a model with one order."""
         order, count = known_first(self.order, known), int(known[0].sum())
         parts = [count, known.shape[1] - count]
         partition = Partition(order, tuple(size for size in parts if size) if self.config.takes_blocks else self.blocks)
@@ -270,8 +264,7 @@ class Prior(PretrainedModel, family="prior"):
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |
         order_k, mask_m) (Germain et al. 2015, section 4.2). K > 1 adds K - 1 random orders to `order` (see `orders`),
         and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
-        requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range.
-        """
+        requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range."""
         orders, each = self.orders(num_orders, order), list[Tensor]()
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
@@ -405,8 +398,7 @@ class Prior(PretrainedModel, family="prior"):
         Like `logits[:, i]`, the features at i depend only on tokens of earlier blocks (in early layers, on fewer than
         `receptive_field` marks). Models that differ document it. layer: 0 to `feature_layers` - 1; None selects the
         middle layer. labels, condition: see `log_prob`. Raises `ValueError` for another layer, and for tokens, labels
-        or columns out of range.
-        """
+        or columns out of range."""
         layer = self.feature_layers // 2 if layer is None else layer
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
@@ -527,8 +519,7 @@ class Prior(PretrainedModel, family="prior"):
         ends sampling.
 
         All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
-        for arguments out of range, and `TypeError` for a setting that this prior does not support.
-        """
+        for arguments out of range, and `TypeError` for a setting that this prior does not support."""
         given = self.read_given(labels, condition, check_count(num_images))
         of_decoding = {each.name: settings.pop(each.name) for each in fields(DecodingOptions) if each.name in settings}
         for options, others in ((sampling, settings), (decoding, of_decoding)):
@@ -578,8 +569,7 @@ def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
 def evaluation_mode(model: PretrainedModel) -> Iterator[None]:
     """Run a model in eval mode, in full float32 precision and without autocast; afterwards restore each module's mode.
 
-    cuDNN attention is disabled: it re-plans (tens of milliseconds) each time the number of keys grows.
-    """
+    cuDNN attention is disabled: it re-plans (tens of milliseconds) each time the number of keys grows."""
     in_training = [module for module in model.modules() if module.training]
     uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()

@@ -8,8 +8,7 @@ partition belongs to the model: p(a block | earlier blocks) is a product over it
 approximation.
 
 In ARPG half of the layers process the tokens and the other half the queries; this was equally good at 49 tokens and
-learned more slowly at 256 (docs/lab.md).
-"""
+learned more slowly at 256 (docs/lab.md)."""
 
 from __future__ import annotations
 
@@ -206,8 +205,7 @@ class Cache:
     """Keys and values of each layer, allocated once, and each layer's stream at the last block, to which the block's
     tokens are added once they are known.
 
-    Rows are in decoding order, or in raster order with windows, which gather them by cell.
-    """
+    Rows are in decoding order, or in raster order with windows, which gather them by cell."""
 
     def __init__(self, model: Blocks, encoded: Encoded, partition: Partition) -> None:
         self.model, label = model, model.class_embedding(encoded)[:, None]

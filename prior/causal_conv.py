@@ -150,8 +150,7 @@ class Buffers:
     With few rows, a step is bound by the number of operations, so products are written where the next operation reads
     them: the residual stream into the next block's inputs, and the gated outputs side by side, so that all skip
     connections are one product. Since sigmoid(b) = (1 + tanh(b / 2)) / 2, a gate is a single tanh over both halves,
-    with the factors folded into the weights.
-    """
+    with the factors folded into the weights."""
 
     def __init__(self, model: CausalConv, encoded: Encoded) -> None:
         config, rows, weight = model.config, len(encoded), model.token_embedding.weight.detach()

@@ -1,8 +1,7 @@
 """Contract checks for priors defined outside this package.
 
 A prior that sees the token it predicts reaches a loss of zero, so its likelihood means nothing. `require_causal` is
-cheap enough to run before training; `check_prior` tests every promise on a grid that is small enough to enumerate.
-"""
+cheap enough to run before training; `check_prior` tests every promise on a grid that is small enough to enumerate."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ def require_causal(prior: Prior, tokens: Tensor, given: Given | None = None) -> 
 
     tokens: one grid, `grid.shape` or `(1, *grid.shape)`; given: what is known of it, one row. Up to 16 of its tokens
     are changed one at a time, including the first and the last in the order. The prior runs in eval mode with its own
-    weights.
-    """
+    weights."""
     size, vocab_size, order = len(prior.grid), prior.grid.vocab_size, prior.order.tolist()
     if vocab_size == 1:
         return
@@ -114,8 +112,7 @@ def require_causal(prior: Prior, tokens: Tensor, given: Given | None = None) -> 
 def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
     """Yield (promise, problem or None) for each promise of a prior, tested with random weights.
 
-    Promises about the distribution are tested by enumeration, and skipped for grids with more than 4,096 values.
-    """
+    Promises about the distribution are tested by enumeration, and skipped for grids with more than 4,096 values."""
     if hidden := describe_hidden_methods(prior, Prior):
         yield NOT_HIDDEN, hidden
         return

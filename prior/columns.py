@@ -8,8 +8,7 @@
     grid      the ids of another image, int64 (B, *grid.shape); -1 is null, for single cells too
 
 Each class says how values are written and checked, what is null, how raw rows are stored in files, and which network
-encodes them; nothing else asks which kind a column is. `pipelines.columns` adds what needs files, tables or widgets.
-"""
+encodes them; nothing else asks which kind a column is. `pipelines.columns` adds what needs files, tables or widgets."""
 
 from __future__ import annotations
 

@@ -189,8 +189,7 @@ class GridEncoder(nn.Module):
 
     If the prior's sides divide the other grid's, the cells under a position are joined by a linear layer; otherwise
     cells are averaged by area, or repeated. Grids with different numbers of axes are laid over one another as
-    sequences.
-    """
+    sequences."""
 
     cells: Tensor
     offsets: Tensor

@@ -75,8 +75,7 @@ class Layer(nn.Module):
 class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     """A vertical and a horizontal stack, with row caches for sampling.
 
-    With enough depth for its grid it sees every earlier token: see `receptive_field`.
-    """
+    With enough depth for its grid it sees every earlier token: see `receptive_field`."""
 
     Config = GatedPixelCNNConfig
 
@@ -126,8 +125,7 @@ class LayerCache:
     """One layer's packed weights and the rows that it reads: several of the vertical map, and the current row of the
     horizontal map.
 
-    The first layer's stacks share rows, because both read the embedding.
-    """
+    The first layer's stacks share rows, because both read the embedding."""
 
     def __init__(self, layer: Layer, width: int, encoded: Encoded) -> None:
         vertical, horizontal, batch = layer.vertical, layer.horizontal, len(encoded)
@@ -167,8 +165,7 @@ class Cache:
     """The rows that each layer reads, and weights laid out for one-position steps.
 
     The vertical stack never sees the current row, so it runs once per row, for all columns and layers. Its sums,
-    including biases and conditions, initialise the horizontal stack, so a step takes four operations per layer.
-    """
+    including biases and conditions, initialise the horizontal stack, so a step takes four operations per layer."""
 
     def __init__(self, model: GatedPixelCNN, encoded: Encoded) -> None:
         rows, dim = len(encoded), model.config.dim

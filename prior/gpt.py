@@ -124,8 +124,7 @@ class Cache:
     With few rows, a step is bound by the number of operations. Each norm's scale is therefore folded into the following
     matrix, and a head's gain and norm scale into the rotation, so a norm only divides by the vector's length.
     Contiguous `(in, out)` weights are fastest for fewer than four rows, `(out, in)` weights for more. With windows,
-    only keys and values that later steps read are stored.
-    """
+    only keys and values that later steps read are stored."""
 
     def __init__(self, model: GPT, encoded: Encoded, order: Tensor) -> None:
         heads, width = model.config.heads, model.config.dim // model.config.heads

@@ -3,8 +3,7 @@
     p(ids | outputs) = prod_l p(ids[l] | ids[:l], outputs)
 
 A network sees positions with one id each or, if the head draws several ids per position, with the ids of a grid's
-levels or a pixel's channels. It outputs `size` numbers per position, which the head maps to logits.
-"""
+levels or a pixel's channels. It outputs `size` numbers per position, which the head maps to logits."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Head(Registered, nn.Module, family="prior.heads"):
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
         """Return logits `(..., vocab_size)` of the next id at positions whose first `ids` `(..., l)` are known, l >= 0.
 
-        outputs: `(..., size)`, the network's outputs at these positions.
-        """
+        outputs: `(..., size)`, the network's outputs at these positions."""
         raise NotImplementedError
 
     def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
@@ -131,8 +129,7 @@ class PositionSteps:
 
     cache: its `step`, called once per position, maps the ids of the last position, `(B,)` or `(B, ids_per_position)`,
     to the outputs at the next, `(B, size)`. For a model that supports blocks, it maps `(B, n)` or `(B, n,
-    ids_per_position)` to `(B, m, size)`.
-    """
+    ids_per_position)` to `(B, m, size)`."""
 
     def __init__(self, head: Head, cache: Any, takes_blocks: bool) -> None:
         self.head, self.cache, self.takes_blocks = head, cache, takes_blocks
@@ -194,8 +191,7 @@ class Depth(Head, name="depth"):
     output enters only at the first level, and the small network attends to earlier levels; here it enters at every
     level, so neither attention nor a cache is needed.
 
-    All levels share one network and its last layer; a level embedding tells them apart.
-    """
+    All levels share one network and its last layer; a level embedding tells them apart."""
 
     Config = DepthConfig
 
@@ -285,8 +281,7 @@ class Logistic(Head, name="logistic"):
     and near the mean.
 
     The network outputs K weights shared by all channels, K means and scales per channel, and K coefficients per pair of
-    channels.
-    """
+    channels."""
 
     Config = LogisticConfig
     spread: Tensor

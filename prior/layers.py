@@ -13,8 +13,7 @@ own row begins, and in its own row everything to the left of x (type B: and x it
                    -: masked; not stored anywhere
 
 `MapRows` is a ring buffer of the rows that a kernel reads, with zero columns at both ends: `next_row` turns the oldest
-row into the current row, which is then overwritten from left to right.
-"""
+row into the current row, which is then overwritten from left to right."""
 
 from __future__ import annotations
 
@@ -85,8 +84,7 @@ class CausalConv2d(nn.Module):
     """A convolution whose kernel covers `rows` and `columns`, each (first, last) offsets from the output's position.
 
     Maps `(B, H, W, inputs)` to `(B, H, W, outputs)`, with zeros outside the grid. The last `masked` columns of the
-    kernel's last row are multiplied by zero.
-    """
+    kernel's last row are multiplied by zero."""
 
     mask: Tensor | None
 
@@ -198,8 +196,7 @@ class RowCache:
         cache.read(column)              # the output `(B, outputs)`
 
     With a stride, `start_row` and `read` refer to the output's rows and columns, and the kernel may have only one row
-    above the current one.
-    """
+    above the current one."""
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor, row_bias: Tensor | None = None) -> None:
         """bias, row_bias: added to the convolution's own; see `bias_by_row`."""

@@ -101,8 +101,7 @@ class MADE(Prior, name="made"):
 
     A masked input (zero) differs from every id (-1 and 1 for two ids, else one row of weights per id); the paper
     instead conditions on the connectivity. Every position sees all earlier tokens, unless there are no direct
-    connections and a hidden layer is too narrow for all degrees: see `receptive_field`.
-    """
+    connections and a hidden layer is too narrow for all degrees: see `receptive_field`."""
 
     Config = MADEConfig
     Sampling = MADEOptions
@@ -217,8 +216,7 @@ class MADE(Prior, name="made"):
         """Return the outputs; see `Prior.outputs`.
 
         order: `(N,)`, or `(B, N)`, which takes one pass per distinct order; None means the model's own. degrees:
-        `(units,)` for each hidden layer, in 1 .. N - 1.
-        """
+        `(units,)` for each hidden layer, in 1 .. N - 1."""
         if order is not None and order.ndim == 2:
             return self._outputs_by_order(tokens, encoded, order, degrees)
         first, *hidden, last = self._connections.weights(self, order, degrees)
@@ -310,8 +308,7 @@ def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dt
     """Return the masks of the weights of input, hidden layers, direct connections (if any) and output: 1 where a
     connection is allowed, else 0; masks have the weights' type, which is fastest.
 
-    ranks: the rank of each raster index, `(N,)`; direct: number of outputs per token of direct connections, or None.
-    """
+    ranks: the rank of each raster index, `(N,)`; direct: number of outputs per token of direct connections, or None."""
     seen = ranks[:, None]
     masks = [(seen < degrees[0])[:, None]]
     masks += [below <= own[:, None] for below, own in zip(degrees, degrees[1:], strict=False)]
@@ -335,8 +332,7 @@ class Connections:
         see `MADE.outputs`.
 
         Masked weights are cached only outside training: a fused optimizer changes weights without changing their
-        version, so a pass that may precede an optimizer step clears the cache.
-        """
+        version, so a pass that may precede an optimizer step clears the cache."""
         direct = [] if model.direct is None else [model.direct]
         weights = [model.input, *model.hidden, *direct, model.output]
         chosen = [model.order if order is None else order, *(degrees or [model.current_degrees])]
@@ -381,8 +377,7 @@ class LastResult:
 def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
     """Sum the inputs of units over all positions: `(B, U)`.
 
-    inputs: features `(B, N, width)`, or ids `(B, N)`, which represent one-hot features; weight: `(N, width, U)`.
-    """
+    inputs: features `(B, N, width)`, or ids `(B, N)`, which represent one-hot features; weight: `(N, width, U)`."""
     if inputs.is_floating_point():
         return inputs.flatten(1) @ weight.flatten(0, 1)
     first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]

@@ -1,8 +1,7 @@
 """Frequencies of ids at each position, independent of all other positions: the baseline in every table, and the
 simplest prior.
 
-Initialised in closed form from counts with add-one smoothing (Laplace), once per class and once over all classes.
-"""
+Initialised in closed form from counts with add-one smoothing (Laplace), once per class and once over all classes."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Marginal(Prior, name="marginal"):
     def initialize(self, tokens: Tensor, given: Given) -> None:
         """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), for each class and overall.
 
-        tokens: a tensor, or an on-disk array whose slices are tensors.
-        """
+        tokens: a tensor, or an on-disk array whose slices are tensors."""
         labels = given.rows.get(LABEL) if self.num_classes else None
         counts, size = self.table.zero_(), self.table[0].numel()  # in place, because the table may be gigabytes large
         before: Tensor | None = None

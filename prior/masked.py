@@ -59,8 +59,7 @@ class MaskedOptions(SamplingOptions):
     tokens see them. **This is not exact**: which tokens are kept depends on their values, so samples do not follow
     `log_prob`; more steps and a higher `confidence_temperature` (random orders) come closer. A position has the same
     noise in all steps, so for independent tokens the distribution is correct with any number of steps. A step counts as
-    a block: with `guidance_end`, the guidance scale depends on the share of tokens known before the step.
-    """
+    a block: with `guidance_end`, the guidance scale depends on the share of tokens known before the step."""
 
     steps: int | None = None
     confidence_temperature: float = 4.5
@@ -235,8 +234,7 @@ class Masked(Prior, name="masked"):
         Under the linear schedule, each image's loss is averaged over its own masked tokens, as in ARDM: the expectation
         is the negative bound on the log-likelihood per token. Other schedules trade likelihood for sample quality, as
         MaskGIT does, and weight all masked tokens equally: the sum is divided by the schedule's mean number of masked
-        tokens. (Dividing by the actual number would make the objective depend on how a batch is split.)
-        """
+        tokens. (Dividing by the actual number would make the objective depend on how a batch is split.)"""
         if "known" not in inputs:
             raise ValueError("known: required, because the loss covers the tokens that are not known")
         masked = ~inputs["known"].flatten(1)
@@ -260,8 +258,7 @@ class Masked(Prior, name="masked"):
         eq. 4). The estimate for a single image may exceed the right-hand side; the mean over many images is a bound.
         The number n of visible tokens is spread evenly over 0 to N - 1, and a pass weights each masked token by N / (N
         - n). Masks are determined by the image's tokens, so results are reproducible, and errors average out over a
-        data set. Raises `ValueError` for an order, because the bound covers all orders.
-        """
+        data set. Raises `ValueError` for an order, because the bound covers all orders."""
         if self.exact:
             return super().estimate_log_probs(tokens, given, order)
         if order is not None:

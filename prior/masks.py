@@ -78,8 +78,7 @@ class Window(nn.Module):
     frames, rows and columns.
 
     With a dilation d, the offsets along all axes are multiples of d, up to d times as far. All queries see keys with a
-    negative time, such as a start token.
-    """
+    negative time, such as a start token."""
 
     targets: Tensor
     sources: Tensor
@@ -167,8 +166,7 @@ class Window(nn.Module):
         """Attend from queries `(B, N, heads, width)` to keys and values `(B, M, heads, width)`.
 
         Training on CUDA uses FlexAttention if possible. Everything else, including all scoring and sampling, uses the
-        tiles, so that results do not depend on a compiler.
-        """
+        tiles, so that results do not depend on a compiler."""
         if self.training and not dropout and can_flex(q):
             return self.flex(q, k, v, compiled_flex())
         tiled = (take(q, self.queries), take(k, self.keys), take(v, self.keys))

@@ -105,8 +105,7 @@ class Alignment(nn.Module):
     whose noise would dominate the change in likelihood.
 
     The frozen `reference` is not a submodule, so it is not trained, averaged, saved or synchronised, and stays in eval
-    mode. beta: as above; negatives: lambda.
-    """
+    mode. beta: as above; negatives: lambda."""
 
     def __init__(self, prior: Any, reference: Any, beta: float, negatives: float) -> None:
         super().__init__()

@@ -44,8 +44,7 @@ class SamplingOptions:
     by the number decided before the last block: 0 at the first block, 1 at the last. `guidance_on` names the columns
     (`label` for the class) that the unconditional rows lack; None stands for all.
 
-    A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` for values out of range.
-    """
+    A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` for values out of range."""
 
     temperature: float = 1.0
     top_k: int | None = None

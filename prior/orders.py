@@ -4,8 +4,7 @@ NAME          raster, hilbert, diagonal, ...
 NAME:K        with a number: halton:8 (blocks), wave:2 (steps), regions:4, random:SEED, random:SEED:K
 NAME/K        an order of single tokens, cut into blocks of K: raster/4
 
-Scan orders as compared by Esser et al. 2021 (taming transformers, fig. 47) and Yu et al. 2024 (RAR, table 4).
-"""
+Scan orders as compared by Esser et al. 2021 (taming transformers, fig. 47) and Yu et al. 2024 (RAR, table 4)."""
 
 from __future__ import annotations
 
@@ -166,8 +165,7 @@ def growing(cells: int, blocks: int) -> tuple[int, ...]:
     """Return growing block sizes: after block b of K, a share of about 1 - cos(pi/2 * b/K) of the cells is known.
 
     MaskGIT's schedule (Chang et al. 2022). Sizes are at least 1, never decrease, and sum to `cells`. blocks: from 1 to
-    `cells`.
-    """
+    `cells`."""
     ends = [0]
     for block in range(1, blocks + 1):
         known = cells * (1 - math.cos(math.pi / 2 * block / blocks))
@@ -296,8 +294,7 @@ def wave(steps: int) -> KeyOf:
     """Group cells of equal steps * row + column: each row starts `steps` columns behind the one above.
 
     With 1 step, blocks are the h + w - 1 diagonals from the top left corner (NAR, He et al. 2025, arXiv 2503.10696);
-    with as many steps as columns, this is raster order.
-    """
+    with as many steps as columns, this is raster order."""
     return lambda row, col: (steps * row + col,)
 
 

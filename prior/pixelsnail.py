@@ -73,8 +73,7 @@ class Attention(nn.Module):
     """Causal attention to the earlier tokens, `(B, N, heads * value)`.
 
     The fused kernel needs keys as wide as values. A slot holds key and value side by side, and queries are padded with
-    zeros, so the value's first channels can serve as padding of the key.
-    """
+    zeros, so the value's first channels can serve as padding of the key."""
 
     def __init__(self, config: PixelSNAILConfig, embedded: int) -> None:
         super().__init__()
@@ -200,8 +199,7 @@ class Cache:
 
     The slot of position t depends on the token and the features of position t - 1, which are known in all blocks at
     step t, so one product computes the slots of all blocks. A step is bound by the number of operations, so products
-    are written where the next operation reads them.
-    """
+    are written where the next operation reads them."""
 
     def __init__(self, model: PixelSNAIL, encoded: Encoded) -> None:
         config, rows = model.config, len(encoded)

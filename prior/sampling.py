@@ -149,8 +149,7 @@ def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) ->
 
     A model with `any_order` decodes known tokens first. With several orders, each image's key selects one. With blocks
     of one token, the choice is in proportion to the probability that the order gives to the known tokens, which come
-    first. Otherwise it is uniform, because known tokens form one block, whose probability is the same in all orders.
-    """
+    first. Otherwise it is uniform, because known tokens form one block, whose probability is the same in all orders."""
     orders = [prior.check_order(one, len(batch)) for one in prior.orders(options.num_orders, options.order)]
     order, blocks = orders[0] or (prior.order, prior.blocks)
     if len(orders) > 1:
@@ -185,8 +184,7 @@ def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks
 class Step:
     """A decoding step, as passed to `on_step`. Nothing is copied, and no GPU sync happens, until a property is read.
 
-    number: step index from 0, over all parts of a request.
-    """
+    number: step index from 0, over all parts of a request."""
 
     def __init__(self, number: int, decided: int | Tensor, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
         self.number, self._decided, self._read = number, decided, read

@@ -3,8 +3,7 @@
 `container` defines the file, and `codec` the probabilities for coding symbols. Encoder and decoder evaluate the models
 in the same order; batch size and machine may differ, which `codec` allows for. Classes that
 the encoder chooses are part of the stream. A lossy stream is decoded from its tokens in float32, so a pixel may differ
-by one grey level between processors.
-"""
+by one grey level between processors."""
 
 from __future__ import annotations
 
@@ -152,8 +151,7 @@ def choose_classes(prior: Prior, tokens: Tensor, given: Given) -> Tensor | None:
 class Models:
     """A pipeline's models in float64 (which autocast does not change), which code symbols while they are evaluated.
 
-    residual: whether pixels are coded in addition to tokens. Devices without float64 are replaced by the CPU.
-    """
+    residual: whether pixels are coded in addition to tokens. Devices without float64 are replaced by the CPU."""
 
     def __init__(self, pipeline: ImagePipeline, *, residual: bool) -> None:
         self.device = pipeline.device if finest(pipeline.device) == torch.float64 else torch.device("cpu")
@@ -298,8 +296,7 @@ def write_images(
     stream cannot be decoded. chooses_classes: without a label, store the best class of each image,
     if that shortens the stream (see `choose_classes`). lossless: decoding returns the exact 8-bit
     images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError` if the
-    coder is not installed or a name is not a valid file name.
-    """
+    coder is not installed or a name is not a valid file name."""
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
     shape = pipeline.tokenizer.image_shape

@@ -2,8 +2,7 @@
 
 A column comes from the tables of the source (parquet files, a Hub data set), from the sheets of an image folder
 (`metadata.csv`, `.jsonl`, `.parquet`), from a table beside it, from a folder of images with the same names, or from
-the images before these in their folder. `load_attributes` reads all columns, parallel to the images of each split.
-"""
+the images before these in their folder. `load_attributes` reads all columns, parallel to the images of each split."""
 
 from __future__ import annotations
 

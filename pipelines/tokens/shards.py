@@ -66,8 +66,7 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
 
     rows_per_shard None: whole batches of 256, at least four per file; up to 16 files for a small split, and files of
     4,096 rows for a large one, or of more rows to stay below `MAX_SHARDS`. Raises `ValueError` if rows_per_shard is
-    below 1 or gives more than `MAX_SHARDS` files.
-    """
+    below 1 or gives more than `MAX_SHARDS` files."""
     if rows_per_shard is not None and rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1 (got {rows_per_shard})")
     most = max(1, MAX_SHARDS - PROCESSES * len(rows))
@@ -109,8 +108,7 @@ def write_shard(path: Path, tokens: Tensor, grid: TokenGrid, columns: Mapping[st
     """Write a file atomically.
 
     tokens: `(n, *grid.shape)` of any integer type. columns: from `pack_columns`. Raises `ValueError` for ids that do
-    not fit the grid.
-    """
+    not fit the grid."""
     grid.check(tokens.to(torch.int64))
     tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous(), **columns}
     with atomic_file(path, overwrite=True) as temporary:
