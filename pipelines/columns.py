@@ -535,10 +535,6 @@ class GridFormat(ColumnFormat[GridColumn]):
         each = iter(tokens)
         return [next(each) if isinstance(value, Path) else value for value in values]
 
-    @classmethod
-    def suits(cls, first: Any, cells: Cells) -> bool:
-        return cells.open is not None
-
     def feature(self) -> Any:
         return ids_feature(self.column.grid, "int32")
 

@@ -5,7 +5,7 @@ and keys normalised per head."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +16,10 @@ from tokenizer.precision import Constants, at_least_float32
 
 from .masks import Window
 
+if TYPE_CHECKING:
+    from .transformer import TransformerConfig
+
 EPS = 1e-12  # avoids 0 / 0
-
-
-class BlockSizes(Protocol):
-    """What a block reads from a configuration; see `TransformerConfig`."""
-
-    @property
-    def dim(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def hidden(self) -> int | None: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def attention_dropout(self) -> float: ...
-    @property
-    def rope_base(self) -> float: ...
 
 
 class Block(nn.Module):
@@ -41,7 +27,7 @@ class Block(nn.Module):
 
     causal: attend only to the position itself and earlier ones. window: attend only to nearby ones."""
 
-    def __init__(self, config: BlockSizes, *, causal: bool, window: Window | None = None) -> None:
+    def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
         super().__init__()
         self.window = window
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
@@ -93,7 +79,7 @@ class Rotations(Constants):
 
     table: Tensor
 
-    def __init__(self, config: BlockSizes, cells: Tensor) -> None:
+    def __init__(self, config: TransformerConfig, cells: Tensor) -> None:
         """cells: coordinates `(cells, axes)`."""
         super().__init__()
         pairs, axes = config.dim // config.heads // 2, cells.shape[1]

@@ -135,9 +135,7 @@ class Alignment(nn.Module):
                 "above": ((gap > 0) * labelled).sum() / count,
                 "bits_per_token": nats.mean() / (len(self.prior.grid) * math.log(2)),
             }
-        return loss / max(
-            self.negatives, 1.0
-        ), terms  # so that a large lambda does not increase the effective learning rate
+        return loss / max(self.negatives, 1.0), terms  # a large lambda does not increase the effective learning rate
 
     @torch.no_grad()
     def reference_nats(self, tokens: Tensor, given: Given, inputs: dict[str, Any]) -> Tensor:

@@ -19,7 +19,6 @@ from tokenizer.precision import at_least_float32
 from .condition_encoder import Encoded
 from .noise import TokenNoise
 from .options import SamplingOptions
-from .orders import Partition
 from .sampling import Monitor, SampleBatch, encode_rows
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def logits_in_order(
 ) -> Tensor:
     """Return logits `(B, N, V)` in decoding order (2 B rows with guidance) of `tokens` (B, N), from one pass."""
     raster = options.with_unconditional(batch.to_raster(tokens)).unflatten(1, prior.grid.shape)
-    order = batch.order if batch.order.ndim == 1 else options.with_unconditional(batch.order)
-    inputs = {} if batch.own_order else prior.order_inputs(Partition(order, batch.blocks))
+    partition = batch.partition(options)
+    order, inputs = (batch.order, {}) if partition is None else (partition.order, prior.order_inputs(partition))
     logits = at_least_float32(prior(raster, encoded, **inputs))
     return logits[:, order] if order.ndim == 1 else logits.take_along_dim(order[..., None], 1)

@@ -74,9 +74,10 @@ class SampleBatch:
         """Rearrange `values` `(B, N)` from decoding order to raster order."""
         return torch.empty_like(values).scatter_(1, self.order.expand(values.shape), values)
 
-    def partition(self) -> Partition | None:
-        """Return order and blocks; None for the model's own."""
-        return None if self.own_order else Partition(self.order, self.blocks)
+    def partition(self, options: SamplingOptions) -> Partition | None:
+        """Return order and blocks of all rows, unconditional ones among them; None for the model's own."""
+        order = self.order if self.order.ndim == 1 else options.with_unconditional(self.order)
+        return None if self.own_order else Partition(order, self.blocks)
 
     def group_by_blocks(self) -> Iterator[SampleBatch]:
         """Yield groups of images with equal blocks. If known tokens come first, they form a single block, so images
@@ -328,9 +329,7 @@ def draw_blocks(
         last = max((rank for rank, drawn in enumerate(unknown) if drawn), default=-1)
         cuts = [(begin, end) for begin, end in cuts if begin <= last]
         skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
-    encoded, partition = encode_rows(prior, batch, options), batch.partition()
-    if partition is not None and partition.order.ndim == 2:
-        partition = Partition(options.with_unconditional(partition.order), partition.blocks)
+    encoded, partition = encode_rows(prior, batch, options), batch.partition(options)
     start, next_logits = (
         (prior.start, prior.next_logits) if cache else (prior.start_uncached, prior.next_logits_uncached)
     )
