@@ -110,15 +110,13 @@ def sampling_arguments(
         chosen[name] = int(chosen[name]) or None
     if others and (guided := others[0]) != list(pipeline.sampler.guidance_on or ()):
         chosen["guidance_on"] = guided or None
-    if condition := read_fields(pipeline, others[1:]):
-        chosen = {"condition": condition, **chosen}
-    return {"seed": int(seed), "labels": cycle_labels(pipeline, classes, count), **chosen}
+    return {"seed": int(seed), **read_given(pipeline, classes, others[1:], count), **chosen}
 
 
-def read_given(pipeline: ImagePipeline, label: Any, fields: Sequence[Any]) -> dict[str, Any]:
-    """Return the labels and the condition of one image, as arguments. fields: values of `make_condition_fields`."""
+def read_given(pipeline: ImagePipeline, classes: Any, fields: Sequence[Any], count: int = 1) -> dict[str, Any]:
+    """Return the labels and the condition of `count` images, as arguments. fields: of `make_condition_fields`."""
     condition = read_fields(pipeline, fields)
-    return {"labels": cycle_labels(pipeline, label, 1), **({"condition": condition} if condition else {})}
+    return {"labels": cycle_labels(pipeline, classes, count), **({"condition": condition} if condition else {})}
 
 
 def format_arguments(arguments: Mapping[str, Any]) -> str:

@@ -255,19 +255,10 @@ def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
 # Streams
 
 
-def compress(
-    pipeline: ImagePipeline,
-    images: Tensor,
-    *,
-    condition: Condition = None,
-    lossless: bool = False,
-    names: Sequence[str] = (),
-    progress: bool = True,
-) -> bytes:
-    """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream; see `write_images`."""
+def compress(pipeline: ImagePipeline, images: Tensor, *, condition: Condition = None, **options: Any) -> bytes:
+    """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream. options: as in `write_images`."""
     file, parts = io.BytesIO(), images.split(chunk_images(pipeline))
     given, chooses = pipeline.read_given(None, condition, len(images), limit=False), has_no_label(condition)
-    options: dict[str, Any] = {"lossless": lossless, "names": names, "progress": progress}
     write_images(pipeline, file, parts, given, chooses_classes=chooses, **options)
     return file.getvalue()
 
@@ -410,21 +401,13 @@ def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> N
 
 
 def decompress(
-    pipeline: ImagePipeline,
-    data: bytes,
-    *,
-    condition: Condition = None,
-    batch_size: int | None = None,
-    max_images: int | None = None,
-    progress: bool = True,
+    pipeline: ImagePipeline, data: bytes, *, batch_size: int | None = None, **options: Any
 ) -> Tensor | list[Tensor]:
     """Decompress all images of a stream, float `(B, C, H, W)` in [-1, 1]; or, if it consists of tiles, a list of images
-    `(1, C, H, W)` of any size. Raises `StreamError`, also for more than
-    `max_images`, and `ValueError` for a batch size below 1."""
+    `(1, C, H, W)` of any size. options, errors: as in `read_images`; also `ValueError` for a batch size below 1."""
     if batch_size is not None:
         check_count(batch_size, "batch_size")
-    options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
-    header, parts = read_images(pipeline, data, condition=condition, **options)
+    header, parts = read_images(pipeline, data, batch_size=batch_size, **options)
     if header.sizes is not None:
         return list(parts)
     return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])

@@ -337,17 +337,13 @@ def read_table(source: str, images: list[ImageDataset], column: str, is_picture:
         except Exception as error:  # pyarrow raises several types for a column that cannot be cast
             raise ValueError(f"the column {column!r} does not hold images: {error}") from error
 
-    def read(numbers: Sequence[int]) -> list[Any]:
-        found: list[Any] = table[list(numbers)][column]
-        return found
-
     def name(row: int) -> str:
         part = int(np.searchsorted(starts, row, "right")) - 1
         rows, positions = images[part].origin
         return f"{source}: {rows.name(int(positions[row - starts[part]]))}"
 
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, or of a class
-    return Cells(len(table), read, name, names, open_cell)
+    return Cells(len(table), lambda rows: table[list(rows)][column], name, names, open_cell)
 
 
 def pair_images(folder: Path, config: DataConfig, paths: list[str]) -> Cells:
@@ -417,9 +413,8 @@ class AttributeImages(ImageDataset):
         values: Values | None = None,
     ) -> None:
         limits = {"dtype": None, "range": None} if values is None else {"dtype": values[0], "range": values[1:]}
-        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], "frames": None, **limits})
-        own = own.model_copy(update={"binarize": None})
-        super().__init__(own, rows, Decoded(positions, None, []), None, [])
+        own = {"channels": shape[0], "image_size": shape[1:], "frames": None, "binarize": None, **limits}
+        super().__init__(config.model_copy(update=own), rows, Decoded(positions, None, []), None, [])
         down, right = (side / other for side, other in zip(shape[1:], config.frame_shape[1:], strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
