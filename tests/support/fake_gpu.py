@@ -351,6 +351,8 @@ def check_pipeline() -> None:
     pipe.decode(pipe.encode(images[:4])), pipe.embed(images[:4])
     pipe.log_prob(images[:4]), pipe.bits_per_dim(images[:4])
     pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
+    pipe.log_prob(images[:4], marginal="label"), pipe.bits_per_dim(images[:4], marginal="label")
+    pipe.calibrate(images, marginal="label"), pipe.anomaly_score(images[:4], marginal="label", p_values=True)
 
 
 def check_plan(*argv: str) -> None:
