@@ -102,11 +102,12 @@ def read_tokenizer(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def read_prior(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Load a prior and score ids."""
+    """Load a prior and score ids, given classes and angles."""
     model = Prior.from_pretrained(folder, dtype=dtype)
     tokens = pattern(3, *model.grid.shape, values=model.grid.vocab_size)
+    condition = {name: [350.0, None, 10.0] for name in model.config.conditions}
     with torch.no_grad():
-        scores = model.log_prob(tokens, torch.tensor([0, 1, 2]))
+        scores = model.log_prob(tokens, torch.tensor([0, 1, 2]), condition=condition)
     return {"fingerprint": model.fingerprint(), "log_prob": numbers(scores)}
 
 
@@ -235,6 +236,7 @@ READ: dict[str, Callable[..., dict[str, Any]]] = {
     "sets": read_set,
     "splits": read_division,
     "frequencies": read_frequencies,
+    "angles": read_prior,
     "export": read_export,
 }
 """The parts of the fixtures, each with the function that reads one of its entries."""

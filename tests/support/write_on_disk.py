@@ -4,7 +4,8 @@
     PYTHONPATH=. python tests/support/write_on_disk.py --overwrite streams  # a part once more
 
 Replace a fixture only if its format was never released. A new format, or a new version of one, gets a fixture beside
-the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, splits, frequencies, export.
+the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, splits, frequencies, angles,
+export.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from pipelines.images.decoding import Rows, hash_names  # noqa: E402
 from pipelines.images.splits import Part, Units, describe_parts, find_thresholds  # noqa: E402
 from pipelines.tokens import TokenDataset  # noqa: E402
 from pipelines.train_prior import main as train_prior  # noqa: E402
+from prior.columns import AngleColumn  # noqa: E402
 from prior.given import Given  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tokenizer.files import write_json, write_manifest  # noqa: E402
@@ -157,6 +159,11 @@ def write_frequencies(folder: Path) -> None:
     Frequencies.count(Given(COUNTED, rows, 40)).save(folder)
 
 
+def write_angles(folder: Path) -> None:
+    columns = {"wind": AngleColumn()}
+    make_prior("gpt", (2, 2), 8, conditions=columns, condition_width=8).save_pretrained(folder / "prior")
+
+
 def write_export(folder: Path) -> None:
     export_tokenizer(Tokenizer.from_pretrained(FOLDER / "tokenizers/palette"), folder, "onnx")
 
@@ -171,6 +178,7 @@ WRITE: dict[str, Callable[[Path], None]] = {
     "sets": write_sets,
     "splits": write_splits,
     "frequencies": write_frequencies,
+    "angles": write_angles,
     "export": write_export,
 }
 """The parts in an order in which each needs only earlier ones."""
