@@ -274,7 +274,7 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Return log p(tokens | labels, condition), `(B,)` nats.
 
-        labels: `(B,)`, where `num_classes` is the null class; None means the null class for all. condition: values of
+        labels: `(B,)`, or one class for all images; `num_classes` is the null class, as is None. condition: values of
         columns by name, one for all images or one per image, or a `Given`; missing columns are null (see
         `prior.columns`), unless `Given.over` makes this the mixture over the classes of one.
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |

@@ -247,10 +247,9 @@ def check_meta(meta: Meta, path: Path) -> None:
 
 def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:
     """Compare all files with `manifest.json` by sha256; unless `whole`, compare shards only by size."""
-    shards = set(meta.files())
+    shards, others = set(meta.files()), {name for name in (META, FREQUENCIES) if is_file(folder / name)}
     listed = verify_manifest(folder, unhashed=() if whole else shards)["files"]
-    counts = {FREQUENCIES} if is_file(folder / FREQUENCIES) else set()
-    if absent := sorted({META, *counts, *shards} - set(listed)):
+    if absent := sorted((shards | others) - set(listed)):
         raise IntegrityError(f"{folder / absent[0]}: not listed in {MANIFEST}")
 
 
