@@ -127,7 +127,8 @@ class Prior(PretrainedModel, family="prior"):
         """Read labels and a condition for `count` images; see `log_prob` and `Given.read`. Raises `ValueError`."""
         null = self.num_classes
         if isinstance(labels, (list, tuple)):
-            labels = [None if type(one) is int and one == null else one for one in labels]
+            scalars = [one.item() if getattr(one, "ndim", None) == 0 else one for one in labels]
+            labels = [None if type(one) is int and one == null else one for one in scalars]
         elif labels is not None:
             labels = as_tensor(labels)
             labels = torch.where(labels == null, -1, labels.long()) if is_integer(labels.dtype) else labels
