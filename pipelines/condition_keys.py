@@ -120,8 +120,7 @@ class ScoresWithCondition(UsesCondition, UsesTiles):
 
     marginal: str | None = Field(
         None,
-        description="column of classes that are not known, such as `label`: bits are those of the mixture over the "
-        "classes, which are as likely as in the training split; null: bits without this column",
+        description="column of unknown classes, such as `label`: score by the mixture over the classes",
     )
 
     def read_given(self, pipeline: ImagePipeline, names: Sequence[str]) -> Given:

@@ -142,10 +142,7 @@ class Frequencies:
         tables = list[Table]()
         for table in self.tables:
             both = {name: columns[name] for name in table.columns if name in columns}
-            olds = {name: table.columns[name] for name in both}
-            if any(
-                not new.suits(olds[name]) or new.num_classes != olds[name].num_classes for name, new in both.items()
-            ):
+            if any(not column.takes_rows_of(table.columns[name]) for name, column in both.items()):
                 return Frequencies()
             if both:
                 tables.append(Table(both, *add_up(table.part(both), table.counts)))

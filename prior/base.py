@@ -127,7 +127,8 @@ class Prior(PretrainedModel, family="prior"):
         """Read labels and a condition for `count` images; see `log_prob` and `Given.read`. Raises `ValueError`."""
         null = self.num_classes
         if isinstance(labels, (list, tuple)):
-            labels = [None if type(one) is int and one == null else one for one in labels]
+            scalars = [one.item() if getattr(one, "ndim", None) == 0 else one for one in labels]
+            labels = [None if type(one) is int and one == null else one for one in scalars]
         elif labels is not None:
             labels = as_tensor(labels)
             labels = torch.where(labels == null, -1, labels.long()) if is_integer(labels.dtype) else labels
@@ -258,7 +259,7 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Return log p(tokens | labels, condition), `(B,)` nats.
 
-        labels: `(B,)`, where `num_classes` is the null class; None means the null class for all. condition: values of
+        labels: `(B,)`, or one class for all images; `num_classes` is the null class, as is None. condition: values of
         columns by name, one for all images or one per image, or a `Given`; missing columns are null (see
         `prior.columns`), unless `Given.over` makes this the mixture over the classes of one.
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |

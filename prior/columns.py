@@ -162,6 +162,10 @@ class Column(ModelConfig):
             and self.values(self.meaning) == other.values(self.meaning)
         )
 
+    def takes_rows_of(self, other: Any) -> bool:
+        """Return whether raw rows of the column `other` mean the same in this one."""
+        return self.suits(other)
+
     def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
         """Return the weights of `embedding` for this column, given those of a column that it `suits`."""
         return weights
@@ -262,6 +266,12 @@ class ClassColumn(IdColumn):
     def suits(self, other: Column) -> bool:
         """Classes are matched by name."""
         return type(self) is type(other)
+
+    def takes_rows_of(self, other: Any) -> bool:
+        """Ids mean the same if the names are equal, or if one of the columns only numbers its classes, as priors do."""
+        if type(self) is not type(other) or self.count != other.count:
+            return False
+        return self.names == other.names or [*map(str, range(self.count))] in (self.names, other.names)
 
     def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
         return {"weight": weights["weight"][self.match_rows(other)]}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,8 @@ class Given:
         if labels is not None:
             if values.get(LABEL) is not None:
                 raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
-            values[LABEL] = labels
+            lists = isinstance(labels, Iterable) and not isinstance(labels, (str, Mapping, Tensor, np.ndarray))
+            values[LABEL] = list(labels) if lists else labels  # such as a range
         parsed = dict[str, Tensor]()
         for name, value in values.items():
             nothing = value is None or isinstance(value, (list, tuple)) and all(one is None for one in value)
@@ -97,11 +99,11 @@ class Given:
         return self.count
 
     def __getitem__(self, at: Any) -> Given:
-        """Select images by any index of a tensor that keeps its first axis."""
-        rows, weights = ({name: raw[at] for name, raw in each.items()} for each in (self.rows, self.weights))
-        first = next(iter(rows.values()), None)
-        count = len(torch.arange(self.count)[at] if first is None else first)
-        return replace(self, rows=rows, count=count, weights=weights)
+        """Select images by any index of a tensor that keeps its first axis, on the rows' device or on the CPU."""
+        rows = {name: raw[at] for name, raw in self.rows.items()}
+        weights = {name: each[at.cpu() if isinstance(at, Tensor) else at] for name, each in self.weights.items()}
+        places = torch.zeros(1, device=getattr(at, "device", "cpu")).expand(self.count)  # which takes no memory
+        return replace(self, rows=rows, count=len(next(iter(rows.values()), places[at])), weights=weights)
 
     def repeat(self, times: int) -> Given:
         """Repeat each image `times` in a row."""
@@ -142,6 +144,8 @@ class Given:
         if classes > MOST_CLASSES:
             cost = f"{name!r} has {classes:,} classes, that is {classes:,} passes of the prior for each image"
             raise ValueError(f"marginal: {cost}; at most {MOST_CLASSES:,} classes are possible")
+        if other := [each for each in self.weights if each != name]:
+            raise ValueError(f"marginal: {other[0]!r} is open, too; only one column can be")
         uniform = torch.zeros(classes, dtype=torch.float64).log_softmax(0)
         weights = uniform if log_weights is None else as_tensor(log_weights).cpu().double()
         shape = (self.count, classes)
@@ -157,14 +161,19 @@ class Given:
         return replace(self, rows={**self.rows, **rows}, weights=weights)
 
     def drop_null(self) -> Given:
-        """Leave out columns that are null in every row."""
-        rows = {name: raw for name, raw in self.rows.items() if not bool(self.columns[name].is_null(raw).all())}
+        """Leave out columns that are null in every row; one of several numbers only if all of these are null."""
+        nulls = {name: self.columns[name].null_value for name in self.rows}
+        rows = {name: raw for name, raw in self.rows.items() if not bool((raw.isnan() | (raw == nulls[name])).all())}
         return replace(self, rows=rows)
 
     def of_columns(self, columns: Mapping[str, Column]) -> Given:
-        """Return the same rows for other `columns`, which must have all that are given. Raises `ValueError`."""
+        """Return the same rows for other `columns`, which must have all that are given, with the same meaning. Raises
+        `ValueError`."""
         for name in (*self.rows, *self.weights):
-            find_column(columns, name)
+            column, own = find_column(columns, name), self.columns[name]
+            if not column.takes_rows_of(own):
+                there, here = (f"{each.kind}: {each.describe()}" for each in (own, column))
+                raise ValueError(f"condition: {name}: was read for another column ({there}), not for this one ({here})")
         return replace(self, columns=columns)
 
     def limit(self) -> Given:

@@ -60,6 +60,7 @@ def mixture_token_log_probs(prior: Prior, tokens: Tensor, given: Given, order: O
 def classes_of(given: Given, device: torch.device) -> Iterator[tuple[Tensor, Given]]:
     """Yield for each class that has a weight in any image its log weights `(B,)`, and what is given with this class."""
     (name, weights), *_ = given.weights.items()
-    for number in (weights > -torch.inf).any(0).nonzero().flatten().tolist():
+    possible = (weights > -torch.inf).any(0)
+    for number in possible.nonzero().flatten().tolist() if len(given) else [0]:
         label = torch.full((len(given),), number, device=device)
         yield weights[:, number].to(device, finest(device)), given.with_rows(**{name: label})

@@ -31,7 +31,7 @@ from tokenizer.files import (
 )
 
 from ..files import FieldError, Text, Whole, validate
-from ..frequencies import Frequencies
+from ..frequencies import FREQUENCIES, Frequencies
 from ..images.dataset import is_printable
 from ..images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
 from .shards import map_shard, open_columns, shard_names, stored_grid
@@ -238,9 +238,9 @@ def check_meta(meta: Meta, path: Path) -> None:
 
 def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:
     """Compare all files with `manifest.json` by sha256; unless `whole`, compare shards only by size."""
-    shards = set(meta.files())
+    shards, others = set(meta.files()), {name for name in (META, FREQUENCIES) if is_file(folder / name)}
     listed = verify_manifest(folder, unhashed=() if whole else shards)["files"]
-    if absent := sorted({META, *shards} - set(listed)):
+    if absent := sorted((shards | others) - set(listed)):
         raise IntegrityError(f"{folder / absent[0]}: not listed in {MANIFEST}")
 
 

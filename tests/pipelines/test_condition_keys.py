@@ -137,12 +137,6 @@ def test_cells_mean_what_they_mean_to_a_data_set(tmp_path):
     assert same(words, pipe.read_given(condition={"answer": "yes", "wind": expected["wind"]}))
 
 
-def test_a_table_and_keys_go_together(pipe, tmp_path):
-    table = write_table(tmp_path / "rows.csv", {"age": VALUES["age"]})
-    found = read(pipe, f"conditions={table}", "condition.view=lateral")
-    assert same(found, pipe.read_given(condition={"age": VALUES["age"], "view": "lateral"}))
-
-
 def test_a_folder_has_a_picture_per_image(pipe, pictures):
     files = [Image.open(pictures / f"{number}.png") for number in range(4)]
     tokens = pipe.read_given(condition={"outline": files[1]}).raw("outline")[0].tolist()
@@ -190,7 +184,6 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
     cases = {
         "unknown column 'agee'; did you mean 'age'?": ["condition.agee=3"],
         "condition: age: expected a number": ["condition.age=[1, old]"],
-        "condition: label: 7 is not a class": ["condition.label=7"],
         "condition.outline: no such file": ["condition.outline=nowhere"],
         "broken.png": [f"condition.outline={tmp_path / 'broken.png'}"],
         "condition.outline: no images in": [f"condition.outline={tmp_path / 'empty'}"],
@@ -222,10 +215,3 @@ def test_one_line_warns_about_numbers_outside_the_training_data(pipe, capsys, re
     assert line.startswith("warning: condition: age: ") and "18 to 90" in line and not recwarn.list
     read(pipe, "condition.age=63,null,90")
     assert capsys.readouterr().err == ""
-
-
-def test_a_pipeline_without_columns_says_so():
-    torch.manual_seed(0)
-    plain = make_conditioned(columns={}, outline=False)
-    assert "unknown column 'age'" in refusal(plain, "condition.age=3")
-    assert same(read(plain, "condition.label=eel"), plain.read_given("eel"))

@@ -152,7 +152,7 @@ NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [
         ({**NUMBER, "low": [0.0, 1.0]}, "equally many"),
         ({"kind": "angle", "size": 0}, "size"),
         ({"kind": "vector", "size": 1 << 20}, "size"),
-        ({"kind": "grid", "grid": {"shape": [0, 3], "vocab_size": 4}}, "grid"),
+        *(({"kind": "grid", "grid": {"shape": [side, 3], "vocab_size": 4}}, "grid") for side in (0, 1 << 40)),
     ],
 )
 def test_bad_columns_are_refused(column, key):
@@ -162,7 +162,7 @@ def test_bad_columns_are_refused(column, key):
 
 
 def test_names_and_sizes_of_columns_are_checked():
-    for name in ("label", "labels", "a.b", "", "1st", "a" * 65):
+    for name in ("label", "labels", "tokens", "a.b", "../age", "", "1st", "a" * 65):
         assert "cannot name a column" in next(names_problem([name]))
     assert "at most 64" in next(names_problem(f"c{k}" for k in range(65)))
     for kind in KINDS:

@@ -161,10 +161,7 @@ def check_columns(parts, columns, outlines=True) -> None:
         assert read_column(columns[name].column.to_dict()) == columns[name].column
 
 
-@pytest.mark.parametrize(
-    "origin",
-    ["parquet", "metadata.csv", "metadata.jsonl", "metadata.parquet", "t.csv", "t.tsv", "t.jsonl", "t.parquet"],
-)
+@pytest.mark.parametrize("origin", ["parquet", "metadata.csv", "metadata.jsonl", "metadata.parquet", "t.csv", "t.tsv"])
 def test_the_same_rows_from_any_origin_are_the_same_columns(tmp_path, capsys, origin):
     sources, table = sources_of(pixels(tmp_path / "tokenizer", 24)), None
     if origin == "parquet":
@@ -477,6 +474,7 @@ def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, sett
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize(
     ("change", "words"),
     [
