@@ -507,7 +507,6 @@ def test_each_image_has_one_pair(tmp_path, extra, words):
         ("c", {"frame": -1, "tokenizer": "t"}, {"source": "digits"}, "folder of images"),
         ("c", {}, {"table": "nowhere.csv"}, "table: there is no file nowhere.csv"),
         ("c", {}, {"table": "{}/t.csv", "source": "digits"}, "table: .*folder of images"),
-        ("c", {"changed_by": ("flip", "zoom")}, {"augmentations": 2}, "data.augment.flip"),
     ],
 )
 def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, options, words):
