@@ -157,8 +157,8 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
             raise UserError(f"tokens: {source} has no training rows made by the pipeline's tokenizer")
         for name, column in columns.items():
             other = data.columns.get(name)
-            if other is None or (other.kind, other.shape) != (column.kind, column.shape):
-                raise UserError(f"tokens: {source} has no {column.kind} column {name!r} of the prior's size")
+            if other is None or not column.takes_rows_of(other):
+                raise UserError(f"tokens: {source} has no {column.kind} column {name!r} with the prior's meaning")
     except (PipelineLoadError, UserError):
         if tokens or columns:
             raise

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,10 +68,12 @@ class Given:
         if labels is not None:
             if values.get(LABEL) is not None:
                 raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
-            values[LABEL] = labels
+            lists = isinstance(labels, Iterable) and not isinstance(labels, (str, Mapping, Tensor, np.ndarray))
+            values[LABEL] = list(labels) if lists else labels  # such as a range
         parsed = dict[str, Tensor]()
         for name, value in values.items():
-            if name == LABEL and name not in columns and is_all_none(value):
+            nothing = value is None or isinstance(value, (list, tuple)) and all(one is None for one in value)
+            if name == LABEL and name not in columns and nothing:
                 continue
             where = "labels" if name == LABEL and labels is not None else f"condition: {name}"
             if where == "labels" and name not in columns:
@@ -79,16 +82,14 @@ class Given:
             if value is None:
                 continue
             try:
-                parsed[name] = column.parse(convert(name, column, value))
+                raw = parsed[name] = column.parse(convert(name, column, value))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{where}: {error}") from error
-            if parsed[name].ndim > len(column.shape):
-                count = len(parsed[name]) if count is None else count
-                if len(parsed[name]) != count:
-                    number = len(parsed[name])
-                    raise ValueError(
-                        f"{where}: got a list of {number} for {count} images; give one value, or one per image"
-                    )
+            if raw.ndim > len(column.shape):
+                count = len(raw) if count is None else count
+                if len(raw) != count:
+                    what = f"a list of {len(raw)} for {count} images"
+                    raise ValueError(f"{where}: got {what}; give one value, or one per image")
         count = default if count is None else count
         for name, raw in parsed.items():
             parsed[name] = raw if raw.ndim > len(columns[name].shape) else raw.expand(count, *raw.shape)
@@ -98,11 +99,11 @@ class Given:
         return self.count
 
     def __getitem__(self, at: Any) -> Given:
-        """Select images by any index of a tensor that keeps its first axis."""
-        rows, weights = ({name: raw[at] for name, raw in each.items()} for each in (self.rows, self.weights))
-        first = next(iter(rows.values()), None)
-        count = len(torch.arange(self.count)[at] if first is None else first)
-        return replace(self, rows=rows, count=count, weights=weights)
+        """Select images by any index of a tensor that keeps its first axis, on the rows' device or on the CPU."""
+        rows = {name: raw[at] for name, raw in self.rows.items()}
+        weights = {name: each[at.cpu() if isinstance(at, Tensor) else at] for name, each in self.weights.items()}
+        places = torch.zeros(1, device=getattr(at, "device", "cpu")).expand(self.count)  # which takes no memory
+        return replace(self, rows=rows, count=len(next(iter(rows.values()), places[at])), weights=weights)
 
     def repeat(self, times: int) -> Given:
         """Repeat each image `times` in a row."""
@@ -110,9 +111,7 @@ class Given:
 
     def expand(self, count: int) -> Given:
         """Repeat a single image `count` times."""
-        both = self.rows, self.weights
-        rows, weights = ({name: raw.expand(count, *raw.shape[1:]) for name, raw in each.items()} for each in both)
-        return replace(self, rows=rows, count=count, weights=weights)
+        return self[torch.zeros(count, dtype=torch.long)]
 
     def without(self, names: Iterable[str] | Mapping[str, Tensor] | None = None) -> Given:
         """Make columns null, also one that densities are mixtures over: those named, or all. A mapping makes them null
@@ -145,6 +144,8 @@ class Given:
         if classes > MOST_CLASSES:
             cost = f"{name!r} has {classes:,} classes, that is {classes:,} passes of the prior for each image"
             raise ValueError(f"marginal: {cost}; at most {MOST_CLASSES:,} classes are possible")
+        if other := [each for each in self.weights if each != name]:
+            raise ValueError(f"marginal: {other[0]!r} is open, too; only one column can be")
         uniform = torch.zeros(classes, dtype=torch.float64).log_softmax(0)
         weights = uniform if log_weights is None else as_tensor(log_weights).cpu().double()
         shape = (self.count, classes)
@@ -160,14 +161,19 @@ class Given:
         return replace(self, rows={**self.rows, **rows}, weights=weights)
 
     def drop_null(self) -> Given:
-        """Leave out columns that are null in every row."""
-        rows = {name: raw for name, raw in self.rows.items() if not bool(self.columns[name].is_null(raw).all())}
+        """Leave out columns that are null in every row; one of several numbers only if all of these are null."""
+        nulls = {name: self.columns[name].null_value for name in self.rows}
+        rows = {name: raw for name, raw in self.rows.items() if not bool((raw.isnan() | (raw == nulls[name])).all())}
         return replace(self, rows=rows)
 
     def of_columns(self, columns: Mapping[str, Column]) -> Given:
-        """Return the same rows for other `columns`, which must have all that are given. Raises `ValueError`."""
+        """Return the same rows for other `columns`, which must have all that are given, with the same meaning. Raises
+        `ValueError`."""
         for name in (*self.rows, *self.weights):
-            find_column(columns, name)
+            column, own = find_column(columns, name), self.columns[name]
+            if not column.takes_rows_of(own):
+                there, here = (f"{each.kind}: {each.describe()}" for each in (own, column))
+                raise ValueError(f"condition: {name}: was read for another column ({there}), not for this one ({here})")
         return replace(self, columns=columns)
 
     def limit(self) -> Given:
@@ -213,8 +219,3 @@ def digest_rows(rows: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def is_all_none(value: Any) -> bool:
-    """Return whether a value is None, or a list of nothing but None."""
-    return value is None or isinstance(value, (list, tuple)) and all(one is None for one in value)

@@ -3,8 +3,7 @@
     p(tokens | others) = sum_c p(c | others) p(tokens | c, others)
 
 A prior's null class is another density, which a network learns from the images whose label was dropped in training;
-the mixture needs no such training, and costs a pass for each class.
-"""
+the mixture needs no such training, and costs a pass for each class."""
 
 from __future__ import annotations
 
@@ -61,6 +60,7 @@ def mixture_token_log_probs(prior: Prior, tokens: Tensor, given: Given, order: O
 def classes_of(given: Given, device: torch.device) -> Iterator[tuple[Tensor, Given]]:
     """Yield for each class that has a weight in any image its log weights `(B,)`, and what is given with this class."""
     (name, weights), *_ = given.weights.items()
-    for number in (weights > -torch.inf).any(0).nonzero().flatten().tolist():
+    possible = (weights > -torch.inf).any(0)
+    for number in possible.nonzero().flatten().tolist() if len(given) else [0]:
         label = torch.full((len(given),), number, device=device)
         yield weights[:, number].to(device, finest(device)), given.with_rows(**{name: label})

@@ -39,7 +39,6 @@ class PixelCNNConfig(RowsConfig):
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
-        """Check that kernels are odd."""
         yield from super().check()
         yield from odd_kernels(self, "first_kernel", "kernel")
 
@@ -91,7 +90,6 @@ class PixelCNN(Prior, name="pixelcnn"):
         return field.flatten(0, 1)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         x = self.first(self.embedding(self.position_id_map(tokens)))
         x = x + self.row(self.label.on_map(encoded, x.shape[2]))
         for block in self.layers:
@@ -100,11 +98,9 @@ class PixelCNN(Prior, name="pixelcnn"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: maps `(B, H, W, 2 * dim)`."""
         return list(self.layers)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution reads."""
         return Cache(self, encoded)
 
 
@@ -128,8 +124,6 @@ class Cache:
         return block.narrow.bias.detach(), narrow, cache, widen
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         column = self.rank % self.width
         if token is not None:
             self.first.cells[column - 1].copy_(self.embedding.embed_rows(token))

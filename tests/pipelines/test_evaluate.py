@@ -380,7 +380,7 @@ def test_tune_and_probe_take_priors_with_columns(tmp_path, columns):
         (len, "mixed", "tokens: the rows of its test split are not those of the held-out images"),
         (len, None, "tokens: give the token dataset with the columns view, tags, age, text, outline"),
         (lambda part: len(part) - 1, "tokens", "tokens: has columns of .* test images, but there are"),
-        (len, "plain", "tokens: .* has no class column 'view' of the prior's size"),
+        (len, "plain", "tokens: .* has no class column 'view' with the prior's meaning"),
     ],
 )
 def test_missing_columns_are_one_line_of_error(tmp_path, capsys, rows_of, tokens, message):

@@ -5,19 +5,21 @@ Covers: prior/given.py, prior/base.py.
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from givens.columns import AGE, draw_values, make_conditioned
 from givens.columns import COLUMNS as OTHERS
-from givens.columns import draw_values, make_conditioned
 from givens.columns import equal as equal_rows
 from hypothesis import given as drawn_by
 from hypothesis import strategies as st
 from small import draw_tokens, generators, make_prior
 
-from prior.columns import ClassColumn
+from prior.columns import AngleColumn, ClassColumn, FlagsColumn, GridColumn, VectorColumn
 from prior.given import Given
+from tokenizer import TokenGrid
 
 COLUMNS = {"label": ClassColumn(names=["cat", "dog", "eel"]), **OTHERS}
 
@@ -83,6 +85,19 @@ def test_labels_and_the_column_label_are_the_same():
     assert Given.read(COLUMNS, "cat", {"label": None}).rows["label"].tolist() == [0]
 
 
+def test_labels_are_any_numbers_one_after_another():
+    for labels in (range(3), iter([0, 1, 2]), {0: "a", 1: "b", 2: "c"}.keys(), np.arange(3, dtype=np.uint16)):
+        assert Given.read(COLUMNS, labels).rows["label"].tolist() == [0, 1, 2]
+    assert Given.read(COLUMNS, "cat").rows["label"].tolist() == [0]
+
+
+def test_a_column_is_left_out_if_no_number_of_it_is_given():
+    speed = torch.tensor([[1.0, math.nan], [math.nan, math.nan]])
+    given = Given(COLUMNS, {"speed": speed, "age": torch.full((2, 1), math.nan), "label": torch.tensor([-1, -1])}, 2)
+    assert given.drop_null().names == ("speed",) and given.drop_null().rows["speed"] is speed
+    assert given[1:].drop_null().names == ()
+
+
 def test_without_classes_only_null_labels_are_allowed():
     for labels in (None, [None, None]):
         assert Given.read(OTHERS, labels, count=2).names == ()
@@ -106,6 +121,40 @@ def test_what_is_already_read_is_taken_as_it_is():
         Given.read(COLUMNS, [0, 1, 2], some)
     with pytest.raises(ValueError, match="unknown column 'label'; the columns are age"):
         Given.read({"age": OTHERS["age"]}, None, whole)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"label": ClassColumn(names=["dog", "cat", "eel"])},
+        {"label": ClassColumn(names=["cat", "dog"])},
+        {"label": ClassColumn.numbered(2)},
+        {"label": ClassColumn.numbered(4)},
+        {"text": VectorColumn(size=6, encoder="ngrams:8")},
+        {"tags": FlagsColumn(names=["old", "red", "wet", "loud"])},
+        {"age": AngleColumn()},
+        {"pose": AngleColumn(size=2)},
+        {"outline": GridColumn(grid=TokenGrid((2, 2), 3))},
+    ],
+    ids=str,
+)
+def test_rows_of_columns_with_another_meaning_are_refused(other):
+    given, (name,) = draw(), other
+    with pytest.raises(ValueError, match=rf"condition: {name}: was read for another column \([^\n]+$"):
+        Given.read({**COLUMNS, **other}, None, given)
+    if name == "label":
+        with pytest.raises(ValueError, match="label: was read for another column"):
+            Given.read(other, None, Given(COLUMNS, {}, 4).over("label"))
+    assert len(Given.read({**COLUMNS, **other}, None, given.without([name]))) == 4
+
+
+def test_a_prior_reads_rows_of_columns_with_names_and_of_other_statistics():
+    statistics = AGE.model_copy(update={"mean": [0.0]})
+    numbered = {**COLUMNS, "label": ClassColumn.numbered(3), "age": statistics}
+    for one, other in ((COLUMNS, numbered), (numbered, COLUMNS)):
+        given = draw(columns=one)
+        found = Given.read(other, None, given)
+        assert found.columns is other and equal(replace(found, columns=one), given)
 
 
 def test_converted_values_are_read():
@@ -186,7 +235,8 @@ def test_unknown_columns_are_refused_wherever_conditions_go():
 def test_a_prior_reads_its_number_of_classes_as_null():
     model, tokens = make_prior("gpt"), draw_tokens(make_prior("gpt"), 3)
     expected = model.log_prob(tokens, [0, None, 2])
-    for labels in ([0, 3, 2], torch.tensor([0, 3, 2]), torch.tensor([0, -1, 2]), np.array([0, 3, 2], dtype=np.uint8)):
+    lists = [[0, 3, 2], [*np.array([0, 3, 2])], [*torch.tensor([0, 3, 2])]]
+    for labels in (*lists, torch.tensor([0, 3, 2]), torch.tensor([0, -1, 2]), np.array([0, 3, 2], dtype=np.uint8)):
         given = model.read_given(labels, None, 3)
         assert given.rows["label"].tolist() == [0, -1, 2] and model.encode_given(given).labels.tolist() == [0, 3, 2]
         assert torch.equal(model.log_prob(tokens, labels), expected)

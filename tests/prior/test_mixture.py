@@ -114,6 +114,14 @@ def test_classes_of_weight_zero_cost_no_pass():
 
 
 @torch.no_grad()
+def test_no_images_have_no_densities():
+    model = make_prior("gpt")
+    tokens, given = torch.zeros(0, 3, 4, dtype=torch.long), Given(model.columns, {}, 0).over("label")
+    assert model.log_prob(tokens, condition=given).shape == (0,)
+    assert model.token_log_probs(tokens, condition=given).shape == (0, 3, 4)
+
+
+@torch.no_grad()
 def test_an_estimate_of_a_bound_has_a_mixture_but_no_parts_of_tokens():
     model = make_prior("masked", exact=False)
     tokens, given = torch.zeros(2, 3, 4, dtype=torch.long), Given(model.columns, {}, 2)
@@ -148,6 +156,7 @@ def test_what_is_no_class_is_given_or_costs_too_much_is_refused_in_one_line():
     given = Given({"label": ClassColumn.numbered(3), **COLUMNS}, {"view": torch.zeros(2).long()}, 2)
     many = Given({"label": ClassColumn.numbered(10_000)}, {}, 2)
     cases = [
+        (given.without(["view"]).over("view"), "label", None, "marginal: 'view' is open, too; only one column can be"),
         (given, "age", None, "marginal: 'age' is a number column; it must be a column of classes"),
         (given, "tags", None, "marginal: 'tags' is a flags column"),
         (given, "vieww", None, "marginal: unknown column 'vieww'; did you mean 'view'?"),

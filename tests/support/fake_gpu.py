@@ -338,6 +338,8 @@ def check_prior(name: str, config: dict[str, Any]) -> None:
     for options in ({}, {"known": known, "tokens": tokens[:4]}, {"cache": False}, {"parallel": True}, guided):
         drawn = model.sample(4, labels[:4] % 3, generator=generators(4), **options)
         assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
+    for condition in (None, model.read_given(None, None, 4).over("label")):  # images finish one after another
+        model.sample(4, condition=condition, generator=generators(4), parallel=True)
 
 
 def check_pipeline() -> None:
@@ -349,8 +351,11 @@ def check_pipeline() -> None:
     pipe(4, labels="cat", seed=3, guidance_scale=2.0)
     pipe.complete(images[:2], torch.arange(8)[:, None].expand(8, 12) < 4, draws=2)
     pipe.decode(pipe.encode(images[:4])), pipe.embed(images[:4])
-    pipe.log_prob(images[:4]), pipe.bits_per_dim(images[:4])
+    pipe.log_prob(images[:4], marginal="label"), pipe.bits_per_dim(images[:4])
+    pipe.decompress(pipe.compress(images[:4], condition={"label": None}), condition={"label": None})
     pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
+    pipe.log_prob(images[:4], marginal="label"), pipe.bits_per_dim(images[:4], marginal="label")
+    pipe.calibrate(images, marginal="label"), pipe.anomaly_score(images[:4], marginal="label", p_values=True)
 
 
 def check_plan(*argv: str) -> None:
