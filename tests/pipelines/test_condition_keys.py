@@ -5,16 +5,13 @@ Covers: pipelines/condition_keys.py, pipelines/columns.py.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from givens.images import write_rows
 from PIL import Image
 from small_pipelines import COLUMNS, make_conditioned
 
@@ -82,22 +79,9 @@ def test_words_are_values_of_their_columns(pipe, words, values):
 
 
 def write_table(path, values):
-    """Write a row per image, as people write each kind of file."""
+    """Write a row per image, with lists as people write them."""
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-
-        def text(value):
-            return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
-
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(values), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows([{name: text(value) for name, value in row.items()} for row in rows])
-    return path
+    return write_rows(path, rows, lambda value: f"[{', '.join(map(str, value))}]")
 
 
 def test_columns_of_a_table_that_are_not_those_of_the_pipeline_are_named_and_ignored(pipe, tmp_path, capsys):

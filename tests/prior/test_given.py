@@ -10,7 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from givens.columns import AGE, VECTORS, draw_values, make_conditioned
+from givens.columns import AGE, draw_values, make_conditioned
+from givens.columns import COLUMNS as OTHERS
+from givens.columns import equal as equal_rows
 from hypothesis import given as drawn_by
 from hypothesis import strategies as st
 from small import draw_tokens, generators, make_prior
@@ -19,8 +21,6 @@ from prior.columns import AngleColumn, ClassColumn, FlagsColumn, GridColumn, Vec
 from prior.given import Given
 from tokenizer import TokenGrid
 
-OUTLINE = GridColumn(grid=TokenGrid((2, 3), 4))
-OTHERS = {**VECTORS, "outline": OUTLINE}
 COLUMNS = {"label": ClassColumn(names=["cat", "dog", "eel"]), **OTHERS}
 
 
@@ -34,8 +34,7 @@ def draw(count=4, columns=COLUMNS):
 
 def equal(one, other):
     """Whether all rows are equal, or null in both; a column without rows is null."""
-    pairs = [(one.raw(name), other.raw(name)) for name in one.columns]
-    same = all(a.dtype == b.dtype and torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) for a, b in pairs)
+    same = all(equal_rows(one.raw(name), other.raw(name)) for name in one.columns)
     return len(one) == len(other) and list(one.columns) == list(other.columns) and same
 
 
@@ -300,23 +299,6 @@ def test_rows_are_replaced_and_limited():
     for name in ("label", "tags", "wind", "text", "outline"):
         assert torch.equal(inside.raw(name).nan_to_num(-7), given.raw(name).nan_to_num(-7))
     assert Given(COLUMNS, {}, 4).with_rows(age=given.raw("age")).names == ("age",)
-
-
-def test_rows_may_be_read_from_a_disk():
-    """Anything that an index turns into a tensor."""
-
-    class Rows:
-        def __init__(self, rows):
-            self.rows = rows
-
-        def __getitem__(self, at):
-            return self.rows[at]
-
-    given = draw()
-    stored = Given(COLUMNS, {name: Rows(raw) for name, raw in given.rows.items()}, 4)
-    for index in (slice(1, 3), [3, 0]):
-        assert equal(stored[index], given[index])
-    assert stored.names == given.names and len(stored) == 4
 
 
 # Digests

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command import fails
+from givens.images import write_rows
 from PIL import Image
 from small_pipelines import COLUMNS, as_pil, make_conditioned, pixels_for
 
@@ -36,10 +37,7 @@ def world(tmp_path_factory):
         rows.append(
             {"file_name": f"{split}/{number}.png", "age": 20 + number, "label": ["cat", "eel"][number % 3 == 0]}
         )
-    with (root / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0]])
-        writer.writeheader()
-        writer.writerows(reversed(rows))
+    write_rows(root / "rows.csv", rows[::-1])
     pipe.provenance = {"data": {"source": str(root / "images"), "image_size": [8, 12], "channels": 1}}
     pipe.save_pretrained(root / "pipe")
     return root

@@ -18,6 +18,7 @@ import pytest
 import torch
 from givens.coded import KINDS, LOGISTIC, images_of, pipeline_of
 from givens.images import encoded
+from givens.token_datasets import draw_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -306,19 +307,8 @@ def conditioned(prior="gpt", **config):
 
 def rows_of(pipe, count, seed=0):
     """Random raw columns and labels of `count` images, of which some are null."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(column):
-        if column.kind in ("class", "grid"):
-            size = len(column.names) if column.kind == "class" else column.grid.vocab_size
-            return torch.randint(-1, size, (count, *column.shape), generator=generator)
-        values = torch.randn(count, *column.shape, generator=generator)
-        values = (values > 0).float() if column.kind == "flags" else 10 * values
-        values[torch.rand(count, generator=generator) < 0.2] = torch.nan
-        return values
-
-    labels = torch.randint(3, (count,), generator=generator)
-    return {**{name: draw(column) for name, column in pipe.prior.config.conditions.items()}, "label": labels}
+    torch.manual_seed(seed)
+    return {**draw_values(pipe.prior.config.conditions, count), "label": torch.randint(3, (count,))}
 
 
 TAKE_CONDITIONS = [name for name in PRIORS if Prior.find(name).Config.takes_conditions]

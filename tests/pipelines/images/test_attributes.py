@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import json
 import math
 import sys
 import tracemalloc
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from givens.images import ALL, encoded, noise, write_image, write_tar
+from givens.images import ALL, encoded, noise, write_image, write_rows, write_tar
 from givens.images import rows_of as write_tar_rows
 from processes import run_file
 from servers.fake_hub import DatasetHandler, places_of, serve
@@ -88,23 +85,6 @@ def rows_of(columns=ROWS, prefix=""):
     return [
         {"file_name": f"{prefix}{k:03}.png", **{key: part[k] for key, part in columns.items()}} for k in range(COUNT)
     ]
-
-
-def write_rows(path, rows):
-    """Write rows as CSV, TSV, JSON lines or parquet. CSV holds lists as JSON, and nothing for null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writerow(rows[0])
-            for row in rows:
-                cells = row.values()
-                writer.writerow(["" if c is None else json.dumps(c) if isinstance(c, list) else c for c in cells])
-    return path
 
 
 def pixels(path, side: int = 12, channels: int = 1) -> str:
@@ -522,13 +502,11 @@ def test_each_image_has_one_pair(tmp_path, extra, words):
     ("name", "settings", "options", "words"),
     [
         ("label", {}, {}, "'label' cannot name a column"),
-        ("tokens", {}, {}, "'tokens' cannot name a column"),
         ("c", {"images": "nowhere", "tokenizer": "t"}, {}, "images: there is no folder nowhere"),
         ("c", {"images": "{}/images", "tokenizer": "t"}, {}, "outside data.source"),
         ("c", {"frame": -1, "tokenizer": "t"}, {"source": "digits"}, "folder of images"),
         ("c", {}, {"table": "nowhere.csv"}, "table: there is no file nowhere.csv"),
         ("c", {}, {"table": "{}/t.csv", "source": "digits"}, "table: .*folder of images"),
-        ("c", {"changed_by": ("flip", "zoom")}, {"augmentations": 2}, "data.augment.flip"),
     ],
 )
 def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, options, words):
