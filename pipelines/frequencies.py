@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -126,12 +126,15 @@ class Frequencies:
 
     def save(self, folder: Path) -> None:
         """Write `frequencies.json`, unless there are no tables."""
+        if self.tables:
+            write_json(folder / FREQUENCIES, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
         tables = [
             {"columns": list(table.columns), "values": table.values.tolist(), "counts": table.counts.tolist()}
             for table in self.tables
         ]
-        if tables:
-            write_json(folder / FREQUENCIES, {"format_version": FORMAT_VERSION, "tables": tables})
+        return {"format_version": FORMAT_VERSION, "tables": tables}
 
     def of_columns(self, columns: Mapping[str, Column]) -> Frequencies:
         """Return the frequencies of the columns of a prior that was trained on some of those that were counted; without

@@ -386,8 +386,8 @@ class ImagePipeline:
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
         """Like `decode`, but return float images `(B, C, H, W)` in [-1, 1]; clips are strips `(B, C, T * H, W)`."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
-        shown = self._with_bar(parts, "decoding") if progress else parts
-        return torch.cat([self.tokenizer.decode(part) for part in shown])
+        batches = self._with_bar(parts, "decoding") if progress else parts
+        return torch.cat([self.tokenizer.decode(part) for part in batches])
 
     encode_tiles = serialized(encode_tiles)
     decode_tiles = serialized(decode_tiles)

@@ -11,7 +11,6 @@ learned bias per row (`row_embedding`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,22 +21,20 @@ from torch import Tensor, nn
 from .base import Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, bias_by_row, odd_kernels, pack, see
+from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, bias_by_row, pack, see
 from .orders import Partition
 
 
 class GatedPixelCNNConfig(RowsConfig):
     """Sizes of the network."""
 
+    kernels = ("first_kernel", "kernel")
+
     dim: int = Field(64, ge=1, le=8192, description="channels of each stack")
     depth: int = Field(10, ge=1, le=256, description="number of gated layers after the first")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first layer's convolutions, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the other layers' convolutions, odd")
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
-
-    def check(self) -> Iterator[str]:
-        yield from super().check()
-        yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 def gate(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ class RasterConfig(PriorConfig):
     """Requirements of causal convolutions on the grid."""
 
     takes_heads = takes_positions = takes_conditions = True
+    kernels: ClassVar[tuple[str, ...]] = ()
+    """The names of the sides of convolutions, which must be odd."""
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -42,6 +45,9 @@ class RasterConfig(PriorConfig):
             yield f"order: {self.kind} takes raster order only (got {self.order!r})"
         if len(self.grid.shape) != 2:
             yield f"grid: {self.kind} needs a grid of two axes (got {self.grid.shape})"
+        for name in self.kernels:
+            if getattr(self, name) % 2 == 0:
+                yield f"{name}: must be odd (got {getattr(self, name)})"
 
 
 class RowsConfig(RasterConfig):
@@ -71,13 +77,6 @@ class RowBias(nn.Module):
     def forward(self, bias: Tensor) -> Tensor:
         """Add the row biases to per-image biases `(B, 1 or H, 1 or W, channels)`: `(B, H, 1 or W, channels)`."""
         return bias + self.weight[:, None]
-
-
-def odd_kernels(config: PriorConfig, *names: str) -> Iterator[str]:
-    """Yield a problem for each kernel with an even side."""
-    for name in names:
-        if getattr(config, name) % 2 == 0:
-            yield f"{name}: must be odd (got {getattr(config, name)})"
 
 
 class CausalConv2d(nn.Module):

@@ -14,7 +14,6 @@ kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,22 +24,20 @@ from torch import Tensor, nn
 from .base import Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
+from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, pack, see
 from .orders import Partition
 
 
 class PixelCNNConfig(RowsConfig):
     """Sizes of the network. The residual stream is `2 * dim` wide."""
 
+    kernels = ("first_kernel", "kernel")
+
     dim: int = Field(32, ge=1, le=8192, description="channels inside a block; the residual stream has twice as many")
     depth: int = Field(15, ge=1, le=256, description="number of residual blocks")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first (type A) convolution, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the blocks' (type B) convolutions, odd")
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
-
-    def check(self) -> Iterator[str]:
-        yield from super().check()
-        yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 class Block(nn.Module):

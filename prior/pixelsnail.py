@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from .base import FEW_ROWS, Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
+from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, pack
 from .orders import Partition
 
 
 class PixelSNAILConfig(RasterConfig):
     """Sizes of the network."""
+
+    kernels = ("kernel",)
 
     dim: int = Field(64, ge=1, le=8192, description="channels of the features")
     depth: int = Field(4, ge=1, le=256, description="number of blocks")
@@ -48,7 +50,6 @@ class PixelSNAILConfig(RasterConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        yield from odd_kernels(self, "kernel")
         if self.key > self.value:
             yield f"key: must be at most value (got key {self.key}, value {self.value})"
 
