@@ -2,8 +2,7 @@
 read from data sets, asked for in the app, and described.
 
 `prior.columns` says what a column is and which values Python code may give. A new kind is one class there and one here,
-which `format_of` finds; nothing else asks which kind a column is.
-"""
+which `format_of` finds; nothing else asks which kind a column is."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ class ColumnFormat(Generic[C]):
     # Python, the command line, and tables of conditions
 
     def convert(self, value: Any) -> Any:
-        """Replace pictures and texts, which the column does not read itself, in a value or in a list of values. Raises
-        `ValueError`."""
+        """Replace pictures and texts, which columns do not read, in a value or a list. Raises `ValueError`."""
         return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OU" else value
 
     def read_text(self, value: Any) -> Any:
@@ -107,8 +105,7 @@ class ColumnFormat(Generic[C]):
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """Return whether cells, whose `first` value is this, are taken for columns of this kind and not of one that is
-        earlier in `FORMATS`."""
+        """Return whether cells, of which one is `first`, suggest this kind rather than those after it in `FORMATS`."""
         return False
 
     @classmethod
@@ -159,7 +156,6 @@ class ColumnFormat(Generic[C]):
     # Words and pictures
 
     def describe(self) -> str:
-        """Describe the allowed values."""
         return self.column.describe()
 
     @property
@@ -380,7 +376,6 @@ class VectorFormat(ColumnFormat[VectorColumn]):
 
     @property
     def takes_text(self) -> bool:
-        """Whether a value may be text, which is encoded here."""
         return NGRAMS.fullmatch(self.column.encoder) is not None
 
     def convert(self, value: Any) -> Any:
@@ -456,7 +451,6 @@ def stack_numbers(cells: Cells, train: int, stored: torch.dtype = torch.float32,
 
 
 def require_text(value: Any) -> str:
-    """Return a text. Raises `ValueError` for another type."""
     if not isinstance(value, str):
         raise ValueError(f"expected text (got {shorten(value)})")
     return value
@@ -514,8 +508,7 @@ class GridFormat(ColumnFormat[GridColumn]):
         return super().list_values(value, names)
 
     def list_pictures(self, folder: Path, names: Sequence[str] | None) -> list[Any]:
-        """Return the pictures in a folder, sorted; or the one of each of `names`, without suffix. Raises
-        `ValueError`."""
+        """Return the pictures in a folder, or those of `names` (without suffix). Raises `ValueError`."""
         files = find_images(folder)
         if not files:
             raise ValueError(f"condition.{self.name}: no images in {folder}")
@@ -541,10 +534,6 @@ class GridFormat(ColumnFormat[GridColumn]):
             tokens += self.encode_batch(images)
         each = iter(tokens)
         return [next(each) if isinstance(value, Path) else value for value in values]
-
-    @classmethod
-    def suits(cls, first: Any, cells: Cells) -> bool:
-        return cells.open is not None
 
     def feature(self) -> Any:
         return ids_feature(self.column.grid, "int32")
@@ -618,7 +607,6 @@ FORMATS: dict[str, type[ColumnFormat[Any]]] = {
 
 
 def format_of(name: str, column: Column, tokenizer: Tokenizer | None = None) -> ColumnFormat[Any]:
-    """Return the format of a column."""
     return FORMATS[column.kind](name, column, tokenizer)
 
 

@@ -1,7 +1,6 @@
 """Conditions on the command line: `condition.NAME=VALUE` for each column, or a table with a row per image.
 
-Text becomes a value of its column: `red,round` two flags, a path a picture or a folder of pictures.
-"""
+Text becomes a value of its column: `red,round` two flags, a path a picture or a folder of pictures."""
 
 from __future__ import annotations
 
@@ -60,16 +59,11 @@ class UsesCondition(Config):
         description="condition: the value of a column for all images; a list or folder of pictures has one per image",
     )
     conditions: str | None = Field(
-        None,
-        description="table with a row per image and these columns, or `label`; pictures are paths beside it",
+        None, description="table with a row per image and these columns, or `label`; pictures are paths beside it"
     )
 
     def read_condition(
-        self,
-        pipeline: ImagePipeline,
-        count: int | None = None,
-        names: Sequence[str] | None = None,
-        default: int = 1,
+        self, pipeline: ImagePipeline, count: int | None = None, names: Sequence[str] | None = None, default: int = 1
     ) -> GivenKeys:
         """Read the condition of `count` images; None: of as many as have values, or `default`. names: of the images;
         they choose the rows of a table with `file_name`, and the pictures in a folder. Warns about numbers outside
@@ -96,8 +90,7 @@ class UsesCondition(Config):
     def list_written(
         self, formats: dict[str, ColumnFormat[Any]], names: Sequence[str] | None
     ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-        """Return the values of each column as they are written, and the number of images by the key that says it.
-        Raises `ValueError`."""
+        """Return the values of each column as written, and the number of images by the key that says it."""
         written, counts = dict[str, list[Any]](), dict[str, int]()
         if self.conditions is not None:
             path = Path(self.conditions)
@@ -127,13 +120,11 @@ class ScoresWithCondition(UsesCondition, UsesTiles):
 
     marginal: str | None = Field(
         None,
-        description="column of classes that are not known, such as `label`: bits are those of the mixture over the "
-        "classes, which are as likely as in the training split; null: bits without this column",
+        description="column of unknown classes, such as `label`: score by the mixture over the classes",
     )
 
     def read_given(self, pipeline: ImagePipeline, names: Sequence[str]) -> Given:
-        """Read what is given of the images `names`, and print what the classes of `marginal` are taken to be. Raises
-        `UserError`."""
+        """Read what is given of images, and print what `marginal` is taken to be. Raises `UserError`."""
         given = self.read_condition(pipeline, len(names), names).given
         try:
             given = pipeline.read_given(condition=given, marginal=self.marginal)
@@ -152,13 +143,11 @@ class SamplesWithCondition(Sampling, UsesCondition):
     )
 
     def sampling_settings(self) -> dict[str, Any]:
-        """Return the sampling settings that were given, by name."""
         return {**super().sampling_settings(), **self.model_dump(include={"guidance_on"}, exclude_none=True)}
 
 
 def read_rows(path: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Read the rows of a table; with `file_name`, those of the images `names` in their order. Raises `ValueError` or
-    `UserError`."""
+    """Read a table's rows; with `file_name`, those of the images `names`. Raises `ValueError` or `UserError`."""
     if path.suffix not in TABLES:
         raise ValueError(f"conditions: {path} should end in {' or '.join(TABLES)}")
     rows = list(read_sheet(path, "conditions"))

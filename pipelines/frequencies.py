@@ -4,8 +4,7 @@
 classes and flags; or, if too many combinations occur, the numbers of each column of classes alone, if a mixture over it
 is possible (`MOST_CLASSES`). Files of 0.3 lack it, and all classes count as equally likely.
 
-The file is published with the models, including combinations that a single image has.
-"""
+The file is published with the models, including combinations that a single image has."""
 
 from __future__ import annotations
 
@@ -44,7 +43,6 @@ class TableFields(BaseModel):
 
     @model_validator(mode="after")
     def has_equal_lengths(self) -> TableFields:
-        """Raise `ValueError` unless each value has a count and as many numbers as the first."""
         if len(self.values) != len(self.counts) or len({len(row) for row in self.values}) > 1:
             raise ValueError("values: must have equally many numbers each, and a count each")
         return self
@@ -83,22 +81,13 @@ class Table:
         return cls(columns, values, counts)
 
     def part(self, names: Iterable[str]) -> Tensor:
-        """Return the numbers of some columns, `(n, ...)`."""
         sizes = [column.null(1).numel() for column in self.columns.values()]
         parts = dict(zip(self.columns, self.values.split(sizes, 1), strict=True))
         return torch.cat([parts[name] for name in names], 1)
 
-    def select(self, columns: Mapping[str, Column]) -> Table:
-        """Return the table of some of the columns."""
-        return Table(columns, *add_up(self.part(columns), self.counts))
-
     def ids(self, name: str) -> Tensor:
         """Return the class of each value, -1 for null."""
         return self.columns[name].unpack(self.part([name])[:, 0].to(self.columns[name].stored_type))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
-        return {"columns": list(self.columns), "values": self.values.tolist(), "counts": self.counts.tolist()}
 
 
 @dataclass(frozen=True)
@@ -110,14 +99,12 @@ class Frequencies:
 
     @classmethod
     def count(cls, given: Given) -> Frequencies:
-        """Count the rows of the training split."""
         columns = {name: column for name, column in given.columns.items() if column.is_counted}
         classes = {name: column for name, column in columns.items() if column.num_classes}
         given = given.without(set(given.columns) - set(columns))
         if not classes or not len(given):
             return cls()
-        joint = Table.count(given, columns)
-        if joint is not None:
+        if joint := Table.count(given, columns):
             return cls((joint,))
         few = {name: column for name, column in classes.items() if column.num_classes <= MOST_CLASSES}
         each = (Table.count(given, {name: column}) for name, column in few.items())
@@ -146,8 +133,11 @@ class Frequencies:
             write_json(folder / FREQUENCIES, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
-        return {"format_version": FORMAT_VERSION, "tables": [table.to_dict() for table in self.tables]}
+        tables = [
+            {"columns": list(table.columns), "values": table.values.tolist(), "counts": table.counts.tolist()}
+            for table in self.tables
+        ]
+        return {"format_version": FORMAT_VERSION, "tables": tables}
 
     def of_columns(self, columns: Mapping[str, Column]) -> Frequencies:
         """Return the frequencies of the columns of a prior that was trained on some of those that were counted; without
@@ -158,7 +148,7 @@ class Frequencies:
             if any(not column.takes_rows_of(table.columns[name]) for name, column in both.items()):
                 return Frequencies()
             if both:
-                tables.append(table.select(both))
+                tables.append(Table(both, *add_up(table.part(both), table.counts)))
         return Frequencies(tuple(tables))
 
     def find_table(self, name: str) -> Table | None:
@@ -199,11 +189,10 @@ class Frequencies:
         table, names = self.find_table(name), [other for other in given if other != name]
         if table is None:
             return f"all classes of {name} count as equally likely"
-        used = [other for other in names if other in table.columns]
-        ignored = [other for other in names if other not in table.columns]
+        used = ", ".join(other for other in names if other in table.columns)
+        ignored = ", ".join(other for other in names if other not in table.columns)
         text = f"the classes of {name} are as likely as in the training split"
-        text += f" given {', '.join(used)}" if used else ""
-        return text + (f", whatever {', '.join(ignored)}" if ignored else "")
+        return text + f" given {used}" * bool(used) + f", whatever {ignored}" * bool(ignored)
 
 
 def pack_rows(given: Given, columns: Mapping[str, Column]) -> Tensor:

@@ -175,11 +175,8 @@ class Request:
         return self.pipeline.choose_sampler(self.settings, self.given.names, self.decoding)
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that the pixels depend on, except the number of images. Raises `UserError` for a request
-        that does not fit the prior."""
         pipeline, prior = self.pipeline, self.pipeline.prior
         try:
-            self.decoding.check()
             batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
         except (ValueError, TypeError) as error:
@@ -201,7 +198,6 @@ class Request:
 
 
 def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
-    """Return the request that `config` describes."""
     keys = config.read_condition(pipeline, config.num_images, default=IMAGES)
     given, chosen = keys.given, config.labels
     if chosen is not None and chosen != [] and LABEL in keys.written:
@@ -235,7 +231,6 @@ def is_constant(raw: Tensor) -> bool:
 
 
 def describe_job(request: Request, suffix: str) -> dict[str, Any]:
-    """Return everything that the files depend on. suffix: theirs."""
     other = {} if suffix == FILES[0] else {"suffix": suffix}
     return {"verb": "generate", "num_images": len(request.given), **other, **request.describe()}
 
@@ -276,13 +271,7 @@ def make_images(
             writing.pop().result()
 
 
-def assign_labels(job: dict[str, Any]) -> list[int] | None:
-    """Return the class of each image, or None without classes."""
-    return [job["labels"][k % len(job["labels"])] for k in range(job["num_images"])] if job["labels"] else None
-
-
 def name_files(count: int, suffix: str = ".png") -> list[str]:
-    """Return the file names of `count` images: their numbers with at least five digits."""
     digits = max(5, len(str(count - 1)))
     return [f"{number:0{digits}d}{suffix}" for number in range(count)]
 
@@ -374,7 +363,6 @@ class ImageFolder:
             list(pool.map(write_one, numbers, images))
 
     def split(self, image: np.ndarray) -> np.ndarray:
-        """Return the frames (T, H, W, C) of a strip; an image is left as it is."""
         frames = 1 if self.tokenizer is None else self.tokenizer.frames
         return image if frames == 1 else image.reshape(frames, -1, *image.shape[1:])
 
@@ -386,11 +374,11 @@ class ImageFolder:
         return picture_pixels(to_images(images, shape, values_of(self.tokenizer)), self.tokenizer)
 
     def finish(self, job: dict[str, Any], values: dict[str, list[Any]]) -> None:
-        """Write `metadata.jsonl` if there are classes or `values` of columns, or the single file. Raises `UserError` if
-        an image is missing."""
+        """Write `metadata.jsonl` for classes or `values`, or the single file. Raises `UserError` without an image."""
         if absent := [name for name in self.names if not (self.folder / name).is_file()]:
             raise UserError(f"out: {self.folder / absent[0]} is missing; all processes must share the same disk")
-        labels, known = assign_labels(job), [*(job["class_names"] or []), ""]  # the null class has no name
+        chosen, known = job["labels"], [*(job["class_names"] or []), ""]  # the null class has no name
+        labels = [chosen[k % len(chosen)] for k in range(job["num_images"])] if chosen else None
         classes = None if labels is None else [known[label] for label in labels]
         with self.output.errors():
             if self.is_work:
@@ -432,29 +420,20 @@ class ImageFolder:
             require_writable(out, self.output.overwrite)
             self.result.replace(out)
             fsync(out.parent)
-        self.remove_work()
-
-    def remove_work(self) -> None:
-        """Remove the work folder, `job.json` last."""
-        for name in (self.result.name, *self.names, JOB):
+        for name in (self.result.name, *self.names, JOB):  # job.json last
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # it contains files of the user
             self.folder.rmdir()
 
 
 def npy_bytes(image: np.ndarray) -> bytes:
-    """Encode an array (H, W, C) as `.npy`."""
     file = io.BytesIO()
     np.save(file, image)
     return file.getvalue()
 
 
 def write_npz(
-    path: Path,
-    images: Iterable[np.ndarray],
-    shape: Sequence[int],
-    labels: list[int] | None,
-    dtype: str = "uint8",
+    path: Path, images: Iterable[np.ndarray], shape: Sequence[int], labels: list[int] | None, dtype: str = "uint8"
 ) -> None:
     """Write images (H, W, C) as one array of `shape` (N, H, W, C) and type `dtype`, and their classes, in the format of
     ADM's evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion). Images are written one at a time and

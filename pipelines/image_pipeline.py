@@ -46,14 +46,7 @@ from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
 from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
 from .images.origin import shareable
-from .images.pictures import (
-    LATENT,
-    check_output_type,
-    find_user_stacklevel,
-    picture_pixels,
-    shown_channels,
-    to_uint8,
-)
+from .images.pictures import LATENT, check_output_type, find_user_stacklevel, picture_pixels, shown_channels, to_uint8
 from .images.tiles import LazyImages, list_images
 from .processes.group import ALONE, ProcessGroup
 from .provenance import trained_data
@@ -91,7 +84,6 @@ class PipelineOutput(NamedTuple):
         return f"{type(self).__name__}(images: {self.describe_images()}, tokens: {tokens}, class_names: {names})"
 
     def describe_images(self) -> str:
-        """Return the form of the images."""
         images = self.images
         if images is self.tokens:
             return "not decoded"
@@ -107,8 +99,7 @@ class PipelineOutput(NamedTuple):
         show, by default the first three. The completions (`draws`) of an image form a row.
 
         Small images are enlarged by an integer factor until a name fits above them. Raises `ValueError` for the output
-        of `output_type="latent"`, which has no images, and for fewer than 1 column.
-        """
+        of `output_type="latent"`, which has no images, and for fewer than 1 column."""
         if columns is not None and columns < 1:
             raise ValueError(f"columns must be at least 1 (got {columns})")
         if self.images is self.tokens:
@@ -139,7 +130,6 @@ class ClipOutput(PipelineOutput):
     __slots__ = ()
 
     def describe_images(self) -> str:
-        """Return the form of the clips."""
         images = self.images
         if not isinstance(images, list):
             return super().describe_images()
@@ -148,8 +138,7 @@ class ClipOutput(PipelineOutput):
         return f"{len(images)} {draws}clips of {len(clip)} PIL of {clip[0].width} x {clip[0].height}"
 
     def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
-        """Return all clips in one picture; see `PipelineOutput.grid`. A clip is a strip, its frames below one
-        another."""
+        """Return all clips in one picture, as `PipelineOutput.grid` does; frames lie below one another."""
         images = self.images
         if images is self.tokens:
             return super().grid(columns, labels=labels, show=show)
@@ -240,11 +229,9 @@ class ImagePipeline:
         grid, shape = self.prior.grid, "x".join(map(str, frame_shape(self.tokenizer)))
         shape = f"images {shape}" if self.frames == 1 else f"clips {self.frames}x{shape}"
         others = self.prior.config.conditions
-        return (
-            f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, {shape}, tokens "
-            f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes"
-            f"{', columns ' * bool(others)}{', '.join(others)})"
-        )
+        tokens, columns = "x".join(map(str, grid.shape)), ", columns " * bool(others) + ", ".join(others)
+        known = f"tokens {tokens} of {grid.vocab_size}, {self.prior.num_classes} classes{columns}"
+        return f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, {shape}, {known})"
 
     # Sampling
 
@@ -292,8 +279,7 @@ class ImagePipeline:
         `order`, `num_orders`, `cache` or `parallel` is given, since it cannot be combined with them. The guidance
         schedule is replaced as a whole: a given `guidance_scale` is constant unless `guidance_end` is also given, and a
         given `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of
-        range, `TypeError` for a setting that the prior does not have.
-        """
+        range, `TypeError` for a setting that the prior does not have."""
         if isinstance(num_images, str):
             raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
         if num_images_per_label is not None:
@@ -336,10 +322,8 @@ class ImagePipeline:
                 on_step=report if callback_on_step_end else None,
             )
             done[rows] = True
-        if output_type == LATENT:
-            images: Any = drawn
-        else:
-            images = self.decode(drawn, output_type=output_type, batch_size=batch_size, progress=progress)
+        options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
+        images = drawn if output_type == LATENT else self.decode(drawn, **options)
         kind = ClipOutput if self.frames > 1 else PipelineOutput
         return kind(images, drawn, self.class_names(given.rows[LABEL]) if LABEL in given.rows else None)
 
@@ -402,9 +386,8 @@ class ImagePipeline:
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
         """Like `decode`, but return float images `(B, C, H, W)` in [-1, 1]; clips are strips `(B, C, T * H, W)`."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
-        return torch.cat(
-            [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
-        )
+        batches = self._with_bar(parts, "decoding") if progress else parts
+        return torch.cat([self.tokenizer.decode(part) for part in batches])
 
     encode_tiles = serialized(encode_tiles)
     decode_tiles = serialized(decode_tiles)
@@ -461,8 +444,7 @@ class ImagePipeline:
         return values_of(self.tokenizer)
 
     def batches(self, rows: Tensor, given: Given, batch_size: int) -> Iterator[tuple[slice, Tensor, Given]]:
-        """Yield batches of images or tokens: their slice, the rows, and what is given of them. Without rows, yield one
-        empty batch."""
+        """Yield the slice, the rows and what is given of batches; at least one, which may be empty."""
         check_count(batch_size, "batch_size")
         for start in self._with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
             place = slice(start, start + batch_size)
@@ -503,15 +485,13 @@ class ImagePipeline:
         Numbers outside those of the training data become the nearest of these, with a warning except for tensors, which
         hold raw values; limit: False leaves them as they are. marginal: a column of classes that densities are mixtures
         over (see `Given.over`), with their frequencies in the training split given the other columns. Raises
-        `ValueError`, which names the column and what is allowed.
-        """
+        `ValueError`, which names the column and what is allowed."""
         columns = self.columns
         if isinstance(condition, (PILImage, Tensor, np.ndarray, list, tuple)):
             grids = [name for name, column in columns.items() if column.is_map]
             if len(grids) != 1:
-                there = (
-                    f"the grids are {', '.join(grids)}" if grids else f"there is no grid; {describe_columns(columns)}"
-                )
+                none = f"there is no grid; {describe_columns(columns)}"
+                there = f"the grids are {', '.join(grids)}" if grids else none
                 raise ValueError(f"condition: images alone stand for the only grid, but {there}")
             condition = {grids[0]: condition}
 
@@ -561,8 +541,7 @@ class ImagePipeline:
         marginal: a column of classes, usually "label", that are not known: log sum_c p(c | condition) p(tokens | c,
         condition), where p(c) is the share of the class in the training split (for files of 0.3 one in the number of
         classes). It takes as many passes as there are classes. Raises `ValueError` for a column that is no class, that
-        the prior lacks or that is given, and for more than 1,024 classes.
-        """
+        the prior lacks or that is given, and for more than 1,024 classes."""
         batch, parts = self.to_images(images), []
         given = self.read_given(labels, condition, len(batch), marginal=marginal)
         for rows, part, own in self.batches(batch, given, batch_size):
@@ -656,9 +635,8 @@ class ImagePipeline:
                 return [exact(each) for each in one]
             return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
 
-        return compress(
-            self, read_images(exact(several), self.tokenizer).to(self.device), condition=condition, **options
-        )
+        pixels = read_images(exact(several), self.tokenizer).to(self.device)
+        return compress(self, pixels, condition=condition, **options)
 
     @serialized
     def decompress(
@@ -678,8 +656,7 @@ class ImagePipeline:
         with more images. Of images that were compressed with `tile=True`, return a list at their own sizes.
 
         Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
-        made by another pipeline or on a machine that computes other probabilities.
-        """
+        made by another pipeline or on a machine that computes other probabilities."""
         check_output_type(output_type)
         options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
         images = decompress(self, data, condition=condition, **options)
@@ -699,8 +676,7 @@ class ImagePipeline:
         and stores them in files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid:
         uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for
         a grid too large to be loaded again, `ValueError` for weights out of the type's range, `IntegrityError` if a
-        model was replaced by one that does not fit the others.
-        """
+        model was replaced by one that does not fit the others."""
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
         saving.save(self, folder, variant)
 
@@ -722,8 +698,7 @@ class ImagePipeline:
         Raises a `PipelineLoadError` that names the file, the field, what was found and what is allowed.
 
         variant: "fp16" or "bf16"; None uses that of the folder. dtype: dtype of the weights in memory; "auto" keeps
-        that of the file, None is float32. verify: compare the sha256 of every file with the manifest.
-        """
+        that of the file, None is float32. verify: compare the sha256 of every file with the manifest."""
         folder = saving.find_pipeline(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -747,8 +722,7 @@ class ImagePipeline:
         removes files of an earlier pipeline and keeps all others. The path of a local folder of training images is not
         published.
 
-        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one line.
-        """
+        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one line."""
         from .hub import push_folder, require_reachable
 
         require_reachable(repo_id)
@@ -789,8 +763,7 @@ class ImagePipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` makes another pipeline
-        from them."""
+        """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` is another pipeline."""
         models = {
             "tokenizer": self.tokenizer,
             "prior": self.prior,
@@ -860,8 +833,7 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
 
 
 def equal_batches(count: int, at_most: int) -> list[slice]:
-    """Cut `count` images into the fewest batches whose sizes differ by at most one, so that one CUDA graph suits all;
-    larger ones come first."""
+    """Cut `count` images into the fewest batches of nearly equal size, so that one CUDA graph suits all."""
     number = -(-count // at_most)
     size, larger = divmod(count, number)
     starts = [k * size + min(k, larger) for k in range(number + 1)]

@@ -14,14 +14,12 @@ def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
     """Convert numbers, arrays, or lists of tensors to a tensor."""
     listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
     if listed or isinstance(values, np.ndarray):
-        values = np.asarray(
-            values, order="C"
-        )  # torch accepts neither lists of tensors nor arrays with negative strides
+        # torch accepts neither lists of tensors nor arrays with negative strides.
+        values = np.asarray(values, order="C")
     return torch.as_tensor(values, device=device)
 
 
 def is_integer(dtype: torch.dtype) -> bool:
-    """Return whether a type is an integer type."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 

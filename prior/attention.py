@@ -1,12 +1,11 @@
 """A transformer block and rotary positions on a grid.
 
 The design follows LlamaGen (Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary positions on grid coordinates, queries
-and keys normalised per head.
-"""
+and keys normalised per head."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,33 +16,18 @@ from tokenizer.precision import Constants, at_least_float32
 
 from .masks import Window
 
+if TYPE_CHECKING:
+    from .transformer import TransformerConfig
+
 EPS = 1e-12  # avoids 0 / 0
-
-
-class BlockSizes(Protocol):
-    """What a block reads from a configuration; see `TransformerConfig`."""
-
-    @property
-    def dim(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def hidden(self) -> int | None: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def attention_dropout(self) -> float: ...
-    @property
-    def rope_base(self) -> float: ...
 
 
 class Block(nn.Module):
     """Pre-normalised attention and SwiGLU on a residual stream `(B, N, dim)`.
 
-    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones.
-    """
+    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones."""
 
-    def __init__(self, config: BlockSizes, *, causal: bool, window: Window | None = None) -> None:
+    def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
         super().__init__()
         self.window = window
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
@@ -81,8 +65,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate and scale each pair of `x` (B, N, heads, width): `rotations` ([B,] N, 1 or heads, width / 2, 2) holds cos
-    and sin times the scale."""
+    """Rotate each pair of `x` (B, N, heads, width) by scaled cos and sin `([B,] N, 1 or heads, width / 2, 2)`."""
     pairs = x.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():  # a complex product makes a single pass over memory
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)
@@ -96,7 +79,7 @@ class Rotations(Constants):
 
     table: Tensor
 
-    def __init__(self, config: BlockSizes, cells: Tensor) -> None:
+    def __init__(self, config: TransformerConfig, cells: Tensor) -> None:
         """cells: coordinates `(cells, axes)`."""
         super().__init__()
         pairs, axes = config.dim // config.heads // 2, cells.shape[1]

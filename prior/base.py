@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -41,8 +42,7 @@ class Prior(PretrainedModel, family="prior"):
     """A distribution over grids of ids. Gradients flow only through `forward`.
 
     N is the number of tokens, and P the number of positions that the network sees: P < N if an output head draws
-    several ids per position.
-    """
+    several ids per position."""
 
     Sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
     """The class of `sample`'s settings; a model may declare a subclass with more."""
@@ -98,12 +98,7 @@ class Prior(PretrainedModel, family="prior"):
         raise NotImplementedError
 
     def forward(
-        self,
-        tokens: Tensor,
-        encoded: Encoded | None = None,
-        *order: Any,
-        raw: bool = False,
-        **inputs: Any,
+        self, tokens: Tensor, encoded: Encoded | None = None, *order: Any, raw: bool = False, **inputs: Any
     ) -> Tensor:
         """Return teacher-forced logits `(B, N, vocab_size)`, in raster order; `logits[:, i]` depends only on tokens in
         earlier blocks.
@@ -111,8 +106,7 @@ class Prior(PretrainedModel, family="prior"):
         tokens: `(B, *grid.shape)`; encoded: what is given, from `encode_given`; None means nothing. A model with
         `any_order` has a third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or, if it supports
         blocks, `block_of`, the block number of each token in raster order, `(N,)` or `(B, N)`. raw: return `outputs`,
-        the input of `loss_from_outputs`.
-        """
+        the input of `loss_from_outputs`."""
         encoded = self.encode_nothing(len(tokens)) if encoded is None else encoded
         outputs = self.outputs(tokens, encoded, *order, **inputs)
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
@@ -170,18 +164,11 @@ class Prior(PretrainedModel, family="prior"):
         """Draw further arguments of `forward` for a training step on `tokens`, such as orders or masks.
 
         Uses torch's global generator, which the training loop seeds by (seed, rank, step). progress: the completed
-        fraction of training, in [0, 1].
-        """
+        fraction of training, in [0, 1]."""
         return {}
 
     def loss(
-        self,
-        tokens: Tensor,
-        labels: Any = None,
-        *,
-        condition: Any = None,
-        progress: float = 0.0,
-        **inputs: Any,
+        self, tokens: Tensor, labels: Any = None, *, condition: Any = None, progress: float = 0.0, **inputs: Any
     ) -> Tensor:
         """Return the training loss, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
         of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all) and the columns of
@@ -189,8 +176,7 @@ class Prior(PretrainedModel, family="prior"):
 
         inputs: further arguments of `forward`, by default drawn by `training_inputs`. The loss of a model that draws
         orders or masks is therefore random, and may depend on `progress`, the completed fraction of training. Raises
-        `ValueError` for tokens or labels out of range, or of the wrong shape or type.
-        """
+        `ValueError` for tokens or labels out of range, or of the wrong shape or type."""
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
         encoded = self.encode_given(self.read_given(labels, condition, len(tokens)))
@@ -240,8 +226,7 @@ class Prior(PretrainedModel, family="prior"):
 
         order: for a model with `any_order`, a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a
         `Partition`; None means the model's own. known: bool `(B, N)`, in raster order; such a model decodes these
-        tokens first, as in `sample`. Raises `ValueError` for an order out of range.
-        """
+        tokens first, as in `sample`. Raises `ValueError` for an order out of range."""
         partition = self.check_order(order, len(tokens))
         if known is not None and self.any_order:
             partition = partition or Partition(self.order, self.blocks)
@@ -256,8 +241,7 @@ class Prior(PretrainedModel, family="prior"):
         known tokens have no meaning. known: bool `(B, N)`, as many in each row.
 
         A model that draws blocks predicts all hidden tokens at once; any other with `any_order` conditions each on the
-        hidden tokens before it, too. Raises `ValueError` for a model with one order.
-        """
+        hidden tokens before it, too. Raises `ValueError` for a model with one order."""
         order, count = known_first(self.order, known), int(known[0].sum())
         parts = [count, known.shape[1] - count]
         partition = Partition(order, tuple(size for size in parts if size) if self.config.takes_blocks else self.blocks)
@@ -275,14 +259,13 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Return log p(tokens | labels, condition), `(B,)` nats.
 
-        labels: `(B,)`, where `num_classes` is the null class; None means the null class for all. condition: values of
+        labels: `(B,)`, or one class for all images; `num_classes` is the null class, as is None. condition: values of
         columns by name, one for all images or one per image, or a `Given`; missing columns are null (see
         `prior.columns`), unless `Given.over` makes this the mixture over the classes of one.
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |
         order_k, mask_m) (Germain et al. 2015, section 4.2). K > 1 adds K - 1 random orders to `order` (see `orders`),
         and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
-        requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range.
-        """
+        requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range."""
         orders, each = self.orders(num_orders, order), list[Tensor]()
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
@@ -298,8 +281,7 @@ class Prior(PretrainedModel, family="prior"):
     # Orders, and mixtures of them
 
     def to_partition(self, order: Order) -> Partition:
-        """Convert `order` to a `Partition` on the model's device. Raises `ValueError` unless block sizes are whole
-        numbers."""
+        """Convert `order` to a `Partition` on the model's device. Raises `ValueError` for sizes that are not whole."""
         found: Any = make_partition(order, self.grid.shape) if isinstance(order, str) else order
         if not isinstance(found, Partition):
             found = Partition(self.order if found is None else found, self.blocks)
@@ -341,16 +323,17 @@ class Prior(PretrainedModel, family="prior"):
         return {"block_of": block_of}
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
-        """Return the orders of a mixture: `order` (None means the model's own), then random:1, random:2, ... with the
-        same blocks."""
-        check_mixture("num_orders", num_orders, self.any_order, f"this {self.name} prior has one order")
+        """Return the orders of a mixture: `order`, then random:1, random:2, ... with the same blocks."""
+        if check_count(num_orders, "num_orders") > 1 and not self.any_order:
+            raise ValueError(f"num_orders: this {self.name} prior has one order")
         blocks = self.to_partition(order).blocks
         others = [make_order(f"random:{index}", self.grid.shape) for index in range(1, num_orders)]
         return [order, *(Partition(other, blocks) for other in others)]
 
     def connectivities(self, num_masks: int) -> range:
         """Return the numbers of a mixture's connectivities; 0 is the model's own."""
-        check_mixture("num_masks", num_masks, self.any_connectivity, f"this {self.name} prior has one connectivity")
+        if check_count(num_masks, "num_masks") > 1 and not self.any_connectivity:
+            raise ValueError(f"num_masks: this {self.name} prior has one connectivity")
         return range(num_masks)
 
     def connected(self, number: int) -> AbstractContextManager[None]:
@@ -387,8 +370,7 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`, in raster order: row i marks the positions that the network sees at position i, by default all
-        positions in earlier blocks."""
+        """bool `(P, P)`, in raster order: row i marks the positions seen at i, by default those of earlier blocks."""
         return self.position_block_of < self.position_block_of[:, None]
 
     # Features
@@ -410,20 +392,14 @@ class Prior(PretrainedModel, family="prior"):
         return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
 
     def features(
-        self,
-        tokens: Tensor,
-        labels: Any = None,
-        layer: int | None = None,
-        *,
-        condition: Any = None,
+        self, tokens: Tensor, labels: Any = None, layer: int | None = None, *, condition: Any = None
     ) -> Tensor:
         """Return activations after a layer in the teacher-forced pass, `(B, N, dim)` in raster order.
 
         Like `logits[:, i]`, the features at i depend only on tokens of earlier blocks (in early layers, on fewer than
         `receptive_field` marks). Models that differ document it. layer: 0 to `feature_layers` - 1; None selects the
         middle layer. labels, condition: see `log_prob`. Raises `ValueError` for another layer, and for tokens, labels
-        or columns out of range.
-        """
+        or columns out of range."""
         layer = self.feature_layers // 2 if layer is None else layer
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
@@ -544,10 +520,9 @@ class Prior(PretrainedModel, family="prior"):
         ends sampling.
 
         All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
-        for arguments out of range, and `TypeError` for a setting that this prior does not support.
-        """
+        for arguments out of range, and `TypeError` for a setting that this prior does not support."""
         given = self.read_given(labels, condition, check_count(num_images))
-        of_decoding = {name: settings.pop(name) for name in DecodingOptions.names() if name in settings}
+        of_decoding = {each.name: settings.pop(each.name) for each in fields(DecodingOptions) if each.name in settings}
         for options, others in ((sampling, settings), (decoding, of_decoding)):
             if options is not None and others:
                 raise TypeError(f"give {next(iter(others))} or {type(options).__name__}, not both")
@@ -557,7 +532,6 @@ class Prior(PretrainedModel, family="prior"):
             raise TypeError(f"sampling: a {self.name} prior takes {expected} (got {type(sampling).__name__})")
         self.check_sampling_options(sampling)
         decoding = decoding or DecodingOptions(**of_decoding)
-        decoding.check()
         with torch.inference_mode(), evaluation_mode(self):
             batch = make_batch(self, given, sampling, generator, tokens, known)
             monitor = Monitor(progress, on_step, batch, self.grid)
@@ -592,21 +566,11 @@ def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
     return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
 
 
-def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
-    """Raise `ValueError` unless `count`, the argument `name`, is 1, or larger and `allowed`."""
-    count = whole_number(name, count)
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1 (got {count})")
-    if count > 1 and not allowed:
-        raise ValueError(f"{name}: {otherwise}")
-
-
 @contextmanager
 def evaluation_mode(model: PretrainedModel) -> Iterator[None]:
     """Run a model in eval mode, in full float32 precision and without autocast; afterwards restore each module's mode.
 
-    cuDNN attention is disabled: it re-plans (tens of milliseconds) each time the number of keys grows.
-    """
+    cuDNN attention is disabled: it re-plans (tens of milliseconds) each time the number of keys grows."""
     in_training = [module for module in model.modules() if module.training]
     uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()

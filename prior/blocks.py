@@ -8,8 +8,7 @@ partition belongs to the model: p(a block | earlier blocks) is a product over it
 approximation.
 
 In ARPG half of the layers process the tokens and the other half the queries; this was equally good at 49 tokens and
-learned more slowly at 256 (docs/lab.md).
-"""
+learned more slowly at 256 (docs/lab.md)."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ class BlocksConfig(OrderedConfig):
 
 
 class Layer(nn.Module):
-    """Pre-normalised residual attention from a stream `(B, n, dim)` to keys and values of rows, then residual
-    SwiGLU."""
+    """Pre-normalised residual attention from a stream `(B, n, dim)` to keys and values; then residual SwiGLU."""
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
@@ -67,8 +65,7 @@ class Layer(nn.Module):
         return self.attend(x, rotations[1:], self.keys_values(rows, rotations), sees)
 
     def attend(self, x: Tensor, rotations: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
-        """Map `(B, n, dim)` to the same shape. sees: bool `([B, 1,] n, m)`, True where attention is allowed, or a
-        window; None allows all."""
+        """Map `(B, n, dim)` to the same shape. sees: bool `([B, 1,] n, m)`, True where allowed; a window; None: all."""
         keys, values = keys_values
         queries = self.q(self.attention_norm(x)).unflatten(-1, (self.heads, -1))
         queries = rotate(unit(queries), rotations.unsqueeze(-3) * self.gain.unsqueeze(-1)).to(x.dtype)
@@ -85,8 +82,7 @@ class Layer(nn.Module):
 
 
 class Blocks(Prior, name="blocks"):
-    """One stream with masked attention. Row 0 is a start row that holds the class and is visible to all positions; rows
-    1 to P are the positions."""
+    """One stream with masked attention. Row 0, a start row, holds the class and is visible to all positions."""
 
     Config = BlocksConfig
     cells: Tensor
@@ -114,8 +110,7 @@ class Blocks(Prior, name="blocks"):
         reset(self, self.layers)
 
     def make_windows(self, at: Tensor) -> list[Window]:
-        """Make each layer's window for the queries at raster indices `at` (n,); return an empty list without
-        windows."""
+        """Make each layer's window for the queries at raster indices `at` (n,); none without windows."""
         if self.config.window is None:
             return []
         when = F.pad(self.position_block_of, (1, 0), value=-1)[:, None]  # the start row precedes all others
@@ -179,7 +174,6 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The layers: the stream, `(B, P, dim)`."""
         return list(self.layers)
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
@@ -196,14 +190,12 @@ class Blocks(Prior, name="blocks"):
         return {"block_of": torch.where(random, shuffled, self.block_of)}
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make an empty key/value cache."""
         return Cache(self, encoded, partition or Partition(self.position_order, self.position_blocks))
 
 
 @cache
 def growing_numbers(size: int) -> Tensor:
-    """Return the block number of each rank, `(k, size)`, for k counts of growing blocks, spaced geometrically from 1 to
-    `size`."""
+    """Return the block number of each rank, `(k, size)`, for k numbers of growing blocks from 1 to `size`."""
     counts = sorted({round(size ** (step / COUNTS)) for step in range(COUNTS + 1)})
     sizes = [torch.tensor(growing(size, count), device="cpu") for count in counts]
     return torch.stack([torch.arange(len(each), device="cpu").repeat_interleave(each) for each in sizes])
@@ -213,8 +205,7 @@ class Cache:
     """Keys and values of each layer, allocated once, and each layer's stream at the last block, to which the block's
     tokens are added once they are known.
 
-    Rows are in decoding order, or in raster order with windows, which gather them by cell.
-    """
+    Rows are in decoding order, or in raster order with windows, which gather them by cell."""
 
     def __init__(self, model: Blocks, encoded: Encoded, partition: Partition) -> None:
         self.model, label = model, model.class_embedding(encoded)[:, None]
@@ -232,8 +223,7 @@ class Cache:
         self.block = self.length = 0
 
     def step(self, tokens: Tensor | None) -> Tensor:
-        """Return the outputs at the next block's positions, `(B, n, size)`, given the last ones' `tokens`, `(B, m)` or
-        `(B, m, ids_per_position)`."""
+        """Return the outputs of the next block, `(B, n, size)`. tokens: `(B, m)` or `(B, m, ids_per_position)`."""
         model, at = self.model, self.at[self.block]
         if tokens is not None and model.output_head.ids_per_position == 1:
             tokens = tokens[..., None]

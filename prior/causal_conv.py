@@ -39,14 +39,12 @@ class CausalConvConfig(PriorConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on each block's gated output")
 
     def check(self) -> Iterator[str]:
-        """Check that the largest dilation is a power of two."""
         yield from super().check()
         if self.max_dilation & (self.max_dilation - 1):
             yield f"max_dilation: must be a power of two (got {self.max_dilation})"
 
     @property
     def dilations(self) -> list[int]:
-        """The dilation of each block."""
         return [1 << block % self.max_dilation.bit_length() for block in range(self.depth)]
 
 
@@ -108,7 +106,6 @@ class CausalConv(Prior, name="causal_conv"):
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         previous = self.position_ids(tokens)[:, self.position_order[:-1]]
         start = self.start_embedding.expand(len(tokens), 1, -1)
         x = (torch.cat([start, self.token_embedding(previous)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
@@ -131,7 +128,6 @@ class CausalConv(Prior, name="causal_conv"):
         return output.transpose(1, 2)[:, self.ranks]
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Buffers:
-        """Make buffers of each block's inputs."""
         return Buffers(self, encoded)
 
 
@@ -154,8 +150,7 @@ class Buffers:
     With few rows, a step is bound by the number of operations, so products are written where the next operation reads
     them: the residual stream into the next block's inputs, and the gated outputs side by side, so that all skip
     connections are one product. Since sigmoid(b) = (1 + tanh(b / 2)) / 2, a gate is a single tanh over both halves,
-    with the factors folded into the weights.
-    """
+    with the factors folded into the weights."""
 
     def __init__(self, model: CausalConv, encoded: Encoded) -> None:
         config, rows, weight = model.config, len(encoded), model.token_embedding.weight.detach()
@@ -188,8 +183,6 @@ class Buffers:
         return layers
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         at = 1 + self.rank
         x = self.start if token is None else self.token_embedding.embed_rows(token)
         x = torch.add(x, self.positions[self.rank], out=self.inputs[at])

@@ -1,8 +1,7 @@
 """Contract checks for priors defined outside this package.
 
 A prior that sees the token it predicts reaches a loss of zero, so its likelihood means nothing. `require_causal` is
-cheap enough to run before training; `check_prior` tests every promise on a grid that is small enough to enumerate.
-"""
+cheap enough to run before training; `check_prior` tests every promise on a grid that is small enough to enumerate."""
 
 from __future__ import annotations
 
@@ -35,17 +34,15 @@ class NotCausalError(ValueError):
     """The logits of a token depend on itself or another token of its block or a later block."""
 
 
-def is_built_in(prior: Prior | type[Prior]) -> bool:
+def is_built_in(prior: Prior) -> bool:
     """Return whether the model is part of this package, whose tests include these checks."""
-    kind = prior if isinstance(prior, type) else type(prior)
-    return kind.__module__.startswith("prior.")
+    return type(prior).__module__.startswith("prior.")
 
 
-def with_random_weights(prior: Prior, seed: int = 0) -> Prior:
-    """Return a copy in eval mode, on the CPU, whose weights are all random: an output layer that starts at zero would
-    hide what the network sees."""
+def with_random_weights(prior: Prior) -> Prior:
+    """Return a copy on the CPU, in eval mode, with random weights: an output layer may start at zero."""
     model = copy.deepcopy(prior).to("cpu", torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -74,8 +71,7 @@ def require_causal(prior: Prior, tokens: Tensor, given: Given | None = None) -> 
 
     tokens: one grid, `grid.shape` or `(1, *grid.shape)`; given: what is known of it, one row. Up to 16 of its tokens
     are changed one at a time, including the first and the last in the order. The prior runs in eval mode with its own
-    weights.
-    """
+    weights."""
     size, vocab_size, order = len(prior.grid), prior.grid.vocab_size, prior.order.tolist()
     if vocab_size == 1:
         return
@@ -115,8 +111,7 @@ def require_causal(prior: Prior, tokens: Tensor, given: Given | None = None) -> 
 def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
     """Yield (promise, problem or None) for each promise of a prior, tested with random weights.
 
-    Promises about the distribution are tested by enumeration, and skipped for grids with more than 4,096 values.
-    """
+    Promises about the distribution are tested by enumeration, and skipped for grids with more than 4,096 values."""
     if hidden := describe_hidden_methods(prior, Prior):
         yield NOT_HIDDEN, hidden
         return
@@ -128,7 +123,6 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
     others = given.without([LABEL])
 
     def logits(given: Given) -> Tensor:
-        """Return the logits of as many tokens."""
         found: Tensor = model(tokens[: len(given)], model.encode_given(given))
         return found
 
@@ -218,8 +212,7 @@ def expect_close(one: Tensor, other: Tensor, what: str) -> None:
 
 
 def fits(found: Tensor, expected: Tensor) -> bool:
-    """Return whether counts agree with expected counts, by a chi-squared test at six standard deviations; rare outcomes
-    are pooled."""
+    """Return whether counts are as expected: chi-squared at six standard deviations, rare outcomes pooled."""
     rare = expected < 5
     found = torch.cat([found[~rare], found[rare].sum()[None]])
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-3)
@@ -228,5 +221,4 @@ def fits(found: Tensor, expected: Tensor) -> bool:
 
 
 def generators(seeds: Any) -> list[torch.Generator]:
-    """Return one generator for each image."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -8,8 +8,7 @@
     grid      the ids of another image, int64 (B, *grid.shape); -1 is null, for single cells too
 
 Each class says how values are written and checked, what is null, how raw rows are stored in files, and which network
-encodes them; nothing else asks which kind a column is. `pipelines.columns` adds what needs files, tables or widgets.
-"""
+encodes them; nothing else asks which kind a column is. `pipelines.columns` adds what needs files, tables or widgets."""
 
 from __future__ import annotations
 
@@ -177,7 +176,6 @@ class Column(ModelConfig):
         return self.values(self.scaling)
 
     def values(self, names: Iterable[str]) -> list[Any]:
-        """Return fields."""
         return [getattr(self, name) for name in names]
 
     # Words
@@ -276,12 +274,10 @@ class ClassColumn(IdColumn):
         return self.names == other.names or [*map(str, range(self.count))] in (self.names, other.names)
 
     def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
-        """Match the rows by name; see `match_rows`."""
         return {"weight": weights["weight"][self.match_rows(other)]}
 
     def match_rows(self, other: Any) -> Tensor:
-        """Return for each class, and for null, its row in a table of the classes of `other` and null; a new class has
-        the row of null."""
+        """Return the row of each class, and of null, in a table of `other`'s classes and null; null for new ones."""
         places = {name: row for row, name in enumerate(other.names)}
         return torch.tensor([*(places.get(name, other.count) for name in self.names), other.count])
 
@@ -340,7 +336,6 @@ class FloatColumn(Column):
     """Numbers, of which NaN is null."""
 
     def parse_one(self, value: Any) -> Tensor:
-        """Convert a list of numbers."""
         if value is None:
             return self.null(1)[0]
         several = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]
@@ -407,8 +402,8 @@ class FlagsColumn(FloatColumn):
 
     def check_raw(self, values: Tensor) -> Tensor:
         values = super().check_raw(values)
-        if bool(((values != 0) & (values != 1) & ~values.isnan()).any()):
-            wrong = values[(values != 0) & (values != 1) & ~values.isnan()]
+        wrong = values[(values != 0) & (values != 1) & ~values.isnan()]
+        if len(wrong):
             raise ValueError(f"flags must be 0 or 1 (got {float(wrong[0]):g})")
         return values
 
@@ -446,7 +441,6 @@ class NumberColumn(QuantityColumn):
     high: list[float] = Field(description="largest values of the training split")
 
     def check(self) -> Iterator[str]:
-        """Check that all statistics are of equally many numbers."""
         if {len(self.std), len(self.low), len(self.high)} != {len(self.mean)}:
             yield "mean: mean, std, low and high must have equally many numbers"
 
@@ -583,12 +577,10 @@ def find_column(columns: Mapping[str, Any], name: str, argument: str = "conditio
 
 
 def describe_columns(columns: Mapping[str, Any]) -> str:
-    """Describe the columns in a few words."""
     return f"the columns are {', '.join(columns)}" if columns else "there are no columns"
 
 
 def describe_names(names: Sequence[str]) -> str:
-    """List the first names."""
     return ", ".join(names[:FEW]) + (f", ... ({len(names)} in all)" if len(names) > FEW else "")
 
 

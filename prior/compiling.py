@@ -27,8 +27,7 @@ def can_compile(device: torch.device) -> bool:
 
 @cache
 def compiler_problem() -> str:
-    """Return what Triton lacks on this machine, empty if nothing: it builds a C extension for Python when it is first
-    used."""
+    """Return what Triton, which builds a C extension for Python, lacks on this machine; empty if nothing."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):

@@ -31,8 +31,7 @@ MAP = 0.25  # of the features of a grid at the start of training; 1 costs 0.03 t
 
 @dataclass
 class Encoded:
-    """Classes and encoded columns of a batch, as networks receive them. Nothing in them is set to null: that is done to
-    `Given`."""
+    """Classes and encoded columns of a batch, as networks receive them; only a `Given` is set to null."""
 
     labels: Tensor
     """`(B,)` from 0 to `num_classes`, which is the null class."""
@@ -49,12 +48,10 @@ class Encoded:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All tensors."""
         return self.labels, self.vector, self.map
 
     @property
     def device(self) -> torch.device:
-        """The device of all tensors."""
         return self.labels.device
 
     @property
@@ -76,18 +73,12 @@ class ConditionEncoder(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.width = config.condition_width
-        networks = {
-            is_map: {
-                f"column_{name}": column.embedding(self.width, config.positions)
-                for name, column in config.conditions.items()
-                if column.is_map == is_map
-            }
-            for is_map in (False, True)
-        }
-        self.vectors, self.grids = (nn.ModuleDict(networks[is_map]) for is_map in (False, True))
+        self.vectors, self.grids = nn.ModuleDict(), nn.ModuleDict()
+        for name, column in sorted(config.conditions.items(), key=lambda each: each[1].is_map):
+            part = self.grids if column.is_map else self.vectors
+            part[f"column_{name}"] = column.embedding(self.width, config.positions)
 
     def reset_parameters(self) -> None:
-        """Initialize all columns."""
         for module in (*self.vectors.values(), *self.grids.values()):
             module.reset_parameters()  # type: ignore[operator]
 
@@ -97,7 +88,6 @@ class ConditionEncoder(nn.Module):
         return {name.removeprefix("column_"): module for name, module in parts.items()}
 
     def forward(self, given: Given) -> tuple[Tensor, Tensor | None]:
-        """Return `Encoded.vector` and `Encoded.map`."""
         weight = next(self.parameters())
 
         def raw(name: str) -> Tensor:
@@ -130,7 +120,6 @@ class ClassEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids `(B,)`."""
         return super().forward(ids % self.num_embeddings)  # -1 is the last
 
 
@@ -154,7 +143,6 @@ class Standardized(Constants):
         self.register_buffer("octaves", 2.0 ** torch.arange(OCTAVES), persistent=False)
 
     def forward(self, values: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """See `Features`."""
         given = ~values.isnan()
         x = ((values - self.shift) / self.scale).clamp(-CLAMP, CLAMP).to(dtype)
         x = torch.where(given, x, 0)
@@ -166,7 +154,6 @@ class Standardized(Constants):
 
 
 def embed_standardized(mean: Sequence[float], std: Sequence[float], width: int, *, waves: bool = False) -> nn.Module:
-    """Return the embedding of `Standardized` numbers."""
     features = Standardized(mean, std, waves=waves)
     return FloatEmbedding(features, features.size, width)
 
@@ -182,18 +169,15 @@ class FloatEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start small, as the embedding of the class does."""
         self.first.reset_parameters()
         nn.init.normal_(self.second.weight, std=STD)
         nn.init.zeros_(self.second.bias)
 
     def remove_effect(self) -> None:
-        """Encode everything as zero."""
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Embed `(B, size)`."""
         weight = self.first.weight
         features = self.features(values, at_least_float32(weight).dtype)
         return self.second(F.silu(self.first(torch.cat([each.to(weight.dtype) for each in features], 1))))
@@ -205,8 +189,7 @@ class GridEncoder(nn.Module):
 
     If the prior's sides divide the other grid's, the cells under a position are joined by a linear layer; otherwise
     cells are averaged by area, or repeated. Grids with different numbers of axes are laid over one another as
-    sequences.
-    """
+    sequences."""
 
     cells: Tensor
     offsets: Tensor
@@ -250,7 +233,6 @@ class GridEncoder(nn.Module):
             nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5)
 
     def remove_effect(self) -> None:
-        """Encode everything as zero."""
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, tokens: Tensor, vector: Tensor) -> Tensor:
@@ -312,7 +294,6 @@ class ColumnProjection(nn.Linear):
         super().__init__(config.condition_width, size, bias=False)
 
     def reset_parameters(self) -> None:
-        """Keep the size of the encoding."""
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 
@@ -329,8 +310,7 @@ class ConditionEmbedding(nn.Embedding):
         return x if self.columns is None else x + self.columns(encoded.vector)
 
     def at_positions(self, encoded: Encoded, order: Tensor | None = None) -> Tensor:
-        """Return the embedding at each position, `(B, 1 or P, size)`, in raster order, or in the given order `(P,)` or
-        `(B, P)`."""
+        """Return the embedding at each position, `(B, 1 or P, size)`, in raster or this order `([B,] P)`."""
         x = super().forward(encoded.labels)[:, None]
         if self.columns is None:
             return x

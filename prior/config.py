@@ -78,8 +78,7 @@ class PriorConfig(ModelConfig):
 
     @property
     def positions(self) -> TokenGrid:
-        """The grid that the network sees: one cell per position if the head draws several ids per position, else one
-        per token."""
+        """The grid that the network sees: a cell per position if the head draws several ids, else one per token."""
         return self.grid if self.head is None or self.grid.ids_per_position == 1 else self.grid.positions
 
     def partition(self) -> Partition:

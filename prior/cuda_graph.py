@@ -71,7 +71,6 @@ def compute_by_graph(
 
 
 def release_graph() -> None:
-    """Free the memory of the last graph."""
     Graph.last = None
 
 

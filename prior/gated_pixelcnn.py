@@ -11,7 +11,6 @@ learned bias per row (`row_embedding`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,23 +21,20 @@ from torch import Tensor, nn
 from .base import Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, bias_by_row, odd_kernels, pack, see
+from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, bias_by_row, pack, see
 from .orders import Partition
 
 
 class GatedPixelCNNConfig(RowsConfig):
     """Sizes of the network."""
 
+    kernels = ("first_kernel", "kernel")
+
     dim: int = Field(64, ge=1, le=8192, description="channels of each stack")
     depth: int = Field(10, ge=1, le=256, description="number of gated layers after the first")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first layer's convolutions, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the other layers' convolutions, odd")
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
-
-    def check(self) -> Iterator[str]:
-        """Check that kernels are odd."""
-        yield from super().check()
-        yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 def gate(x: Tensor) -> Tensor:
@@ -76,8 +72,7 @@ class Layer(nn.Module):
 class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     """A vertical and a horizontal stack, with row caches for sampling.
 
-    With enough depth for its grid it sees every earlier token: see `receptive_field`.
-    """
+    With enough depth for its grid it sees every earlier token: see `receptive_field`."""
 
     Config = GatedPixelCNNConfig
 
@@ -105,7 +100,6 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         return horizontal.flatten(0, 1)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         vertical = horizontal = self.embedding(self.position_id_map(tokens))
         for layer in self.layers:
             vertical = vertical if layer.first else gate(vertical)
@@ -118,11 +112,9 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         return list(self.layers)
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
         return super().arrange_features(output[1])
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each stack reads."""
         return Cache(self, encoded)
 
 
@@ -130,8 +122,7 @@ class LayerCache:
     """One layer's packed weights and the rows that it reads: several of the vertical map, and the current row of the
     horizontal map.
 
-    The first layer's stacks share rows, because both read the embedding.
-    """
+    The first layer's stacks share rows, because both read the embedding."""
 
     def __init__(self, layer: Layer, width: int, encoded: Encoded) -> None:
         vertical, horizontal, batch = layer.vertical, layer.horizontal, len(encoded)
@@ -171,8 +162,7 @@ class Cache:
     """The rows that each layer reads, and weights laid out for one-position steps.
 
     The vertical stack never sees the current row, so it runs once per row, for all columns and layers. Its sums,
-    including biases and conditions, initialise the horizontal stack, so a step takes four operations per layer.
-    """
+    including biases and conditions, initialise the horizontal stack, so a step takes four operations per layer."""
 
     def __init__(self, model: GatedPixelCNN, encoded: Encoded) -> None:
         rows, dim = len(encoded), model.config.dim
@@ -187,8 +177,6 @@ class Cache:
         self.head = ClosingLayers(model.hidden, model.head, rows, torch.relu_)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         column = self.rank % self.width
         if token is not None:
             self.layers[0].horizontal.cells[column - 1].copy_(self.embedding.embed_rows(token))

@@ -72,7 +72,8 @@ class Given:
             values[LABEL] = list(labels) if lists else labels  # such as a range
         parsed = dict[str, Tensor]()
         for name, value in values.items():
-            if name == LABEL and name not in columns and is_all_none(value):
+            nothing = value is None or isinstance(value, (list, tuple)) and all(one is None for one in value)
+            if name == LABEL and name not in columns and nothing:
                 continue
             where = "labels" if name == LABEL and labels is not None else f"condition: {name}"
             if where == "labels" and name not in columns:
@@ -81,16 +82,14 @@ class Given:
             if value is None:
                 continue
             try:
-                parsed[name] = column.parse(convert(name, column, value))
+                raw = parsed[name] = column.parse(convert(name, column, value))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{where}: {error}") from error
-            if parsed[name].ndim > len(column.shape):
-                count = len(parsed[name]) if count is None else count
-                if len(parsed[name]) != count:
-                    number = len(parsed[name])
-                    raise ValueError(
-                        f"{where}: got a list of {number} for {count} images; give one value, or one per image"
-                    )
+            if raw.ndim > len(column.shape):
+                count = len(raw) if count is None else count
+                if len(raw) != count:
+                    what = f"a list of {len(raw)} for {count} images"
+                    raise ValueError(f"{where}: got {what}; give one value, or one per image")
         count = default if count is None else count
         for name, raw in parsed.items():
             parsed[name] = raw if raw.ndim > len(columns[name].shape) else raw.expand(count, *raw.shape)
@@ -112,9 +111,7 @@ class Given:
 
     def expand(self, count: int) -> Given:
         """Repeat a single image `count` times."""
-        both = self.rows, self.weights
-        rows, weights = ({name: raw.expand(count, *raw.shape[1:]) for name, raw in each.items()} for each in both)
-        return replace(self, rows=rows, count=count, weights=weights)
+        return self[torch.zeros(count, dtype=torch.long)]
 
     def without(self, names: Iterable[str] | Mapping[str, Tensor] | None = None) -> Given:
         """Make columns null, also one that densities are mixtures over: these `names`, or all. A mapping makes them
@@ -222,8 +219,3 @@ def digest_rows(rows: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def is_all_none(value: Any) -> bool:
-    """Return whether a value is None, or a list of nothing but None."""
-    return value is None or isinstance(value, (list, tuple)) and all(one is None for one in value)

@@ -70,7 +70,7 @@ class GPT(Prior, name="gpt"):
         ranks = torch.argsort(self.position_order)
         field = ranks == torch.arange(-1, len(ranks) - 1, device=ranks.device)[:, None]  # (rank, cell)
         for window in windows:
-            field = window.spread(field)
+            field = field | window.seen(field)
         return field[ranks]
 
     def make_rotations(self, order: Tensor) -> Tensor:
@@ -106,8 +106,7 @@ class GPT(Prior, name="gpt"):
         return output[:, self.position_order.argsort()]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """With `any_order`, draw an order for each image: random or, for a growing share of images, the model's own
-        (RAR, eq. 4)."""
+        """With `any_order`, draw random orders or, for a growing share of images, the model's own (RAR, eq. 4)."""
         if not self.any_order:
             return {}
         share = self.config.random_share_at(progress)
@@ -116,7 +115,6 @@ class GPT(Prior, name="gpt"):
         return {"order": torch.where(random, shuffled, self.order)}
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make an empty key/value cache."""
         return Cache(self, encoded, self.position_order if partition is None else partition.order)
 
 
@@ -126,8 +124,7 @@ class Cache:
     With few rows, a step is bound by the number of operations. Each norm's scale is therefore folded into the following
     matrix, and a head's gain and norm scale into the rotation, so a norm only divides by the vector's length.
     Contiguous `(in, out)` weights are fastest for fewer than four rows, `(out, in)` weights for more. With windows,
-    only keys and values that later steps read are stored.
-    """
+    only keys and values that later steps read are stored."""
 
     def __init__(self, model: GPT, encoded: Encoded, order: Tensor) -> None:
         heads, width = model.config.heads, model.config.dim // model.config.heads
@@ -166,13 +163,10 @@ class Cache:
         self.head = pack(model.head.weight, model.norm)
 
     def unit(self, x: Tensor) -> Tensor:
-        """Scale `x` to unit length along its last axis."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.precise)
         return (x / length.clamp_min_(EPS)).to(x.dtype)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         rank, batch = self.rank, self.qkv_shape[0]
         x = self.start if token is None else self.token_embedding.embed_rows(token)
         x = x + self.labels[rank] + self.positions[rank]

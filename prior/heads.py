@@ -3,8 +3,7 @@
     p(ids | outputs) = prod_l p(ids[l] | ids[:l], outputs)
 
 A network sees positions with one id each or, if the head draws several ids per position, with the ids of a grid's
-levels or a pixel's channels. It outputs `size` numbers per position, which the head maps to logits.
-"""
+levels or a pixel's channels. It outputs `size` numbers per position, which the head maps to logits."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Head(Registered, nn.Module, family="prior.heads"):
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
         """Return logits `(..., vocab_size)` of the next id at positions whose first `ids` `(..., l)` are known, l >= 0.
 
-        outputs: `(..., size)`, the network's outputs at these positions.
-        """
+        outputs: `(..., size)`, the network's outputs at these positions."""
         raise NotImplementedError
 
     def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
@@ -62,7 +60,6 @@ class Head(Registered, nn.Module, family="prior.heads"):
         return -self.log_probs(outputs, ids).float()
 
     def mean_nats(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """Return the mean of `nats`, a scalar."""
         return self.nats(outputs, ids).mean()
 
 
@@ -100,7 +97,6 @@ def head_problem(config: Any) -> str | None:
 
 
 def make_head(config: Any) -> Head:
-    """Build the output head for a prior's configuration."""
     return Softmax(config.grid) if config.head is None else Head.find(config.head.kind)(config.head, config.grid)
 
 
@@ -116,7 +112,6 @@ class IdEmbedding(nn.Embedding):
         self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids `(..., ids_per_position)` to `(..., dim)`."""
         if self.ids_per_position == 1:
             return super().forward(ids[..., 0])
         return super().forward(ids + self.offsets).sum(-2)
@@ -134,8 +129,7 @@ class PositionSteps:
 
     cache: its `step`, called once per position, maps the ids of the last position, `(B,)` or `(B, ids_per_position)`,
     to the outputs at the next, `(B, size)`. For a model that supports blocks, it maps `(B, n)` or `(B, n,
-    ids_per_position)` to `(B, m, size)`.
-    """
+    ids_per_position)` to `(B, m, size)`."""
 
     def __init__(self, head: Head, cache: Any, takes_blocks: bool) -> None:
         self.head, self.cache, self.takes_blocks = head, cache, takes_blocks
@@ -197,8 +191,7 @@ class Depth(Head, name="depth"):
     output enters only at the first level, and the small network attends to earlier levels; here it enters at every
     level, so neither attention nor a cache is needed.
 
-    All levels share one network and its last layer; a level embedding tells them apart.
-    """
+    All levels share one network and its last layer; a level embedding tells them apart."""
 
     Config = DepthConfig
 
@@ -288,8 +281,7 @@ class Logistic(Head, name="logistic"):
     and near the mean.
 
     The network outputs K weights shared by all channels, K means and scales per channel, and K coefficients per pair of
-    channels.
-    """
+    channels."""
 
     Config = LogisticConfig
     spread: Tensor
@@ -320,8 +312,7 @@ class Logistic(Head, name="logistic"):
         return torch.cat([self.value_log_probs(some, known) for some, known in parts]).unflatten(0, outputs.shape[:-1])
 
     def value_log_probs(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """Return log P of each value of the next channel, `(rows, V)`, for outputs `(rows, size)` and the ids
-        `(rows, l)` of earlier channels."""
+        """Return log P of values of the next channel, `(rows, V)`. ids: `(rows, l)`, of the channels before it."""
         _, mixture = self.condition(outputs, ids)
         every = self.intensities(torch.arange(self.vocab_size, device=outputs.device), mixture.means.dtype)
         means, inverse = mixture.means[..., None], mixture.inverse[..., None]  # of (rows, K, V)

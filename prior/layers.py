@@ -13,13 +13,13 @@ own row begins, and in its own row everything to the left of x (type B: and x it
                    -: masked; not stored anywhere
 
 `MapRows` is a ring buffer of the rows that a kernel reads, with zero columns at both ends: `next_row` turns the oldest
-row into the current row, which is then overwritten from left to right.
-"""
+row into the current row, which is then overwritten from left to right."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,22 +36,25 @@ class RasterConfig(PriorConfig):
     """Requirements of causal convolutions on the grid."""
 
     takes_heads = takes_positions = takes_conditions = True
+    kernels: ClassVar[tuple[str, ...]] = ()
+    """The names of the sides of convolutions, which must be odd."""
 
     def check(self) -> Iterator[str]:
-        """Check that the grid has two axes and raster order."""
         yield from super().check()
         if self.order != "raster":
             yield f"order: {self.kind} takes raster order only (got {self.order!r})"
         if len(self.grid.shape) != 2:
             yield f"grid: {self.kind} needs a grid of two axes (got {self.grid.shape})"
+        for name in self.kernels:
+            if getattr(self, name) % 2 == 0:
+                yield f"{name}: must be odd (got {getattr(self, name)})"
 
 
 class RowsConfig(RasterConfig):
     """Settings of convolutions, with an optional bias that tells rows apart."""
 
     row_embedding: bool = Field(
-        True,
-        description="add a learned bias for each row to every layer, for grids whose rows are channels or levels",
+        True, description="add a learned bias for each row to every layer, for grids whose rows are channels or levels"
     )
 
 
@@ -76,19 +79,11 @@ class RowBias(nn.Module):
         return bias + self.weight[:, None]
 
 
-def odd_kernels(config: PriorConfig, *names: str) -> Iterator[str]:
-    """Yield a problem for each kernel with an even side."""
-    for name in names:
-        if getattr(config, name) % 2 == 0:
-            yield f"{name}: must be odd (got {getattr(config, name)})"
-
-
 class CausalConv2d(nn.Module):
     """A convolution whose kernel covers `rows` and `columns`, each (first, last) offsets from the output's position.
 
     Maps `(B, H, W, inputs)` to `(B, H, W, outputs)`, with zeros outside the grid. The last `masked` columns of the
-    kernel's last row are multiplied by zero.
-    """
+    kernel's last row are multiplied by zero."""
 
     mask: Tensor | None
 
@@ -106,7 +101,6 @@ class CausalConv2d(nn.Module):
         """The offsets (row, column) that the kernel covers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, H, W, inputs)` to `(B, H, W, outputs)`; a stride divides the sides, rounding up."""
         (top, bottom), (left, right) = self.rows, self.columns
         padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative `bottom` crops the last rows
         weight = self.weight if self.mask is None else self.weight * self.mask
@@ -157,8 +151,7 @@ class MapRows:
     have not been written still hold an older row and must not be read."""
 
     def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int, stride: int = 1) -> None:
-        """like: `(B, C)` zeros; reach: the columns (first, last) that the kernel covers, as offsets; stride: of the
-        kernel's outputs."""
+        """like: `(B, C)` zeros; reach: first and last column of the kernel, as offsets; stride: of its outputs."""
         (batch, channels), (left, right) = like.shape, (-reach[0], reach[1])
         self.size = left + 1 + right
         stored = like.new_zeros(count, batch, left + width + right, channels)
@@ -171,7 +164,6 @@ class MapRows:
         self.next_row()
 
     def next_row(self) -> None:
-        """Make the oldest row the current one."""
         self.current = (self.current + 1) % len(self.rows)
         self.row = self.rows[self.current]
         self.cells = self.row_cells[self.current]
@@ -203,8 +195,7 @@ class RowCache:
         cache.read(column)              # the output `(B, outputs)`
 
     With a stride, `start_row` and `read` refer to the output's rows and columns, and the kernel may have only one row
-    above the current one.
-    """
+    above the current one."""
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor, row_bias: Tensor | None = None) -> None:
         """bias, row_bias: added to the convolution's own; see `bias_by_row`."""
@@ -219,7 +210,6 @@ class RowCache:
         self.above = self.sums_above.unbind(0)
 
     def start_row(self) -> None:
-        """Begin the next row."""
         torch.mm(self.map.patches(), self.weight_above, out=self.sums_above.flatten(0, 1))
         self.sums_above += next(self.biases)
         self.map.next_row()
@@ -234,7 +224,6 @@ class WholeRows:
     """Evaluates a `CausalConv2d` with two kernel rows, one row at a time."""
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
-        """bias: added to the convolution's own; see `bias_by_row`."""
         self.biases = bias_by_row(bias, conv.bias)
         like = bias.new_zeros(len(bias), conv.weight.shape[1])
         self.map = MapRows(like, 2, width, conv.columns, 1, conv.stride)
@@ -246,14 +235,12 @@ class WholeRows:
         return self.map.row
 
     def read(self) -> Tensor:
-        """Return the output row, `(W, B, outputs)`, for this row and the last one."""
         bias = next(self.biases)
         return torch.mm(self.map.patches(), self.weight).view(-1, *bias.shape[1:]).add_(bias)
 
 
 def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:
-    """Propagate receptive fields through a convolution: map the tokens that reach each input to those that reach each
-    output, both bool `(H, W, N)`."""
+    """Propagate receptive fields through a convolution: which tokens reach each cell, bool `(H, W, N)`."""
     height, width = field.shape[:2]
     seen = torch.zeros_like(field)
     for row, column in taps:

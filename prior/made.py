@@ -49,10 +49,7 @@ class MADEConfig(PriorConfig):
     order_agnostic: bool = Field(False, description="train with a new random order at every step")
     connectivity_agnostic: bool = Field(False, description="train with new random hidden-unit degrees at every step")
     masks: int | None = Field(
-        None,
-        ge=1,
-        le=1 << 20,
-        description="number of orders and degrees to train with; null: new ones at every step",
+        None, ge=1, le=1 << 20, description="number of orders and degrees to train with; null: new ones at every step"
     )
     sigmoid: bool = Field(True, description="with two ids, use one logit per token; false: one-hot rows and a softmax")
 
@@ -62,7 +59,6 @@ class MADEConfig(PriorConfig):
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
 
     def check(self) -> Iterator[str]:
-        """Check that masks have agnostic training and that direct connections are not too many."""
         yield from super().check()
         if self.masks and not (self.order_agnostic or self.connectivity_agnostic):
             yield "masks: needs order_agnostic or connectivity_agnostic"
@@ -105,8 +101,7 @@ class MADE(Prior, name="made"):
 
     A masked input (zero) differs from every id (-1 and 1 for two ids, else one row of weights per id); the paper
     instead conditions on the connectivity. Every position sees all earlier tokens, unless there are no direct
-    connections and a hidden layer is too narrow for all degrees: see `receptive_field`.
-    """
+    connections and a hidden layer is too narrow for all degrees: see `receptive_field`."""
 
     Config = MADEConfig
     Sampling = MADEOptions
@@ -160,18 +155,15 @@ class MADE(Prior, name="made"):
         return super()._apply(fn, recurse)
 
     def degrees(self) -> list[Tensor]:
-        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those set by
-        `connected`."""
+        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those of `connected`."""
         return list(self.current_degrees.split(self.config.hidden))
 
     @property
     def current_degrees(self) -> Tensor:
-        """The degrees of all layers, `(sum of units,)`."""
         return self.all_degrees if self.chosen_degrees is None else self.chosen_degrees
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`."""
         if self.direct is not None:
             return super().position_field
         reach = torch.arange(len(self.grid), device=self.device)  # of the output at each rank
@@ -181,8 +173,7 @@ class MADE(Prior, name="made"):
         return self.ranks < reach[self.ranks][:, None]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Draw a random order `(N,)` and random degrees, if training is agnostic to them: new ones, or one of the first
-        `masks`, as in a mixture."""
+        """Draw what training is agnostic to, an order `(N,)` and degrees: new ones, or some of the first `masks`."""
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
             inputs["order"] = to_device_async(self._draw_order(), tokens.device)
@@ -204,8 +195,7 @@ class MADE(Prior, name="made"):
         return self.numbered_degrees(int(torch.randint(masks, ())))
 
     def numbered_degrees(self, number: int) -> list[Tensor]:
-        """Return the degrees `(units,)` of each layer in connectivity `number`; 0 is the model's own, and others are
-        random."""
+        """Return the degrees `(units,)` of each layer in connectivity `number`; 0 is the model's own."""
         if not number:
             return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
         return random_degrees(self.config.hidden, len(self.grid), torch.Generator().manual_seed(number))
@@ -221,17 +211,12 @@ class MADE(Prior, name="made"):
             self.chosen_degrees = before
 
     def outputs(
-        self,
-        tokens: Tensor,
-        encoded: Encoded,
-        order: Tensor | None = None,
-        degrees: Sequence[Tensor] | None = None,
+        self, tokens: Tensor, encoded: Encoded, order: Tensor | None = None, degrees: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Return the outputs; see `Prior.outputs`.
 
         order: `(N,)`, or `(B, N)`, which takes one pass per distinct order; None means the model's own. degrees:
-        `(units,)` for each hidden layer, in 1 .. N - 1.
-        """
+        `(units,)` for each hidden layer, in 1 .. N - 1."""
         if order is not None and order.ndim == 2:
             return self._outputs_by_order(tokens, encoded, order, degrees)
         first, *hidden, last = self._connections.weights(self, order, degrees)
@@ -262,8 +247,7 @@ class MADE(Prior, name="made"):
         return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
 
     def _inputs(self, tokens: Tensor) -> Tensor:
-        """Return the input of `sum_inputs`: embedded ids `(B, N, width)`, one-hot ids for small vocabularies, else
-        ids."""
+        """Return the input of `sum_inputs`: embedded ids `(B, N, width)`, one-hot ids if they are few, else ids."""
         if self.embedding is not None:
             return F.embedding(tokens.long(), self.embedding)
         return F.one_hot(tokens.long(), self.width).to(self.input.dtype) if self.width <= DENSE_WIDTH else tokens.long()
@@ -278,13 +262,11 @@ class MADE(Prior, name="made"):
         return self.dropout(F.relu(x))
 
     def to_outputs(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Map `x` (..., width_out) to the outputs: `x` itself, or its product with the output embedding shared by
-        positions."""
+        """Map `x` (..., width_out) to the outputs, by the output embedding if there is one."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
     def check_sampling_options(self, options: MADEOptions) -> None:
-        """See `Prior`: several connectivities require `any_connectivity`."""
         super().check_sampling_options(options)
         self.connectivities(options.num_masks)
 
@@ -299,7 +281,6 @@ class MADE(Prior, name="made"):
                 super().draw(batch[at], options, decoding.select(at.tolist(), len(batch)), monitor)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> RunningSums:
-        """Create running sums, to which each step adds a token."""
         return RunningSums(self, encoded, self.order if partition is None else partition.order)
 
 
@@ -307,15 +288,13 @@ class MADE(Prior, name="made"):
 
 
 def even_degrees(units: int, num_tokens: int) -> Tensor:
-    """Return ascending degrees `(units,)`, with each of 1 .. N - 1 equally often; the last unit sees all tokens but the
-    last."""
+    """Return ascending degrees `(units,)`, each of 1 .. N - 1 equally often; the last unit has N - 1."""
     steps = torch.arange(1, units + 1, device="cpu") * (num_tokens - 1)
     return ((steps + units - 1) // units).clamp(min=1)
 
 
 def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Draw uniform degrees for each layer, at least the smallest degree of the previous layer, so that every unit sees
-    some unit."""
+    """Draw uniform degrees of each layer, from the last layer's smallest on: every unit sees some unit."""
     degrees, smallest = [], 1
     for units in hidden:
         degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), generator=generator, device="cpu"))
@@ -329,8 +308,7 @@ def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dt
     """Return the masks of the weights of input, hidden layers, direct connections (if any) and output: 1 where a
     connection is allowed, else 0; masks have the weights' type, which is fastest.
 
-    ranks: the rank of each raster index, `(N,)`; direct: number of outputs per token of direct connections, or None.
-    """
+    ranks: the rank of each raster index, `(N,)`; direct: number of outputs per token of direct connections, or None."""
     seen = ranks[:, None]
     masks = [(seen < degrees[0])[:, None]]
     masks += [below <= own[:, None] for below, own in zip(degrees, degrees[1:], strict=False)]
@@ -341,8 +319,7 @@ def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dt
 
 
 class Connections:
-    """The masked weights of a `MADE`. Masks and masked weights are cached until something changes, and are not copied
-    or saved with the model."""
+    """The masked weights of a `MADE`, cached until something changes; neither copied nor saved with the model."""
 
     def __init__(self) -> None:
         self.masks, self.masked = LastResult(), LastResult()
@@ -355,17 +332,14 @@ class Connections:
         see `MADE.outputs`.
 
         Masked weights are cached only outside training: a fused optimizer changes weights without changing their
-        version, so a pass that may precede an optimizer step clears the cache.
-        """
+        version, so a pass that may precede an optimizer step clears the cache."""
         direct = [] if model.direct is None else [model.direct]
         weights = [model.input, *model.hidden, *direct, model.output]
         chosen = [model.order if order is None else order, *(degrees or [model.current_degrees])]
 
         def build() -> list[Tensor]:
-            ranks = model.ranks if order is None else torch.argsort(order)
-            return build_masks(
-                ranks, degrees or model.degrees(), model.width_out if direct else None, model.input.dtype
-            )
+            ranks, outputs = model.ranks if order is None else torch.argsort(order), model.width_out if direct else None
+            return build_masks(ranks, degrees or model.degrees(), outputs, model.input.dtype)
 
         masks = self.masks.get(chosen, build)
 
@@ -388,8 +362,7 @@ class LastResult:
         self.result: list[Tensor] = []
 
     def get(self, inputs: list[Tensor], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the last result, or recompute it if `inputs` are other tensors or have changed. (torch does not track
-        changes through `tensor.data`.)"""
+        """Return the last result, recomputed if `inputs` are others or changed (not through `tensor.data`)."""
         versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in inputs]
         same = len(inputs) == len(self.inputs) and all(a is b for a, b in zip(inputs, self.inputs, strict=True))
         if not same or versions != self.versions:
@@ -404,8 +377,7 @@ class LastResult:
 def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
     """Sum the inputs of units over all positions: `(B, U)`.
 
-    inputs: features `(B, N, width)`, or ids `(B, N)`, which represent one-hot features; weight: `(N, width, U)`.
-    """
+    inputs: features `(B, N, width)`, or ids `(B, N)`, which represent one-hot features; weight: `(N, width, U)`."""
     if inputs.is_floating_point():
         return inputs.flatten(1) @ weight.flatten(0, 1)
     first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
@@ -424,9 +396,8 @@ class RunningSums:
         """model: a `MADE`; order: `(N,)`, or `(B, N)` for per-image orders."""
         self.model = model
         self.rank = 0
-        self.order = (
-            order.tolist() if order.ndim == 1 else order.t()
-        )  # the position at each rank, of all images or of each
+        # The position at each rank, of all images or of each.
+        self.order = order.tolist() if order.ndim == 1 else order.t()
         ranks = torch.arange(len(model.grid), device="cpu")
         degrees = [each.cpu().sort(stable=True) for each in model.degrees()]
         units = [each.indices for each in degrees]
@@ -437,14 +408,12 @@ class RunningSums:
         layers_below = zip(model.hidden, units, units[1:], strict=False)
         self.hidden = [select_units(select_units(weight, 0, own), 1, below) for weight, below, own in layers_below]
         *layers, outputs = [bias(encoded).expand(len(encoded), -1).clone() for bias in model.biases]
-        self.layers = [
-            select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)
-        ]  # become activations
+        # Sums, which become activations.
+        self.layers = [select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)]
         self.outputs = outputs.unflatten(1, (-1, model.width_out))
         self.images = torch.arange(len(encoded), device=encoded.device)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's `token` `(B,)`."""
         model, rank, layers = self.model, self.rank, self.layers
         if token is not None:
             self._add(token, self.order[rank - 1])
@@ -456,7 +425,6 @@ class RunningSums:
         return model.to_outputs(outputs, None if model.head_bias is None else model.head_bias[at])
 
     def _add(self, token: Tensor, at: Any) -> None:
-        """Add the token at position `at` to all units that see it."""
         model, begin = self.model, self.ends[0][self.rank - 1]
         weights = [(self.layers[0][:, begin:], self.input[..., begin:])]
         if model.direct is not None:
@@ -468,7 +436,6 @@ class RunningSums:
                 sums += multiply(model.embedding.index_select(0, token), at_position(weight, at))
 
     def _finish(self, rank: int) -> None:
-        """Activate the units of degree `rank`, layer by layer."""
         for depth, (layer, ends) in enumerate(zip(self.layers, self.ends, strict=True)):
             begin, end = ends[rank - 1], ends[rank]
             if begin == end:

@@ -1,8 +1,7 @@
 """Frequencies of ids at each position, independent of all other positions: the baseline in every table, and the
 simplest prior.
 
-Initialised in closed form from counts with add-one smoothing (Laplace), once per class and once over all classes.
-"""
+Initialised in closed form from counts with add-one smoothing (Laplace), once per class and once over all classes."""
 
 from __future__ import annotations
 
@@ -37,19 +36,16 @@ class Marginal(Prior, name="marginal"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`: all False."""
         return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return logits `(B, N, vocab_size)`, which do not depend on the tokens."""
         return self.table[encoded.labels]
 
     @torch.no_grad()
     def initialize(self, tokens: Tensor, given: Given) -> None:
         """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), for each class and overall.
 
-        tokens: a tensor, or an on-disk array whose slices are tensors.
-        """
+        tokens: a tensor, or an on-disk array whose slices are tensors."""
         labels = given.rows.get(LABEL) if self.num_classes else None
         counts, size = self.table.zero_(), self.table[0].numel()  # in place, because the table may be gigabytes large
         before: Tensor | None = None
@@ -78,5 +74,4 @@ class Marginal(Prior, name="marginal"):
         return list(self(empty, encoded)[:, self.order].split(self.blocks, 1))[::-1]
 
     def next_logits(self, state: list[Tensor], tokens: Tensor | None) -> Tensor:
-        """Return the next block's logits."""
         return state.pop()

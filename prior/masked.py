@@ -59,8 +59,7 @@ class MaskedOptions(SamplingOptions):
     tokens see them. **This is not exact**: which tokens are kept depends on their values, so samples do not follow
     `log_prob`; more steps and a higher `confidence_temperature` (random orders) come closer. A position has the same
     noise in all steps, so for independent tokens the distribution is correct with any number of steps. A step counts as
-    a block: with `guidance_end`, the guidance scale depends on the share of tokens known before the step.
-    """
+    a block: with `guidance_end`, the guidance scale depends on the share of tokens known before the step."""
 
     steps: int | None = None
     confidence_temperature: float = 4.5
@@ -75,7 +74,6 @@ class MaskedOptions(SamplingOptions):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
 
     def check(self, grid: TokenGrid) -> None:
-        """Raise `ValueError` for more steps than tokens."""
         if self.steps is not None and (type(self.steps) is not int or not 1 <= self.steps <= len(grid)):
             raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
 
@@ -136,15 +134,13 @@ class MaskedConfig(TransformerConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """Check that label smoothing is used only with a softmax."""
         yield from super().check()
         if self.head is not None and self.label_smoothing:
             yield f"label_smoothing: must be 0 with head {self.head.kind!r} (got {self.label_smoothing})"
 
 
 class Masked(Prior, name="masked"):
-    """Predicts every masked token from all visible tokens. `exact` selects how `log_prob` is computed, and may be
-    changed at any time."""
+    """Predicts masked tokens from all visible ones. `exact` selects how `log_prob` is computed, at any time."""
 
     Config = MaskedConfig
     Sampling = MaskedOptions
@@ -238,8 +234,7 @@ class Masked(Prior, name="masked"):
         Under the linear schedule, each image's loss is averaged over its own masked tokens, as in ARDM: the expectation
         is the negative bound on the log-likelihood per token. Other schedules trade likelihood for sample quality, as
         MaskGIT does, and weight all masked tokens equally: the sum is divided by the schedule's mean number of masked
-        tokens. (Dividing by the actual number would make the objective depend on how a batch is split.)
-        """
+        tokens. (Dividing by the actual number would make the objective depend on how a batch is split.)"""
         if "known" not in inputs:
             raise ValueError("known: required, because the loss covers the tokens that are not known")
         masked = ~inputs["known"].flatten(1)
@@ -263,8 +258,7 @@ class Masked(Prior, name="masked"):
         eq. 4). The estimate for a single image may exceed the right-hand side; the mean over many images is a bound.
         The number n of visible tokens is spread evenly over 0 to N - 1, and a pass weights each masked token by N / (N
         - n). Masks are determined by the image's tokens, so results are reproducible, and errors average out over a
-        data set. Raises `ValueError` for an order, because the bound covers all orders.
-        """
+        data set. Raises `ValueError` for an order, because the bound covers all orders."""
         if self.exact:
             return super().estimate_log_probs(tokens, given, order)
         if order is not None:
@@ -280,7 +274,6 @@ class Masked(Prior, name="masked"):
 
     @full_float32()
     def hidden_log_probs(self, tokens: Tensor, known: Tensor, given: Given) -> Tensor:
-        """See `Prior`; from a single pass."""
         outputs = self.forward_outputs(tokens, self.encode_given(given), known=known)
         return self.output_head.log_probs(outputs, tokens.flatten(1).long()[..., None]).reshape(tokens.shape)
 
@@ -297,7 +290,6 @@ class Masked(Prior, name="masked"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.layers)
 
     def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:

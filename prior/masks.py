@@ -58,8 +58,7 @@ def covers(window: Sides, dilation: int, shape: Sides) -> bool:
 def make_windows(
     targets: Tensor, sources: Tensor, window: Sides, dilations: Sequence[int], shape: Sides
 ) -> list[Window | None]:
-    """Make each layer's window, given its dilation; layers with equal dilations share it. A window that covers the grid
-    is None. Arguments: see `Window`."""
+    """Make each layer's window, given its dilation; None if it covers the grid. Arguments: see `Window`."""
     made = {d: None if covers(window, d, shape) else Window(targets, sources, window, d) for d in set(dilations)}
     return [made[dilation] for dilation in dilations]
 
@@ -79,8 +78,7 @@ class Window(nn.Module):
     frames, rows and columns.
 
     With a dilation d, the offsets along all axes are multiples of d, up to d times as far. All queries see keys with a
-    negative time, such as a start token.
-    """
+    negative time, such as a start token."""
 
     targets: Tensor
     sources: Tensor
@@ -111,13 +109,11 @@ class Window(nn.Module):
         queries, keys, masks = (list(each) for each in zip(*self.tiles(), strict=True))
         most, many = max(map(len, queries)), max(map(len, keys))
         masks = [F.pad(mask, (0, many - mask.shape[1])) for mask in masks]
-        masks = [
-            F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks
-        ]  # softmax needs at least one key
+        # Softmax needs at least one key.
+        masks = [F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks]
         numbers = [most * tile + torch.arange(len(each), device="cpu") for tile, each in enumerate(queries)]
-        at = torch.empty(len(targets), dtype=torch.long, device="cpu").scatter_(
-            0, torch.cat(queries), torch.cat(numbers)
-        )
+        at = torch.empty(len(targets), dtype=torch.long, device="cpu")
+        at.scatter_(0, torch.cat(queries), torch.cat(numbers))
         self.register_buffer("queries", pad_sequence(queries, batch_first=True), persistent=False)
         self.register_buffer("keys", pad_sequence(keys, batch_first=True), persistent=False)
         self.register_buffer("mask", torch.stack(masks), persistent=False)
@@ -170,8 +166,7 @@ class Window(nn.Module):
         """Attend from queries `(B, N, heads, width)` to keys and values `(B, M, heads, width)`.
 
         Training on CUDA uses FlexAttention if possible. Everything else, including all scoring and sampling, uses the
-        tiles, so that results do not depend on a compiler.
-        """
+        tiles, so that results do not depend on a compiler."""
         if self.training and not dropout and can_flex(q):
             return self.flex(q, k, v, compiled_flex())
         tiled = (take(q, self.queries), take(k, self.keys), take(v, self.keys))
@@ -192,14 +187,9 @@ class Window(nn.Module):
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
 
     def seen(self, field: Tensor) -> Tensor:
-        """Return which tokens reach each query, bool `(N, tokens)`, given which tokens reach each key, `(M,
-        tokens)`."""
+        """Return which tokens reach each query, bool `(N, tokens)`. field: those that reach each key, `(M, tokens)`."""
         seen = [mask.float() @ field[keys].float() > 0 for mask, keys in zip(self.mask, self.keys, strict=True)]
         return torch.cat(seen)[self.at]
-
-    def spread(self, field: Tensor) -> Tensor:
-        """Return which tokens reach each rank of a stream that attends to itself once: bool `(N, tokens)`."""
-        return field | self.seen(field)
 
     @property
     def reads(self) -> Sequence[Tensor]:

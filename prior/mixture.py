@@ -3,8 +3,7 @@
     p(tokens | others) = sum_c p(c | others) p(tokens | c, others)
 
 A prior's null class is another density, which a network learns from the images whose label was dropped in training;
-the mixture needs no such training, and costs a pass for each class.
-"""
+the mixture needs no such training, and costs a pass for each class."""
 
 from __future__ import annotations
 

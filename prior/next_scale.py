@@ -48,7 +48,6 @@ class NextScaleConfig(TransformerConfig):
     takes_blocks: ClassVar[bool] = True
 
     def check(self) -> Iterator[str]:
-        """Check that the grid has scales, which define the order and the blocks."""
         if not self.grid.scales:
             shape = "x".join(map(str, self.grid.shape))
             yield f"grid: needs a tokenizer with quantizer.kind=multiscale (got tokens of {shape}, without scales)"
@@ -60,7 +59,6 @@ class NextScaleConfig(TransformerConfig):
             yield from super().check()
 
     def partition(self) -> Partition:
-        """Return the scales as blocks."""
         blocks = tuple(height * width for height, width in self.grid.scales)
         return Partition(torch.arange(len(self.grid), device="cpu"), blocks)
 
@@ -122,11 +120,9 @@ class NextScale(Prior, name="next_scale"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.layers)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make an empty cache."""
         return Cache(self, encoded)
 
 

@@ -19,11 +19,8 @@ from .compiling import can_compile, compiled
 
 TOKEN_NOISE, ORDER_NOISE, CONFIDENCE_NOISE, MASK_NOISE = range(4)
 """Uses of noise; each use of an image's key has independent noise."""
-GOLDEN, MIX_1, MIX_2 = (
-    -0x61C8864680B583EB,
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # constants of splitmix64, as signed integers
+GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+"""Constants of splitmix64, as signed integers."""
 NUMBERS_AT_ONCE = 1 << 20
 
 Generators = torch.Generator | Sequence[torch.Generator] | None

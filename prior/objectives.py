@@ -44,8 +44,7 @@ def mean_nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def token_nats(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return -log p of each token, float32 `(B, N)`, for logits `(B, N, V)` of any type. label_smoothing: the share of
-    the target spread over all ids."""
+    """Return -log p of tokens, float32 `(B, N)`. label_smoothing: the target's share spread over all ids."""
     ids = tokens.flatten(1)
     if logits.numel() < LARGE:
         by_id = logits.float().transpose(1, 2)
@@ -106,8 +105,7 @@ class Alignment(nn.Module):
     whose noise would dominate the change in likelihood.
 
     The frozen `reference` is not a submodule, so it is not trained, averaged, saved or synchronised, and stays in eval
-    mode. beta: as above; negatives: lambda.
-    """
+    mode. beta: as above; negatives: lambda."""
 
     def __init__(self, prior: Any, reference: Any, beta: float, negatives: float) -> None:
         super().__init__()
@@ -115,11 +113,7 @@ class Alignment(nn.Module):
         self.frozen = (reference.eval().requires_grad_(False),)  # a tuple hides it from torch
 
     def forward(
-        self,
-        tokens: Tensor,
-        given: Given,
-        others: Tensor,
-        inputs: dict[str, Any],
+        self, tokens: Tensor, given: Given, others: Tensor, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar, and scalars to log.
 
@@ -141,13 +135,10 @@ class Alignment(nn.Module):
                 "above": ((gap > 0) * labelled).sum() / count,
                 "bits_per_token": nats.mean() / (len(self.prior.grid) * math.log(2)),
             }
-        return loss / max(
-            self.negatives, 1.0
-        ), terms  # so that a large lambda does not increase the effective learning rate
+        return loss / max(self.negatives, 1.0), terms  # a large lambda does not increase the effective learning rate
 
     @torch.no_grad()
     def reference_nats(self, tokens: Tensor, given: Given, inputs: dict[str, Any]) -> Tensor:
-        """Return `image_nats` of the frozen prior."""
         return image_nats(self.frozen[0], tokens, given, inputs)
 
 

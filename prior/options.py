@@ -44,8 +44,7 @@ class SamplingOptions:
     by the number decided before the last block: 0 at the first block, 1 at the last. `guidance_on` names the columns
     (`label` for the class) that the unconditional rows lack; None stands for all.
 
-    A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` for values out of range.
-    """
+    A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` for values out of range."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -81,15 +80,13 @@ class SamplingOptions:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Return the names of the settings."""
         return [field.name for field in fields(cls)]
 
     def check(self, grid: TokenGrid) -> None:
         """Raise `ValueError` for settings that do not suit the grid."""
 
     def check_guidance(self, given: Collection[str]) -> None:
-        """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns, and
-        `label` for labels."""
+        """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns."""
         if self.guides and not self.can_guide(given):
             name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
             needs = "labels or a condition" if self.guidance_on is None else f"a value of {', '.join(self.guidance_on)}"
@@ -116,16 +113,13 @@ class SamplingOptions:
 
     @property
     def has_constant_scale(self) -> bool:
-        """Whether all tokens have the same guidance scale."""
         return self.guidance_end is None or self.guidance_end == self.guidance_scale
 
     @property
     def guides(self) -> bool:
-        """Whether any token is guided."""
         return self.guidance_scale != 1 or not self.has_constant_scale
 
     def unguided(self: S) -> S:
-        """Return these settings without guidance."""
         return replace(self, guidance_scale=1.0, guidance_end=None, guidance_power=None, guidance_on=None)
 
     def scale_at(self, t: Any) -> Any:
@@ -137,7 +131,6 @@ class SamplingOptions:
         return (1 - weight) * self.guidance_scale + weight * self.guidance_end
 
     def scale_by_block(self, blocks: Sequence[int]) -> list[float]:
-        """Return the guidance scale of each block."""
         before = [0, *accumulate(blocks[:-1])]
         return [self.scale_at(count / max(1, before[-1])) for count in before]
 
@@ -221,21 +214,14 @@ class DecodingOptions:
     cache: bool = True
     parallel: bool = False
 
-    @classmethod
-    def names(cls) -> list[str]:
-        """Return the names of the options."""
-        return [field.name for field in fields(cls)]
+    def __post_init__(self) -> None:
+        if self.parallel and not self.cache:
+            raise ValueError("cache=False cannot be combined with parallel=True, which never uses a cache")
 
     @property
     def is_default(self) -> bool:
-        """Whether all options have their defaults."""
         return self.order is None and self.num_orders == 1 and self.cache and not self.parallel
 
     def select(self, rows: slice | Sequence[int], count: int) -> DecodingOptions:
         """Return the options of the images `rows` out of `count`. Raises `ValueError` as `select_order` does."""
         return replace(self, order=select_order(self.order, rows, count))
-
-    def check(self) -> None:
-        """Raise `ValueError` for mutually exclusive options."""
-        if self.parallel and not self.cache:
-            raise ValueError("cache=False cannot be combined with parallel=True, which never uses a cache")

@@ -4,8 +4,7 @@ NAME          raster, hilbert, diagonal, ...
 NAME:K        with a number: halton:8 (blocks), wave:2 (steps), regions:4, random:SEED, random:SEED:K
 NAME/K        an order of single tokens, cut into blocks of K: raster/4
 
-Scan orders as compared by Esser et al. 2021 (taming transformers, fig. 47) and Yu et al. 2024 (RAR, table 4).
-"""
+Scan orders as compared by Esser et al. 2021 (taming transformers, fig. 47) and Yu et al. 2024 (RAR, table 4)."""
 
 from __future__ import annotations
 
@@ -20,15 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-FORMS = {
-    "raster": ("",),
-    "column": ("",),
-    "snake": ("",),
-    "spiral_in": ("",),
-    "spiral_out": ("",),
-    "z_curve": ("",),
-    "hilbert": ("",),
-    "subsample": ("",),
+FORMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample"), ("",)),
     "random": ("SEED", "SEED:K"),
     "halton": ("", "K"),
     "spread": ("", "K"),
@@ -53,23 +45,14 @@ class Partition(NamedTuple):
     """Sizes that sum to N and cut the ranks into blocks."""
 
 
-class Name(NamedTuple):
-    """The parts of KIND:NUMBER:NUMBER/SIZE."""
-
-    kind: str
-    numbers: tuple[str, ...]
-    size: str | None
-
-
-def parse_name(name: str) -> Name:
-    """Split a name into its parts, without checking them."""
+def parse_name(name: str) -> tuple[str, tuple[str, ...], str | None]:
+    """Split KIND:NUMBER:NUMBER/SIZE into its parts, without checking them."""
     head, slash, size = name.partition("/")
     kind, *numbers = head.split(":")
-    return Name(kind, tuple(numbers), size if slash else None)
+    return kind, tuple(numbers), size if slash else None
 
 
 def name_forms(kind: str) -> list[str]:
-    """Return the written forms of an order of this kind."""
     return [f"{kind}:{form}" if form else kind for form in FORMS[kind]]
 
 
@@ -113,7 +96,6 @@ def number_problem(kind: str, numbers: tuple[str, ...], shape: tuple[int, ...]) 
 
 
 def limit(what: str, largest: int) -> str:
-    """Return the end of an error message about a number of `what`."""
     return f"is a number of {what}, from 1 to {largest} here"
 
 
@@ -161,7 +143,7 @@ def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf
         return regions(int(numbers[0]), shape)
     if kind == "wave":
         return wave(int(numbers[0]))
-    return {"diagonal": wave(1), "rows": rows(), "dyadic": dyadic()}[kind]
+    return {"diagonal": wave(1), "rows": lambda row, col: (row,), "dyadic": dyadic}[kind]
 
 
 def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -183,8 +165,7 @@ def growing(cells: int, blocks: int) -> tuple[int, ...]:
     """Return growing block sizes: after block b of K, a share of about 1 - cos(pi/2 * b/K) of the cells is known.
 
     MaskGIT's schedule (Chang et al. 2022). Sizes are at least 1, never decrease, and sum to `cells`. blocks: from 1 to
-    `cells`.
-    """
+    `cells`."""
     ends = [0]
     for block in range(1, blocks + 1):
         known = cells * (1 - math.cos(math.pi / 2 * block / blocks))
@@ -296,13 +277,7 @@ def subsample(height: int, width: int) -> list[Cell]:
 
 
 CURVES: dict[str, Callable[[int, int], Iterable[Cell]]] = {
-    "column": column,
-    "snake": snake,
-    "spiral_in": spiral_in,
-    "spiral_out": spiral_out,
-    "z_curve": z_curve,
-    "hilbert": hilbert,
-    "subsample": subsample,
+    curve.__name__: curve for curve in (column, snake, spiral_in, spiral_out, z_curve, hilbert, subsample)
 }
 """Orders of two-axis grids that draw one cell at a time, by name."""
 
@@ -319,41 +294,25 @@ def wave(steps: int) -> KeyOf:
     """Group cells of equal steps * row + column: each row starts `steps` columns behind the one above.
 
     With 1 step, blocks are the h + w - 1 diagonals from the top left corner (NAR, He et al. 2025, arXiv 2503.10696);
-    with as many steps as columns, this is raster order.
-    """
+    with as many steps as columns, this is raster order."""
     return lambda row, col: (steps * row + col,)
 
 
-def rows() -> KeyOf:
-    """Make each row of the grid a block."""
-    return lambda row, col: (row,)
-
-
-def dyadic() -> KeyOf:
+def dyadic(row: int, col: int) -> Key:
     """Draw from coarse to fine: first the corner; then, for strides s = ..., 8, 4, 2, the centres of the squares with
     side s between known cells, followed by the midpoints of their sides.
 
-    A cell's half stride is the largest power of two that divides both of its coordinates.
-    """
-
-    def key(row: int, col: int) -> Key:
-        half = (row | col) & -(row | col)
-        if half == 0:
-            return (0,)  # the corner, which every power of two divides
-        return (1, -half, 0 if row & half and col & half else 1)
-
-    return key
+    A cell's half stride is the largest power of two that divides both of its coordinates."""
+    half = (row | col) & -(row | col)
+    if half == 0:
+        return (0,)  # the corner, which every power of two divides
+    return (1, -half, 0 if row & half and col & half else 1)
 
 
 def regions(count: int, shape: tuple[int, int]) -> KeyOf:
     """Draw the first cell of each of `count` regions, one at a time; then draw cells at the same position of all
-    regions together (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer.
-
-    Raises `ValueError` if no such regions fit (`region_counts`).
-    """
-    counts = region_counts(count, shape)
-    if counts is None:
-        raise ValueError(f"no {count} regions fit a grid of {shape[0]}x{shape[1]}")
+    regions together (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer."""
+    counts = region_counts(count, shape) or ()  # never empty after `order_problem`
     downs, acrosses = (places(side, parts) for side, parts in zip(shape, counts, strict=True))
 
     def key(row: int, col: int) -> Key:
@@ -370,8 +329,7 @@ def places(side: int, parts: int) -> list[tuple[int, int]]:
 
 
 def region_counts(count: int, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Return into how many parts to cut rows and columns to get `count` regions, as square as possible; None if
-    impossible."""
+    """Return the numbers of parts of rows and columns for `count` regions, as square as possible, or None."""
     height, width = shape
     fits = [(a, count // a) for a in range(1, min(height, count) + 1) if count % a == 0 and count // a <= width]
 
@@ -383,8 +341,7 @@ def region_counts(count: int, shape: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def group_cells(key: KeyOf, shape: tuple[int, int]) -> tuple[list[int], tuple[int, ...]]:
-    """Return the raster indices of the cells, block by block and in raster order within a block; and the block
-    sizes."""
+    """Return the raster indices of cells block by block, in raster order within a block; and the block sizes."""
     height, width = shape
     blocks: dict[Key, list[int]] = {}
     for row in range(height):
@@ -413,7 +370,6 @@ def radical_inverse(numbers: Integers, base: int, digits: int) -> Integers:
 
 
 def digits_for(count: int, base: int) -> int:
-    """Return the number of digits that the numbers 0 to `count` - 1 need."""
     return next(digits for digits in range(64) if base**digits >= count)
 
 

@@ -19,7 +19,6 @@ from tokenizer.precision import at_least_float32
 from .condition_encoder import Encoded
 from .noise import TokenNoise
 from .options import SamplingOptions
-from .orders import Partition
 from .sampling import Monitor, SampleBatch, encode_rows
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 25, 1 << 28
 
 
 def rows_per_pass(grid: TokenGrid, device: torch.device) -> int:
-    """Return how many rows to sample together on this device."""
     return max(1, (LOGITS_ON_GPU if device.type == "cuda" else LOGITS_ON_CPU) // (len(grid) * grid.vocab_size))
 
 
@@ -71,10 +69,9 @@ def sample_parallel(
 def logits_in_order(
     prior: Prior, batch: SampleBatch, encoded: Encoded, tokens: Tensor, options: SamplingOptions
 ) -> Tensor:
-    """Return logits `(B, N, V)` in decoding order (2 B rows with guidance), from one forward pass on `tokens` (B, N).
-    encoded: from `encode_rows`."""
+    """Return logits `(B, N, V)` in decoding order (2 B rows with guidance) of `tokens` (B, N), from one pass."""
     raster = options.with_unconditional(batch.to_raster(tokens)).unflatten(1, prior.grid.shape)
-    order = batch.order if batch.order.ndim == 1 else options.with_unconditional(batch.order)
-    inputs = {} if batch.own_order else prior.order_inputs(Partition(order, batch.blocks))
+    partition = batch.partition(options)
+    order, inputs = (batch.order, {}) if partition is None else (partition.order, prior.order_inputs(partition))
     logits = at_least_float32(prior(raster, encoded, **inputs))
     return logits[:, order] if order.ndim == 1 else logits.take_along_dim(order[..., None], 1)

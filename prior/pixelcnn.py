@@ -14,7 +14,6 @@ kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,23 +24,20 @@ from torch import Tensor, nn
 from .base import Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
+from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, pack, see
 from .orders import Partition
 
 
 class PixelCNNConfig(RowsConfig):
     """Sizes of the network. The residual stream is `2 * dim` wide."""
 
+    kernels = ("first_kernel", "kernel")
+
     dim: int = Field(32, ge=1, le=8192, description="channels inside a block; the residual stream has twice as many")
     depth: int = Field(15, ge=1, le=256, description="number of residual blocks")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first (type A) convolution, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the blocks' (type B) convolutions, odd")
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
-
-    def check(self) -> Iterator[str]:
-        """Check that kernels are odd."""
-        yield from super().check()
-        yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 class Block(nn.Module):
@@ -91,7 +87,6 @@ class PixelCNN(Prior, name="pixelcnn"):
         return field.flatten(0, 1)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         x = self.first(self.embedding(self.position_id_map(tokens)))
         x = x + self.row(self.label.on_map(encoded, x.shape[2]))
         for block in self.layers:
@@ -100,11 +95,9 @@ class PixelCNN(Prior, name="pixelcnn"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: maps `(B, H, W, 2 * dim)`."""
         return list(self.layers)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution reads."""
         return Cache(self, encoded)
 
 
@@ -128,8 +121,6 @@ class Cache:
         return block.narrow.bias.detach(), narrow, cache, widen
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         column = self.rank % self.width
         if token is not None:
             self.first.cells[column - 1].copy_(self.embedding.embed_rows(token))

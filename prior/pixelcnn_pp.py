@@ -105,7 +105,6 @@ class Block(nn.Module):
         return above, self.horizontal(left, encoded, above, *skips[1:])
 
     def see(self, above: Tensor, left: Tensor, *skips: Tensor) -> tuple[Tensor, Tensor]:
-        """Propagate receptive fields of both streams."""
         above = self.vertical.see(above, *skips[:1])
         return above, self.horizontal.see(left, above, *skips[1:])
 
@@ -127,7 +126,6 @@ class Grow(nn.Module):
         return grown[:, :height, self.right : self.right + width]
 
     def see(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Propagate receptive fields."""
         stretched = x.new_zeros(2 * x.shape[0], 2 * x.shape[1], x.shape[2])
         stretched[::2, ::2] = x
         return see(stretched, self.taps)[:height, :width]
@@ -151,7 +149,6 @@ class Coarser(nn.Module):
         return self.grow_above(above, height, width), self.grow_left(left, height, width)
 
     def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Propagate receptive fields of both streams."""
         height, width = left.shape[:2]
         above, left = see(above, self.shrink_above.taps)[::2, ::2], see(left, self.shrink_left.taps)[::2, ::2]
         above, left = self.stage.see(above, left)
@@ -178,7 +175,6 @@ class Stage(nn.Module):
         return above, left
 
     def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Propagate receptive fields of both streams."""
         fields = [(above, left)]
         for block in self.down:
             fields.append(block.see(*fields[-1]))
@@ -206,8 +202,7 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         self.head = nn.Linear(dim, self.output_head.size)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the network's input `(..., channels + 1)` for ids `(..., ids_per_position)`, with the channel of
-        ones."""
+        """Return the input `(..., channels + 1)` of ids `(..., ids_per_position)`, with the channel of ones."""
         if self.embedding is None:
             x = ids.to(self.dtype) * (2 / max(1, self.grid.vocab_size - 1)) - 1
         else:
@@ -215,7 +210,6 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         return F.pad(x, (0, 1), value=1.0)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         x = self.embed(self.position_id_map(tokens))
         above = self.first_above(x) + self.above_row.weight[:, None]
         left = self.first_over(x) + self.first_left(x) + self.left_row.weight[:, None]
@@ -224,7 +218,6 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`."""
         height, width = self.config.positions.shape
         x = torch.eye(height * width, dtype=torch.bool, device="cpu").view(height, width, -1)
         left = see(x, self.first_over.taps) | see(x, self.first_left.taps)
@@ -237,16 +230,13 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         return [*self.stage.down, *self.stage.up]
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
         return super().arrange_features(output[1])
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution reads."""
         return Cache(self, encoded)
 
 
 def add_product(sums: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add `x @ weight` to `sums`."""
     torch.addmm(sums, x, weight, out=sums)
 
 
@@ -340,7 +330,6 @@ class StageCache:
         self.coarser = CoarserCache(stage.coarser, width, encoded) if stage.coarser else None
 
     def start_row(self, above: Tensor, row: int) -> Tensor:
-        """Return the next row of the vertical map, `(W, B, dim)`."""
         for block in self.down:
             above = block.start_row(above)
         skips = [block.above[0].map.row for block in self.down]
@@ -352,7 +341,6 @@ class StageCache:
         return above
 
     def step(self, x: Tensor, row: int, column: int) -> Tensor:
-        """Return the next position of the horizontal map, `(B, dim)`."""
         for block in self.down:
             x = block.step(x, column)
         skips = [block.inputs[column] for block in self.down]
@@ -392,8 +380,6 @@ class Cache:
         self.stage.start_row(above, row)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         row, column = divmod(self.rank, self.width)
         if token is not None:
             self.inputs.cells[column - 1].copy_(self.model.embed(token.view(len(token), -1)).detach())

@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from .base import FEW_ROWS, Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
+from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, pack
 from .orders import Partition
 
 
 class PixelSNAILConfig(RasterConfig):
     """Sizes of the network."""
+
+    kernels = ("kernel",)
 
     dim: int = Field(64, ge=1, le=8192, description="channels of the features")
     depth: int = Field(4, ge=1, le=256, description="number of blocks")
@@ -47,9 +49,7 @@ class PixelSNAILConfig(RasterConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each gated residual branch")
 
     def check(self) -> Iterator[str]:
-        """Check that the kernel is odd and values are at least as wide as keys."""
         yield from super().check()
-        yield from odd_kernels(self, "kernel")
         if self.key > self.value:
             yield f"key: must be at most value (got key {self.key}, value {self.value})"
 
@@ -74,8 +74,7 @@ class Attention(nn.Module):
     """Causal attention to the earlier tokens, `(B, N, heads * value)`.
 
     The fused kernel needs keys as wide as values. A slot holds key and value side by side, and queries are padded with
-    zeros, so the value's first channels can serve as padding of the key.
-    """
+    zeros, so the value's first channels can serve as padding of the key."""
 
     def __init__(self, config: PixelSNAILConfig, embedded: int) -> None:
         super().__init__()
@@ -138,7 +137,6 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         self.register_buffer("background", torch.cartesian_prod(rows, columns), persistent=False)  # (N, 2)
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`."""
         embedded = self.embedding(self.position_id_map(tokens))
         x = self.first(embedded)
         for block in self.layers:
@@ -147,11 +145,9 @@ class PixelSNAIL(Prior, name="pixelsnail"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: maps `(B, H, W, dim)`."""
         return list(self.layers)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution reads, and of attention slots."""
         return Cache(self, encoded)
 
 
@@ -204,8 +200,7 @@ class Cache:
 
     The slot of position t depends on the token and the features of position t - 1, which are known in all blocks at
     step t, so one product computes the slots of all blocks. A step is bound by the number of operations, so products
-    are written where the next operation reads them.
-    """
+    are written where the next operation reads them."""
 
     def __init__(self, model: PixelSNAIL, encoded: Encoded) -> None:
         config, rows = model.config, len(encoded)
@@ -232,8 +227,6 @@ class Cache:
         self.keys, self.values = self.slots[..., : config.value], self.slots[..., config.key :]
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
-        `(B, ids_per_position)`."""
         rank, column = self.rank, self.rank % self.width
         if token is not None:
             self.tokens.copy_(self.embedding.embed_rows(token))

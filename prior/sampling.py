@@ -74,9 +74,10 @@ class SampleBatch:
         """Rearrange `values` `(B, N)` from decoding order to raster order."""
         return torch.empty_like(values).scatter_(1, self.order.expand(values.shape), values)
 
-    def partition(self) -> Partition | None:
-        """Return order and blocks; None for the model's own."""
-        return None if self.own_order else Partition(self.order, self.blocks)
+    def partition(self, options: SamplingOptions) -> Partition | None:
+        """Return order and blocks of all rows, unconditional ones among them; None for the model's own."""
+        order = self.order if self.order.ndim == 1 else options.with_unconditional(self.order)
+        return None if self.own_order else Partition(order, self.blocks)
 
     def group_by_blocks(self) -> Iterator[SampleBatch]:
         """Yield groups of images with equal blocks. If known tokens come first, they form a single block, so images
@@ -90,7 +91,6 @@ class SampleBatch:
             yield replace(group, blocks=blocks_after_known(self.blocks, count))
 
     def split(self, size: int) -> Iterator[SampleBatch]:
-        """Yield parts of at most `size` images."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
@@ -150,8 +150,7 @@ def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) ->
 
     A model with `any_order` decodes known tokens first. With several orders, each image's key selects one. With blocks
     of one token, the choice is in proportion to the probability that the order gives to the known tokens, which come
-    first. Otherwise it is uniform, because known tokens form one block, whose probability is the same in all orders.
-    """
+    first. Otherwise it is uniform, because known tokens form one block, whose probability is the same in all orders."""
     orders = [prior.check_order(one, len(batch)) for one in prior.orders(options.num_orders, options.order)]
     order, blocks = orders[0] or (prior.order, prior.blocks)
     if len(orders) > 1:
@@ -186,8 +185,7 @@ def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks
 class Step:
     """A decoding step, as passed to `on_step`. Nothing is copied, and no GPU sync happens, until a property is read.
 
-    number: step index from 0, over all parts of a request.
-    """
+    number: step index from 0, over all parts of a request."""
 
     def __init__(self, number: int, decided: int | Tensor, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
         self.number, self._decided, self._read = number, decided, read
@@ -228,7 +226,6 @@ class Monitor:
         self.num_steps = 0
 
     def iterate(self, steps: Sequence[T]) -> Iterable[T]:
-        """Iterate over `steps` with the bar."""
         return progress_bar(steps, self.bar, unit="pass")
 
     def report(self, batch: SampleBatch, drawn: Tensor, decided: int | Tensor) -> None:
@@ -251,7 +248,6 @@ class Monitor:
             self.on_step(step)
 
     def finish(self, batch: SampleBatch, drawn: Tensor) -> None:
-        """Store the tokens of finished images."""
         self.tokens[batch.rows] = batch.to_raster(drawn)
         self.known[batch.rows] = True
 
@@ -271,8 +267,7 @@ def progress_bar(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = 
 
 @dataclass
 class UncachedState:
-    """The state of decoding without a cache: tokens so far `(B, N)`, raster order. inputs: further arguments of
-    `forward`."""
+    """The state of uncached decoding: tokens so far `(B, N)`, raster order. inputs: other inputs of `forward`."""
 
     tokens: Tensor
     encoded: Encoded
@@ -293,7 +288,6 @@ class UncachedState:
 
 
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
-    """Draw the tokens of a batch, one block per step."""
     drawn = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("keys", "tokens", "known", "order")}
@@ -325,8 +319,7 @@ def can_capture(device: torch.device) -> bool:
 def draw_blocks(
     prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor | None = None
 ) -> Tensor:
-    """Draw tokens `(B, N)` eagerly. Without a monitor no control flow depends on the contents of a tensor, so a CUDA
-    graph can capture all of it."""
+    """Draw tokens `(B, N)` eagerly; without a monitor, no control flow reads tensors, as CUDA graphs require."""
     ends = list(accumulate(batch.blocks))
     cuts = list(zip([0, *ends], ends, strict=False))
     skipped, some_known = set[int](), True  # starts of blocks that are known in all images
@@ -336,9 +329,7 @@ def draw_blocks(
         last = max((rank for rank, drawn in enumerate(unknown) if drawn), default=-1)
         cuts = [(begin, end) for begin, end in cuts if begin <= last]
         skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
-    encoded, partition = encode_rows(prior, batch, options), batch.partition()
-    if partition is not None and partition.order.ndim == 2:
-        partition = Partition(options.with_unconditional(partition.order), partition.blocks)
+    encoded, partition = encode_rows(prior, batch, options), batch.partition(options)
     start, next_logits = (
         (prior.start, prior.next_logits) if cache else (prior.start_uncached, prior.next_logits_uncached)
     )

@@ -37,7 +37,6 @@ class TransformerConfig(PriorConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """Check that heads have an even width and the rotation table is not too large."""
         yield from super().check()
         if self.dim % (2 * self.heads):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
@@ -74,7 +73,6 @@ class OrderedConfig(TransformerConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """Check the annealing interval, and that a window fits the grid and has a fixed order."""
         yield from super().check()
         if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
             yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
@@ -93,12 +91,10 @@ class OrderedConfig(TransformerConfig):
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """The dilation of each layer's window."""
         return self.dilation or (1,) * self.depth
 
     def random_share_at(self, progress: float) -> float:
-        """Return the share of images in random orders at `progress`, the completed fraction of training (RAR, eq.
-        4)."""
+        """Return the share of images in random orders at `progress`, the share of training (RAR, eq. 4)."""
         begin, end = self.anneal
         left = 1.0 if progress < begin else max(0.0, (end - progress) / max(end - begin, 1e-9))
         return self.random_share + (1 - self.random_share) * left

@@ -214,7 +214,7 @@ print(sorted(path.name for path in dataset.iterdir()))
 
 # %%
 train, test = written.splits["train"], written.splits["test"]
-test_tokens, test_labels = test.tokens.long(), test.labels.long()
+test_tokens, test_labels = test.tokens.long(), test.given.raw("label")
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def bits_per_token(prior: Prior, labels: Tensor | None) -> float:
 
 
 marginal = Prior.create("marginal", grid=written.grid, num_classes=10)
-marginal.initialize(train.tokens, train.labels)
+marginal.initialize(train.tokens, train.given)
 bits = {"uniform": math.log2(written.grid.vocab_size), "marginal": bits_per_token(marginal, test_labels)}
 print({name: round(value, 3) for name, value in bits.items()})
 

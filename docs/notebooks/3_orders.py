@@ -92,7 +92,7 @@ shipped = ImagePipeline.from_pretrained("digits")
 shipped.tokenizer.save_pretrained("runs/orders/tokenizer")
 dataset = encode(tokenizer="runs/orders/tokenizer", data={"source": "digits"}, out="runs/orders/tokens")
 test = load_tokens(dataset).splits["test"]
-tokens, labels = test.tokens.long(), test.labels.long()
+tokens, labels = test.tokens.long(), test.given.raw("label")
 
 # %% [markdown]
 # Each prior below is a small transformer that trains for the same number of steps on the same tokens. `gpt` samples one

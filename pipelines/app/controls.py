@@ -33,7 +33,8 @@ def get_slider_values(pipeline: ImagePipeline) -> dict[str, float]:
 
 
 def make_sliders(pipeline: ImagePipeline) -> list[Any]:
-    """Make a slider for each of `get_slider_values`, in a closed accordion; and with columns, `make_guidance_menu`."""
+    """Make a slider for each of `get_slider_values`, in a closed accordion; and with columns other than the class, a
+    choice of those that guidance applies to."""
     ranges = {
         "temperature": (0, 2, 0.05),
         "top_k": (1, pipeline.prior.grid.vocab_size, 1),
@@ -50,21 +51,13 @@ def make_sliders(pipeline: ImagePipeline) -> list[Any]:
                 about = "above 1 follows the class and the conditions more closely"
             title = name.replace("_", " ").capitalize()
             sliders.append(gr.Slider(low, max(high, value), step=step, value=value, label=title, info=about))
-        return [*sliders, *make_guidance_menu(pipeline)]
-
-
-def make_guidance_menu(pipeline: ImagePipeline) -> list[Any]:
-    """Make a choice of the columns that guidance applies to; none for a pipeline without columns but the class."""
-    if not list_others(pipeline):
-        return []
-    own = list(pipeline.sampler.guidance_on or ())
-    about = "what guidance scale applies to; none: all"
-    return [gr.CheckboxGroup([*pipeline.columns], value=own, label="Guidance on", info=about)]
+        if list_others(pipeline):
+            own, about = list(pipeline.sampler.guidance_on or ()), "what guidance scale applies to; none: all"
+            sliders.append(gr.CheckboxGroup([*pipeline.columns], value=own, label="Guidance on", info=about))
+        return sliders
 
 
 def make_condition_fields(served: Served, tab: str) -> list[Any]:
-    """Make a choice of the columns that are given, and fields for each, which appear when it is chosen; none for a
-    pipeline without columns but the class. tab: prefix of the names of pictures."""
     every = list_others(served.pipeline)
     columns = {name: column for name, column in every.items() if column.field_count}
     if others := [name for name in every if name not in columns]:
@@ -84,8 +77,7 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
 
 
 def read_fields(pipeline: ImagePipeline, values: Sequence[Any]) -> dict[str, Any]:
-    """Return the condition from the values of `make_condition_fields`. Raises `ValueError` for a missing or broken
-    picture."""
+    """Return the condition from values of `make_condition_fields`. Raises `ValueError` for a missing picture."""
     given, *rest = values or [[]]
     found = {}
     for name, column in list_others(pipeline).items():
@@ -118,15 +110,13 @@ def sampling_arguments(
         chosen[name] = int(chosen[name]) or None
     if others and (guided := others[0]) != list(pipeline.sampler.guidance_on or ()):
         chosen["guidance_on"] = guided or None
-    if condition := read_fields(pipeline, others[1:]):
-        chosen = {"condition": condition, **chosen}
-    return {"seed": int(seed), "labels": cycle_labels(pipeline, classes, count), **chosen}
+    return {"seed": int(seed), **read_given(pipeline, classes, others[1:], count), **chosen}
 
 
-def read_given(pipeline: ImagePipeline, label: Any, fields: Sequence[Any]) -> dict[str, Any]:
-    """Return the labels and the condition of one image, as arguments. fields: values of `make_condition_fields`."""
+def read_given(pipeline: ImagePipeline, classes: Any, fields: Sequence[Any], count: int = 1) -> dict[str, Any]:
+    """Return the labels and the condition of `count` images, as arguments. fields: of `make_condition_fields`."""
     condition = read_fields(pipeline, fields)
-    return {"labels": cycle_labels(pipeline, label, 1), **({"condition": condition} if condition else {})}
+    return {"labels": cycle_labels(pipeline, classes, count), **({"condition": condition} if condition else {})}
 
 
 def format_arguments(arguments: Mapping[str, Any]) -> str:
@@ -150,7 +140,6 @@ def format_condition(condition: dict[str, Any]) -> str:
 
 
 def import_pictures(arguments: dict[str, Any]) -> list[str]:
-    """Return the line of Python that the pictures of a condition need, if any."""
     pictures = any(isinstance(value, Image.Image) for value in arguments.get("condition", {}).values())
     return ["from PIL import Image"] * pictures
 
@@ -192,7 +181,6 @@ def make_order_menu(prior: Prior) -> gr.Dropdown | gr.State:
 
 
 def make_seed_field() -> gr.Number:
-    """Make a seed field, with a button for a random seed."""
     seed = gr.Number(0, label="Seed", info="the same seed gives the same images; image k uses seed + k")
     random = gr.Button("Random seed", size="sm")
     random.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", queue=False)

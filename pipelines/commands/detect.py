@@ -46,9 +46,7 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
     """Which images, and which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
-    often = (
-        "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions marginal method fdr tile"
-    )
+    often = "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions method fdr tile"
 
     images: str | list[str] | None = Field(
         None,

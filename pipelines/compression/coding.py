@@ -3,8 +3,7 @@
 `container` defines the file, and `codec` the probabilities for coding symbols. Encoder and decoder evaluate the models
 in the same order; batch size and machine may differ, which `codec` allows for. Classes that
 the encoder chooses are part of the stream. A lossy stream is decoded from its tokens in float32, so a pixel may differ
-by one grey level between processors.
-"""
+by one grey level between processors."""
 
 from __future__ import annotations
 
@@ -121,12 +120,6 @@ def identify(pipeline: ImagePipeline) -> bytes:
     return hashlib.sha256(" ".join(parts).encode()).digest()[:16]
 
 
-def read_condition(pipeline: ImagePipeline, condition: Condition, count: int) -> Given:
-    """Read what is given of the `count` images of a stream. Numbers are as they are given, which streams of 0.3 need,
-    too."""
-    return pipeline.read_given(None, condition, count, limit=False)
-
-
 def identify_given(given: Given) -> bytes:
     """Return 8 bytes that identify what is given, or none if all rows are null: as in 0.3, also rows of several
     numbers one of which is."""
@@ -160,8 +153,7 @@ def choose_classes(prior: Prior, tokens: Tensor, given: Given) -> Tensor | None:
 class Models:
     """A pipeline's models in float64 (which autocast does not change), which code symbols while they are evaluated.
 
-    residual: whether pixels are coded in addition to tokens. Devices without float64 are replaced by the CPU.
-    """
+    residual: whether pixels are coded in addition to tokens. Devices without float64 are replaced by the CPU."""
 
     def __init__(self, pipeline: ImagePipeline, *, residual: bool) -> None:
         self.device = pipeline.device if finest(pipeline.device) == torch.float64 else torch.device("cpu")
@@ -187,8 +179,7 @@ class Models:
             last, rank = flat[:, block].split(batch_size), rank + size
 
     def code_classes(self, classes: Tensor, given: Given, coder: SymbolCoder) -> Given:
-        """Code `classes` `(n,)`, of which all, and the null class, are equally probable; return what is given with
-        these labels."""
+        """Code `classes` `(n,)`, all and null equally probable; return what is given with these labels."""
         null = self.prior.num_classes
         logits = torch.zeros(len(classes), null + 1, dtype=torch.float64, device=self.device)
         labels = coder.code(logits, classes)
@@ -209,8 +200,7 @@ class Models:
 
     @torch.inference_mode()
     def encode(self, tokens: Tensor, given: Given, pixels: Tensor | None, classes: Tensor | None = None) -> Chunk:
-        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk. classes: to be stored,
-        `(n,)`."""
+        """Encode tokens `(n, *grid.shape)`, pixels `(n, C, H, W)` in 0 to 255, and `classes` `(n,)` to a chunk."""
         tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
         if classes is not None:
             given = self.code_classes(classes.to(self.device), given, of_tokens)
@@ -224,8 +214,7 @@ class Models:
 
     @torch.inference_mode()
     def decode(self, chunk: Chunk, count: int, given: Given, batch_size: int | None) -> tuple[Tensor, Tensor | None]:
-        """Decode the tokens and pixels of a chunk of `count` images. Raises `ModelMismatch` if this machine computes
-        different probabilities."""
+        """Decode a chunk of `count` images. Raises `ModelMismatch` for other probabilities on this machine."""
         if chunk.classes and (LABEL in given.rows or not self.prior.num_classes):
             why = "labels, too, were given to compress" if LABEL in given.rows else "this pipeline has none"
             raise DamagedStream(f"the stream is damaged: it has classes, but {why}")
@@ -261,7 +250,6 @@ def to_double(model: Any, device: torch.device) -> Any:
 
 
 def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
-    """Return the CRC-32 of ids as u32 and pixels as u8."""
     content = tokens.cpu().numpy().astype("<u4").tobytes()
     return crc32(content if pixels is None else content + pixels.cpu().numpy().astype(np.uint8).tobytes())
 
@@ -269,19 +257,10 @@ def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
 # Streams
 
 
-def compress(
-    pipeline: ImagePipeline,
-    images: Tensor,
-    *,
-    condition: Condition = None,
-    lossless: bool = False,
-    names: Sequence[str] = (),
-    progress: bool = True,
-) -> bytes:
-    """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream; see `write_images`."""
+def compress(pipeline: ImagePipeline, images: Tensor, *, condition: Condition = None, **options: Any) -> bytes:
+    """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream. options: as in `write_images`."""
     file, parts = io.BytesIO(), images.split(chunk_images(pipeline))
-    given, chooses = read_condition(pipeline, condition, len(images)), has_no_label(condition)
-    options: dict[str, Any] = {"lossless": lossless, "names": names, "progress": progress}
+    given, chooses = pipeline.read_given(None, condition, len(images), limit=False), has_no_label(condition)
     write_images(pipeline, file, parts, given, chooses_classes=chooses, **options)
     return file.getvalue()
 
@@ -306,12 +285,11 @@ def write_images(
 ) -> int:
     """Write a stream of images in `parts` of `chunk_images`; return its size in bytes.
 
-    sizes: (height, width) of each image; `parts` then contain the tiles of all images. given: from `read_condition`;
-    without the same the stream cannot be decoded. chooses_classes: without a label, store the best class of each image,
+    sizes: (height, width) of each image; `parts` then contain the tiles of all images. given: without the same the
+    stream cannot be decoded. chooses_classes: without a label, store the best class of each image,
     if that shortens the stream (see `choose_classes`). lossless: decoding returns the exact 8-bit
     images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError` if the
-    coder is not installed or a name is not a valid file name.
-    """
+    coder is not installed or a name is not a valid file name."""
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
     shape = pipeline.tokenizer.image_shape
@@ -342,8 +320,7 @@ def write_tiles(
     given: Given,
     **options: Any,
 ) -> int:
-    """Write a stream of images by tiles that lie side by side; return its size in bytes. sizes: from `sizes_of`.
-    options: as in `write_images`."""
+    """Write a stream of images by tiles side by side; return its size. sizes: from `sizes_of`."""
     shape, size = pipeline.tokenizer.image_shape, chunk_images(pipeline)
     images = images if options.get("lossless") else pipeline.list_images(images)
     loaded = ((number, load_image(images, number, shape)) for number in range(len(images)))
@@ -393,7 +370,8 @@ def read_images(
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
     if max_images is not None and header.images > max_images:
         raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
-    given = read_condition(pipeline, condition, header.images)
+    # Numbers are as they are given, which streams of 0.3 need, too.
+    given = pipeline.read_given(None, condition, header.images, limit=False)
     check_condition(pipeline, header, identify_given(given))
     coded = given_of_stream(given, header)
     constriction()
@@ -402,9 +380,8 @@ def read_images(
     def images() -> Iterator[Tensor]:
         for index in iterate_chunks(header, progress):
             count = min(header.chunk_images, header.num_coded - index * header.chunk_images)
-            tokens, pixels = models.decode(
-                chunks[index], count, models.given_of_chunk(coded, header, index), batch_size
-            )
+            own = models.given_of_chunk(coded, header, index)
+            tokens, pixels = models.decode(chunks[index], count, own, batch_size)
             if pixels is None:
                 yield pipeline.decode_batch(tokens)
             else:
@@ -426,21 +403,13 @@ def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> N
 
 
 def decompress(
-    pipeline: ImagePipeline,
-    data: bytes,
-    *,
-    condition: Condition = None,
-    batch_size: int | None = None,
-    max_images: int | None = None,
-    progress: bool = True,
+    pipeline: ImagePipeline, data: bytes, *, batch_size: int | None = None, **options: Any
 ) -> Tensor | list[Tensor]:
     """Decompress all images of a stream, float `(B, C, H, W)` in [-1, 1]; or, if it consists of tiles, a list of images
-    `(1, C, H, W)` of any size. Raises `StreamError`, also for more than
-    `max_images`, and `ValueError` for a batch size below 1."""
+    `(1, C, H, W)` of any size. options, errors: as in `read_images`; also `ValueError` for a batch size below 1."""
     if batch_size is not None:
         check_count(batch_size, "batch_size")
-    options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
-    header, parts = read_images(pipeline, data, condition=condition, **options)
+    header, parts = read_images(pipeline, data, batch_size=batch_size, **options)
     if header.sizes is not None:
         return list(parts)
     return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])

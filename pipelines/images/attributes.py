@@ -2,8 +2,7 @@
 
 A column comes from the tables of the source (parquet files, a Hub data set), from the sheets of an image folder
 (`metadata.csv`, `.jsonl`, `.parquet`), from a table beside it, from a folder of images with the same names, or from
-the images before these in their folder. `load_attributes` reads all columns, parallel to the images of each split.
-"""
+the images before these in their folder. `load_attributes` reads all columns, parallel to the images of each split."""
 
 from __future__ import annotations
 
@@ -78,7 +77,6 @@ class AttributeSource(Config):
     @model_validator(mode="before")
     @classmethod
     def _name_column(cls, value: Any) -> Any:
-        """A string is the name of a column."""
         return {"column": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -104,7 +102,6 @@ class AttributeSource(Config):
 
     @property
     def is_picture(self) -> bool:
-        """Whether the column consists of image files without a table."""
         return self.images is not None or self.frame is not None
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -221,7 +218,6 @@ def load_attributes(
 def locate_crops(
     splits: Mapping[str, ImageDataset], source: dict[str, Any], augmentations: int, seed: int
 ) -> LoadedColumn:
-    """Return the places of all crops as a column."""
     values = dict[str, Tensor]()
     for name, images in splits.items():
         if isinstance(images, CropImages):  # all are
@@ -269,8 +265,8 @@ class Sheets:
 
     def __init__(self, config: DataConfig, paths: list[str], table: str | None, wanted: set[str]) -> None:
         root = config.path or Path()
-        self.files = sorted(path for path in files_below(root) if path.name in SHEETS)
-        self.files = [Path(table).expanduser()] if table else self.files
+        sheets = [Path(table).expanduser()] if table else files_below(root)
+        self.files = sorted(path for path in sheets if table or path.name in SHEETS)
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
@@ -314,7 +310,6 @@ class Sheets:
 
 
 def parse_cell(text: Any) -> Any:
-    """Parse the text of a number, a boolean or a list, as JSON or Python write them."""
     for parse in (json.loads, float) if isinstance(text, str) and "_" not in text else ():  # 1_2 is a name
         try:
             return parse(text.lower() if text in ("True", "False") else text)
@@ -342,17 +337,13 @@ def read_table(source: str, images: list[ImageDataset], column: str, is_picture:
         except Exception as error:  # pyarrow raises several types for a column that cannot be cast
             raise ValueError(f"the column {column!r} does not hold images: {error}") from error
 
-    def read(numbers: Sequence[int]) -> list[Any]:
-        found: list[Any] = table[list(numbers)][column]
-        return found
-
     def name(row: int) -> str:
         part = int(np.searchsorted(starts, row, "right")) - 1
         rows, positions = images[part].origin
         return f"{source}: {rows.name(int(positions[row - starts[part]]))}"
 
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, or of a class
-    return Cells(len(table), read, name, names, open_cell)
+    return Cells(len(table), lambda rows: table[list(rows)][column], name, names, open_cell)
 
 
 def pair_images(folder: Path, config: DataConfig, paths: list[str]) -> Cells:
@@ -422,14 +413,12 @@ class AttributeImages(ImageDataset):
         values: Values | None = None,
     ) -> None:
         limits = {"dtype": None, "range": None} if values is None else {"dtype": values[0], "range": values[1:]}
-        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], "frames": None, **limits})
-        own = own.model_copy(update={"binarize": None})
-        super().__init__(own, rows, Decoded(positions, None, []), None, [])
+        own = {"channels": shape[0], "image_size": shape[1:], "frames": None, "binarize": None, **limits}
+        super().__init__(config.model_copy(update=own), rows, Decoded(positions, None, []), None, [])
         down, right = (side / other for side, other in zip(shape[1:], config.frame_shape[1:], strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
     def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:
-        """Read the images from the source in `shape` (C, H, W)."""
         images = zip(indices, super().decode(indices, shape), strict=True)
         return [np.zeros(shape, np.uint8) if self.missing[index] else image for index, image in images]
 

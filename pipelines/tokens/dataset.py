@@ -11,8 +11,7 @@ manifest.json          sha256 and size of every file, written last
 The tokens of a split that is `drawn` are grey values, uint8 (n, *grid.shape, k): the chances of each binary digit of an
 id, lowest first, to be 1. The ids are drawn on access.
 
-A small dataset is read into memory. A large one is memory-mapped, and rows are read from the disk on access.
-"""
+A small dataset is read into memory. A large one is memory-mapped, and rows are read from the disk on access."""
 
 from __future__ import annotations
 
@@ -31,14 +30,7 @@ from torch import Tensor
 from prior.columns import LABEL, Column
 from prior.given import Given
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files import (
-    FormatError,
-    IntegrityError,
-    PathError,
-    atomic_folder,
-    find_folder,
-    read_folder,
-)
+from tokenizer.files import FormatError, IntegrityError, PathError, atomic_folder, find_folder, read_folder
 
 from ..frequencies import Frequencies
 from ..hub import is_reachable, push_folder, require_reachable
@@ -88,8 +80,7 @@ class TokenDataset:
     the unchanged images. `columns`: what is known of the images of all splits, the class first, as `label`;
     `condition_tokenizers`: the tokenizers of grids among them; `condition_sources`: facts about the origin of each.
     `frequencies`: how often the classes occur in the training split; those of a folder that has been loaded.
-    `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
-    """
+    `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder."""
 
     grid: TokenGrid
     columns: Mapping[str, Column]
@@ -124,8 +115,7 @@ class TokenDataset:
 
         rows_per_shard: rows per file; None: chosen by the size of the split, see `cut_shards`. Raises `PathError` if
         the folder holds something else, `ValueError` for ids out of range, and a `PipelineLoadError` for anything that
-        could not be loaded again: invalid names of splits, classes or columns, labels out of range, missing columns.
-        """
+        could not be loaded again: invalid names of splits, classes or columns, labels out of range, missing columns."""
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
         fingerprint = self.tokenizer.fingerprint()
         drawn = [name for name, split in self.splits.items() if split.drawn]
@@ -171,8 +161,7 @@ class TokenDataset:
         tokens, label: names of the columns; the label is a `ClassLabel`, and None, or a missing column, means no
         classes. source: facts about the images. columns: the others to read, by their names in the table; a label
         among them is ignored. condition_tokenizers: those of grids. Raises `UserError` for ids that do not fit
-        `tokenizer`, for labels without class names, and for values that a column does not allow.
-        """
+        `tokenizer`, for labels without class names, and for values that a column does not allow."""
         others = {name: column for name, column in (columns or {}).items() if name != LABEL}
         splits, found = from_tables(tables, tokenizer, tokens, label, others)
         tokenizers = dict(condition_tokenizers or {})
@@ -191,8 +180,7 @@ class TokenDataset:
 
         Paths of local images are removed. Files of an earlier token dataset are deleted, other files stay.
         revision: the branch to write to. Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with
-        the reason in one line.
-        """
+        the reason in one line."""
         require_reachable(repo_id)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "dataset"
@@ -225,8 +213,7 @@ def load_tokens(
     size, and ids are checked when they are read (`smalti verify` hashes everything). mapped: leave tokens on the disk,
     shared by all processes; None does so above 256 MiB. revision: a branch, tag or commit of the Hub. Raises a
     `PipelineLoadError` if a file is missing or changed, ids do not fit the grid, labels are out of range, or the
-    tokenizer is not the one that made the ids.
-    """
+    tokenizer is not the one that made the ids."""
     folder = Path(source)
     if not os.path.isdir(source):
         local_files_only = local_files_only or not is_reachable()  # fail fast on a mistyped folder

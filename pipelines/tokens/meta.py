@@ -31,7 +31,7 @@ from tokenizer.files import (
 )
 
 from ..files import FieldError, Text, Whole, validate
-from ..frequencies import Frequencies
+from ..frequencies import FREQUENCIES, Frequencies
 from ..images.dataset import is_printable
 from ..images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
 from .shards import map_shard, open_columns, shard_names, stored_grid
@@ -61,11 +61,9 @@ class Meta:
     drawn: list[str] = field(default_factory=list)
 
     def files(self) -> list[str]:
-        """Return the names of all shards."""
         return [name for split, sizes in self.shards.items() for name in shard_names(split, len(sizes))]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
         columns = {
             name: {**column.to_dict(), SOURCE: self.condition_sources.get(name, {})}
             for name, column in self.columns.items()
@@ -99,7 +97,6 @@ def label_column(names: Sequence[str]) -> dict[str, Column]:
 
 
 def class_names(columns: Mapping[str, Column]) -> list[str]:
-    """Return the names of the classes; [] without classes."""
     return cast(ClassColumn, columns[LABEL]).names if LABEL in columns else []
 
 
@@ -133,21 +130,18 @@ def manifest_hash(folder: Path) -> str:
 
 
 def check_printable(name: str) -> str:
-    """Raise `ValueError` for a name with control characters (terminal escape sequences)."""
     if not is_printable(name):
         raise ValueError(f"must be a printable name (found {quote(name)})")
     return name
 
 
 def check_rows(found: Any) -> list[int]:
-    """Check the number of rows of each file of a split. Raises `ValueError`."""
     if not isinstance(found, list) or not found or not all(type(count) is int and count >= 0 for count in found):
         raise ValueError(f"must be the number of rows of each file (found {quote(found)})")
     return found
 
 
 def check_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Raise `ValueError` for a split name that cannot be part of a file name."""
     if strange := [name for name in splits if not re.fullmatch(r"\w[\w-]*", name)]:
         raise ValueError(f"invalid name {quote(strange[0])} (letters, digits, _ and -)")
     return splits
@@ -187,12 +181,10 @@ class GridFields(BaseModel):
 
     @model_validator(mode="after")
     def is_a_grid(self) -> GridFields:
-        """Raise the errors of `TokenGrid`."""
         self.grid()
         return self
 
     def grid(self) -> TokenGrid:
-        """Return the grid. Raises `ValueError`."""
         return read_grid(self.model_dump())
 
 
@@ -210,8 +202,7 @@ class MetaFile(BaseModel):
 
     @model_validator(mode="after")
     def draws_digits(self) -> MetaFile:
-        """Raise `ValueError` for drawn splits that do not exist, or with ids that are not all numbers of some binary
-        digits."""
+        """Raise `ValueError` for drawn splits that do not exist, or whose ids are not all those of some digits."""
         if strange := [name for name in self.drawn if name not in self.splits]:
             raise ValueError(f"drawn: there is no split {quote(strange[0])}")
         if self.drawn and (self.grid.vocab_size < 2 or self.grid.vocab_size.bit_count() != 1):
@@ -247,9 +238,9 @@ def check_meta(meta: Meta, path: Path) -> None:
 
 def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:
     """Compare all files with `manifest.json` by sha256; unless `whole`, compare shards only by size."""
-    shards = set(meta.files())
+    shards, others = set(meta.files()), {name for name in (META, FREQUENCIES) if is_file(folder / name)}
     listed = verify_manifest(folder, unhashed=() if whole else shards)["files"]
-    if absent := sorted({META, *shards} - set(listed)):
+    if absent := sorted((shards | others) - set(listed)):
         raise IntegrityError(f"{folder / absent[0]}: not listed in {MANIFEST}")
 
 

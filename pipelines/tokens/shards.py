@@ -56,7 +56,6 @@ def bytes_per_row(grid: TokenGrid, columns: Mapping[str, Column]) -> int:
 
 
 def shard_names(split: str, count: int) -> list[str]:
-    """Return the file names of a split, in the order of rows."""
     if count == 1:
         return [f"{split}.safetensors"]
     return [f"{split}-{k:05d}-of-{count:05d}.safetensors" for k in range(count)]
@@ -67,8 +66,7 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
 
     rows_per_shard None: whole batches of 256, at least four per file; up to 16 files for a small split, and files of
     4,096 rows for a large one, or of more rows to stay below `MAX_SHARDS`. Raises `ValueError` if rows_per_shard is
-    below 1 or gives more than `MAX_SHARDS` files.
-    """
+    below 1 or gives more than `MAX_SHARDS` files."""
     if rows_per_shard is not None and rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1 (got {rows_per_shard})")
     most = max(1, MAX_SHARDS - PROCESSES * len(rows))
@@ -110,8 +108,7 @@ def write_shard(path: Path, tokens: Tensor, grid: TokenGrid, columns: Mapping[st
     """Write a file atomically.
 
     tokens: `(n, *grid.shape)` of any integer type. columns: from `pack_columns`. Raises `ValueError` for ids that do
-    not fit the grid.
-    """
+    not fit the grid."""
     grid.check(tokens.to(torch.int64))
     tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous(), **columns}
     with atomic_file(path, overwrite=True) as temporary:
@@ -154,8 +151,7 @@ def map_shard(path: Path, rows: int, grid: TokenGrid, columns: Mapping[str, Colu
 
 
 def check_labels(path: Path, labels: Tensor | None, classes: Column | None) -> None:
-    """Raise `FormatError` for missing labels, `IntegrityError` for labels out of range. classes: their column, if there
-    are classes."""
+    """Raise `FormatError` for missing labels, `IntegrityError` for labels out of range of `classes`."""
     count = 0 if classes is None else classes.count  # type: ignore[attr-defined]
     if count and labels is None:
         raise FormatError(f"{path}: labels: missing, though there are {count} classes")
@@ -200,9 +196,8 @@ class MappedRows:
 
     def __getitem__(self, rows: Indices) -> Tensor:
         """Return rows `(B, *shape)`. Raises `IndexError`, or `IntegrityError` for values that are not allowed."""
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(len(self))
-            found = self._read_slice(start, stop) if step == 1 else self._read_rows(positions_of(rows, len(self)))
+        if isinstance(rows, slice) and rows.indices(len(self))[2] == 1:
+            found = self._read_slice(*rows.indices(len(self))[:2])
         else:
             found = self._read_rows(positions_of(rows, len(self)))
         try:
@@ -212,9 +207,8 @@ class MappedRows:
 
     def _read_slice(self, start: int, stop: int) -> NDArray[Any]:
         pairs = zip(self._shards, self._starts, strict=False)
-        parts = [
-            shard[max(0, start - s) : max(0, stop - s)] for shard, s in pairs if s < stop and start < s + len(shard)
-        ]
+        here = ((shard, s) for shard, s in pairs if s < stop and start < s + len(shard))
+        parts = [shard[max(0, start - s) : max(0, stop - s)] for shard, s in here]
         return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self._shards[0].dtype)
 
     def _read_rows(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
@@ -231,7 +225,6 @@ class MappedRows:
 
 
 def check_ids(vocab_size: int, ids: Tensor) -> Tensor:
-    """Return ids as they are. Raises `ValueError` for an id out of range."""
     most = int(ids.numpy().max(initial=0))
     if most >= vocab_size:
         raise ValueError(f"found id {most}, ids must lie in [0, {vocab_size})")
@@ -276,7 +269,6 @@ class TokenSplit:
         return torch.cat([self.rows(rows).to(kind) for rows in chunks(len(self))])
 
     def of_columns(self, columns: Mapping[str, Column]) -> TokenSplit:
-        """Return the split with no other columns than these."""
         rows = {name: values for name, values in self.given.rows.items() if name in columns}
         return replace(self, given=Given(columns, rows, len(self)))
 

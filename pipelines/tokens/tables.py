@@ -76,7 +76,6 @@ def from_tables(
 
 
 def class_names_of(split: str, table: Any, label: str | None) -> list[str]:
-    """Return the class names of a table; empty without a label column."""
     import datasets
 
     if label is None or label not in table.column_names:
@@ -91,7 +90,6 @@ def class_names_of(split: str, table: Any, label: str | None) -> list[str]:
 
 
 def labels_of(split: str, table: Any, label: str) -> Tensor:
-    """Return the labels of a table, `(n,)` int64."""
     values = table.with_format(None)[label][:]
     if bad := [row for row, value in enumerate(values) if value is None or value < 0]:
         raise UserError(f"{split}: {label}: missing in row {bad[0]}; filter such rows out, or pass label=None")

@@ -5,16 +5,13 @@ Covers: pipelines/condition_keys.py, pipelines/columns.py.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from givens.images import write_rows
 from PIL import Image
 from small_pipelines import COLUMNS, make_conditioned
 
@@ -82,22 +79,9 @@ def test_words_are_values_of_their_columns(pipe, words, values):
 
 
 def write_table(path, values):
-    """Write a row per image, as people write each kind of file."""
+    """Write a row per image, with lists as people write them."""
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-
-        def text(value):
-            return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
-
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(values), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows([{name: text(value) for name, value in row.items()} for row in rows])
-    return path
+    return write_rows(path, rows, lambda value: f"[{', '.join(map(str, value))}]")
 
 
 def test_columns_of_a_table_that_are_not_those_of_the_pipeline_are_named_and_ignored(pipe, tmp_path, capsys):
@@ -135,12 +119,6 @@ def test_cells_mean_what_they_mean_to_a_data_set(tmp_path):
         assert same(found, pipe.read_given(condition=expected)), suffix
     words = read(pipe, "condition.answer=yes", "condition.wind=370,-90,null")
     assert same(words, pipe.read_given(condition={"answer": "yes", "wind": expected["wind"]}))
-
-
-def test_a_table_and_keys_go_together(pipe, tmp_path):
-    table = write_table(tmp_path / "rows.csv", {"age": VALUES["age"]})
-    found = read(pipe, f"conditions={table}", "condition.view=lateral")
-    assert same(found, pipe.read_given(condition={"age": VALUES["age"], "view": "lateral"}))
 
 
 def test_a_folder_has_a_picture_per_image(pipe, pictures):
@@ -190,7 +168,6 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
     cases = {
         "unknown column 'agee'; did you mean 'age'?": ["condition.agee=3"],
         "condition: age: expected a number": ["condition.age=[1, old]"],
-        "condition: label: 7 is not a class": ["condition.label=7"],
         "condition.outline: no such file": ["condition.outline=nowhere"],
         "broken.png": [f"condition.outline={tmp_path / 'broken.png'}"],
         "condition.outline: no images in": [f"condition.outline={tmp_path / 'empty'}"],
@@ -222,10 +199,3 @@ def test_one_line_warns_about_numbers_outside_the_training_data(pipe, capsys, re
     assert line.startswith("warning: condition: age: ") and "18 to 90" in line and not recwarn.list
     read(pipe, "condition.age=63,null,90")
     assert capsys.readouterr().err == ""
-
-
-def test_a_pipeline_without_columns_says_so():
-    torch.manual_seed(0)
-    plain = make_conditioned(columns={}, outline=False)
-    assert "unknown column 'age'" in refusal(plain, "condition.age=3")
-    assert same(read(plain, "condition.label=eel"), plain.read_given("eel"))

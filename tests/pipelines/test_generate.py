@@ -412,7 +412,6 @@ def test_mistakes_in_a_condition_are_one_line(conditioned, tmp_path, capsys):
     table = f"conditions={conditioned / 'rows.jsonl'}"
     where = [f"pipeline={conditioned / 'pipeline'}", f"out={tmp_path}/set.npz"]
     for key, *argv in (
-        ("conditions: 7 rows for 8 images", table, "num_images=8"),
         ("condition.label: ", table, "labels=[cat]"),
         ("guidance_on", "guidance_on=[agee]", "guidance_scale=2", "condition.age=30"),
         ("a value of age", "guidance_on=[age]", "guidance_scale=2", "condition.view=lateral"),

@@ -126,9 +126,10 @@ def test_repository_without_a_pipeline_says_what_is_missing(report):
 
 def sample(pipe):
     """Return sampled tokens as lists, given a value of every column."""
-    height, width = pipe.condition_tokenizers["outline"].image_shape[1:] if pipe.conditions else (1, 1)
-    outline = np.arange(height * width, dtype=np.uint8).reshape(height, width)
-    condition = {**GIVEN, "outline": outline} if pipe.conditions else None
+    condition = None
+    if "outline" in pipe.columns:
+        height, width = pipe.condition_tokenizers["outline"].image_shape[1:]
+        condition = {**GIVEN, "outline": np.arange(height * width, dtype=np.uint8).reshape(height, width)}
     return pipe(3, 1, condition=condition, seed=0).tokens.tolist()
 
 

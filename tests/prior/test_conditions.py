@@ -10,7 +10,7 @@ import torch
 from costs import all_steps
 from frequencies import as_frequent
 from givens.columns import KINDS, draw_given, make_conditioned
-from givens.headed import MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
+from givens.headed import HEADED, MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
 from small import ANY_ORDER, PRIORS, draw_known, draw_tokens, generators
 
 from prior import Prior
@@ -22,9 +22,8 @@ from prior.sampling import choose_by_known, make_batch
 CONDITIONED = [name for name in MODELS if name != "marginal"]
 every_case = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CONDITIONED for kind in KINDS])
 every_model = pytest.mark.parametrize("name", CONDITIONED)
-every_order = pytest.mark.parametrize(
-    ("name", "order"), [(name, order) for name, order in MODELS_IN_ORDERS if name in CONDITIONED]
-)
+every_plain_model = pytest.mark.parametrize("name", [name for name in CONDITIONED if name not in HEADED])
+IN_ORDERS = [(name, order, "some null") for name, order in MODELS_IN_ORDERS if name in CONDITIONED]
 LABELS = torch.tensor([0, 3, 1, 2, 3, 1])
 """Of six images, two of them without a class."""
 
@@ -86,23 +85,15 @@ def test_paths_and_batches_draw_the_same_tokens(name, kind):
 
 
 @pytest.mark.sparse
-@every_case
-def test_step_logits_equal_forward_logits(name, kind):
-    model = make_conditioned(name, kind)
+@pytest.mark.parametrize(
+    ("name", "order", "kind"), [*((name, "raster", kind) for name in CONDITIONED for kind in KINDS), *IN_ORDERS]
+)
+def test_step_logits_equal_forward_logits(name, order, kind):
+    model = make_conditioned(name, kind, order)
     tokens, given = draw_tokens(model, 4), draw_given(model, 4, kind, LABELS[:4])
     with torch.no_grad():
         whole, steps = model(tokens, model.encode_given(given)), all_steps(model, tokens, condition=given)
     assert whole.isfinite().all()
-    assert (steps - whole[:, model.order]).abs().max() < 1e-9
-
-
-@pytest.mark.sparse
-@every_order
-def test_step_logits_equal_forward_logits_in_every_order(name, order):
-    model = make_conditioned(name, "all", order)
-    tokens, given = draw_tokens(model, 4), draw_given(model, 4, "some null", LABELS[:4])
-    with torch.no_grad():
-        whole, steps = model(tokens, model.encode_given(given)), all_steps(model, tokens, condition=given)
     assert (steps - whole[:, model.order]).abs().max() < 1e-9
 
 
@@ -296,6 +287,7 @@ def test_schedules_and_bounds_of_masked(settings):
 # Training and precision
 
 
+@pytest.mark.sparse
 @every_model
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.filterwarnings("error:Mismatch dtype")
@@ -311,7 +303,7 @@ def test_every_weight_of_the_encoder_learns(name, bf16):
     assert not [key for key in still if "condition_encoder" in key or "columns" in key]
 
 
-@every_model
+@every_plain_model
 def test_weights_may_be_bfloat16(name):
     model = make_conditioned(name, "all").bfloat16()
     given = draw_given(model, 4, "some null")
@@ -321,15 +313,19 @@ def test_weights_may_be_bfloat16(name):
     assert model.log_prob(drawn, condition=given).isfinite().all()
 
 
-@every_model
-def test_save_load_and_features(name, tmp_path):
-    model = make_conditioned(name, "all").float()
+def test_save_and_load(tmp_path):
+    model = make_conditioned("gpt", "all").float()
     tokens, given = draw_tokens(model, 3), draw_given(model, 3, "all")
     model.save_pretrained(tmp_path / "prior")
     loaded = Prior.from_pretrained(tmp_path / "prior")
     assert loaded.columns == model.columns and loaded.fingerprint() == model.fingerprint()
-    encoded = model.encode_given(given)
-    assert torch.equal(loaded(tokens, loaded.encode_given(given)), model(tokens, encoded))
+    assert torch.equal(loaded.log_prob(tokens, condition=given), model.log_prob(tokens, condition=given))
+
+
+@every_plain_model
+def test_features_depend_on_the_condition(name):
+    model = make_conditioned(name, "all")
+    tokens, given = draw_tokens(model, 3), draw_given(model, 3, "all")
     found, null = model.features(tokens, condition=given), model.features(tokens)
     assert found.shape == null.shape and not torch.equal(found, null)
     assert model.log_prob(tokens[:0], condition=given[:0]).shape == (0,)

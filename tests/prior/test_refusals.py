@@ -76,16 +76,15 @@ def test_an_unknown_kind_lists_the_known_ones():
         Prior.create("gtp", grid=TokenGrid((2, 2), 3))
 
 
-# Requests: arguments of `sample`, and the one that the error names
+# Calls: kind, settings, method, arguments, and the one that the error names
 
 TOKENS, ALL = torch.zeros(2, 3, 4).long(), torch.ones(2, 3, 4).bool()
 BOTH = {"tokens": TOKENS, "known": ALL}
 NO_TOKENS = (TOKENS + 5, TOKENS - 1, TOKENS.transpose(1, 2), TOKENS[0], TOKENS.float(), ALL)
-NO_LABELS = [[1.0, 2.0], [1, 2, 3], [1, 4], [-1, 2], [True, False], torch.eye(2).long()]
 NO_ORDERS = ["strange", [1, 2], torch.arange(12.0), [0] * 12, torch.arange(12).expand(3, -1), torch.ones(12).bool()]
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "num_images": [0, -1, 2.0, None, True],
-    "labels": NO_LABELS,
+    "labels": [[1, 4], torch.eye(2).long()],
     "order": [*NO_ORDERS, "snake"],
     "num_orders": [0, 1.0, "2", None, 2],
     "temperature": [-1.0, math.inf, math.nan, "hot", True, None],
@@ -96,57 +95,23 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "guidance_power": [0.0, math.inf, "2"],
     "generator": [generators(count) for count in (0, 1, 3)],
 }
-REQUESTS: list[tuple[dict[str, Any], str]] = [
-    *(({name: value}, name) for name, values in OUT_OF_RANGE.items() for value in values),
-    ({"guidance_scale": 2.0, "guidance_end": 1.0}, "guidance_scale"),
-    ({"guidance_power": 2.0}, "guidance_power needs guidance_end"),
-    ({"parallel": True, "cache": False}, "parallel"),
-    ({"tokens": TOKENS}, "known"),
-    ({"known": ALL}, "tokens"),
-    *(({**BOTH, "known": known}, "known") for known in (ALL.float(), ALL[:, 0])),
-    *(({**BOTH, "tokens": tokens}, "token") for tokens in (TOKENS.float(), TOKENS[0, 0], TOKENS + 9, TOKENS - 1)),
+REQUESTS: list[tuple[str, list[dict[str, Any]]]] = [
+    *((name, [{name: value} for value in values]) for name, values in OUT_OF_RANGE.items()),
+    ("guidance_scale", [{"guidance_scale": 2.0, "guidance_end": 1.0}]),
+    ("guidance_power needs guidance_end", [{"guidance_power": 2.0}]),
+    ("parallel", [{"parallel": True, "cache": False}]),
+    ("known", [{"tokens": TOKENS}, *({**BOTH, "known": known} for known in (ALL.float(), ALL[:, 0]))]),
+    ("tokens", [{"known": ALL}]),
+    ("token", [{**BOTH, "tokens": tokens} for tokens in (TOKENS.float(), TOKENS[0, 0], TOKENS + 9, TOKENS - 1)]),
 ]
 
 
-def check_refusal(error, word, call):
-    with pytest.raises(error, match=word) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("number", range(len(REQUESTS)), ids=lambda number: f"{number}-{REQUESTS[number][1]}")
-def test_requests_that_cannot_be_drawn_are_refused_by_name(number):
-    request, word = REQUESTS[number]
-    model = make_prior("gpt")
-    check_refusal(ValueError, word, lambda: model.sample(**{"num_images": 2, **request}))
-
-
-@pytest.mark.parametrize("kind", PRIORS)
-def test_every_kind_refuses_settings_that_it_does_not_have(kind):
-    check_refusal(TypeError, "warmth", lambda: make_prior(kind).sample(2, warmth=1))
-
-
-@pytest.mark.parametrize("wrong", [5, "cpu", [0, 1], [None, None]])
-def test_what_is_no_generator_is_a_type_error(wrong):
-    check_refusal(TypeError, "generator", lambda: make_prior("gpt").sample(2, generator=wrong))
-
-
-def test_the_ends_of_ranges_are_allowed():
-    gpt = make_prior("gpt")
-    kinds = (torch.int32, torch.uint8, torch.uint16, torch.uint32)
-    for labels in ([0, 3], *(torch.tensor([2, 0], dtype=kind) for kind in kinds), None):
-        assert gpt.sample(2, labels, tokens=TOKENS[0] + 4, known=ALL[0]).eq(4).all()
-    for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1.0}, {"guidance_scale": 0.0}, {"guidance_end": 0}):
-        assert gpt.sample(1, [1], **settings).shape == (1, 3, 4)
-
-
-# Other calls: kind, settings, method, arguments, and the one that the error names
-
 CALLS: list[tuple[str, dict[str, Any], str, list[dict[str, Any]], str]] = [
+    *(("gpt", {}, "sample", [{"num_images": 2, **each} for each in requests], word) for word, requests in REQUESTS),
     ("gpt", {}, "log_prob", [{"tokens": tokens} for tokens in NO_TOKENS], "token"),
     ("masked", {}, "loss", [{"tokens": tokens} for tokens in NO_TOKENS], "token"),
-    ("gpt", {}, "log_prob", [{"tokens": TOKENS, "labels": labels} for labels in NO_LABELS], "labels"),
-    ("gpt", {}, "loss", [{"tokens": TOKENS, "labels": labels} for labels in NO_LABELS], "labels"),
+    ("gpt", {}, "log_prob", [{"tokens": TOKENS, "labels": [1, 4]}], "labels"),
+    ("gpt", {}, "loss", [{"tokens": TOKENS, "labels": [1, 4]}], "labels"),
     ("masked", {}, "loss", [{"tokens": TOKENS, "order": torch.arange(12)}], "known"),
     ("gpt", {}, "log_prob", [{"tokens": TOKENS, "num_orders": 2}], "num_orders"),
     ("gpt", {}, "log_prob", [{"tokens": TOKENS, "num_masks": count} for count in (2, 0, 2.5)], "num_masks"),
@@ -183,15 +148,40 @@ CALLS: list[tuple[str, dict[str, Any], str, list[dict[str, Any]], str]] = [
 ]
 
 
+def check_refusal(error, word, call):
+    with pytest.raises(error, match=word) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "method", "arguments", "word"),
     CALLS,
     ids=[f"{number}-{call[0]}-{call[2]}-{call[-1]}" for number, call in enumerate(CALLS)],
 )
-def test_other_calls_are_refused_by_name(kind, settings, method, arguments, word):
+def test_wrong_arguments_are_refused_by_name(kind, settings, method, arguments, word):
     model = make_prior(kind, **settings)
     for each in arguments:
         check_refusal(ValueError, word, lambda each=each: getattr(model, method)(**each))
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_every_kind_refuses_settings_that_it_does_not_have(kind):
+    check_refusal(TypeError, "warmth", lambda: make_prior(kind).sample(2, warmth=1))
+
+
+@pytest.mark.parametrize("wrong", [5, "cpu", [0, 1], [None, None]])
+def test_what_is_no_generator_is_a_type_error(wrong):
+    check_refusal(TypeError, "generator", lambda: make_prior("gpt").sample(2, generator=wrong))
+
+
+def test_the_ends_of_ranges_are_allowed():
+    gpt = make_prior("gpt")
+    kinds = (torch.int32, torch.uint8, torch.uint16, torch.uint32)
+    for labels in ([0, 3], *(torch.tensor([2, 0], dtype=kind) for kind in kinds), None):
+        assert gpt.sample(2, labels, tokens=TOKENS[0] + 4, known=ALL[0]).eq(4).all()
+    for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1.0}, {"guidance_scale": 0.0}, {"guidance_end": 0}):
+        assert gpt.sample(1, [1], **settings).shape == (1, 3, 4)
 
 
 # Orders that are accepted

@@ -351,9 +351,10 @@ def check_pipeline() -> None:
     pipe(4, labels="cat", seed=3, guidance_scale=2.0)
     pipe.complete(images[:2], torch.arange(8)[:, None].expand(8, 12) < 4, draws=2)
     pipe.decode(pipe.encode(images[:4])), pipe.embed(images[:4])
-    pipe.log_prob(images[:4], marginal="label"), pipe.bits_per_dim(images[:4])
     pipe.decompress(pipe.compress(images[:4], condition={"label": None}), condition={"label": None})
     pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
+    pipe.log_prob(images[:4], marginal="label"), pipe.bits_per_dim(images[:4], marginal="label")
+    pipe.calibrate(images, marginal="label"), pipe.anomaly_score(images[:4], marginal="label", p_values=True)
     place = {"place": {"kind": "vector", "size": 2, "encoder": "place"}}
     make_conditioned("masked", place, outline=False).to(CUDA).calibrate(images, stride=4)
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from givens.coded import KINDS, LOGISTIC, images_of, pipeline_of
 from givens.images import encoded
+from givens.token_datasets import draw_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -307,19 +308,8 @@ def conditioned(prior="gpt", **config):
 
 def rows_of(pipe, count, seed=0):
     """Random raw columns and labels of `count` images, of which some are null."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(column):
-        if column.kind in ("class", "grid"):
-            size = len(column.names) if column.kind == "class" else column.grid.vocab_size
-            return torch.randint(-1, size, (count, *column.shape), generator=generator)
-        values = torch.randn(count, *column.shape, generator=generator)
-        values = (values > 0).float() if column.kind == "flags" else 10 * values
-        values[torch.rand(count, generator=generator) < 0.2] = torch.nan
-        return values
-
-    labels = torch.randint(3, (count,), generator=generator)
-    return {**{name: draw(column) for name, column in pipe.prior.config.conditions.items()}, "label": labels}
+    torch.manual_seed(seed)
+    return {**draw_values(pipe.prior.config.conditions, count), "label": torch.randint(3, (count,))}
 
 
 TAKE_CONDITIONS = [name for name in PRIORS if Prior.find(name).Config.takes_conditions]
@@ -410,17 +400,6 @@ def test_a_stream_needs_its_condition_and_says_so():
     assert len(decompressed(classes, data, condition={"label": ["dog", "dog"]})) == 2
     with pytest.raises(StreamError, match="columns are label"):
         decompressed(classes, data)
-
-
-def test_of_images_for_a_grid_the_tokens_count():
-    pipe, images = CONDITIONED, images_of(CONDITIONED, 2)
-    outlines = torch.rand(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    data = compressed(pipe, images, condition={"outline": outlines})
-    tokens = pipe.condition_tokenizers["outline"].encode(outlines)
-    for same in (outlines + 1e-7, tokens, list(tokens)):
-        assert len(decompressed(pipe, data, condition={"outline": same})) == 2
-    with pytest.raises(StreamError, match="another condition"):
-        decompressed(pipe, data, condition={"outline": -outlines})
 
 
 def test_a_condition_of_which_some_numbers_are_null_is_coded_as_in_03():

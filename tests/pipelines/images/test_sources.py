@@ -1,7 +1,5 @@
 """Sources of images: digits, tables, sheets, and sources that cannot be opened."""
 
-import csv
-import json
 import time
 
 import numpy as np
@@ -18,6 +16,7 @@ from givens.images import (
     noise,
     rows_of,
     write_image,
+    write_rows,
     write_shards,
     write_table,
 )
@@ -160,23 +159,12 @@ def test_bad_rows_of_a_table_are_skipped_with_their_labels(tmp_path):
 PIXELS = [noise(1, 12, 12, seed=k).tobytes() for k in range(12)]
 
 
-def write_sheet(folder, rows, name="metadata.jsonl"):
-    """Write a sheet of the images in `folder`; each row is a mapping with `file_name`."""
-    with open(folder / name, "w", newline="") as file:
-        if name.endswith(".csv"):
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 def sheet_of(folder, count, name="metadata.jsonl", *, listed=None, column="label"):
     """Write `count` images and a sheet of the first `listed` of them, of alternating classes x and y."""
     for k in range(count):
         write_image(folder / f"{k:02}.png", noise(12, 12, seed=k))
     rows = [{"file_name": f"{k:02}.png", column: "xy"[k % 2]} for k in range(count if listed is None else listed)]
-    write_sheet(folder, rows, name)
+    write_rows(folder / name, rows)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -208,7 +196,7 @@ def test_images_without_a_row_in_the_sheet_are_refused(tmp_path, name, streaming
 def test_a_sheet_without_file_names_says_which_columns_it_has(tmp_path):
     sheet_of(tmp_path, 2)
     (tmp_path / "metadata.jsonl").unlink()
-    write_sheet(tmp_path, [{"image": "00.png", "label": "x"}], "metadata.csv")
+    write_rows(tmp_path / "metadata.csv", [{"image": "00.png", "label": "x"}])
     with pytest.raises(UserError, match=f"^data.source: {tmp_path}/metadata.csv has no column file_name; it has image"):
         load_images(config(tmp_path))
 
@@ -217,7 +205,7 @@ def test_a_sheet_without_file_names_says_which_columns_it_has(tmp_path):
 def test_captions_lists_and_objects_as_labels(tmp_path, cell):
     """A caption is a class; other values end in one line."""
     sheet_of(tmp_path, 4)
-    write_sheet(tmp_path, [{"file_name": f"{k:02}.png", "label": cell} for k in range(4)])
+    write_rows(tmp_path / "metadata.jsonl", [{"file_name": f"{k:02}.png", "label": cell} for k in range(4)])
     if isinstance(cell, str):
         assert load_images(config(tmp_path)).train.class_names == [cell]
     else:
@@ -242,7 +230,10 @@ def test_a_sheet_may_list_masks_which_are_not_images_of_the_set(tmp_path):
     for k in range(4):
         write_image(tmp_path / f"my_test_{k}.png", PNGS[k])  # `datasets` would take these for a split
         write_image(tmp_path / f"masks/{k}.png", PNGS[5 + k])
-    write_sheet(tmp_path, [{"file_name": f"my_test_{k}.png", "mask_file_name": f"masks/{k}.png"} for k in range(4)])
+    write_rows(
+        tmp_path / "metadata.jsonl",
+        [{"file_name": f"my_test_{k}.png", "mask_file_name": f"masks/{k}.png"} for k in range(4)],
+    )
     splits = load_images(config(tmp_path, label_column=None))
     assert len(splits.train) + len(splits.held_out) == 4
 

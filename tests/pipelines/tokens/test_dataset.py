@@ -18,6 +18,7 @@ from tokenizer.base import smallest_type
 from tokenizer.files import PathError, PipelineLoadError
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_saved_dataset_is_loaded_unchanged(name, labelled, tmp_path):

@@ -69,6 +69,7 @@ def test_mapped_tables_become_a_token_dataset_on_which_a_prior_trains(tmp_path: 
 # Token datasets as tables
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("vqvae", "uint8"), ("titok", "uint8"), ("fsq", "uint16"), ("frame_by_frame", "uint8")]

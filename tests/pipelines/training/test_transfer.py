@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from givens.token_datasets import make_conditioned
 from small import PRIORS, VARIANTS, draw_tokens, make_prior
 
 from pipelines.tokens.meta import label_column
@@ -151,11 +150,3 @@ def test_tables_of_classes_are_found_by_their_size(kind):
         names = find_class_tables(prior_of(kind, ["x"] * count))
         sizes = {name: weight.shape for name, weight in prior_of(kind, ["x"] * count).named_parameters()}
         assert names and all(sizes[name][0] == count + 1 for name in names)
-
-
-def test_the_given_dataset_depends_on_its_columns():
-    data = make_conditioned(64, noise=0.0)
-    split = data.splits["train"]
-    outlines = split.given.raw("outline")
-    whole = ~outlines.flatten(1).lt(0).any(1)
-    assert torch.equal(split.tokens[whole].long() % 4, outlines[whole])

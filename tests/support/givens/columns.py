@@ -32,6 +32,8 @@ GRIDS = {
 }
 """Grids of a condition for a prior over positions `(height, width)`."""
 VECTORS = {"view": VIEW, "tags": TAGS, "age": AGE, "speed": SPEED, "wind": WIND, "pose": POSE, "text": TEXT}
+OUTLINE = GridColumn(grid=TokenGrid((2, 3), 4))
+COLUMNS = {**VECTORS, "outline": OUTLINE}
 ONE = {
     "class": VIEW,
     "flags": TAGS,
@@ -89,3 +91,8 @@ def draw_given(model, count, kind, labels=None):
             if column.is_map:
                 found[name][torch.rand(found[name].shape) < 0.3] = -1
     return model.read_given(labels, found, count)
+
+
+def equal(one, other):
+    """Whether two tensors have the same type and values, or are null in the same places."""
+    return one.dtype == other.dtype and torch.equal(one.nan_to_num(-7), other.nan_to_num(-7))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import struct
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -45,6 +50,22 @@ def write_pictures(folder: Path, count: int = 3, *shape: int) -> None:
 def rows_of(count: int, classes: int = 3, size: int = 12) -> list[Row]:
     """Distinct images with classes in turn."""
     return [(f"{k:05d}", encoded(noise(size, size, seed=k)), k % classes if classes else None) for k in range(count)]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], write_list: Callable[[list], str] = json.dumps) -> Path:
+    """Write rows as CSV, TSV, JSON lines or parquet. write_list: writes lists in CSV and TSV, where null is empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        cells = [{name: write_list(c) if isinstance(c, list) else c for name, c in row.items()} for row in rows]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(cells)
+    return path
 
 
 def write_tar(path: Path, rows: list[Row], suffix: str = "png", label: str = "cls") -> Path:
