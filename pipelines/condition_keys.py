@@ -39,15 +39,19 @@ class GivenKeys:
     given: Given
     written: dict[str, list[Any]]
 
+    def rows(self) -> dict[str, Tensor]:
+        """Return the raw rows of each column: one for all images or one per image, as they were written."""
+        return {name: self.given.raw(name)[: len(values)] for name, values in self.written.items()}
+
     def format_values(self, folder: Path) -> dict[str, list[Any]]:
         """Return the values of each column but the class for a table in `folder`, which `conditions` and data sets
         read: names, numbers, texts and relative paths of pictures, one for all images or one per image; None is
         null."""
         found = {}
-        for name, written in self.written.items():
+        for name, raw in self.rows().items():
             if name != LABEL:
-                column, raw = format_of(name, self.given.columns[name]), self.given.raw(name)[: len(written)]
-                found[name] = column.format_values(raw, written, folder)
+                column = format_of(name, self.given.columns[name])
+                found[name] = column.format_values(raw, self.written[name], folder)
         return found
 
 

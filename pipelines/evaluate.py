@@ -163,7 +163,8 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
         if tokens or columns:
             raise
         return {}
-    if data.num_classes == pipeline.prior.num_classes:
+    label, other = (each.get(LABEL) for each in (pipeline.columns, data.columns))
+    if label is not None and other is not None and label.takes_rows_of(other):
         columns = pipeline.columns
     return {name: rows.of_columns(columns) for name, rows in data.splits.items()}
 

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prior.columns import LABEL
-from prior.given import Given
+from prior.given import Given, digest_rows
 from prior.options import DecodingOptions, SamplingOptions
 from prior.sampling import choose_orders, make_batch
 from tokenizer.files import fsync
@@ -181,14 +181,14 @@ class Request:
             choose_orders(prior, self.decoding, batch)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        null, others = prior.num_classes, self.given.without([LABEL])
+        null, others = prior.num_classes, {name: raw for name, raw in self.keys.rows().items() if name != LABEL}
         return {
             "class_names": pipeline.class_names(torch.arange(null)) if len(self.labels) else None,
             "image_shape": pipeline.tokenizer.image_shape,
             "tokenizer": pipeline.tokenizer.fingerprint(),
             "prior": prior.fingerprint(),
             "labels": torch.where(self.labels < 0, null, self.labels).tolist() if len(self.labels) else None,
-            **({"condition": digest_written(others)} if others.names else {}),
+            **({"condition": digest_rows(others)} if others else {}),
             "seed": self.seed,
             "order": self.decoding.order,
             "num_orders": self.decoding.num_orders,
@@ -203,8 +203,7 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     if chosen is not None and chosen != [] and LABEL in keys.written:
         raise UserError(f"condition.{LABEL}: classes are given by labels, too; give them once")
     if LABEL in keys.written:
-        labels = given.raw(LABEL)
-        labels = labels[:1] if is_constant(labels) else labels
+        labels = keys.rows()[LABEL]
     else:
         every = list(range(pipeline.prior.num_classes)) if chosen is None or chosen == [] else chosen
         several = every if isinstance(every, list) else [every]
@@ -216,18 +215,6 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
             given = given.with_rows(label=labels[torch.arange(len(given)) % len(labels)]).drop_null()
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
     return Request(pipeline, keys, labels, given, config.seed, decoding, config.sampling_settings())
-
-
-def digest_written(given: Given) -> str:
-    """Return the sha256 of the columns that are given; of one row of a column that is the same for all images."""
-    columns = {name: given.columns[name] for name in given.names}
-    rows = {name: raw[:1] if is_constant(raw) else raw for name, raw in given.rows.items()}
-    return Given(columns, rows, len(given)).digest
-
-
-def is_constant(raw: Tensor) -> bool:
-    """Return whether all rows are equal; null equals null."""
-    return bool(((raw == raw[:1]) | (raw.isnan() & raw[:1].isnan())).all())
 
 
 def describe_job(request: Request, suffix: str) -> dict[str, Any]:
