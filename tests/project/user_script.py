@@ -15,6 +15,7 @@ from pipelines import ImagePipeline, PipelineOutput, from_unit
 from pipelines.images import DataConfig, load_images
 from pipelines.tokens import TokenDataset, load_tokens
 from prior import Prior
+from prior.given import Given
 from tokenizer import TokenGrid, Tokenizer
 
 # Load
@@ -62,5 +63,6 @@ splits = load_images(DataConfig(source="digits", image_size=28))
 assert_type(splits.train.batch(range(4)), Tensor)
 data = load_tokens("runs/digits_tokens")
 assert_type(data, TokenDataset)
-assert_type(data.splits["train"].labels, Tensor | None)
+assert_type(data.splits["train"].given, Given)
+assert_type(data.splits["train"].given[:4].raw("label"), Tensor)
 assert_type(TokenDataset.from_datasets(data.to_datasets(), data.tokenizer), TokenDataset)
