@@ -186,7 +186,7 @@ def test_bits_of_frames_are_those_given_the_past():
     """They add up to the bits of clips, and those of the first frames do not depend on the last."""
     pipe = make_clips()
     tokens = torch.randint(0, pipe.prior.grid.vocab_size, (7, T, 2, 3))
-    labels = torch.tensor([0, 1] * 3 + [2])
+    labels = torch.tensor([0, 1] * 3 + [-1])
     found = evaluate_frames(pipe.prior, T, make_split(tokens, label=labels))
     other = torch.cat([tokens[:, :2], tokens[:, 2:].roll(1, 0)], 1)
     changed = evaluate_frames(pipe.prior, T, make_split(other, label=labels))
