@@ -78,8 +78,7 @@ class Column(ModelConfig):
         value = value.tolist() if hasattr(value, "tolist") else value  # numpy, pandas
         if self.is_one_value(value):
             return self.parse_one(value)
-        parts = [self.parse_one(one.tolist() if hasattr(one, "tolist") else one) for one in value]
-        return torch.stack(parts) if parts else self.null(0)
+        return self.parse_several([one.tolist() if hasattr(one, "tolist") else one for one in value])
 
     def is_one_value(self, value: Any) -> bool:
         """Return whether `value` is the value of one image, rather than a list with a value per image: a list is one
@@ -93,6 +92,10 @@ class Column(ModelConfig):
     def parse_one(self, value: Any) -> Tensor:
         """Convert the value of one image."""
         raise NotImplementedError
+
+    def parse_several(self, values: Sequence[Any]) -> Tensor:
+        """Convert the values of several images."""
+        return torch.stack([self.parse_one(value) for value in values]) if values else self.null(0)
 
     def check_raw(self, values: Tensor) -> Tensor:
         """Check raw values, `shape` or `(n, *shape)`, and convert their type."""
@@ -244,12 +247,19 @@ class ClassColumn(IdColumn):
         return len(self.names)
 
     def parse_one(self, value: Any) -> Tensor:
+        return torch.tensor(self.find_id(value))
+
+    def parse_several(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor([self.find_id(value) for value in values], dtype=torch.long)  # one tensor, not one each
+
+    def find_id(self, value: Any) -> int:
+        """Return the id of a name or of an id. Raises `ValueError`."""
         if value is None:
-            return torch.tensor(-1)
+            return -1
         if isinstance(value, str) and value in self.names:
-            return torch.tensor(self.names.index(value))
+            return self.names.index(value)
         if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < len(self.names):
-            return torch.tensor(int(value))
+            return int(value)
         raise ValueError(f"{value!r} is not a class; allowed are {describe_names(self.names)}, or their numbers from 0")
 
     @property

@@ -167,12 +167,14 @@ def test_wrong_arguments_are_refused_by_name(kind, settings, method, arguments, 
 
 @pytest.mark.parametrize("kind", PRIORS)
 def test_every_kind_refuses_settings_that_it_does_not_have(kind):
-    check_refusal(TypeError, "warmth", lambda: make_prior(kind).sample(2, warmth=1))
+    with pytest.raises(TypeError, match="^[^\\n]*warmth[^\\n]*$"):
+        make_prior(kind).sample(2, warmth=1)
 
 
 @pytest.mark.parametrize("wrong", [5, "cpu", [0, 1], [None, None]])
 def test_what_is_no_generator_is_a_type_error(wrong):
-    check_refusal(TypeError, "generator", lambda: make_prior("gpt").sample(2, generator=wrong))
+    with pytest.raises(TypeError, match="^[^\\n]*generator[^\\n]*$"):
+        make_prior("gpt").sample(2, generator=wrong)
 
 
 def test_the_ends_of_ranges_are_allowed():
