@@ -102,8 +102,10 @@ class Given:
         """Select images by any index of a tensor that keeps its first axis, on the rows' device or on the CPU."""
         rows = {name: raw[at] for name, raw in self.rows.items()}
         weights = {name: each[at.cpu() if isinstance(at, Tensor) else at] for name, each in self.weights.items()}
-        places = torch.zeros(1, device=getattr(at, "device", "cpu")).expand(self.count)  # which takes no memory
-        return replace(self, rows=rows, count=len(next(iter(rows.values()), places[at])), weights=weights)
+        some = next(iter(rows.values()), None)
+        if some is None:
+            some = torch.zeros(1, device=getattr(at, "device", "cpu")).expand(self.count)[at]  # which takes no memory
+        return replace(self, rows=rows, count=len(some), weights=weights)
 
     def repeat(self, times: int) -> Given:
         """Repeat each image `times` in a row."""

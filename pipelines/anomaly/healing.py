@@ -147,7 +147,7 @@ def heal(
     batch = pipeline.to_images(images)
     given = pipeline.read_given(labels, condition, len(batch))
     marginal = require_calibration(pipeline.calibration).marginal
-    if marginal not in given.rows:
+    if marginal is not None and marginal not in given.rows:
         given = pipeline.read_given(condition=given, marginal=marginal)
     healed = heal_images(pipeline, batch, given, quantile, draws, seed)
     difference = split_frames(healed.difference, pipeline.frames)
