@@ -260,7 +260,13 @@ class ClassColumn(IdColumn):
             return self.names.index(value)
         if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < len(self.names):
             return int(value)
-        raise ValueError(f"{value!r} is not a class; allowed are {describe_names(self.names)}, or their numbers from 0")
+        allowed = f"0 to {self.count - 1}" if self.is_numbered else f"{self.describe()}, or their numbers from 0"
+        raise ValueError(f"{value!r} is not a class; allowed are {allowed}")
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the names are the numbers from 0."""
+        return self.names == [*map(str, range(self.count))]
 
     @property
     def stored_type(self) -> torch.dtype:
@@ -281,7 +287,7 @@ class ClassColumn(IdColumn):
         """Ids mean the same if the names are equal, or if one of the columns only numbers its classes, as priors do."""
         if type(self) is not type(other) or self.count != other.count:
             return False
-        return self.names == other.names or [*map(str, range(self.count))] in (self.names, other.names)
+        return self.names == other.names or self.is_numbered or other.is_numbered
 
     def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
         return {"weight": weights["weight"][self.match_rows(other)]}
