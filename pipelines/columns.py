@@ -36,7 +36,7 @@ from prior.columns import (
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.spec import ImageSpec
 
-from .images.dataset import is_class_name
+from .images.classes import is_class_name
 from .images.decoding import decode_in_threads
 from .images.folder import find_images, match_names
 from .images.pictures import is_single, to_images

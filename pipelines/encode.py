@@ -38,7 +38,6 @@ from .files import Output, lock_output
 from .frequencies import FREQUENCIES
 from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, report_division
 from .images.attributes import AttributeSource, LoadedColumn, check_sources, choose_data, load_attributes
-from .images.dataset import is_stream
 from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY
@@ -195,7 +194,7 @@ def load_tokenizer(config: EncodeConfig) -> Tokenizer:
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
     check_shape(config.data, tokenizer, "tokenizer")
-    if is_stream(config.data):
+    if config.data.is_stream:
         raise UserError(
             "data.streaming: encode needs random access; data.streaming=false copies the images to the disk"
         )
@@ -212,7 +211,7 @@ def describe_other_units(config: EncodeConfig) -> str | None:
     data, ours = trained_data({"data": read_training_data(config.tokenizer)}), config.data
     if data is None or data.source != ours.source:
         return None
-    if is_stream(data):
+    if data.is_stream:
         return "with data.streaming=true, which holds out whole shards"
     if data.group not in (None, ours.group):
         return f"with data.group={show_value(data.group)}"

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.lib import format as npy
@@ -33,7 +33,6 @@ from .decoding import (
     WHITE_IS_ZERO,
     WORKERS,
     Payload,
-    Rows,
     Single,
     Unsupported,
     Window,
@@ -41,6 +40,9 @@ from .decoding import (
     open_image,
     read_file,
 )
+
+if TYPE_CHECKING:
+    from .sources import Source
 
 NUMPY, ZIP = b"\x93NUMPY", b"PK"
 """The first bytes of `.npy` and `.npz` files."""
@@ -279,13 +281,13 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
 
 
 def measure_range(
-    rows: Rows, positions: NDArray[np.int64], channels: int, dtype: ValueType
+    source: Source, positions: NDArray[np.int64], channels: int, dtype: ValueType
 ) -> tuple[float, float] | None:
     """Return the smallest and the largest value of the images or clips at `positions` that have this type; None without
     any."""
 
     def bounds(chunk: list[int]) -> list[tuple[float, float]]:
-        arrays = (good_values(payload, channels, dtype) for payload in rows.read(chunk))
+        arrays = (good_values(payload, channels, dtype) for payload in source.payloads(chunk))
         return [(float(array.min()), float(array.max())) for array in arrays if array is not None]
 
     chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]

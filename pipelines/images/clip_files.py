@@ -23,8 +23,6 @@ from .decoding import (
     WORKERS,
     Payload,
     Pixels,
-    Rows,
-    SplitRows,
     Window,
     open_image,
     pixels_of,
@@ -33,9 +31,10 @@ from .decoding import (
     require_small_tiles,
 )
 from .folder import ARRAY_SUFFIXES, SUFFIXES, image_paths, natural_key, open_folder, suffix_of
+from .sources import Source, SourceSplits
 
 if TYPE_CHECKING:
-    from .dataset import DataConfig
+    from .settings import DataConfig
 
 ALWAYS_CLIPS = {".gif", *ARRAY_SUFFIXES}
 """Suffixes of files that are clips, whatever the other files of their folder are."""
@@ -44,9 +43,9 @@ STILLS = SUFFIXES - ALWAYS_CLIPS
 OPEN_CLIPS = 2 * WORKERS  # at a time, for each split
 
 
-@dataclass(frozen=True)
-class WindowRows(Rows):
-    """A split whose rows are windows of clips. `paths` are those of their clips; a clip that cannot be read, or is too
+@dataclass(frozen=True, eq=False)
+class WindowSource(Source):
+    """Windows of clips. `paths` are those of their clips; a clip that cannot be read, or is too
     short, is one row."""
 
     starts: Sequence[int] = ()
@@ -58,20 +57,20 @@ class WindowRows(Rows):
 # Finding clips
 
 
-def open_clips(root: Path, config: DataConfig) -> SplitRows:
+def open_clips(root: Path, config: DataConfig) -> SourceSplits:
     """Return the splits of a folder of clips, as windows of `config.frames` frames. Classes come from sheets, which
     list files or folders of clips, and otherwise from the folders above the clips. Raises `UserError`."""
     splits = open_folder(root, config, find_separate_clips)
 
-    def open_split(open_rows: Callable[[], Rows]) -> Rows:
-        rows = open_rows()
-        windows = cut_windows(rows.paths or [], config.frames or 1, rows.labels)
-        if rows.objects is None:
+    def open_split(open_whole: Callable[[], Source]) -> Source:
+        clips = open_whole()
+        windows = cut_windows(clips.paths or [], config.frames or 1, clips.labels)
+        if clips.objects is None:
             return windows
-        objects = dict(zip(rows.paths or [], rows.objects, strict=True))
+        objects = dict(zip(clips.paths or [], clips.objects, strict=True))
         return replace(windows, objects=[objects[path] for path in windows.paths or []])
 
-    return {name: partial(open_split, rows) for name, rows in splits.items()}
+    return {name: partial(open_split, clips) for name, clips in splits.items()}
 
 
 def find_separate_clips(folder: Path) -> list[str]:
@@ -112,7 +111,7 @@ def has_several_frames(path: str) -> bool:
 # Cutting clips into windows
 
 
-def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) -> WindowRows:
+def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) -> WindowSource:
     """Return the consecutive windows of each clip, from its start; frames left over are not used. labels: of each
     clip."""
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -138,7 +137,7 @@ def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) 
         number, start = places[row]
         return paths[number] if number in problems else f"{paths[number]}[{start}:{start + frames}]"
 
-    return WindowRows(
+    return WindowSource(
         len(places),
         read,
         name,
@@ -158,22 +157,22 @@ def count_frames(path: str) -> int | str:
         return str(error) or type(error).__name__
 
 
-def report_windows(splits: Sequence[Rows], frames: int) -> None:
+def report_windows(sources: Sequence[Source], frames: int) -> None:
     """Print one line about the clips of all splits."""
-    counts = [count for rows in splits if isinstance(rows, WindowRows) for count in rows.counts]
+    counts = [count for source in sources if isinstance(source, WindowSource) for count in source.counts]
     windows, rest = sum(count // frames for count in counts), sum(count % frames for count in counts if count >= frames)
     unused = f"; {rest:,} frames at the ends of clips are not used" if rest else ""
     if is_first_process():
         tell(f"data.frames: {len(counts):,} clips, {windows:,} windows of {frames} frames{unused}")
 
 
-def split_windows(rows: Rows, frames: int) -> Rows:
-    """Return the single frames of a split's windows: row `frames * window + k` is frame k of a window."""
-    assert isinstance(rows, WindowRows) and rows.paths is not None
-    paths, starts = rows.paths, rows.starts
+def split_windows(source: Source, frames: int) -> Source:
+    """Return the single frames of windows: row `frames * window + k` is frame k of a window."""
+    assert isinstance(source, WindowSource) and source.paths is not None
+    paths, starts = source.paths, source.starts
 
     def read(wanted: Sequence[int]) -> list[Payload]:
-        windows = rows.read([row // frames for row in wanted])
+        windows = source.payloads([row // frames for row in wanted])
         return [
             window.frame(row % frames) if isinstance(window, Window) else window
             for row, window in zip(wanted, windows, strict=True)
@@ -185,7 +184,7 @@ def split_windows(rows: Rows, frames: int) -> Rows:
     def repeat(values: list[Any] | None) -> list[Any] | None:
         return None if values is None else [value for value in values for _ in range(frames)]
 
-    return Rows(rows.size * frames, read, name, repeat(rows.labels), None, repeat(paths))
+    return Source(source.size * frames, read, name, repeat(source.labels), paths=repeat(paths))
 
 
 # Reading frames

@@ -17,7 +17,7 @@ from tokenizer.spec import to_float
 
 from ..config import is_first_process, tell
 from ..shuffling import random_rows
-from .dataset import ImageDataset, Splits, is_stream
+from .dataset import ImageDataset, Splits
 from .decoding import CHUNK
 
 HELD_OUT, TRAIN = 200, 2000
@@ -35,7 +35,7 @@ def warn_about_duplicates(splits: Splits) -> None:
     """Print one line if many held-out images have near duplicates in training."""
     config = splits.train.config
     # Streams have no random access, and crops of near duplicates show different places.
-    if not is_first_process() or is_stream(config) or config.crop is not None:
+    if not is_first_process() or config.is_stream or config.crop is not None:
         return
     rows, twins = find_duplicates(splits)
     count = min(HELD_OUT, len(splits.held_out))

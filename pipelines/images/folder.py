@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process, tell
-from .decoding import LABEL, Payload, Rows, SplitRows
+from .sources import LABEL, Source, SourceSplits, of_files
 
 if TYPE_CHECKING:
-    from .dataset import DataConfig
+    from .settings import DataConfig
 
 MAX_DEPTH = 100  # nested folders
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -138,7 +138,7 @@ def holds_files(folder: Path) -> bool:
 # Splits and classes
 
 
-def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> SplitRows:
+def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> SourceSplits:
     """Return the splits of a folder of images: its folders named after splits, if any. Classes come from sheets, if
     there are any, and otherwise from folder names. find: what finds the images of a split. Raises `UserError` for a
     sheet beside the splits."""
@@ -195,29 +195,20 @@ def holds_classes(folder: Path) -> bool:
     return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 
 
-def folder_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
+def folder_rows(folder: Path, config: DataConfig, find: Find) -> Source:
     """Return a split whose top-level folders are classes. Raises `UserError` if it has no images."""
     paths = find(folder)
     if not paths:
         raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES | ARRAY_SUFFIXES))})")
     if config.label_column is None:
-        return file_rows(paths, None)
+        return of_files(paths)
     start = len(os.path.join(folder, ""))
     inner = [path[start:].split(os.sep) for path in paths]
     labels = [parts[0] if len(parts) > 1 + config.clips else None for parts in inner]
     if all(label is None for label in labels):
-        return file_rows(paths, None)
+        return of_files(paths)
     report_merged_classes(folder, inner)
-    return file_rows(paths, labels)
-
-
-def file_rows(paths: list[str], labels: list[Any] | None) -> Rows:
-    """Return the rows of image files."""
-
-    def read(rows: Sequence[int]) -> list[Payload]:
-        return [Path(paths[row]) for row in rows]
-
-    return Rows(len(paths), read, paths.__getitem__, labels, paths=paths)
+    return of_files(paths, labels)
 
 
 def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
@@ -236,7 +227,7 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
 # Sheets
 
 
-def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
+def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Source:
     """Return the images listed in the sheets below `folder`, as one split. Raises `UserError` for images without a row,
     and for rows without an image in the folder."""
     sheets = sorted(path for path in files_below(folder) if path.name in SHEETS)
@@ -271,7 +262,7 @@ def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
     else:
         labels = [listed[normalize_path(path)] for path in paths]
         labels = parse_labels(labels) if sheets[0].suffix == ".csv" else labels
-    found_rows = file_rows(paths, labels)
+    found_rows = of_files(paths, labels)
     if config.group is None or config.group not in columns:  # cells without a header are in the column None
         return found_rows
     cells = [objects[normalize_path(path)] for path in paths]

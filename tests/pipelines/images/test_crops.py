@@ -11,6 +11,7 @@ from PIL import Image
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.images.decoding import pixels_of, whole_pixels
+from tokenizer.spec import ImageSpec
 
 SIDES = [(30, 41), (12, 12), (25, 12), (60, 33)]
 
@@ -39,7 +40,7 @@ def place_of(crop, image):
 
 
 def image_of(images, row):
-    with Image.open(images._path / images.names([row])[0]) as image:
+    with Image.open(images.config.path / images.names([row])[0]) as image:
         return whole_pixels(image, 1)
 
 
@@ -93,8 +94,10 @@ def test_a_smaller_image_is_enlarged_to_its_shorter_side(folder):
         if min(height, width) >= 20:
             assert place_of(train.pixels([row])[0], image_of(train, row)) is not None
         elif height == width:
-            with Image.open(train._path / train.names([row])[0]) as image:
-                assert torch.equal(train.pixels([row])[0], torch.from_numpy(pixels_of(image, (1, 20, 20)).copy()))
+            with Image.open(train.config.path / train.names([row])[0]) as image:
+                assert torch.equal(
+                    train.pixels([row])[0], torch.from_numpy(pixels_of(image, ImageSpec(1, 20, 20)).copy())
+                )
 
 
 def test_crops_are_augmented_and_preloaded_like_other_images(folder):

@@ -31,7 +31,7 @@ from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
-from pipelines.images.decoding import hash_names
+from pipelines.images.sources import hash_names
 from pipelines.images.splits import (
     Inherited,
     SplitFacts,
@@ -257,7 +257,7 @@ def test_shards_are_divided_by_name_without_their_number(tmp_path):
         write_shards(tmp_path / str(count), "tar", rows_of(2 * count, size=12), count)
         found = divide_files(config(tmp_path / str(count), streaming=True, validation_fraction=0.2), inherited)
         names = {
-            name: {os.path.basename(part.rows.name(k)).partition("-of-")[0] for k in part.positions.tolist()}
+            name: {os.path.basename(part.source.name(k)).partition("-of-")[0] for k in part.positions.tolist()}
             for name, part in found.parts.items()
         }
         return found, names
