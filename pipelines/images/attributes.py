@@ -36,13 +36,13 @@ from .decoding import NO_IMAGE, Payload, Pixels, try_decode
 from .folder import (
     SHEETS,
     are_disjoint,
-    describe_nameless,
-    files_below,
+    find_sheets,
+    full_path,
     holds_files,
     image_paths,
+    list_rows,
     natural_key,
     normalize_path,
-    read_sheet,
 )
 from .settings import DataConfig
 from .sources import Source
@@ -269,28 +269,24 @@ class Sheets:
 
     def __init__(self, config: DataConfig, paths: list[str], table: str | None, wanted: set[str]) -> None:
         root = config.path or Path()
-        sheets = [Path(table).expanduser()] if table else files_below(root)
-        self.files = sorted(path for path in sheets if table or path.name in SHEETS)
+        self.files = [Path(table).expanduser()] if table else find_sheets(root)
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
         find = image_paths if config.frames is None else find_clips
         known = {full_path(path) for path in find(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
-        for sheet in self.files:
-            folder = root if table else sheet.parent
-            for row in read_sheet(sheet, "table" if table else "data.source"):
-                name = row.get(f"{config.image_column}_file_name", row.get("file_name"))
-                if None in row:
-                    raise ValueError(f"{sheet}: a row has more cells than columns: {row}")
-                if not isinstance(name, str) or not name:
-                    raise ValueError(describe_nameless(sheet, row))
-                if (path := full_path(folder / name)) in found:
-                    raise ValueError(f"{sheet}: two rows have the file_name {name}")
-                if table and path not in known:
-                    raise ValueError(f"{sheet}: lists {path}, which is no image in {root}")
-                self.names |= dict.fromkeys(row)
-                found[path] = folder, {key: row[key] for key in row.keys() & wanted}
+        images = [f"{config.image_column}_file_name", "file_name"]
+        places = (root, "table") if table else (None, "data.source")
+        for sheet, folder, image, _, cells in list_rows(self.files, images, *places):
+            if None in cells:
+                raise ValueError(f"{sheet}: a row has more cells than columns: {cells}")
+            if image in found:
+                raise ValueError(f"{sheet}: two rows have the file_name {os.path.relpath(image, folder)}")
+            if table and image not in known:
+                raise ValueError(f"{sheet}: lists {image}, which is no image in {root}")
+            self.names |= dict.fromkeys(cells)
+            found[image] = folder, {key: cells[key] for key in cells.keys() & wanted}
         self.paths = [full_path(path) for path in paths]
         if not found:
             raise ValueError(f"{self.files[0]} has no rows")
@@ -393,11 +389,6 @@ def file_cells(paths: list[str | None]) -> Cells:
 
 def paths_of(images: Iterable[ImageDataset]) -> list[str]:
     return [(source.paths or [])[at] for source, positions in (each.origin for each in images) for at in positions]
-
-
-def full_path(path: Path | str) -> str:
-    """Return a path in the one form in which it is looked up."""
-    return normalize_path(os.path.abspath(path))
 
 
 # Images -------------------------------------------------------------------------------------------
