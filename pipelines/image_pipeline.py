@@ -42,12 +42,11 @@ from .compression.coding import compress, decompress, exact_pixels, has_no_label
 from .frequencies import Frequencies
 from .images.arrays import Values, values_of
 from .images.binarize import Binarize, binarize
-from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
 from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import LATENT, check_output_type, find_user_stacklevel, picture_pixels, shown_channels, to_uint8
-from .images.tiles import LazyImages, list_images
+from .images.views import LazyImages, View, decode_tiles, encode_tiles, list_images, reconstruct_tiles
 from .processes.group import ALONE, ProcessGroup
 from .provenance import trained_data
 
@@ -370,7 +369,7 @@ class ImagePipeline:
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """Like `encode`, for float images `(B, C, H, W)` in [-1, 1], as returned by `to_images`."""
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
-        return torch.cat([self.tokenizer.encode(part) for part in self._with_bar(parts, "encoding")])
+        return torch.cat([self.tokenizer.encode(part) for part in self.with_bar(parts, "encoding")])
 
     @serialized
     @torch.no_grad()
@@ -386,7 +385,7 @@ class ImagePipeline:
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
         """Like `decode`, but return float images `(B, C, H, W)` in [-1, 1]; clips are strips `(B, C, T * H, W)`."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
-        batches = self._with_bar(parts, "decoding") if progress else parts
+        batches = self.with_bar(parts, "decoding") if progress else parts
         return torch.cat([self.tokenizer.decode(part) for part in batches])
 
     encode_tiles = serialized(encode_tiles)
@@ -402,7 +401,7 @@ class ImagePipeline:
         Overlapping tiles are blended linearly, so that there are no seams; with a stride of a whole tile, only the last
         ones of a row and of a column overlap, and there are seams."""
         if stride is not None:
-            return reconstruct_tiles(self, images, stride, output_type, batch_size)
+            return reconstruct_tiles(self, images, View.of(self.tokenizer, stride), output_type, batch_size)
         tokens = self.encode(images, batch_size=batch_size)
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 
@@ -413,9 +412,9 @@ class ImagePipeline:
         return self.binarize(read_images(images, self.tokenizer)).to(self.device)
 
     def list_images(self, images: Any) -> LazyImages:
-        """Return images of any size, loaded on access, each as `to_images` returns it; see `tiles.list_images`."""
+        """Return images of any size, loaded on access, each as `to_images` returns it; see `views.list_images`."""
         found = list_images(images, self.tokenizer)
-        return replace(found, load=lambda k: self.binarize(found.load(k)[None])[0])
+        return replace(found, read=lambda k: self.binarize(found.read(k)[None])[0])
 
     def binarize(self, images: Tensor) -> Tensor:
         """Make images `(B, C, H, W)`, uint8 or float in [-1, 1], black and white as in training: the pipeline's
@@ -446,17 +445,17 @@ class ImagePipeline:
     def batches(self, rows: Tensor, given: Given, batch_size: int) -> Iterator[tuple[slice, Tensor, Given]]:
         """Yield the slice, the rows and what is given of batches; at least one, which may be empty."""
         check_count(batch_size, "batch_size")
-        for start in self._with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
+        for start in self.with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
             place = slice(start, start + batch_size)
             yield place, rows[place], given[place]
 
-    def _with_bar(self, parts: Sequence[T], what: str) -> Iterable[T]:
+    def with_bar(self, parts: Sequence[T], what: str, unit: str = "batch") -> Iterable[T]:
         """Iterate over `parts`, with a bar after two seconds unless another bar is active."""
         from tqdm import tqdm
 
         if len(parts) < 2 or len(getattr(tqdm, "_instances", ())):
             return parts
-        return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit="batch")
+        return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit=unit)
 
     # What is known of images
 

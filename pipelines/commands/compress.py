@@ -29,7 +29,7 @@ from ..files import Output, lock_output
 from ..images import to_float
 from ..images.arrays import require_plain
 from ..images.decoding import open_image
-from ..images.tiles import LazyImages
+from ..images.views import LazyImages
 from ..options import REMOVE, UsesPipeline, find_image_files, read_images
 
 
@@ -80,7 +80,7 @@ def run(config: CompressConfig) -> Path:
         except Exception as error:  # as in `read_image`
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
-    whole, sizes = LazyImages(len(paths), read_whole, lambda k: f"images: {paths[k]}"), [shape[1:]] * len(paths)
+    whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [shape[1:]] * len(paths)
     if config.tile:
         try:
             sizes = sizes_of(whole, shape)

@@ -44,7 +44,7 @@ from .folder import (
     read_sheet,
 )
 from .tables import read_payload
-from .tiles import PLACE
+from .views import PLACE
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 CELLS = 1024  # cells of a table that are read at a time

@@ -35,6 +35,7 @@ from .dataset import (
 )
 from .decoding import CHUNK, WORKERS, BadImage, Decoded, Pixels, Rows, try_decode_whole
 from .splits import Inherited, choose_splits
+from .views import View
 
 DOWN, RIGHT = DRAWS, DRAWS + 1
 """Columns of the random numbers of a row for the place of its crop, after those of its augmentation."""
@@ -128,7 +129,7 @@ class CropImages(ImageDataset):
         repeated = Decoded(decoded.positions.repeat(self._per_image), None, decoded.bad)
         own = None if labels is None else labels.repeat(self._per_image)
         super().__init__(config, rows, repeated, own, class_names, units)
-        self._whole, self._config = whole, config
+        self._whole, self._config, self._view = whole, config, View(self.image_shape[-2:])
 
     def pixels(self, indices: Indices) -> Tensor:
         """Return crops (B, C, H, W), as `ImageDataset.pixels` returns images."""
@@ -176,24 +177,22 @@ class CropImages(ImageDataset):
 
         def size_of(row: int) -> tuple[int, ...]:
             image = self._whole[row // self._per_image]
-            return (self._read(int(self._positions[row])) if image is None else image).shape[1:]
+            return (self._read(int(self._positions[row])) if image is None else image).shape[-2:]
 
         with ThreadPoolExecutor(WORKERS) as pool:
             sizes = np.array(list(pool.map(size_of, rows[first].tolist())))
         sizes = sizes[np.searchsorted(owners, rows // self._per_image)]
-        tile = np.array(self.image_shape[1:])
         corners = self._corners(sizes, self.places(rows, epoch, seed))
-        return torch.from_numpy(((corners + tile / 2) / sizes).astype(np.float32))
+        return torch.from_numpy(np.stack(self._view.centre(corners.T, sizes.T), 1).astype(np.float32))
 
     def _corners(self, sizes: NDArray[np.int64], places: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the upper left pixels (..., 2) of crops of images of these sizes (..., 2)."""
-        room = sizes - np.array(self.image_shape[1:]) + 1  # places along each side, all equally likely
+        room = sizes - np.array(self._view.size) + 1  # places along each side, all equally likely
         return (places * room).astype(np.int64)
 
     def _cut(self, image: Pixels, place: NDArray[np.float64]) -> Pixels:
-        _, height, width = self.image_shape
-        top, left = self._corners(np.array(image.shape[1:]), place)
-        return image[:, top : top + height, left : left + width]
+        window: Pixels = self._view.window(image, *self._corners(np.array(image.shape[-2:]), place))
+        return window
 
     def _read(self, row: int) -> Pixels:
         image = read_whole(self._rows, row, self._config)

@@ -55,7 +55,7 @@ from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, nu
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
-    from .tiles import LazyImages
+    from .views import LazyImages
 
 Side = Annotated[int, Field(ge=4, le=4096)]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
@@ -569,13 +569,13 @@ class ImageDataset:
 
     def whole_images(self, indices: Indices) -> LazyImages:
         """Return images at their own size, read on access; black and white ones are drawn by their pixels."""
-        from .tiles import whole_files
+        from .views import whole_files
 
         rows = self._positions[positions_of(indices, len(self))].tolist()
         hint = " (data.on_error=skip skips such images)"
         read = lambda k: self._rows.read([rows[k]])[0]  # noqa: E731
         found, how = whole_files(read, self.names(indices), self.image_shape[0], self.values, hint), self._binarize
-        return found if how is None else replace(found, load=lambda k: binarize(found.load(k)[None], how)[0])
+        return found if how is None else replace(found, read=lambda k: binarize(found.read(k)[None], how)[0])
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""
