@@ -123,7 +123,7 @@ def test_methods_fit_their_formulas(likely):
     assert torch.equal(score["typicality"], (score["nll"] - fitted.typical_bits).abs())
     far = fitted.statistics.of(log_statistics(found, fitted.names))
     inside = far <= 1
-    assert inside[:40].mean() > 0.8 and inside[40:].mean() < 0.1
+    assert inside[:40].mean() > 0.75 and inside[40:].mean() < 0.1
     np.testing.assert_array_equal(score["joint"][inside], score["neighbours"][inside])
     np.testing.assert_allclose(score["joint"][~inside], (score["neighbours"] + far - 1)[~inside])
 
