@@ -95,8 +95,8 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
     from pipelines.anomaly.filters import smooth
     from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
     from pipelines.anomaly.maps import peak_of
-    from pipelines.images.pictures import to_float
     from pipelines.images.views import View, as_lazy, convert_whole, cut, paste
+    from tokenizer.spec import to_float
 
     pipe = ImagePipeline.from_pretrained(out / "prior" / "pipeline")
     pipe.set_progress_bar_config(disable=True)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior.given import Given
+from tokenizer.spec import to_float
 
-from ..images.pictures import to_float
 from ..images.views import LazyImages, Size, Tile, View, as_lazy, check_places, cut, give_places, paste, read_image
 from .calibration import digest_of, digest_of_pixels
 from .filters import filter_responses
@@ -95,7 +95,7 @@ class Examination:
         marginal: str | None = None,
     ) -> Examination:
         """Read the arguments of a public method. Raises `ValueError`."""
-        view = View.of(pipeline.tokenizer, stride)
+        view = View.of(pipeline.spec, stride)
         source = pipeline.list_images(images) if view.is_tiled else as_lazy(pipeline.to_images(images))
         given = pipeline.read_given(labels, condition, len(source), marginal=marginal)
         return cls(pipeline, source, check_places(given) if view.is_tiled else given, view, batch_size)
@@ -204,23 +204,26 @@ class Examination:
 
     @cached_property
     def patches(self) -> tuple[Tensor, Tensor]:
-        """The weights that spread a token's bits over the rows `(h, N)` and columns `(w, N)` of a tile, each summing to
-        one per token. The pixels of a token are those that `known_tokens` requires for it. Raises `ValueError` unless
-        tokens are `placed`."""
-        tokenizer, (height, width) = self.pipeline.tokenizer, self.view.size
+        """The weights that spread a token's bits over the rows `(h, N)`, of clips `(T * h, N)`, and columns `(w, N)` of
+        a tile, each summing to one per token. The pixels of a token are those that `known_tokens` requires for it.
+        Raises `ValueError` unless tokens are `placed`."""
+        tokenizer, spec = self.pipeline.tokenizer, self.pipeline.spec
+        height, width = spec.frames * spec.height, spec.width
         along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
         along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
-        rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns))
+        masks = (each.reshape(-1, *spec.shape[:-3], *spec.size) for each in (along_rows, along_columns))
+        rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in masks)
         return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
 
     def spread(self, values: Tensor, size: Size, pixels: Tensor | None = None) -> Tensor:
         """Spread a value of each token of the tiles of an image, `(n, N)`, evenly over its pixels, and return the map
-        `(H, W)`, in which a pixel has the mean of its tiles. pixels: to subtract, `(n, h, w)`."""
-        rows, columns = self.patches
+        `(H, W)`, of clips `(T, H, W)`, in which a pixel has the mean of its tiles. pixels: to subtract, `(n, h, w)`."""
+        (rows, columns), spec = self.patches, self.pipeline.spec
 
         def parts() -> Iterator[Tensor]:
             for number, part in enumerate(values.to(rows.device).split(self.batch_size)):
                 heat = (part[:, None] * rows.to(part)) @ columns.to(part).T  # (B, h, N) @ (N, w)
+                heat = heat.view(-1, *spec.shape[:-3], *spec.size)
                 if pixels is not None:
                     heat = heat - pixels[number * self.batch_size :][: len(part)].to(heat.device)
                 yield heat

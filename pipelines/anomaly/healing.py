@@ -6,6 +6,7 @@ most surprising tokens given the others, and decodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +18,8 @@ from torch import Tensor
 from prior.arguments import check_count, whole_number
 from prior.columns import LABEL
 from tokenizer.precision import in_finest
+from tokenizer.spec import to_float
 
-from ..images.pictures import to_float
 from ..images.views import check_places
 from .calibration import LEVELS, Calibration, MapReference, require_calibration
 from .distances import CalibrationError
@@ -72,7 +73,7 @@ def anomaly_map(
     if method != "bits":
         check_places(examination.given)
     maps = [found[method] for _, found in map_images(examination, [method])]
-    return maps if examination.view.is_tiled else split_frames(torch.stack(maps), pipeline.frames)
+    return maps if examination.view.is_tiled else torch.stack(maps)
 
 
 def map_images(examination: Examination, methods: Collection[str]) -> Iterator[tuple[Evidence, dict[str, Tensor]]]:
@@ -97,11 +98,6 @@ def require_maps(examination: Examination) -> list[MapReference]:
     if not calibration.map_references:
         raise CalibrationError(f"the pipeline was calibrated without maps, which need {NEEDED}; or calibrate again")
     return calibration.map_references
-
-
-def split_frames(maps: Tensor, frames: int) -> Tensor:
-    """Return maps `(B, T, H, W)` of strips `(B, T * H, W)`; those of images do not change."""
-    return maps if frames == 1 else maps.unflatten(1, (frames, -1))
 
 
 @torch.no_grad()
@@ -135,14 +131,12 @@ def heal(
     if marginal is not None and marginal not in examination.given.rows:
         given = pipeline.read_given(condition=examination.given, marginal=marginal)
         examination = replace(examination, given=given)
-    healed = heal_images(examination, quantile, draws, seed)
-    difference = split_frames(healed.difference, pipeline.frames)
-    return healed._replace(images=pipeline.convert_images(healed.images, "pt"), difference=difference)
+    return heal_images(examination, quantile, draws, seed)
 
 
 @torch.no_grad()
 def heal_images(examination: Examination, quantile: float = 0.98, draws: int = 8, seed: int = 0) -> Healed:
-    """Heal whole images, of which clips are strips; see `heal`."""
+    """Heal whole images; see `heal`."""
     pipeline, given = examination.pipeline, examination.given
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
@@ -169,13 +163,17 @@ def heal_images(examination: Examination, quantile: float = 0.98, draws: int = 8
         nats.append(-pipeline.prior.log_prob(found[-1], condition=given))
     weights = (-SHARPNESS * in_finest(torch.stack(nats))).softmax(0).float()
     pixels = [pipeline.decode_batch(restored) for restored in found]
-    difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])
-    difference = (difference * weights[:, :, None, None]).sum(0) - error_map(calibration, batch)
+    difference = torch.stack([(x - batch).abs().mean(-3) for x in pixels])
+    weights_of_pixels = weights.view(*weights.shape, *[1] * (difference.ndim - 2))
+    difference = (difference * weights_of_pixels).sum(0) - error_map(calibration, batch)
     best = weights.argmax(0), torch.arange(len(batch), device=batch.device)
     return Healed(torch.stack(pixels)[best], resampled, difference.clamp(min=0), torch.stack(found)[best])
 
 
 def error_map(calibration: Calibration, batch: Tensor) -> Tensor:
-    """Resize the tokenizer's mean error on normal images to `(H, W)`."""
+    """Resize the tokenizer's mean error on normal images to `(H, W)`; of clips, stored with the frames below one
+    another, to `(T, H, W)`."""
+    shape = batch[0].select(-3, 0).shape
+    size = (math.prod(shape[:-1]), shape[-1])
     error = torch.from_numpy(calibration.error).to(batch)[None, None]
-    return F.interpolate(error, size=tuple(batch.shape[2:]), mode="bilinear", align_corners=False)[0, 0]
+    return F.interpolate(error, size=size, mode="bilinear", align_corners=False)[0, 0].view(shape)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenizer.spec import select_shown, to_float, to_uint8
+
 from ..images.grids import class_grid
-from ..images.pictures import show_of, shown_channels, to_float, to_uint8
 from .examine import Examination
 from .ground_truth import rank_maps
 from .healing import heal_images, map_images
@@ -100,19 +101,21 @@ def draw_rows(rows: list[list[Tensor]], names: list[list[str]]) -> np.ndarray:
 
 
 def apply_colormap(values: Tensor) -> Tensor:
-    """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
-    return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
+    """Map `(..., H, W)` in [0, 1] to colour images `(..., 3, H, W)`: black, red, yellow, white."""
+    return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], -3) * 2 - 1
 
 
 def reduce_image(image: Tensor, pipeline: ImagePipeline) -> Tensor:
-    """Return the shown channels of an image `(C, H, W)`, reduced by the factor of its map."""
-    shown = shown_channels(image[None], show_of(pipeline.tokenizer))
-    return F.avg_pool2d(shown, factor_of(image.shape[-2:]), ceil_mode=True)[0]
+    """Return the shown channels of an image `(C, H, W)`, or of a clip with its frames below one another, reduced by the
+    factor of its map."""
+    shown = select_shown(image, pipeline.spec.show).movedim(-3, 0).flatten(1, -2)
+    return F.avg_pool2d(shown[None], factor_of(image.shape), ceil_mode=True)[0]
 
 
 def reduce_map(heat: Tensor) -> Tensor:
-    """Average a map `(H, W)` over squares of pixels, so that it has at most 512 a side."""
-    return F.avg_pool2d(heat.float()[None], factor_of(heat.shape), ceil_mode=True)[0]
+    """Average a map `(H, W)`, or that of a clip with its frames below one another, over squares of pixels, so that an
+    image or a frame has at most 512 a side."""
+    return F.avg_pool2d(heat.float().flatten(0, -2)[None], factor_of(heat.shape), ceil_mode=True)[0]
 
 
 def reduce_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -123,5 +126,5 @@ def reduce_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def factor_of(size: Sequence[int]) -> int:
-    """Return the side of the squares of pixels that are averaged in an image of this size (H, W)."""
-    return -(-max(size) // MOST)
+    """Return the side of the squares of pixels that are averaged in an image of this size (..., H, W)."""
+    return -(-max(size[-2:]) // MOST)

@@ -75,7 +75,7 @@ def run(config: CalibrateConfig) -> Calibration:
             pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
         if config.data.crop is not None and not config.tile:
             raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
-        view = config.choose_view(pipeline.tokenizer)
+        view = config.choose_view(pipeline.spec)
         images = config.load_images(pipeline, whole=config.tile).held_out
         groups = None if (objects_of := images.objects()) is None else np.array(objects_of)
         chosen = np.arange(0, len(images), config.every)

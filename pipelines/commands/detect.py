@@ -36,7 +36,7 @@ from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.unseen import find_parts
 from ..images.views import View, as_lazy, check_places, whole_files
-from ..options import REMOVE, find_clip_files, find_image_files, read_clips, read_images
+from ..options import REMOVE, open_files, read_files
 from ..provenance import defaults, inherit, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
@@ -152,7 +152,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
         raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json", *(TRUTH_FILES if truth else [])])
     with lock_output(config.out):
-        view = config.choose_view(pipeline.tokenizer)
+        view = config.choose_view(pipeline.spec)
         try:
             calibration.check_view(view)
         except CalibrationError as error:
@@ -277,17 +277,13 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline, view: View) -> Fo
         return Examination(pipeline, source, check_places(given) if view.is_tiled else given, view)
 
     if config.paths:
-        shape, frames = pipeline.tokenizer.image_shape, pipeline.frames
-        files = find_clip_files(config.paths) if frames > 1 else find_image_files(config.paths)
-        names = [str(file) for file in files]
+        source = open_files(config.paths, pipeline.spec)
+        names, files = [source.name(row) for row in range(source.size)], [Path(path) for path in source.paths or []]
         pixels: Any
-        if frames > 1:
-            pixels, names = read_clips(files, shape, frames, pipeline.values)
-            files = [Path(name.rpartition("[")[0]) for name in names]  # that of each window
-        elif view.is_tiled:
-            pixels = pipeline.list_images(whole_files(files.__getitem__, names, shape[0], pipeline.values, REMOVE))
+        if view.is_tiled:
+            pixels = pipeline.list_images(whole_files(files.__getitem__, names, pipeline.spec, REMOVE))
         else:
-            pixels = pipeline.binarize(read_images(files, shape, pipeline.values))
+            pixels = pipeline.binarize(read_files(source, range(source.size), pipeline.spec))
         if config.ground_truth is None:
             folders = [file.absolute().parent.name for file in files]
         elif Path(config.ground_truth).is_file():

@@ -104,8 +104,7 @@ def decode_whole(
 
 def read_whole(rows: Rows, row: int, config: DataConfig) -> Pixels | str:
     """Return an image (C, H, W) at its own size, enlarged if it is smaller than a crop; or why it cannot be decoded."""
-    channels, height, width = config.image_shape
-    return try_decode_whole(rows.read([row])[0], channels, config.values, (height, width))
+    return try_decode_whole(rows.read([row])[0], config.spec, config.spec.size)
 
 
 class CropImages(ImageDataset):
@@ -129,7 +128,7 @@ class CropImages(ImageDataset):
         repeated = Decoded(decoded.positions.repeat(self._per_image), None, decoded.bad)
         own = None if labels is None else labels.repeat(self._per_image)
         super().__init__(config, rows, repeated, own, class_names, units)
-        self._whole, self._config, self._view = whole, config, View(self.image_shape[-2:])
+        self._whole, self._config, self._view = whole, config, View(self.spec.size)
 
     def pixels(self, indices: Indices) -> Tensor:
         """Return crops (B, C, H, W), as `ImageDataset.pixels` returns images."""
@@ -147,7 +146,7 @@ class CropImages(ImageDataset):
         if self._pixels is not None:  # preloaded
             return self._pixels[torch.from_numpy(rows)]
         places = self.places(rows, epochs, seed)
-        found = np.empty((len(rows), *self.image_shape), np.uint8 if self.values is None else np.float32)
+        found = np.empty((len(rows), *self.spec.shape), self.spec.stored_type)
         missing = [at for at, row in enumerate(rows) if self._whole[row // self._per_image] is None]
         once = sorted({int(self._positions[rows[at]]) for at in missing})  # a batch may have several crops of an image
         for start in range(0, len(once), WORKERS):  # few large images in memory

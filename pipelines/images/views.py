@@ -22,17 +22,17 @@ from prior.columns import Column
 from prior.given import Given
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
+from tokenizer.spec import ImageSpec, check_output_type, to_float
 
 from ..config import UserError
 from ..shuffling import spread
-from .arrays import Values, decode_whole_array, values_of
+from .arrays import decode_whole_array
 from .decoding import Payload, try_decode_whole, whole_pixels
-from .pictures import check_output_type, convert_image, refuse, to_float, to_images
+from .pictures import convert_image, refuse, to_images
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
 
-Shape = tuple[int, int, int]
 Size = tuple[int, int]
 Weights = Literal["mean", "ramp", "last"]
 
@@ -77,9 +77,9 @@ class View:
     stride: Size | None = None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, stride: int | None) -> View:
-        """Return the view of a tokenizer's images. Raises `ValueError` unless tiles then cover an image."""
-        height, width = tokenizer.image_shape[-2:]
+    def of(cls, spec: ImageSpec, stride: int | None) -> View:
+        """Return the view of images for models of `spec`. Raises `ValueError` unless tiles then cover an image."""
+        height, width = spec.size
         if stride is None:
             return cls((height, width))
         stride, most = whole_number("stride", stride), min(height, width)
@@ -219,14 +219,12 @@ def give_places(given: Given, tiles: Sequence[Tile]) -> Given:
 # Images of any size -------------------------------------------------------------------------------
 
 
-def whole_files(
-    payloads: Callable[[int], Payload], names: Sequence[str], channels: int, values: Values | None, hint: str
-) -> LazyImages:
+def whole_files(payloads: Callable[[int], Payload], names: Sequence[str], spec: ImageSpec, hint: str) -> LazyImages:
     """Return encoded images at their own size, which are read on access. payloads: returns image k. Access raises
     `UserError` for a bad one, with the `hint`."""
 
     def read(number: int) -> Tensor:
-        pixels = try_decode_whole(payloads(number), channels, values)
+        pixels = try_decode_whole(payloads(number), spec)
         if isinstance(pixels, str):
             raise UserError(one_line(f"{names[number]}: {pixels}{hint}"))
         return torch.from_numpy(np.array(pixels))  # Pillow's pixels are read-only
@@ -234,31 +232,29 @@ def whole_files(
     return LazyImages(names, read)
 
 
-def list_images(images: Any, tokenizer: Tokenizer) -> LazyImages:
+def list_images(images: Any, spec: ImageSpec) -> LazyImages:
     """Return images of any size: `LazyImages`, a PIL image, a tensor `(B, C, H, W)`, an array `(B, H, W, C)` or
     `(H, W, C)`, for grey images also `(B, H, W)` or `(H, W)`, or a sequence of single images. Raises `ValueError` for
-    anything else, for no images, and for a tokenizer of clips."""
-    if tokenizer.frames > 1:
+    anything else, for no images, and for clips."""
+    if spec.frames > 1:
         raise ValueError("clips are not cut into tiles")
     if isinstance(images, LazyImages):
         return images
-    shape, values = tokenizer.image_shape, values_of(tokenizer)
-    channels = shape[0]
     if isinstance(images, Image.Image):
         images = [images]
     elif isinstance(images, np.ndarray):
-        single = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == channels)
+        single = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == spec.channels)
         images = images[None] if single else images
-        if images.ndim != 4 and not (images.ndim == 3 and channels == 1):
-            refuse(images[0] if single else images, shape)
+        if images.ndim != 4 and not (images.ndim == 3 and spec.channels == 1):
+            refuse(images[0] if single else images, spec)
     elif isinstance(images, Tensor):
         if images.ndim != 4:
-            refuse(images, shape)
+            refuse(images, spec)
     elif not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
-        refuse(images, shape)
+        refuse(images, spec)
     if not len(images):
         raise ValueError("expected at least one image")
-    return as_lazy(images, lambda image: convert_whole(image, shape, values))
+    return as_lazy(images, lambda image: convert_whole(image, spec))
 
 
 def as_lazy(images: Any, convert: Callable[[Any], Tensor] = lambda image: image) -> LazyImages:
@@ -266,19 +262,16 @@ def as_lazy(images: Any, convert: Callable[[Any], Tensor] = lambda image: image)
     return LazyImages([f"image {k}" for k in range(len(images))], lambda k: convert(images[k]))
 
 
-def convert_whole(image: Any, shape: Shape, values: Values | None) -> Tensor:
+def convert_whole(image: Any, spec: ImageSpec) -> Tensor:
     """Convert a single image at its own size to `(C, H, W)`, uint8 or float in [-1, 1]; see `list_images`."""
-    channels = shape[0]
     if isinstance(image, Image.Image):
-        plain = values is None and channels in (1, 3)
-        found = whole_pixels(image, channels) if plain else decode_whole_array(image, channels, values)
+        found = whole_pixels(image, spec.channels) if spec.is_picture else decode_whole_array(image, spec)
         return torch.from_numpy(found.copy())
     sides = tuple(getattr(image, "shape", ()))
     size = sides[-2:] if isinstance(image, Tensor) else sides[:2]
-    own = (channels, size[0], size[1]) if len(size) == 2 else shape
-    if values is None and (pixels := convert_image(image, own)).dtype == torch.uint8:
-        return pixels
-    return to_images([image], own, values)[0]
+    own = spec.at(*size) if len(size) == 2 else spec
+    pixels = convert_image(image, own)
+    return pixels if pixels.dtype == torch.uint8 else to_images([image], own)[0]
 
 
 # To tokens and back -------------------------------------------------------------------------------
@@ -304,7 +297,7 @@ def encode_tiles(pipeline: ImagePipeline, images: Any, stride: int, *, batch_siz
     """Encode images of any size from the model's size on, also of different sizes in one list; return the tokens of
     each image's tiles, `(rows, columns, *grid.shape)`. Tiles lie at every `stride` pixels and at the borders.
     `decode_tiles` inverts this."""
-    view, several = View.of(pipeline.tokenizer, stride), pipeline.list_images(images)
+    view, several = View.of(pipeline.spec, stride), pipeline.list_images(images)
     read = (read_image(several, number, view) for number in range(len(several)))
     return [encode_image(pipeline.tokenizer, image, view, batch_size) for image in read]
 
@@ -322,7 +315,7 @@ def decode_tiles(
     `sizes` are (height, width). Return a list of images at these sizes, without seams; see `reconstruct`. Raises
     `ValueError` for tokens that do not fit a size."""
     check_output_type(output_type)
-    view = View.of(pipeline.tokenizer, stride)
+    view = View.of(pipeline.spec, stride)
     check_count(batch_size, "batch_size")
     if len(tokens) != len(sizes):
         raise ValueError(f"got {len(sizes)} sizes for the tokens of {len(tokens)} images; give one size per image")

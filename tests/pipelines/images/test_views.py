@@ -3,6 +3,8 @@ are of tiles, and tokens of tiles give images without seams."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,10 +21,8 @@ from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.healing import anomaly_map
 from pipelines.anomaly.scores import anomaly_score, score_tiles
 from pipelines.commands.reconstruct import main as reconstruct_verb
-from pipelines.images.arrays import Values
 from pipelines.images.views import LazyImages, View, as_lazy, cut, list_images, paste, read_image, side_weights
-from tokenizer import Tokenizer
-from tokenizer.frame_by_frame import FrameByFrame
+from tokenizer.spec import ImageSpec
 
 
 def larger(count, height=40, width=27, seed=0):
@@ -241,19 +241,18 @@ def test_a_calibration_does_not_depend_on_the_batch_and_reads_each_image_once(tr
 
 
 def test_arrays_of_more_bits_and_channels_keep_their_size():
-    values, rng = Values("uint16", 0, 4095), np.random.default_rng(0)
+    spec, rng = ImageSpec(6, 8, 8, dtype="uint16", high=4095), np.random.default_rng(0)
     array = rng.integers(0, 4096, (20, 31, 6), dtype=np.uint16)
-    unit = torch.from_numpy(values.to_unit(array)).movedim(-1, 0)
-    facts = {"image_size": 8, "dtype": "uint16", "range": (0, 4095)}
-    several, grey = (Tokenizer.create("vqvae", channels=channels, **facts) for channels in (6, 1))
+    unit = spec.to_unit(array).movedim(-1, 0)
     for images in (array, array[None], [array], [unit], unit[None]):
-        torch.testing.assert_close(list_images(images, several).read(0), unit, rtol=0, atol=0)
+        torch.testing.assert_close(list_images(images, spec).read(0), unit, rtol=0, atol=0)
+    grey = replace(spec, channels=1)
     picture = list_images(Image.fromarray(array[..., 0]), grey)
-    assert torch.equal(read_image(picture, 0, View((8, 8))), unit[:1])
+    assert torch.equal(read_image(picture, 0, View.of(spec, 4)), unit[:1])
     with pytest.raises(ValueError, match="uint16"):
-        list_images([array.astype(np.uint8)], several).read(0)
+        list_images([array.astype(np.uint8)], spec).read(0)
     with pytest.raises(ValueError, match="clips are not cut into tiles"):
-        list_images(array[..., 0], FrameByFrame.wrap(grey, 2))
+        list_images(array[..., 0], replace(grey, frames=2))
 
 
 # Tokens -------------------------------------------------------------------------------------------
