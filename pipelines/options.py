@@ -25,6 +25,7 @@ from .images.folder import image_paths
 from .images.sources import Source, of_files
 from .images.splits import Inherited
 from .images.unseen import require_unseen
+from .images.views import View
 from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
 from .saving import PipelineFolder
 from .shuffling import spread
@@ -109,16 +110,13 @@ class TileSettings(Config):
         None, ge=1, description="with tile, the distance of the tiles in pixels; null: half of a tile's shorter side"
     )
 
-    def choose_stride(self, shape: tuple[int, ...]) -> int | None:
-        """Return the stride for tiles of `shape` (C, H, W), or None without `tile`. Raises `UserError`."""
-        from .images.tiles import check_stride
-
-        if not self.tile:
-            if self.stride is not None:
-                raise UserError("stride: needs tile=true")
-            return None
+    def choose_view(self, spec: ImageSpec) -> View:
+        """Return how images are seen: whole or, with `tile`, by tiles. Raises `UserError`."""
+        if not self.tile and self.stride is not None:
+            raise UserError("stride: needs tile=true")
+        stride = max(1, min(spec.size) // 2) if self.stride is None else self.stride
         try:
-            return check_stride(max(1, min(shape[1:]) // 2) if self.stride is None else self.stride, shape)
+            return View.of(spec, stride if self.tile else None)
         except ValueError as error:
             raise UserError(str(error)) from error
 

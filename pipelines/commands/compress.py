@@ -29,7 +29,7 @@ from ..config.table import count_of
 from ..files import Output, lock_output
 from ..images.decoding import open_image
 from ..images.sources import of_files
-from ..images.tiles import LazyImages
+from ..images.views import LazyImages
 from ..options import REMOVE, UsesPipeline, find_files, read_files, require_pictures
 
 
@@ -80,7 +80,7 @@ def run(config: CompressConfig) -> Path:
         except Exception as error:  # as in `read_image`
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
-    whole, sizes = LazyImages(len(paths), read_whole, lambda k: f"images: {paths[k]}"), [spec.size] * len(paths)
+    whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * len(paths)
     if config.tile:
         try:
             sizes = sizes_of(whole, shape)

@@ -48,7 +48,7 @@ from .settings import DataConfig
 from .sources import Source
 from .splits import Part
 from .tables import read_payload
-from .tiles import PLACE
+from .views import PLACE
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 CELLS = 1024  # cells of a table that are read at a time

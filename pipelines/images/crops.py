@@ -25,6 +25,7 @@ from .dataset import Epochs, ImageDataset
 from .decoding import WORKERS, Payload, Pixels, try_decode_whole
 from .settings import DataConfig
 from .splits import Part
+from .views import View
 
 DOWN, RIGHT = DRAWS, DRAWS + 1
 """Columns of the random numbers of a row for the place of its crop, after those of its augmentation."""
@@ -47,6 +48,7 @@ class CropImages(ImageDataset):
         repeated = part._replace(positions=part.positions.repeat(self._per_image))
         super().__init__(config, repeated, labels, class_names, bad=bad, memory=memory)
         self._whole = [None] * len(part.positions) if memory is None else memory.images
+        self._view = View(self.spec.size)
 
     @staticmethod
     def count_crops(config: DataConfig) -> int:
@@ -71,17 +73,17 @@ class CropImages(ImageDataset):
         for at, image in self._list_images(rows):
             sizes[at] = image.shape[-2:]
         corners = self._find_corners(sizes, self.places(rows, epoch, seed))
-        return torch.from_numpy(((corners + np.array(self.spec.size) / 2) / sizes).astype(np.float32))
+        return torch.from_numpy(np.stack(self._view.centre(corners.T, sizes.T), 1).astype(np.float32))
 
     def _read(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> Tensor:
         if self._pixels is not None:  # preloaded
             return super()._read(rows, epochs, seed)
-        (height, width), places = self.spec.size, self.places(rows, epochs, seed)
+        places = self.places(rows, epochs, seed)
         found = np.empty((len(rows), *self.spec.shape), self.spec.stored_type)
         for at, image in self._list_images(rows):
             corners = self._find_corners(np.array(image.shape[-2:]), places[at])
             for k, (top, left) in zip(at.tolist(), corners.tolist(), strict=True):
-                found[k] = image[:, top : top + height, left : left + width]
+                found[k] = self._view.window(image, top, left)
         return torch.from_numpy(found)
 
     def _list_images(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
@@ -98,12 +100,11 @@ class CropImages(ImageDataset):
         if (image := self._whole[owner]) is not None:
             return image
         row = owner * self._per_image
-        (payload,) = self._source.payloads([int(self._positions[row])])
-        return self._require_good(row, self.decode_one(payload, self.spec))
+        return self._require_good(row, self._source.read(int(self._positions[row]), self.spec, self.spec.size))
 
     def _find_corners(self, sizes: NDArray[np.int64], places: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the upper left pixels (B, 2) of crops of images of these sizes (B, 2), or of one image (2,)."""
-        room = sizes - np.array(self.spec.size) + 1  # places along each side, all equally likely
+        room = sizes - np.array(self._view.size) + 1  # places along each side, all equally likely
         return (places * room).astype(np.int64)
 
 

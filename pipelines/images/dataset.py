@@ -33,7 +33,7 @@ from .decoding import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
 from .splits import Part, SplitFacts, find_objects, paths_within
-from .tiles import LazyImages, whole_files
+from .views import LazyImages, read_whole
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
@@ -185,10 +185,9 @@ class ImageDataset:
 
     def whole_images(self, indices: Indices) -> LazyImages:
         """Return images at their own size, read on access; black and white ones are drawn by their pixels."""
-        rows = self._positions[self._rows_of(indices)].tolist()
-        read = lambda k: self._source.payloads([rows[k]])[0]  # noqa: E731
-        found, how = whole_files(read, self.names(indices), self.spec, HINT), self._binarize
-        return found if how is None else replace(found, load=lambda k: binarize(found.load(k)[None], how)[0])
+        rows, how = self._positions[self._rows_of(indices)].tolist(), self._binarize
+        found = read_whole(self._source, rows, self.names(indices), self.spec, HINT)
+        return found if how is None else replace(found, read=lambda k: binarize(found.read(k)[None], how)[0])
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""

@@ -18,9 +18,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.spec import ImageSpec
+
 from ..config import UserError
 from ..shuffling import splitmix64
-from .decoding import Payload
+from .decoding import Payload, Pixels, try_decode_whole
 
 IMAGE, LABEL = "image", "label"  # default columns
 Hashes = NDArray[np.uint64]
@@ -54,6 +56,11 @@ class Source:
 
     def __len__(self) -> int:
         return self.size
+
+    def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = (1, 1)) -> Pixels | str:
+        """Return an image at its own size, (C, H, W), or the reason why it cannot be decoded. One with a side below
+        `least` (height, width) is enlarged until it has both."""
+        return try_decode_whole(self.payloads([row])[0], spec, least)
 
 
 SourceSplits = dict[str, Callable[[], Source]]

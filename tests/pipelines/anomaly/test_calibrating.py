@@ -13,23 +13,24 @@ from givens.stripes import SIZE, constant, stripes, uniform
 from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
-from pipelines.anomaly.calibrating import calibrate, halve
+from pipelines.anomaly.calibrating import calibrate, divide_objects
+from pipelines.anomaly.calibration import digest_of
 from pipelines.anomaly.conformal import p_values_of
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.healing import heal
-from pipelines.anomaly.scores import FITTED, anomaly_score, p_value_of, score_of
+from pipelines.anomaly.scores import FITTED, anomaly_score, p_values_by, score_tiles
 
 
-@pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "typicality", "reconstruction"])
+@pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "top_bits", "typicality", "reconstruction"])
 def test_p_values_of_normal_images_are_uniform(trained, fresh, method):
-    found = score_of(method, fresh, trained.calibration)
+    found = score_tiles(method, fresh, trained.calibration.fits)
     fitted = trained.calibration.scores[method]
-    scores, normal = np.sort(found.numpy()), fitted.values
+    scores, normal = np.sort(found[0]), fitted.values
     every = np.sort(np.concatenate([scores, normal]))
     n, m = len(normal), len(scores)
     distance = np.abs(np.searchsorted(normal, every, "right") / n - np.searchsorted(scores, every, "right") / m).max()
     assert distance < 1.95 * math.sqrt((n + m) / (n * m))  # two-sample Kolmogorov-Smirnov, p = 0.001
-    p = p_value_of(method, found, trained.calibration).numpy()
+    p = p_values_by(method, found, trained.calibration).numpy()
     assert p.min() >= 1 / (n + 1) and p.max() <= 1
     rank = math.floor(0.05 * (n + 1))
     chance = np.random.default_rng(0)  # Beta over calibrations, binomial over images given a calibration
@@ -50,7 +51,7 @@ def test_p_values_count_ties_against_detection_and_fall_with_the_score(trained):
     normal, tie = torch.from_numpy(fitted.values), fitted.tie
     expected = (1 + (normal + tie >= scores[:, None]).sum(1)) / (len(normal) + 1)
     torch.testing.assert_close(p, expected.double())
-    tied = p_value_of("joint", normal[-1:], trained.calibration)
+    tied = p_values_by("joint", fitted.values[None, -1:], trained.calibration)
     assert float(tied) == pytest.approx(2 / (len(normal) + 1))
 
 
@@ -87,7 +88,7 @@ def test_a_calibration_depends_on_the_normal_images_only(trained):
 def test_what_is_fitted_depends_on_one_half_only(trained, stride):
     """Healing and maps of new images use it, for which images that gave the scores would not be new."""
     pipe, normal = ImagePipeline(trained.tokenizer, trained.prior), stripes(60, seed=2)
-    other, scoring = normal.clone(), halve(np.arange(60), 60, 0).scoring
+    other, scoring = normal.clone(), divide_objects(np.arange(60), 60, 0)[0].scoring
     other[scoring] = uniform(len(scoring))
     one, two = (calibrate(pipe, images, stride=stride) for images in (normal, other))
     assert np.abs(one.scores["nll"].values - two.scores["nll"].values).max() > 1
@@ -124,7 +125,7 @@ def test_images_of_the_calibration_are_recognised(trained, recwarn):
     mine, others = stripes(60, seed=2), stripes(30, seed=3)
     calibrate(pipe, mine)
     mixed = torch.cat([others, mine[40:], mine[:1]])
-    known = pipe.calibration.includes(mixed.movedim(1, -1).numpy())
+    known = pipe.calibration.find_used([digest_of(image) for image in mixed.movedim(1, -1).numpy()])
     assert known.tolist() == [False] * 30 + [True] * 21
     for method, p_values in (("nll", False), ("reconstruction", False)):
         anomaly_score(pipe, mixed, method, p_values=p_values)

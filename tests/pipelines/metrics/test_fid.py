@@ -14,13 +14,13 @@ from optional import needs_torch_fidelity
 from PIL import Image
 
 from pipelines.config import UserError
-from tokenizer.spec import to_float
 from pipelines.metrics import fid
 from pipelines.metrics.fid import Inception, load_inception, read_moments
 from pipelines.metrics.frechet import distance, moments
 from pipelines.metrics.quality import shuffled
 from pipelines.metrics.samples import Samples
 from pipelines.processes.group import ALONE
+from tokenizer.spec import to_float
 
 pytestmark = needs_torch_fidelity
 CPU = torch.device("cpu")
