@@ -27,8 +27,8 @@ from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of
 from ..files import Output, lock_output
-from ..images.decoding import open_image
 from ..images.folder import file_rows
+from ..images.formats import open_image
 from ..images.tiles import LazyImages
 from ..options import REMOVE, UsesPipeline, find_files, read_files, require_pictures
 

@@ -31,7 +31,7 @@ from ..provenance import TokenizerFolder, tokenizer_folder
 from .clip_files import find_clips
 from .crops import CropImages
 from .dataset import DataConfig, ImageDataset, Indices, check_bad
-from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
+from .decoding import Decoded, Rows, decode_all
 from .folder import (
     SHEETS,
     are_disjoint,
@@ -43,6 +43,7 @@ from .folder import (
     normalize_path,
     read_sheet,
 )
+from .formats import NO_IMAGE, Payload, Pixels
 from .tables import read_payload
 from .tiles import PLACE
 

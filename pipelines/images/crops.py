@@ -33,7 +33,8 @@ from .dataset import (
     open_source,
     settle_values,
 )
-from .decoding import CHUNK, WORKERS, BadImage, Decoded, Pixels, Rows, try_decode_whole
+from .decoding import CHUNK, WORKERS, BadImage, Decoded, Rows
+from .formats import Pixels, try_decode
 from .splits import Inherited, choose_splits
 
 DOWN, RIGHT = DRAWS, DRAWS + 1
@@ -103,7 +104,7 @@ def decode_whole(
 
 def read_whole(rows: Rows, row: int, config: DataConfig) -> Pixels | str:
     """Return an image (C, H, W) at its own size, enlarged if it is smaller than a crop; or why it cannot be decoded."""
-    return try_decode_whole(rows.read([row])[0], config.spec, config.spec.size)
+    return try_decode(rows.read([row])[0], config.spec, least=config.spec.size)
 
 
 class CropImages(ImageDataset):

@@ -32,7 +32,6 @@ from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
 from ..shuffling import positions_of, samples_of, spread
 from . import tables
-from .arrays import clipped_share, guess_type, measure_range
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import Binarize, binarize
 from .clip_files import open_clips, report_windows, split_windows
@@ -42,14 +41,15 @@ from .decoding import (
     LABEL,
     BadImage,
     Decoded,
-    Pixels,
     Rows,
     SplitRows,
     decode_all,
     decode_in_threads,
     decode_rows,
+    measure_range,
 )
 from .folder import holds_files, open_folder
+from .formats import Pixels, clipped_share, guess_type
 from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups, paths_within
 
 if TYPE_CHECKING:

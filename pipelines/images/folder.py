@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process, tell
-from .decoding import LABEL, Payload, Rows, SplitRows
+from .decoding import LABEL, Rows, SplitRows
+from .formats import Payload
 
 if TYPE_CHECKING:
     from .dataset import DataConfig

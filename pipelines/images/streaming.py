@@ -24,7 +24,8 @@ from tokenizer.files import one_line
 from ..config import UserError, is_first_process, tell
 from .augment import draw_changes
 from .dataset import WITHOUT, DataConfig, ImageDataset, Indices, list_bad
-from .decoding import BadImage, Decoded, Identity, Payload, Rows, decode_in_threads, hash_names
+from .decoding import BadImage, Decoded, Identity, Rows, decode_in_threads, hash_names
+from .formats import Payload
 from .hub import describe_error
 from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards
 from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of

@@ -31,16 +31,14 @@ from ..shuffling import splitmix64
 from .decoding import (
     IMAGE,
     LABEL,
-    MAX_FILE,
     Identity,
-    Payload,
     Rows,
     SplitRows,
     hash_bytes,
     hash_names,
-    read_file,
 )
 from .folder import SUFFIXES, files_below, name_objects
+from .formats import MAX_FILE, Payload, read_file
 from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
 

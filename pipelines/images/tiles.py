@@ -25,8 +25,7 @@ from tokenizer.spec import ImageSpec, to_float
 
 from ..config import UserError
 from ..shuffling import spread
-from .arrays import decode_whole_array
-from .decoding import Payload, try_decode_whole, whole_pixels
+from .formats import OWN_SIZE, Payload, decode_image, try_decode
 from .pictures import convert_image, refuse, to_images
 
 Shape = tuple[int, ...]
@@ -92,7 +91,7 @@ def whole_files(payloads: Callable[[int], Payload], names: Sequence[str], spec: 
     `UserError` for a bad one, with the `hint`."""
 
     def load(number: int) -> Tensor:
-        pixels = try_decode_whole(payloads(number), spec)
+        pixels = try_decode(payloads(number), spec, least=OWN_SIZE)
         if isinstance(pixels, str):
             raise UserError(one_line(f"{names[number]}: {pixels}{hint}"))
         return torch.from_numpy(np.array(pixels))  # Pillow's pixels are read-only
@@ -134,8 +133,7 @@ def as_lazy(images: LazyImages | Tensor) -> LazyImages:
 def convert_whole(image: Any, spec: ImageSpec) -> Tensor:
     """Convert a single image at its own size to `(C, H, W)`, uint8 or float in [-1, 1]; see `list_images`."""
     if isinstance(image, Image.Image):
-        found = whole_pixels(image, spec.channels) if spec.is_picture else decode_whole_array(image, spec)
-        return torch.from_numpy(found.copy())
+        return torch.from_numpy(decode_image(image, spec, least=OWN_SIZE).copy())
     sides = tuple(getattr(image, "shape", ()))
     size = sides[-2:] if isinstance(image, Tensor) else sides[:2]
     own = spec.at(*size) if len(size) == 2 else spec
