@@ -37,8 +37,8 @@ from tokenizer import TokenGrid, Tokenizer
 from tokenizer.spec import ImageSpec
 
 from .images.classes import is_class_name
-from .images.decoding import decode_in_threads
 from .images.folder import find_images, match_names
+from .images.formats import decode_in_threads
 from .images.pictures import is_single, to_images
 from .text import NGRAMS, encode_text, run_encoder
 

@@ -20,8 +20,8 @@ from .config import Config, Of, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.clip_files import cut_windows, find_clips
-from .images.decoding import decode_in_threads
 from .images.folder import image_paths
+from .images.formats import decode_in_threads
 from .images.sources import Source, of_files
 from .images.splits import Inherited
 from .images.unseen import require_unseen

@@ -27,7 +27,7 @@ from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of
 from ..files import Output, lock_output
-from ..images.decoding import open_image
+from ..images.formats import open_image
 from ..images.sources import of_files
 from ..images.views import LazyImages
 from ..options import REMOVE, UsesPipeline, find_files, read_files, require_pictures

@@ -32,7 +32,6 @@ from .checking import SameSize, check_bad, decode_all
 from .clip_files import find_clips
 from .crops import CropImages
 from .dataset import Epochs, ImageDataset
-from .decoding import NO_IMAGE, Payload, Pixels, try_decode
 from .folder import (
     SHEETS,
     are_disjoint,
@@ -44,6 +43,7 @@ from .folder import (
     natural_key,
     normalize_path,
 )
+from .formats import NO_IMAGE, Payload, Pixels, try_decode
 from .settings import DataConfig
 from .sources import Source
 from .splits import Part

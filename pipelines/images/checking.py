@@ -18,7 +18,7 @@ from tokenizer.spec import ImageSpec
 
 from ..config import UserError, is_first_process, tell
 from ..prefetch import prefetch
-from .decoding import CHUNK, WORKERS, Payload, Pixels
+from .formats import CHUNK, WORKERS, Payload, Pixels
 from .settings import DataConfig
 from .sources import Source
 

@@ -22,7 +22,7 @@ from ..prefetch import prefetch
 from ..shuffling import DRAWS, uniforms
 from .checking import BadImage, Memory
 from .dataset import Epochs, ImageDataset
-from .decoding import WORKERS, Payload, Pixels, try_decode_whole
+from .formats import WORKERS, Payload, Pixels, try_decode
 from .settings import DataConfig
 from .splits import Part
 from .views import View
@@ -61,7 +61,7 @@ class CropImages(ImageDataset):
 
     @staticmethod
     def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:
-        return try_decode_whole(payload, spec, spec.size)
+        return try_decode(payload, spec, least=spec.size)
 
     def places(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> NDArray[np.float64]:
         """Return where crops lie in the room that they have down and right, (B, 2) in [0, 1)."""

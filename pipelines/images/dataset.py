@@ -29,7 +29,7 @@ from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
 from .checking import BadImage, Memory, SameSize
 from .clip_files import split_windows
-from .decoding import CHUNK, Payload, Pixels, decode_in_threads, try_decode
+from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
 from .splits import Part, SplitFacts, find_objects, paths_within

@@ -18,7 +18,7 @@ from tokenizer.spec import to_float
 from ..config import is_first_process, tell
 from ..shuffling import random_rows
 from .dataset import ImageDataset, Splits
-from .decoding import CHUNK
+from .formats import CHUNK
 
 HELD_OUT, TRAIN = 200, 2000
 """Number of images that are compared; in training, the images next to the held-out ones are added."""

@@ -6,6 +6,7 @@ Pixels stay in memory if they fit. With `data.streaming`, shards are read in seq
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer.files import one_line
+from tokenizer.spec import ValueType
 
 from ..config import UserError, is_first_process, tell
 from ..shuffling import spread
-from .arrays import clipped_share, guess_type, measure_range
 from .checking import BadImage, Memory, check_bad, decode_all
 from .classes import number_labels
 from .clip_files import open_clips, report_windows
 from .crops import CentredCrops, RandomCrops
 from .dataset import ImageDataset, Splits
-from .decoding import try_decode
 from .folder import holds_files, open_folder
+from .formats import CHUNK, WORKERS, clipped_share, good_values, guess_type, try_decode
 from .settings import DataConfig, require_plain_data
 from .sources import Source, SourceSplits, open_digits
 from .splits import Division, Inherited, Part, choose_splits
@@ -143,6 +144,22 @@ def settle_values(config: DataConfig, train: Part) -> DataConfig:
         if is_first_process():
             tell(f"data.range: {dtype} from {limits[0]:g} to {limits[1]:g}, measured on the training images")
     return config
+
+
+def measure_range(
+    source: Source, positions: NDArray[np.int64], channels: int, dtype: ValueType
+) -> tuple[float, float] | None:
+    """Return the smallest and the largest value of the images or clips at `positions` that have this type; None without
+    any."""
+
+    def bounds(chunk: list[int]) -> list[tuple[float, float]]:
+        arrays = (good_values(payload, channels, dtype) for payload in source.payloads(chunk))
+        return [(float(array.min()), float(array.max())) for array in arrays if array is not None]
+
+    chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = [pair for pairs in pool.map(bounds, chunks) for pair in pairs]
+    return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
 def warn_about_range(config: DataConfig, source: Source, positions: NDArray[np.int64]) -> None:

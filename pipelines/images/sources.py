@@ -22,7 +22,7 @@ from tokenizer.spec import ImageSpec
 
 from ..config import UserError
 from ..shuffling import splitmix64
-from .decoding import Payload, Pixels, try_decode_whole
+from .formats import OWN_SIZE, Payload, Pixels, try_decode
 
 IMAGE, LABEL = "image", "label"  # default columns
 Hashes = NDArray[np.uint64]
@@ -57,10 +57,10 @@ class Source:
     def __len__(self) -> int:
         return self.size
 
-    def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = (1, 1)) -> Pixels | str:
+    def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = OWN_SIZE) -> Pixels | str:
         """Return an image at its own size, (C, H, W), or the reason why it cannot be decoded. One with a side below
         `least` (height, width) is enlarged until it has both."""
-        return try_decode_whole(self.payloads([row])[0], spec, least)
+        return try_decode(self.payloads([row])[0], spec, least=least)
 
 
 SourceSplits = dict[str, Callable[[], Source]]

@@ -25,7 +25,7 @@ from ..config import UserError, is_first_process, tell
 from .checking import BadImage, list_bad
 from .classes import WITHOUT
 from .dataset import Epochs, ImageDataset, Indices
-from .decoding import Payload, decode_in_threads
+from .formats import Payload, decode_in_threads
 from .hub import describe_error
 from .settings import DataConfig, require_plain_data
 from .sources import Identity, Source, hash_names

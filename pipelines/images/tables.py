@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from tokenizer.files import one_line, quote
 
 from ..config import UserError, is_first_process, tell
-from .decoding import MAX_FILE, Payload, read_file
 from .folder import SUFFIXES, files_below, name_objects
+from .formats import MAX_FILE, Payload, read_file
 from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
 from .sources import IMAGE, LABEL, Identity, Source, SourceSplits, hash_arrays, hash_bytes, hash_names

@@ -1,6 +1,6 @@
 """Damaged and hostile images among good ones, in folders, sheets, parquet and tar files, copied and streamed.
 
-Covers: pipelines/images/decoding.py.
+Covers: pipelines/images/checking.py.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_too_many_bad_images_end_a_stream(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pipes_broken_links_and_huge_files_are_bad_images(tmp_path, monkeypatch, streaming):
     """Reading a pipe never ends, and a file may be larger than memory."""
-    monkeypatch.setattr("pipelines.images.decoding.MAX_FILE", 2000)
+    monkeypatch.setattr("pipelines.images.formats.MAX_FILE", 2000)
     for key, data, _ in rows_of(8):
         write_image(tmp_path / f"{key}.png", data)
     os.mkfifo(tmp_path / "fifo.png")
@@ -184,9 +184,11 @@ def test_processes_share_the_check_of_images_that_they_do_not_keep(tmp_path, mon
     write_source(tmp_path, "folder", "text")
     data = config(tmp_path, on_error="skip", max_bad_fraction=1, cache_mb=cache_mb, crop=crop, **OPTIONS)
     alone, checked, group = load_images(data), list[Path](), Group(size)
-    for module, name in ((dataset, "try_decode"), (crops, "try_decode_whole")):
-        decode = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, do=decode: checked.append(given[0]) or do(*given))
+    decode = dataset.try_decode
+    for module in (dataset, crops):
+        monkeypatch.setattr(
+            module, "try_decode", lambda *given, **more: checked.append(given[0]) or decode(*given, **more)
+        )
     monkeypatch.setattr(checking, "CHUNK", 3)
     monkeypatch.setattr(checking, "dist", group)
     processes = group.run(lambda: load_images(data, together=True))

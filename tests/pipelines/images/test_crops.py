@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
-from pipelines.images.decoding import pixels_of, whole_pixels
+from pipelines.images.formats import OWN_SIZE, decode_image
 from tokenizer.spec import ImageSpec
 
 SIDES = [(30, 41), (12, 12), (25, 12), (60, 33)]
@@ -41,7 +41,7 @@ def place_of(crop, image):
 
 def image_of(images, row):
     with Image.open(images.config.path / images.names([row])[0]) as image:
-        return whole_pixels(image, 1)
+        return decode_image(image, images.spec, least=OWN_SIZE)
 
 
 @pytest.mark.parametrize("cache_mb", [0, 2048])
@@ -96,7 +96,7 @@ def test_a_smaller_image_is_enlarged_to_its_shorter_side(folder):
         elif height == width:
             with Image.open(train.config.path / train.names([row])[0]) as image:
                 assert torch.equal(
-                    train.pixels([row])[0], torch.from_numpy(pixels_of(image, ImageSpec(1, 20, 20)).copy())
+                    train.pixels([row])[0], torch.from_numpy(decode_image(image, ImageSpec(1, 20, 20)).copy())
                 )
 
 
