@@ -135,8 +135,8 @@ def draw_page(
 
 
 def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int], Tensor]:
-    """Return the most frequent codes of the first level, or of the finest scale, in `images` `(B, *spec.shape)`, and the mean
-    reconstruction around each: three by three patches `(k, C, 3h, 3w)`."""
+    """Return the most frequent codes of the first level, or of the finest scale, in `images` `(B, *spec.shape)`, and
+    the mean reconstruction around each: three by three patches `(k, C, 3h, 3w)`."""
     shape, part = (tokenizer.grid.scales or [tokenizer.grid.shape])[-1], -1 if tokenizer.grid.scales else 0
     tokens = tokenizer.encode(images)
     decoded = tokenizer.decode(tokens).cpu().flatten(0, -4)
