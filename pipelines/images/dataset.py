@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ from .decoding import (
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
-from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups, paths_within
+from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, paths_within
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
@@ -310,8 +310,6 @@ def load_images(
 
         return load_crops(config, inherited, check=check, together=together)
     if is_stream(config):
-        number_groups(None, config)
-        require_plain_data(config)
         from .streaming import open_stream
 
         division, streamed = open_stream(config, stream, inherited)
@@ -654,18 +652,19 @@ class Splits:
         return {name: images for name, images in parts.items() if images is not None}
 
     def write_bad_images(self, folder: Path) -> None:
-        """Write `bad_images.jsonl` in a run folder, a line `{"split", "path", "row", "reason"}` for each skipped image;
-        no file if no image was skipped."""
-        lines = [
-            json.dumps({"split": name, **bad._asdict()})
-            for name, images in self.by_name().items()
-            for bad in images.bad
-        ]
-        if lines:
-            try:
-                replace_file(folder / BAD_IMAGES, "".join(line + "\n" for line in lines).encode())
-            except (OSError, PathError) as error:
-                tell(f"warning: {folder / BAD_IMAGES} cannot be written: {error}")
+        """Write `bad_images.jsonl` in a run folder; see below."""
+        write_bad_images(folder, {name: images.bad for name, images in self.by_name().items()})
+
+
+def write_bad_images(folder: Path, bad: Mapping[str, list[BadImage]]) -> None:
+    """Write `bad_images.jsonl`, a line `{"split", "path", "row", "reason"}` for each skipped image of each split; no
+    file if no image was skipped."""
+    lines = [json.dumps({"split": name, **image._asdict()}) for name, images in bad.items() for image in images]
+    if lines:
+        try:
+            replace_file(folder / BAD_IMAGES, "".join(line + "\n" for line in lines).encode())
+        except (OSError, PathError) as error:
+            tell(f"warning: {folder / BAD_IMAGES} cannot be written: {error}")
 
 
 def report_division(splits: Splits) -> None:

@@ -23,10 +23,10 @@ from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process, tell
 from .augment import draw_changes
-from .dataset import WITHOUT, DataConfig, ImageDataset, Indices, list_bad
+from .dataset import WITHOUT, DataConfig, ImageDataset, Indices, list_bad, require_plain_data
 from .decoding import BadImage, Decoded, Identity, Payload, Rows, decode_in_threads, hash_names
 from .hub import describe_error
-from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards
+from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards, number_groups
 from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
 
 FEW = 1000  # bad images are limited as if at least this many were read
@@ -58,7 +58,9 @@ def open_stream(
 
 def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Division:
     """Divide the shards into `train`, `held_out` and, if any, `validation`. Raises `UserError` for shards of other
-    formats, and if there are too few shards to hold one out."""
+    formats, if there are too few shards to hold one out, and for settings that streams do not follow."""
+    number_groups(None, config)
+    require_plain_data(config)
     splits = files_of(find_tables(config))
     if not splits:
         raise UserError(f"data.streaming: {config.source} is unreachable; data.streaming=false reads the cached copy")
@@ -74,15 +76,23 @@ def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Divi
     return choose_splits({name: partial(open_split, files) for name, files in splits.items()}, config, inherited)
 
 
-def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...] | None = None) -> Iterator[Sample]:
-    """Yield the encoded images of shards in order. Raises `UserError` for a shard that cannot be read, or whose classes
-    are not `classes`, if given (a tuple, because `datasets` would split a list among processes)."""
+def read_files(
+    files: Sequence[str],
+    config: DataConfig,
+    classes: tuple[str, ...] | None = None,
+    columns: Sequence[str] = (),
+    *,
+    with_images: bool = True,
+) -> Iterator[Sample]:
+    """Yield the encoded images of shards in order, with the cells of these columns. with_images: False reads only the
+    columns. Raises `UserError` for a shard that cannot be read, or whose classes are not `classes`, if given (a tuple,
+    because `datasets` would split a list among processes)."""
     for file in files:
         read = read_tar if suffix_of(file) == ".tar" else read_parquet
         try:
             if classes is not None:
                 require_classes(file, classes, config)
-            yield from read([file], config.image_column, config.label_column)
+            yield from read([file], config.image_column, config.label_column, columns, with_images=with_images)
         except UserError:
             raise
         except Exception as error:  # every file system and pyarrow raise errors of their own types
