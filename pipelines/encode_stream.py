@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -45,7 +45,7 @@ from .images.dataset import (
 from .images.decoding import BadImage, Rows, decode_in_threads
 from .images.splits import Division, Inherited, SplitFacts
 from .images.streaming import divide_files, names_in, read_files, require_classes
-from .images.tables import Sample, classes_in_parquet, suffix_of
+from .images.tables import Sample, suffix_of
 from .prefetch import pin_memory, prefetch, to_device_async
 from .shuffling import splitmix64
 from .tokens.meta import label_column
@@ -120,15 +120,15 @@ def open_stream(
                 "reached, and data.on_error=skip then continues without it"
             )
     inputs = list_inputs(division)
-    kinds = group.on_main(lambda: choose_kinds(config, inputs))
-    classes, names = names_in(inputs[0].path, config.data), {name: names_of(inputs[0], config, name) for name in kinds}
-    scans = group.map(lambda shard: scan_shard(shard, config, kinds, classes, names), inputs)
+    attributes = group.on_main(lambda: open_attributes(config, inputs))
+    classes = names_in(inputs[0].path, config.data.label_column)
+    scans = group.map(lambda shard: scan_shard(shard, config.data, attributes, classes), inputs)
     ids, columns = number_classes(config.data, inputs, scans, classes)
-    for name, kind in kinds.items():
-        columns[name] = join_column(name, kind, config.attributes[name], inputs, scans)
+    for each in attributes:
+        columns[each.name] = each.join([shard.path for shard in inputs], [scan.summaries[each.name] for scan in scans])
     images = [scan.images for scan in scans if scan.images is not None]
     total = sum(images) if len(images) == len(scans) else None
-    return StreamedShards(config, division.facts, {each.name: each for each in inputs}, columns, ids, names, total)
+    return StreamedShards(config, division.facts, {each.name: each for each in inputs}, columns, ids, attributes, total)
 
 
 def list_inputs(division: Division) -> list[Input]:
@@ -152,49 +152,90 @@ def list_inputs(division: Division) -> list[Input]:
 # The first pass, over the columns alone
 
 
-def choose_kinds(config: EncodeConfig, inputs: list[Input]) -> dict[str, str]:
-    """Return the kind of each column: as configured, or guessed from the first training shard that has values."""
-    kinds = {name: source.kind or ("vector" if source.encoder else "") for name, source in config.attributes.items()}
+@dataclass(frozen=True)
+class Attribute:
+    """A column besides the class. names: those of its classes or flags in the schema of the first shard. kind: empty if
+    it is not known yet."""
+
+    name: str
+    source: AttributeSource
+    names: tuple[str, ...]
+    kind: str
+
+    @property
+    def key(self) -> str:
+        """The column of the shards."""
+        return self.source.column or self.name
+
+    def cells(self, samples: list[Sample]) -> Cells:
+        """Return the column in samples of a shard."""
+        values = [sample["cells"][self.key] for sample in samples]
+        return replace(list_cells(values, lambda row: str(samples[row]["name"])), names=list(self.names) or None)
+
+    def parse(self, samples: list[Sample]) -> Any:
+        """Return the values in samples of a shard. Raises `ValueError`."""
+        return FORMATS[self.kind].parse_cells(self.cells(samples), self.source.encoder or "")
+
+    def join(self, paths: list[str], summaries: list[Any]) -> Column:
+        """Return the column of all shards, joined in their order. Raises `UserError`."""
+        found, place, kind = summaries[0], "", FORMATS[self.kind]
+        try:
+            for path, summary in zip(paths, summaries, strict=True):
+                place = f"{path}: "
+                found = found if summary is found else kind.join(found, summary)
+            place = ""
+            column = kind.make_column(found, self.source.encoder or "")
+        except ValueError as error:
+            raise UserError(one_line(f"attributes.{self.name}: {place}{error}")) from error
+        report_kind(self.name, self.source, column)
+        return column
+
+
+def open_attributes(config: EncodeConfig, inputs: list[Input]) -> list[Attribute]:
+    """Return the columns, each of the configured kind, or of that suggested by the first training shard with values."""
+    found = [
+        Attribute(
+            name,
+            source,
+            names_in(inputs[0].path, source.column or name),
+            source.kind or "vector" * bool(source.encoder),
+        )
+        for name, source in config.attributes.items()
+    ]
     for shard in inputs:
-        if "" not in kinds.values() or shard.split != "train":
+        if all(each.kind for each in found) or shard.split != "train":
             break
-        samples = list(read_shard(shard, config, with_images=False))
-        for name in [name for name, kind in kinds.items() if not kind]:
-            cells = cells_of(samples, config, name, names_of(shard, config, name))
-            if any(value is not None for value in cells):
-                kinds[name] = guess_format(cells).kind
-    return {name: kind or "number" for name, kind in kinds.items()}
+        samples = list(read_shard(shard, config.data, found, with_images=False))
+        for k, each in enumerate(found):
+            if not each.kind and any(value is not None for value in each.cells(samples)):
+                found[k] = replace(each, kind=guess_format(each.cells(samples)).kind)
+    return [replace(each, kind=each.kind or "number") for each in found]
 
 
-def scan_shard(
-    shard: Input,
-    config: EncodeConfig,
-    kinds: Mapping[str, str],
-    classes: tuple[str, ...],
-    names: Mapping[str, list[str] | None],
-) -> Scan:
-    """Read the columns of a shard; a tar is not read if none is needed. classes, names: those of the labels and of the
-    columns in the first shard. Raises `UserError`, which names the shard, also for one without images."""
-    if suffix_of(shard.path) == ".tar" and config.data.label_column is None and not kinds:
+def scan_shard(shard: Input, data: DataConfig, attributes: list[Attribute], classes: tuple[str, ...]) -> Scan:
+    """Read the columns of a shard; a tar is not read if none is needed. classes: those in the schema of the first
+    shard. Raises `UserError`, which names the shard, also for one without images."""
+    if suffix_of(shard.path) == ".tar" and data.label_column is None and not attributes:
         return Scan(None, {}, {})
-    require_classes(shard.path, classes, config.data)
-    samples, labels, summaries = list(read_shard(shard, config, with_images=False)), dict[Any, str](), dict[str, Any]()
+    require_classes(shard.path, classes, data)
+    samples = list(read_shard(shard, data, attributes, with_images=False))
     if not samples:
         raise UserError(f"{shard.path}: no images")
+    labels, summaries = dict[Any, str](), dict[str, Any]()
     for sample in samples:
         label, name = sample["label"], sample["name"]
         if label is not None and not is_label(label):
             raise UserError(one_line(f"{name}: {describe_label(label, list(classes) or None, some=True)}"))
         labels.setdefault(label, name)
-    for name, kind in kinds.items():
-        if names_of(shard, config, name) != names[name]:
-            raise UserError(f"attributes.{name}: {shard.path} and the first shard have different classes")
+    for each in attributes:
+        if names_in(shard.path, each.key) != each.names:
+            raise UserError(f"attributes.{each.name}: {shard.path} and the first shard have different classes")
         try:
-            values = parse_column(samples, config, name, kind, names[name])
+            values = each.parse(samples)
         except ValueError as error:
-            raise UserError(one_line(f"attributes.{name}: {error}")) from error
+            raise UserError(one_line(f"attributes.{each.name}: {error}")) from error
         train = len(samples) if shard.split == "train" else 0
-        summaries[name] = FORMATS[kind].summarize(values, names[name], train)
+        summaries[each.name] = FORMATS[each.kind].summarize(values, list(each.names) or None, train)
     return Scan(len(samples), labels, summaries)
 
 
@@ -224,42 +265,10 @@ def number_classes(
     return ids, label_column(names)
 
 
-def join_column(name: str, kind: str, source: AttributeSource, inputs: list[Input], scans: list[Scan]) -> Column:
-    """Return a column of all shards, joined in their order. Raises `UserError`."""
-    summary, path = scans[0].summaries[name], ""
-    try:
-        for shard, scan in zip(inputs[1:], scans[1:], strict=True):
-            path = f"{shard.path}: "
-            summary = FORMATS[kind].join(summary, scan.summaries[name])
-        path = ""
-        column = FORMATS[kind].make_column(summary, source.encoder or "")
-    except ValueError as error:
-        raise UserError(one_line(f"attributes.{name}: {path}{error}")) from error
-    report_kind(name, source, column)
-    return column
-
-
-def read_shard(shard: Input, config: EncodeConfig, *, with_images: bool) -> Generator[Sample]:
+def read_shard(shard: Input, data: DataConfig, attributes: list[Attribute], *, with_images: bool) -> Generator[Sample]:
     """Yield the samples of a shard. Raises `UserError`."""
-    columns = sorted({source.column or name for name, source in config.attributes.items()})
-    yield from read_files([shard.path], config.data, columns=columns, with_images=with_images)
-
-
-def names_of(shard: Input, config: EncodeConfig, name: str) -> list[str] | None:
-    """Return the names that a shard's schema has for a column of classes or flags; None without any."""
-    is_table = suffix_of(shard.path) == ".parquet"
-    return classes_in_parquet(shard.path, config.attributes[name].column or name) if is_table else None
-
-
-def cells_of(samples: list[Sample], config: EncodeConfig, name: str, names: list[str] | None) -> Cells:
-    """Return a column of samples. names: those of its schema."""
-    values = [sample["cells"][config.attributes[name].column or name] for sample in samples]
-    return replace(list_cells(values, lambda row: str(samples[row]["name"])), names=names)
-
-
-def parse_column(samples: list[Sample], config: EncodeConfig, name: str, kind: str, names: list[str] | None) -> Any:
-    """Return the values of a column of samples. Raises `ValueError`."""
-    return FORMATS[kind].parse_cells(cells_of(samples, config, name, names), config.attributes[name].encoder or "")
+    columns = sorted({each.key for each in attributes})
+    yield from read_files([shard.path], data, columns=columns, with_images=with_images)
 
 
 # The second pass
@@ -267,15 +276,15 @@ def parse_column(samples: list[Sample], config: EncodeConfig, name: str, kind: s
 
 @dataclass(frozen=True)
 class StreamedShards:
-    """Shards to encode, by the name of the file that each becomes. ids: the class of each label. classes: the names
-    that each column has in the schema. images: their number, None if they were not counted."""
+    """Shards to encode, by the name of the file that each becomes. ids: the class of each label. images: their
+    number, None if they were not counted."""
 
     config: EncodeConfig
     facts: SplitFacts | None
     inputs: dict[str, Input]
     columns: dict[str, Column]
     ids: dict[Any, int]
-    classes: dict[str, list[str] | None]
+    attributes: list[Attribute]
     images: int | None
     grids: ClassVar[dict[str, Tokenizer]] = {}
     drawn: ClassVar[list[str]] = []
@@ -287,7 +296,7 @@ class StreamedShards:
 
     @property
     def column_sources(self) -> dict[str, dict[str, Any]]:
-        own = {name: source.describe(name) for name, source in self.config.attributes.items()}
+        own = {each.name: each.source.describe(each.name) for each in self.attributes}
         return {name: own.get(name, {}) for name in self.columns}
 
     def describe_inputs(self) -> dict[str, Any]:
@@ -345,7 +354,7 @@ class StreamedShards:
     def _read_chunks(self, shards: list[Input]) -> Iterator[tuple[Input, int, list[Sample]] | None]:
         """Yield a batch of samples of a shard, still encoded, with the row of the first; None after each shard."""
         for shard in shards:
-            start, samples = 0, read_shard(shard, self.config, with_images=True)
+            start, samples = 0, read_shard(shard, self.config.data, self.attributes, with_images=True)
             with closing(samples):
                 while some := list(islice(samples, self.config.batch_size)):
                     yield shard, start, some
@@ -403,12 +412,10 @@ class StreamedShards:
         """Write the file of a shard: the unchanged images, then those of each further draw. tokens: of each draw by
         batch."""
         raw, draws = dict[str, Tensor](), self.count_draws(shard)
-        for name, column in self.columns.items():
-            if name == LABEL:
-                raw[name] = torch.tensor([self.ids[sample["label"]] for sample in samples], dtype=torch.int64)
-                continue
-            values = parse_column(samples, self.config, name, column.kind, self.classes[name])
-            raw[name] = FORMATS[column.kind].to_raw(values, column)
+        if LABEL in self.columns:
+            raw[LABEL] = torch.tensor([self.ids[sample["label"]] for sample in samples], dtype=torch.int64)
+        for each in self.attributes:
+            raw[each.name] = FORMATS[each.kind].to_raw(each.parse(samples), self.columns[each.name])
         rows = {name: values.repeat(draws, *[1] * (values.ndim - 1)) for name, values in raw.items()}
         try:
             packed = pack_columns(self.columns, Given(self.columns, rows, len(samples) * draws), slice(None))

@@ -405,17 +405,13 @@ def read_parquet(
     files: Sequence[str], image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
 ) -> Iterator[Sample]:
     """Yield the rows of parquet files. with_images: False reads only the other columns. Raises `UserError` for a
-    damaged file or a missing column."""
-    import pyarrow as pa
+    missing column, and errors of pyarrow for a damaged file."""
     import pyarrow.parquet as pq
 
     for file in files:
         row = 0
         with open_file(file) as source:
-            try:
-                table = pq.ParquetFile(source)
-            except pa.ArrowInvalid as error:
-                raise UserError(one_line(f"{file}: damaged parquet file: {error}")) from error
+            table = pq.ParquetFile(source)
             names = table.schema_arrow.names
             needed = {"data.image_column": [image], "data.label_column": [label] if label not in (None, LABEL) else []}
             for setting, some in (needed | {"attributes": columns}).items():
