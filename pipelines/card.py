@@ -83,7 +83,7 @@ def model_card(
     a picture of samples. sampler: the settings with which the pipeline samples by default."""
     from huggingface_hub import ModelCard
 
-    channels, height, width = tokenizer.image_shape
+    channels, height, width = tokenizer.spec.frame.shape
     facts = shareable(provenance)
     rows = collect_figures(facts, exact=prior.exact)
     columns = list(formats_of(prior.config.conditions, condition_tokenizers).values())

@@ -35,13 +35,12 @@ from prior.columns import (
     shorten,
 )
 from tokenizer import TokenGrid, Tokenizer
+from tokenizer.spec import ImageSpec
 
-from .images.arrays import values_of
-from .images.clips import clip_shapes, frame_shape, read_images
 from .images.dataset import is_class_name
 from .images.decoding import decode_in_threads
 from .images.folder import find_images, match_names
-from .images.pictures import single_shapes
+from .images.pictures import is_single, to_images
 from .text import NGRAMS, encode_text, run_encoder
 
 if TYPE_CHECKING:
@@ -197,8 +196,9 @@ class ColumnFormat(Generic[C]):
         """Return Python code of a value; empty if there is no short one."""
         return self.column.example()
 
-    def draw(self, raw: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Return the pictures of raw rows, `(B, *shape)` in [-1, 1], grey where null, for columns with a tokenizer."""
+    def draw(self, raw: Tensor, spec: ImageSpec) -> Tensor:
+        """Return the pictures of raw rows, `(B, *spec.shape)` in [-1, 1], grey where null, for columns with a
+        tokenizer."""
         raise NotImplementedError
 
 
@@ -628,19 +628,16 @@ class GridFormat(ColumnFormat[GridColumn]):
         if self.tokenizer is None:
             shape = self.column.shape
             raise ValueError(f"this grid has no tokenizer for images; give token ids (int64) of shape {shape}")
-        tokenizer, shape = self.tokenizer, self.tokenizer.image_shape
-        singles = [shape] if isinstance(images, Tensor) else single_shapes(shape)
-        if not isinstance(images, (list, Picture)) and tokenizer.frames > 1:
-            singles += clip_shapes(images, frame_shape(tokenizer), tokenizer.frames)
-        is_one = isinstance(images, Picture) or (not isinstance(images, list) and tuple(images.shape) in singles)
+        spec = self.tokenizer.spec
+        is_one = is_single(images, spec) or (isinstance(images, Tensor) and tuple(images.shape) == spec.shape)
         tokens = self.encode_batch([images] if is_one else images)
         return tokens[0] if is_one else tokens
 
     @torch.no_grad()
     def encode_batch(self, images: Any) -> Tensor:
-        """Encode images or clips in any form that `read_images` accepts, some at a time."""
+        """Encode images or clips in any form that `to_images` accepts, some at a time."""
         assert (tokenizer := self.tokenizer) is not None
-        parts = read_images(images, tokenizer).split(AT_ONCE)
+        parts = to_images(images, tokenizer.spec).split(AT_ONCE)
         return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
     def list_values(self, value: Any, names: Sequence[str] | None) -> tuple[list[Any], bool]:
@@ -673,8 +670,8 @@ class GridFormat(ColumnFormat[GridColumn]):
         for start in range(0, len(files), AT_ONCE):
             if self.tokenizer is None:
                 raise ValueError("this grid has no tokenizer for pictures; give token ids")
-            some, shape, images = files[start : start + AT_ONCE], self.tokenizer.image_shape, list[Tensor]()
-            for file, pixels in zip(some, decode_in_threads(some, shape, values_of(self.tokenizer)), strict=True):
+            some, images = files[start : start + AT_ONCE], list[Tensor]()
+            for file, pixels in zip(some, decode_in_threads(some, self.tokenizer.spec), strict=True):
                 if isinstance(pixels, str):
                     raise ValueError(f"{file}: {pixels}")
                 images.append(torch.from_numpy(pixels.copy()))
@@ -708,24 +705,25 @@ class GridFormat(ColumnFormat[GridColumn]):
 
         assert self.tokenizer is not None  # otherwise there is no field
         try:
-            return as_picture(picked_image(values[0], self.tokenizer.image_shape)[0])
+            return as_picture(picked_image(values[0], self.tokenizer.spec)[0])
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
     def describe(self) -> str:
-        sides = () if self.tokenizer is None else self.tokenizer.image_shape[1:]
+        sides = () if self.tokenizer is None else self.tokenizer.spec.size
         return f"image of {' x '.join(map(str, sides))}, or " * bool(sides) + self.column.describe()
 
     def example(self) -> str:
         return "" if self.tokenizer is None else f'Image.open("{self.name}.png")'
 
-    def draw(self, raw: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    def draw(self, raw: Tensor, spec: ImageSpec) -> Tensor:
         assert self.tokenizer is not None
-        channels, height, width = shape
         images = self.tokenizer.decode(raw.clamp(min=0).to(self.tokenizer.device)).float().cpu()
         images[self.column.is_null(raw)] = 0.0
-        images = images if images.shape[1] == channels else images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-        return F.interpolate(images, (height, width), mode="nearest-exact")
+        if images.shape[-3] != spec.channels:
+            images = images.mean(-3, keepdim=True).expand(*images.shape[:-3], spec.channels, -1, -1)
+        clips = F.interpolate(images.flatten(0, -4), spec.size, mode="nearest-exact").unflatten(0, (len(raw), -1))
+        return clips.expand(-1, spec.frames, -1, -1, -1).reshape(len(raw), *spec.shape)  # one image stands for all
 
 
 def is_picture(value: Any) -> bool:

@@ -25,10 +25,10 @@ from prior.given import Given
 from prior.options import Order, select_order
 from prior.sampling import check_known
 from tokenizer.precision import in_finest
+from tokenizer.spec import ImageSpec, check_output_type
 
-from .images.clips import to_clips, to_strips
 from .images.decoding import pixels_of
-from .images.pictures import LATENT, check_output_type
+from .images.pictures import LATENT
 
 if TYPE_CHECKING:
     from .image_pipeline import Condition, ImagePipeline, Images, Label, PipelineOutput
@@ -92,7 +92,7 @@ def complete(
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
-    count, known = len(batch), find_known_pixels(known, mask, images, batch, frames, pipeline.frames)
+    count, known = len(batch), find_known_pixels(known, mask, images, batch, frames)
     given = pipeline.read_given(labels, condition, count)
     tokens, keep = encode_visible(pipeline, batch, known, batch_size)
     made = pipeline(
@@ -105,22 +105,13 @@ def complete(
         known=keep.repeat_interleave(draws, 0),
         **settings,
     )
-    drawn = split_draws(made.tokens, draws)
-    if output_type == LATENT:
-        return made._replace(images=drawn, tokens=drawn)
-    there, original = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
-    decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=settings.get("progress", True))
-    filled = pipeline.convert_images(torch.where(there, original, decoded), output_type)
-    return made._replace(images=split_draws(filled, draws), tokens=drawn)
-
-
-def split_draws(images: Any, draws: int) -> Any:
-    """Split the first axis of a list, array or tensor `(B * draws, ...)` into images and draws if draws > 1."""
-    if draws == 1:
-        return images
-    if isinstance(images, list):
-        return [images[start : start + draws] for start in range(0, len(images), draws)]
-    return images.reshape(-1, draws, *images.shape[1:])
+    lead = (count,) if draws == 1 else (count, draws)
+    images = drawn = made.tokens.unflatten(0, lead)
+    if output_type != LATENT:
+        there, original = (each.repeat_interleave(draws, 0) for each in (known.unsqueeze(-3), batch))
+        decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=settings.get("progress", True))
+        images = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
+    return type(made).of(images, drawn, made.class_names, made.frames)
 
 
 def encode_visible(
@@ -129,12 +120,8 @@ def encode_visible(
     """Return the tokens of `images` and which of them are known, both `(B, *grid.shape)`. Pixels that are not `known`
     `(B, H, W)` are painted over, since they would leak through the encoder's receptive field; those of a clip frame by
     frame."""
-    if pipeline.frames == 1:
-        painted = paint_hidden(images, known[:, None])
-    else:
-        parts = (to_clips(each, pipeline.frames).flatten(0, 1) for each in (images, known[:, None]))
-        painted = to_strips(paint_hidden(*parts).unflatten(0, (len(images), pipeline.frames)))
-    tokens = pipeline.encode_batch(painted, batch_size=batch_size)
+    painted = paint_hidden(*(each.flatten(0, -4) for each in (images, known.unsqueeze(-3))))
+    tokens = pipeline.encode_batch(painted.view(images.shape), batch_size=batch_size)
     return tokens, pipeline.tokenizer.known_tokens(known)
 
 
@@ -185,7 +172,7 @@ def conditional_log_prob(
     `ValueError` for a mask of another shape.
     """
     batch = pipeline.to_images(images)
-    known = find_known_pixels(known, mask, images, batch, frames, pipeline.frames)
+    known = find_known_pixels(known, mask, images, batch, frames)
     given, parts = pipeline.read_given(labels, condition, len(batch)), []
     if given.weights:
         raise ValueError("marginal: a mixture given known tokens is not computed; give the class, or leave it null")
@@ -231,51 +218,33 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
 # Which pixels are known
 
 
-def find_known_pixels(
-    known: Any, mask: Any, images: Any, batch: Tensor, frames: int | None = None, total: int = 1
-) -> Tensor:
-    """Return the known pixels, bool `(B, H, W)`. batch: `images` as a tensor `(B, C, H, W)`. frames: see `complete`;
-    total: the number of frames. Raises `TypeError` unless exactly one of `known`, `mask` and `frames` is given,
+def find_known_pixels(known: Any, mask: Any, images: Any, batch: Tensor, frames: int | None = None) -> Tensor:
+    """Return the known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`. batch: `images` as a tensor `(B, ..., C, H,
+    W)`. frames: see `complete`. Raises `TypeError` unless exactly one of `known`, `mask` and `frames` is given,
     `ValueError` for another shape, type or number of frames."""
     if [known is None, mask is None, frames is None].count(False) != 1:
-        others = ", or frames (keep these from the start)" if total > 1 or frames is not None else ""
+        others = ", or frames (keep these from the start)" if batch.ndim > 4 or frames is not None else ""
         raise TypeError(f"give either known (True = keep this pixel) or mask (white = redraw it){others}")
     if frames is not None:
-        return find_first_frames(frames, total, batch)
-    if total > 1:
-        known, mask = (None if one is None else join_masks(one, total, batch) for one in (known, mask))
+        return find_first_frames(frames, batch)
     return check_known_pixels(known, batch) if mask is None else ~find_hidden_pixels(mask, images, batch)
 
 
-def find_first_frames(frames: Any, total: int, batch: Tensor) -> Tensor:
-    """Return where strips `batch` hold one of the first `frames` of `total` frames, bool `(B, T * H, W)`."""
-    if total == 1:
+def find_first_frames(frames: Any, batch: Tensor) -> Tensor:
+    """Return where clips `batch` `(B, T, C, H, W)` have one of the first `frames`, bool `(B, T, H, W)`."""
+    if batch.ndim == 4:
         raise ValueError("frames: this pipeline makes images, not clips; use mask or known")
-    if not 1 <= (kept := whole_number("frames", frames)) < total:
+    total = batch.shape[1]
+    if not 1 <= (first := whole_number("frames", frames)) < total:
         raise ValueError(f"frames: keep from 1 to {total - 1} of the {total} frames (got {frames})")
-    count, _, height, width = batch.shape
-    known = torch.zeros(count, height, width, dtype=torch.bool, device=batch.device)
-    known[:, : kept * (height // total)] = True
+    known = torch.zeros_like(batch[:, :, 0], dtype=torch.bool)
+    known[:, :first] = True
     return known
 
 
-def join_masks(mask: Any, frames: int, batch: Tensor) -> Tensor:
-    """Return a mask of clips, `(T, H, W)` or `(B, T, H, W)`, as one of their strips `batch`. Raises `ValueError` for
-    another shape, and for pictures."""
-    count, _, height, width = batch.shape
-    clip = (frames, height // frames, width)
-    if not any(isinstance(one, Picture) for one in (mask if isinstance(mask, (list, tuple)) else [mask])):
-        mask = as_tensor(mask, batch.device)
-        if tuple(mask.shape) in (clip, (count, *clip)):
-            return mask.flatten(-3, -2)
-        if tuple(mask.shape) in ((height, width), (count, height, width)):  # of strips
-            return mask
-    found = tuple(mask.shape) if isinstance(mask, Tensor) else "pictures"
-    raise ValueError(f"known and mask of clips should have shape {clip} or {(count, *clip)}, got {found}")
-
-
 def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
-    """Return `known` as bool `(B, H, W)`. Raises `ValueError` for another shape or type."""
+    """Return `known` as bool, of the shape of `batch` without channels. Raises `ValueError` for another shape or
+    type."""
     several = known if isinstance(known, (list, tuple)) else [known]
     if any(isinstance(one, Picture) for one in several):
         raise ValueError(
@@ -283,7 +252,7 @@ def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
             "white where pixels are to be redrawn as mask="
         )
     known = as_tensor(known, batch.device)
-    shape = (len(batch), *batch.shape[2:])
+    shape = tuple(batch.select(-3, 0).shape)
     if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
         raise ValueError(
             f"known should be bool of shape {shape[1:]} or {shape}, got {known.dtype} of {tuple(known.shape)}"
@@ -292,20 +261,22 @@ def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
 
 
 def find_hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """Return the pixels of a `Mask` to redraw, bool `(B, H, W)`. A picture needs the size of the batch or that of its
+    """Return the pixels of a `Mask` to redraw, bool, of the shape of `batch` without channels. A picture, for images
+    only, needs the size of the batch or that of its
     image; in the latter case it is resized and cropped like the image. Raises `ValueError` for another size or type."""
-    count, _, height, width = batch.shape
+    count, shape = len(batch), tuple(batch.select(-3, 0).shape)
     several = mask if isinstance(mask, (list, tuple)) else [mask]
     if any(isinstance(one, Picture) for one in several):
+        if batch.ndim > 4:
+            raise ValueError(f"mask of clips should have shape {shape[1:]} or {shape}, got pictures")
         given = list(images) if isinstance(images, (list, tuple)) else [images] * count
         if len(several) not in (1, count) or not all(isinstance(one, Picture) for one in several):
             raise ValueError(f"mask should be a picture, or a list of {count}, one per image (got {len(several)})")
         each = several * count if len(several) == 1 else several
-        parts = [find_white(one, image, (height, width)) for one, image in zip(each, given, strict=True)]
+        parts = [find_white(one, image, (shape[1], shape[2])) for one, image in zip(each, given, strict=True)]
         return torch.stack(parts).to(batch.device)
     mask = as_tensor(mask, batch.device)
-    mask = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
-    shape = (count, height, width)
+    mask = mask.squeeze(-3) if mask.ndim == batch.ndim and mask.shape[-3] == 1 else mask
     if tuple(mask.shape) not in (shape, shape[1:], (1, *shape[1:])):
         raise ValueError(f"mask should have shape {shape[1:]} or {shape}, got {tuple(mask.shape)}")
     return is_white(mask).expand(shape)
@@ -335,20 +306,20 @@ def find_white(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
     if mask.size not in allowed:
         sizes = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(allowed))
         raise ValueError(f"mask has {mask.width} x {mask.height} pixels; it should have {sizes}, like its image")
-    return torch.from_numpy(pixels_of(mask, (1, height, width))[0] >= WHITE)
+    return torch.from_numpy(pixels_of(mask, ImageSpec(1, height, width))[0] >= WHITE)
 
 
 # Named masks
 
 
-def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[int, ...]) -> Tensor:
+def make_mask(name: str, spec: ImageSpec, grid_shape: tuple[int, ...]) -> Tensor:
     """Return the known pixels, bool `(H, W)`, if the area called `name` is hidden.
 
     name: a half (`top`, `bottom`, `left`, `right`), `box` (the middle half of each side), or `scatter:SHARE`: a fixed
     random share of the patches that become tokens (of the pixels, for a pixel tokenizer). Raises `ValueError` for
     another name, or a share not in (0, 1].
     """
-    _, height, width = image_shape
+    height, width = spec.size
     kind, colon, share = name.partition(":")
     if kind == "scatter" and colon:
         return scattered(share, height, width, max(1, width // grid_shape[-1]))

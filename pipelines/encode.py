@@ -30,23 +30,14 @@ from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.model import PROVENANCE
 from tokenizer.pixels import Pixels
+from tokenizer.spec import to_uint8
 
 from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
 from .encode_stream import StreamedShards, check_stream_settings, open_stream
 from .files import Output, lock_output
 from .frequencies import FREQUENCIES
-from .images import (
-    TEST_DRAWS,
-    DataConfig,
-    ImageDataset,
-    Splits,
-    check_shape,
-    check_type,
-    load_images,
-    report_division,
-    to_uint8,
-)
+from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, report_division
 from .images.attributes import AttributeSource, LoadedColumn, check_sources, choose_data, load_attributes
 from .images.dataset import BAD_IMAGES, is_stream
 from .images.duplicates import warn_about_duplicates
@@ -199,7 +190,7 @@ def load_tokenizer(config: EncodeConfig) -> Tokenizer:
     """Load the tokenizer; with `data.frames`, one of images is wrapped so that it encodes clips frame by frame. Raises
     `ConfigError` for one that cannot."""
     tokenizer: Tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
-    if config.data.frames is None or tokenizer.frames > 1:
+    if config.data.frames is None or tokenizer.spec.frames > 1:
         return tokenizer
     return FrameByFrame.wrap(tokenizer, config.data.frames)
 

@@ -367,7 +367,7 @@ class StreamedShards:
         if chunk is None:
             return None
         data, (shard, start, samples) = self.config.data, chunk
-        images = decode_in_threads([sample.pop("data") for sample in samples], data.image_shape)
+        images = decode_in_threads([sample.pop("data") for sample in samples], data.spec)
         good = [k for k, image in enumerate(images) if not isinstance(image, str)]
         bad = [
             BadImage(sample["name"], start + k, image)
@@ -376,7 +376,7 @@ class StreamedShards:
         ]
         if bad and data.on_error == "fail":
             raise UserError(one_line(f"{bad[0].path}: {bad[0].reason} (data.on_error=skip skips such images)"))
-        pixels = torch.from_numpy(np.stack([images[k] for k in good])) if good else torch.empty(0, *data.image_shape)
+        pixels = torch.from_numpy(np.stack([images[k] for k in good])) if good else torch.empty(0, *data.spec.shape)
         # Keyed by the shard's name and the row in it, whatever else is in the batch, and whichever process has it.
         seed = int(splitmix64(np.array([self.config.seed % 2**64 ^ shard.key], np.uint64))[0])
         rows, draws = start + np.array(good, np.int64), range(1, self.count_draws(shard))

@@ -21,6 +21,7 @@ from prior.columns import LABEL
 from prior.given import Given
 from tokenizer.base import smallest_type
 from tokenizer.files import PathError, PipelineLoadError, write_json
+from tokenizer.spec import to_float, to_uint8
 
 from .card import STAGES
 from .config import OutputConfig, UserError, run_command
@@ -28,10 +29,10 @@ from .config.importing import format_imports
 from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
-from .images import TEST_DRAWS, ImageDataset, check_shape, to_float, to_uint8
+from .images import TEST_DRAWS, ImageDataset, check_shape
 from .images.grids import class_grid
 from .images.origin import TOKENS, describe_source
-from .images.pictures import LATENT, picture_pixels, write_picture
+from .images.pictures import LATENT, write_picture
 from .images.splits import SPLITS, SplitFacts, read_splits
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
@@ -130,7 +131,7 @@ def prepare(
     check_shape(config.data, pipeline.tokenizer)
     if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
         raise UserError(f"num_orders: this {pipeline.prior.name} prior does not have one density per order")
-    channels = pipeline.tokenizer.image_shape[0]
+    channels = pipeline.spec.channels
     if config.inception_weights and channels not in (1, 3):
         raise UserError(f"inception_weights: Inception takes images with 1 or 3 channels (these have {channels})")
     find_division(config.data, pipeline.provenance, "held_out")  # raises before anything is read
@@ -201,7 +202,7 @@ class Evaluation:
         self.images = config.load_images(pipeline, together=True, check=False)
         self.token_facts = read_token_facts(config.tokens, pipeline)
         check_classes(pipeline, self.images.train, self.images.held_out)
-        most = max(LEAST, IN_MEMORY // math.prod(self.images.train.image_shape))
+        most = max(LEAST, IN_MEMORY // math.prod(self.images.train.spec.shape))
         chosen = shuffled(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values
         self.train = self.images.train.preload(chosen, group)
         self.held_out = self.images.held_out
@@ -302,7 +303,7 @@ class Evaluation:
         and the same for held-out images and their reconstructions."""
         assert self.train.labels is not None and self.held_out.labels is not None
         some = shuffled(len(self.held_out))[:SOME]
-        seen = shuffled(len(self.train))[: max(1, KNOWN // math.prod(self.train.image_shape))]
+        seen = shuffled(len(self.train))[: max(1, KNOWN // math.prod(self.train.spec.shape))]
         known, labels = self.train.batch(seen), self.train.labels[seen]
 
         def share(parts: Sequence[T], images_of: Callable[[T], Tensor], wanted: Tensor) -> float:
@@ -335,7 +336,7 @@ class Evaluation:
         rows = zip(shown.split(columns), self.train.batch(nearest[:16]).split(columns), strict=True)
         parts = [(part, name) for pair in rows for part, name in zip(pair, ("sample", "nearest"), strict=True)]
         names = [name for part, name in parts for _ in part]
-        pixels = picture_pixels(torch.cat([part for part, _ in parts]), self.pipeline.tokenizer)
+        pixels = self.pipeline.spec.picture(torch.cat([part for part, _ in parts]))
         picture = class_grid(pixels, names, columns)
         return {"feature_space": space.name, "feature_origin": space.origin, **figures}, {"nearest": picture}
 
@@ -395,7 +396,7 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
 def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGroup = ALONE, draw: int = 0) -> TokenSplit:
     """Encode a whole data set; return its tokens, and labels for a pipeline with classes. draw: number of the draw with
     `data.binarize=drawn`."""
-    size, kind = images_at_a_time(images.image_shape), smallest_type(pipeline.prior.grid.vocab_size)
+    size, kind = images_at_a_time(images.spec), smallest_type(pipeline.prior.grid.vocab_size)
 
     def encode(start: int) -> np.ndarray:
         batch = images.batch(np.arange(start, min(start + size, len(images))), epoch=draw)
@@ -408,10 +409,10 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGrou
 
 def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
     """Return reconstructions `(B, C, H, W)`, rounded to 8 bits if the images have 8."""
-    size = images_at_a_time(pipeline.tokenizer.image_shape)
+    size = images_at_a_time(pipeline.spec)
     tokens = pipeline.encode(images, batch_size=size)
     decoded = pipeline.decode_batch(tokens, batch_size=size)
-    return round_to_8_bits(decoded) if pipeline.values is None else decoded.cpu()
+    return round_to_8_bits(decoded) if pipeline.spec.is_bytes else decoded.cpu()
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:

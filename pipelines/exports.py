@@ -26,8 +26,7 @@ from torch.overrides import TorchFunctionMode
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import grid_to_dict
 from tokenizer.files import FolderKind, atomic_folder, write_json, write_manifest
-
-from .images import to_float
+from tokenizer.spec import to_float
 
 Format = Literal["onnx", "torch"]
 Part = Literal["encoder", "decoder"]
@@ -68,7 +67,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, i
     else; `ValueError` for images of another size or type.
     """
     require_installed(format)
-    if tokenizer.frames > 1:
+    if tokenizer.spec.frames > 1:
         raise ExportError("a tokenizer of clips cannot be exported; export that of its frames, `tokenizer.tokenizer`")
     tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # do not move the caller's model
     example = make_noise(tokenizer.image_shape)  # not the user's images: a .pt2 file contains its example inputs
@@ -95,7 +94,7 @@ def require_installed(format: Format) -> None:
         raise ExportError(f'not installed: {", ".join(missing)}; pip install "smalti[export]"')
 
 
-def make_noise(shape: tuple[int, int, int]) -> Tensor:
+def make_noise(shape: tuple[int, ...]) -> Tensor:
     """Return random 8-bit images, `(RANDOM, C, H, W)` in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     return to_float(torch.randint(256, (RANDOM, *shape), generator=generator, dtype=torch.uint8))

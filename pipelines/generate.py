@@ -29,6 +29,7 @@ from prior.given import Given, digest_rows
 from prior.options import DecodingOptions, SamplingOptions
 from prior.sampling import choose_orders, make_batch
 from tokenizer.files import fsync
+from tokenizer.spec import ImageSpec
 
 from .condition_keys import GivenKeys, SamplesWithCondition
 from .config import OutputConfig, UserError, run_command
@@ -37,9 +38,8 @@ from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
 from .image_pipeline import NO_TEXT, ImagePipeline, equal_batches
 from .images.animations import ANIMATIONS, require_video, write_animation
-from .images.arrays import is_plain, type_name, values_of
 from .images.grids import class_grid
-from .images.pictures import SUFFIXES, picture_pixels, png_bytes, to_images, write_picture
+from .images.pictures import SUFFIXES, png_bytes, to_images, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .options import DEVICE, UsesPipeline
 from .processes.launch import join_group
@@ -111,7 +111,7 @@ def run(config: GenerateConfig) -> Path:
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = group.main_first(lambda: make_request(config, pipeline))
         count = len(request.given)
-        images = ImageFolder(config, count, pipeline.tokenizer)
+        images = ImageFolder(config, count, pipeline.spec)
         group.on_main(lambda: images.check(group.world))
         job = group.on_main(lambda: describe_job(request, images.file_suffix))
         saved = request.sampler.describe(without=request.settings)
@@ -128,7 +128,7 @@ def run(config: GenerateConfig) -> Path:
             seconds = time.monotonic() - began
             group.on_main(lambda: images.finish(job, request.keys.format_values(out)))
         if group.is_main:
-            what = "clip" if pipeline.frames > 1 else "image"
+            what = pipeline.spec.noun
             rate = f"{len(missing) / seconds:,.1f} {what}s per second" if missing else "already finished"
             then = f"smalti evaluate{format_imports()} pipeline={quote(config.pipeline)}"
             print(f"{count_of(count, what)}{images.place}, {rate}; next: {then}")
@@ -150,12 +150,12 @@ class Request:
     settings: dict[str, Any]
 
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
-        """Draw the images with these numbers in one batch, an array (B, H, W, C), in which clips are strips. Raises
+        """Draw the images with these numbers in one batch, an array (B, H, W, C), of clips (B, T, H, W, C). Raises
         `UserError` for a request that does not fit the prior."""
         given = self.given[list(numbers)].drop_null()
         try:
             sampler = self.sampler if self.sampler.can_guide(given.names) else self.sampler.unguided()
-            images: np.ndarray = self.pipeline(
+            found: np.ndarray = self.pipeline(
                 len(numbers),
                 condition=given,
                 generator=[torch.Generator().manual_seed(self.seed + k) for k in numbers],
@@ -167,7 +167,7 @@ class Request:
             ).images
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        return images if images.ndim == 4 else images.reshape(len(images), -1, *images.shape[3:])
+        return found
 
     @cached_property
     def sampler(self) -> SamplingOptions:
@@ -175,7 +175,7 @@ class Request:
         return self.pipeline.choose_sampler(self.settings, self.given.names, self.decoding)
 
     def describe(self) -> dict[str, Any]:
-        pipeline, prior = self.pipeline, self.pipeline.prior
+        pipeline, prior, spec = self.pipeline, self.pipeline.prior, self.pipeline.spec
         try:
             batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
@@ -184,7 +184,7 @@ class Request:
         null, others = prior.num_classes, {name: raw for name, raw in self.keys.rows().items() if name != LABEL}
         return {
             "class_names": pipeline.class_names(torch.arange(null)) if len(self.labels) else None,
-            "image_shape": pipeline.tokenizer.image_shape,
+            "image_shape": [spec.channels, spec.frames * spec.height, spec.width],
             "tokenizer": pipeline.tokenizer.fingerprint(),
             "prior": prior.fingerprint(),
             "labels": torch.where(self.labels < 0, null, self.labels).tolist() if len(self.labels) else None,
@@ -222,14 +222,14 @@ def describe_job(request: Request, suffix: str) -> dict[str, Any]:
     return {"verb": "generate", "num_images": len(request.given), **other, **request.describe()}
 
 
-def choose_suffix(config: GenerateConfig, tokenizer: Any) -> str:
-    """Return the suffix of one file per image; in a work folder, of one that keeps every value. tokenizer: None if it
-    is not loaded yet."""
-    if tokenizer is None or (tokenizer.frames == 1 and is_plain(tokenizer)):
+def choose_suffix(config: GenerateConfig, spec: ImageSpec | None) -> str:
+    """Return the suffix of one file per image; in a work folder, of one that keeps every value. spec: None if the
+    pipeline is not loaded yet."""
+    if spec is None or (spec.frames == 1 and spec.is_picture):
         return FILES[0]
-    if tokenizer.frames == 1 or Path(config.out).suffix:
+    if spec.frames == 1 or Path(config.out).suffix:
         return ".npy"
-    return f".{config.format or ('gif' if is_plain(tokenizer) else 'npy')}"
+    return f".{config.format or ('gif' if spec.is_picture else 'npy')}"
 
 
 def make_images(
@@ -264,14 +264,14 @@ def name_files(count: int, suffix: str = ".png") -> list[str]:
 
 
 class ImageFolder:
-    """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours. With a tokenizer
-    of clips, or of other images than 8-bit grey and RGB, files are others (see `choose_suffix`).
+    """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours. Of clips, and of
+    other images than 8-bit grey and RGB, files are others (see `choose_suffix`).
 
     If `out` is a single file (a grid or an archive), this is a work folder beside it, from which the file is made.
     """
 
-    def __init__(self, config: GenerateConfig, count: int, tokenizer: Any = None) -> None:
-        self.tokenizer, self.file_suffix = tokenizer, choose_suffix(config, tokenizer)
+    def __init__(self, config: GenerateConfig, count: int, spec: ImageSpec | None = None) -> None:
+        self.spec, self.file_suffix = spec, choose_suffix(config, spec)
         self.config, self.output = config, Output(config.out, [config.pipeline], config.overwrite)
         out, self.suffix = self.output.path, self.output.path.suffix.lower()
         self.is_work = bool(self.suffix)
@@ -289,7 +289,7 @@ class ImageFolder:
             )
         if self.config.format and self.suffix:
             raise UserError(f"format: is that of files in a folder, and out={self.output.path} is a file")
-        if self.tokenizer is not None and self.tokenizer.frames == 1:
+        if self.spec is not None and self.spec.frames == 1:
             if self.config.format:
                 raise UserError("format: is that of clips, and this pipeline makes images")
             if self.suffix in ANIMATIONS:
@@ -335,30 +335,27 @@ class ImageFolder:
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write images (B, H, W, C), each atomically; threads overlap the waits for the disk."""
+        """Write images (B, ..., H, W, C), each atomically; threads overlap the waits for the disk."""
 
         def write_one(number: int, image: np.ndarray) -> None:
-            frames = self.split(image)
             with atomic_file(self.folder / self.names[number]) as temporary:
                 if self.file_suffix in ANIMATIONS:
-                    write_animation(self.show(frames), temporary)
+                    write_animation(self.show(image), temporary)
+                elif self.file_suffix == ".npy":
+                    temporary.write_bytes(npy_bytes(image))
                 else:
-                    plain = npy_bytes(frames) if self.file_suffix == ".npy" else png_bytes(self.show(image[None])[0])
-                    temporary.write_bytes(plain)
+                    shown = self.show(image)
+                    temporary.write_bytes(png_bytes(shown.reshape(-1, *shown.shape[-2:])))
 
         with self.output.errors(), ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write_one, numbers, images))
 
-    def split(self, image: np.ndarray) -> np.ndarray:
-        frames = 1 if self.tokenizer is None else self.tokenizer.frames
-        return image if frames == 1 else image.reshape(frames, -1, *image.shape[1:])
-
     def show(self, images: np.ndarray) -> np.ndarray:
-        """Return what pictures show of images, or of frames, (B, H, W, C): uint8 (B, H, W, 1 or 3)."""
-        if self.tokenizer is None or is_plain(self.tokenizer):
+        """Return what pictures show of images (..., H, W, C): uint8 (..., H, W, 1 or 3)."""
+        if self.spec is None or self.spec.is_picture:
             return images
-        shape = (images.shape[3], *images.shape[1:3])
-        return picture_pixels(to_images(images, shape, values_of(self.tokenizer)), self.tokenizer)
+        frames = to_images(images.reshape(-1, *images.shape[-3:]), self.spec.frame)
+        return self.spec.picture(frames.unflatten(0, images.shape[:-3]))
 
     def finish(self, job: dict[str, Any], values: dict[str, list[Any]]) -> None:
         """Write `metadata.jsonl` for classes or `values`, or the single file. Raises `UserError` without an image."""
@@ -369,7 +366,7 @@ class ImageFolder:
         classes = None if labels is None else [known[label] for label in labels]
         with self.output.errors():
             if self.is_work:
-                self.write_file(job["image_shape"], labels, classes)
+                self.write_file(labels, classes)
             elif (classes is not None or values) and not (self.folder / SHEET).exists():
                 every = values if classes is None else {"label": [label or None for label in classes], **values}
                 rows = [
@@ -380,27 +377,25 @@ class ImageFolder:
                 sheet = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 replace_file(self.folder / SHEET, sheet.encode())
 
-    def write_file(self, shape: Sequence[int], labels: list[int] | None, classes: list[str] | None) -> None:
-        """Write the single file, unless an interrupted run did, and remove the work folder. shape: image shape."""
-        tokenizer, arrays = self.tokenizer, self.file_suffix == ".npy"
+    def write_file(self, labels: list[int] | None, classes: list[str] | None) -> None:
+        """Write the single file, unless an interrupted run did, and remove the work folder."""
+        assert (spec := self.spec) is not None
+        arrays = self.file_suffix == ".npy"
         images: Iterable[np.ndarray] = (
             np.load(self.folder / name) if arrays else np.asarray(Image.open(self.folder / name).convert("RGB"))
             for name in self.names
         )
         if self.suffix == ".npz":
-            channels, dtype = (shape[0], type_name(tokenizer)) if arrays else (3, "uint8")
-            frames = () if tokenizer.frames == 1 else (tokenizer.frames,)
-            size = (*frames, shape[1] // tokenizer.frames, shape[2], channels)
-            write_npz(self.result, images, (len(self.names), *size), labels, dtype)
+            channels, dtype = (spec.channels, spec.dtype) if arrays else (3, "uint8")
+            write_npz(self.result, images, (len(self.names), *spec.shape[:-3], *spec.size, channels), labels, dtype)
         else:
             every = np.stack(list(images))
             options: dict[str, Any] = {"columns": self.config.columns, "captions": self.config.captions}
             if self.suffix in ANIMATIONS:
-                sheets = [class_grid(self.show(every[:, t]), classes, **options) for t in range(tokenizer.frames)]
+                sheets = [class_grid(self.show(every[:, t]), classes, **options) for t in range(spec.frames)]
                 write_animation(np.stack(sheets), self.result)
             else:
-                strips = every.reshape(len(every), *shape[1:], -1)
-                write_picture(class_grid(self.show(strips), classes, **options), self.result)
+                write_picture(class_grid(self.show(every), classes, **options), self.result)
         out = self.output.path
         if not (out.is_file() and filecmp.cmp(self.result, out, shallow=False)):
             fsync(self.result)

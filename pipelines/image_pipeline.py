@@ -33,6 +33,7 @@ from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError
 from tokenizer.model import Dtype, PretrainedModel, choose_dtype
+from tokenizer.spec import ImageSpec, check_output_type, select_shown, to_uint8
 
 from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
@@ -40,13 +41,11 @@ from .anomaly.calibration import Calibration
 from .columns import format_of
 from .compression.coding import compress, decompress, exact_pixels, has_no_label, sizes_of, whole_image, write_tiles
 from .frequencies import Frequencies
-from .images.arrays import Values, values_of
 from .images.binarize import Binarize, binarize
 from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
-from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
 from .images.origin import shareable
-from .images.pictures import LATENT, check_output_type, find_user_stacklevel, picture_pixels, shown_channels, to_uint8
+from .images.pictures import LATENT, find_user_stacklevel, to_images
 from .images.tiles import LazyImages, list_images
 from .processes.group import ALONE, ProcessGroup
 from .provenance import trained_data
@@ -68,15 +67,28 @@ F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", bound="ImagePipeline")
 
 
-class PipelineOutput(NamedTuple):
-    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it."""
-
+class Output(NamedTuple):
     images: Any
-    """A list of PIL images, uint8 (B, H, W, C), or float (B, C, H, W)."""
+    """A list of PIL images, uint8 (B, H, W, C), or float `(B, C, H, W)`. Draws, and the frames of clips, are further
+    axes, in this order, after the first."""
     tokens: Tensor
     """`(B, *grid.shape)`."""
     class_names: list[str] | None = None
     """The class of each image, "" for the null class; None if no image has a class."""
+
+
+class PipelineOutput(Output):
+    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it. frames: the number of frames of each
+    image."""
+
+    frames = 1
+
+    @classmethod
+    def of(cls, images: Any, tokens: Tensor, class_names: list[str] | None, frames: int) -> PipelineOutput:
+        """Return the result for images, or clips, with this number of frames."""
+        found = cls(images, tokens, class_names)
+        found.frames = frames
+        return found
 
     def __repr__(self) -> str:
         names = "None" if self.class_names is None else f"{len(self.class_names)} names"
@@ -84,19 +96,22 @@ class PipelineOutput(NamedTuple):
         return f"{type(self).__name__}(images: {self.describe_images()}, tokens: {tokens}, class_names: {names})"
 
     def describe_images(self) -> str:
-        images = self.images
-        if images is self.tokens:
+        first, counts = self.images, list[int]()
+        if first is self.tokens:
             return "not decoded"
-        if not isinstance(images, list):
-            return f"{tuple(images.shape)} {images.dtype}"
-        draws = f"x {len(images[0])} " if isinstance(images[0], list) else ""
-        first = images[0][0] if draws else images[0]
-        return f"{len(images)} {draws}PIL of {first.width} x {first.height}"
+        if not isinstance(first, list):
+            return f"{tuple(first.shape)} {first.dtype}"
+        while isinstance(first, list):
+            counts.append(len(first))
+            first = first[0]
+        clips = f"clips of {counts.pop()} " if self.frames > 1 else ""
+        return f"{' x '.join(map(str, counts))} {clips}PIL of {first.width} x {first.height}"
 
     def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
         their order, each below its class name. labels: False omits the names. show: three channels of "pt" images to
-        show, by default the first three. The completions (`draws`) of an image form a row.
+        show, by default the first three. The completions (`draws`) of an image form a row; the frames of a clip lie
+        below one another.
 
         Small images are enlarged by an integer factor until a name fits above them. Raises `ValueError` for the output
         of `output_type="latent"`, which has no images, and for fewer than 1 column."""
@@ -104,58 +119,25 @@ class PipelineOutput(NamedTuple):
             raise ValueError(f"columns must be at least 1 (got {columns})")
         if self.images is self.tokens:
             raise ValueError("grid: the output has no images; decode its tokens with pipe.decode(out.tokens)")
-        images, draws = self.images, None
-        if isinstance(images, list):
-            if isinstance(images[0], list):
-                draws, images = len(images[0]), [image for each in images for image in each]
-            pixels = np.stack([np.asarray(image) for image in images])
-            pixels = pixels.reshape(*pixels.shape[:3], -1)
+        images = self.images
+        if isinstance(images, Tensor):
+            pixels = to_uint8(select_shown(images.cpu(), show)).movedim(-3, -1).numpy()
         else:
-            if images.ndim == 5:
-                draws, images = images.shape[1], images.reshape(-1, *images.shape[2:])
-            if isinstance(images, Tensor):
-                pixels = to_uint8(shown_channels(images.cpu(), show)).movedim(1, -1).numpy()
-            elif images.dtype == np.uint8 and images.shape[-1] in (1, 3):
-                pixels = images
-            else:
-                raise ValueError(f'grid: shows images of output_type="pil" or "pt" (got arrays of {images.dtype})')
+            pixels = stack_pictures(images) if isinstance(images, list) else images
+        if pixels.dtype != np.uint8 or pixels.shape[-1] not in (1, 3):
+            raise ValueError(f'grid: shows images of output_type="pil" or "pt" (got arrays of {pixels.dtype})')
+        image = pixels.shape[-4:] if self.frames > 1 else pixels.shape[-3:]
+        draws = pixels.shape[1] if pixels.ndim > 1 + len(image) else None
         names = self.class_names if draws is None else None
+        pixels = pixels.reshape(-1, *image)
         return Image.fromarray(class_grid(pixels, names, columns or draws, captions=labels))
 
 
-class ClipOutput(PipelineOutput):
-    """The result of a call of a pipeline of clips, whose `images` have one more axis: the frames. They are lists of
-    lists of PIL images, uint8 (B, T, H, W, C), or float (B, T, C, H, W)."""
-
-    __slots__ = ()
-
-    def describe_images(self) -> str:
-        images = self.images
-        if not isinstance(images, list):
-            return super().describe_images()
-        draws = "" if isinstance(images[0][0], PILImage) else f"x {len(images[0])} "
-        clip = images[0][0] if draws else images[0]
-        return f"{len(images)} {draws}clips of {len(clip)} PIL of {clip[0].width} x {clip[0].height}"
-
-    def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
-        """Return all clips in one picture, as `PipelineOutput.grid` does; frames lie below one another."""
-        images = self.images
-        if images is self.tokens:
-            return super().grid(columns, labels=labels, show=show)
-        if isinstance(images, list):
-            strips: Any = [join_frames(clip) for clip in images]
-        elif isinstance(images, Tensor):
-            strips = to_strips(images.flatten(0, -5)).unflatten(0, images.shape[:-4])
-        else:
-            strips = images.reshape(*images.shape[:-4], -1, *images.shape[-2:])
-        return PipelineOutput(strips, self.tokens, self.class_names).grid(columns, labels=labels, show=show)
-
-
-def join_frames(clip: Sequence[Any]) -> Any:
-    """Return a strip of a list of PIL frames, or a list of strips of a list of clips."""
-    if not isinstance(clip[0], PILImage):
-        return [join_frames(each) for each in clip]
-    return Image.fromarray(np.concatenate([np.asarray(frame) for frame in clip]))
+def stack_pictures(images: Any) -> np.ndarray:
+    """Return nested lists of PIL images as an array (..., H, W, C)."""
+    if isinstance(images, list):
+        return np.stack([stack_pictures(image) for image in images])
+    return np.atleast_3d(np.asarray(images))
 
 
 def serialized(method: F) -> F:
@@ -226,8 +208,7 @@ class ImagePipeline:
         vars(self).update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
-        grid, shape = self.prior.grid, "x".join(map(str, frame_shape(self.tokenizer)))
-        shape = f"images {shape}" if self.frames == 1 else f"clips {self.frames}x{shape}"
+        grid, shape = self.prior.grid, f"{self.spec.noun}s {'x'.join(map(str, self.spec.shape))}"
         others = self.prior.config.conditions
         tokens, columns = "x".join(map(str, grid.shape)), ", columns " * bool(others) + ", ".join(others)
         known = f"tokens {tokens} of {grid.vocab_size}, {self.prior.num_classes} classes{columns}"
@@ -324,8 +305,8 @@ class ImagePipeline:
             done[rows] = True
         options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
         images = drawn if output_type == LATENT else self.decode(drawn, **options)
-        kind = ClipOutput if self.frames > 1 else PipelineOutput
-        return kind(images, drawn, self.class_names(given.rows[LABEL]) if LABEL in given.rows else None)
+        names = self.class_names(given.rows[LABEL]) if LABEL in given.rows else None
+        return PipelineOutput.of(images, drawn, names, self.frames)
 
     def choose_sampler(
         self, settings: dict[str, Any], given: Collection[str], decoding: DecodingOptions
@@ -368,7 +349,7 @@ class ImagePipeline:
     @serialized
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
-        """Like `encode`, for float images `(B, C, H, W)` in [-1, 1], as returned by `to_images`."""
+        """Like `encode`, for float images `(B, *spec.shape)` in [-1, 1], as returned by `to_images`."""
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
         return torch.cat([self.tokenizer.encode(part) for part in self._with_bar(parts, "encoding")])
 
@@ -384,7 +365,7 @@ class ImagePipeline:
     @serialized
     @torch.no_grad()
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
-        """Like `decode`, but return float images `(B, C, H, W)` in [-1, 1]; clips are strips `(B, C, T * H, W)`."""
+        """Like `decode`, but return float images `(B, *spec.shape)` in [-1, 1]."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
         batches = self._with_bar(parts, "decoding") if progress else parts
         return torch.cat([self.tokenizer.decode(part) for part in batches])
@@ -407,10 +388,10 @@ class ImagePipeline:
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 
     def to_images(self, images: Images) -> Tensor:
-        """Convert images in any form that `encode` accepts to float `(B, C, H, W)` in [-1, 1] on the pipeline's
-        device; clips become strips `(B, C, T * H, W)`, their frames below one another. Warns once about floats that
-        look like [0, 1]. Grey images become black and white if the pipeline was trained on such (`binarize`)."""
-        return self.binarize(read_images(images, self.tokenizer)).to(self.device)
+        """Convert images in any form that `encode` accepts to float `(B, C, H, W)`, of clips `(B, T, C, H, W)`, in
+        [-1, 1] on the pipeline's device. Warns once about floats that look like [0, 1]. Grey images become black and
+        white if the pipeline was trained on such (`binarize`)."""
+        return self.binarize(to_images(images, self.spec)).to(self.device)
 
     def list_images(self, images: Any) -> LazyImages:
         """Return images of any size, loaded on access, each as `to_images` returns it; see `tiles.list_images`."""
@@ -430,18 +411,18 @@ class ImagePipeline:
         return None if data is None else data.binarize
 
     def convert_images(self, images: Tensor, output_type: str) -> Any:
-        """Convert float images `(B, C, H, W)` in [-1, 1], or strips of clips, to `output_type`; see `__call__`."""
-        return write_images(images, output_type, self.tokenizer)
+        """Convert float images `(..., C, H, W)` in [-1, 1] to `output_type`; see `__call__`."""
+        return self.spec.from_unit(images, output_type)
+
+    @property
+    def spec(self) -> ImageSpec:
+        """What the images are: their size, frames, type and range."""
+        return self.tokenizer.spec
 
     @property
     def frames(self) -> int:
         """Number of frames of a clip; 1 if the pipeline's images are no clips."""
-        return self.tokenizer.frames
-
-    @property
-    def values(self) -> Values | None:
-        """Type and range of the images, as arrays; None for 8 bits from 0 to 255."""
-        return values_of(self.tokenizer)
+        return self.spec.frames
 
     def batches(self, rows: Tensor, given: Given, batch_size: int) -> Iterator[tuple[slice, Tensor, Given]]:
         """Yield the slice, the rows and what is given of batches; at least one, which may be empty."""
@@ -619,23 +600,25 @@ class ImagePipeline:
         show seams unless the stream is lossless. Raises `ValueError` for images of another size (lossless: or of more
         than 8 bits), `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
-        several, shape = [images] if isinstance(images, PILImage) else images, frame_shape(self.tokenizer)
+        several, frame = [images] if isinstance(images, PILImage) else images, self.spec.frame
         options: dict[str, Any] = {"lossless": lossless, "progress": progress}
         if tile:
             if isinstance(several, (list, tuple)) and lossless:
-                several = [whole_image(one, shape[0], True) if isinstance(one, PILImage) else one for one in several]
+                several = [
+                    whole_image(one, frame.channels, True) if isinstance(one, PILImage) else one for one in several
+                ]
             whole = list_images(several, self.tokenizer)
             given = self.read_given(None, condition, len(whole), limit=False)
             options["chooses_classes"] = has_no_label(condition)
-            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, shape), given, **options)
+            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, frame.shape), given, **options)
             return file.getvalue()
 
         def exact(one: Any) -> Any:
             if isinstance(one, (list, tuple)):
                 return [exact(each) for each in one]
-            return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
+            return exact_pixels(one, frame, lossless) if isinstance(one, PILImage) else one
 
-        pixels = read_images(exact(several), self.tokenizer).to(self.device)
+        pixels = to_images(exact(several), self.spec).to(self.device)
         return compress(self, pixels, condition=condition, **options)
 
     @serialized
@@ -746,7 +729,7 @@ class ImagePipeline:
         with its name on top; fewer samples of clips, which are taller. The processes of the group share the
         sampling."""
         columns = min(10, self.prior.num_classes) or 10
-        count = max(columns, count // self.tokenizer.frames)
+        count = max(columns, count // self.frames)
         size = -(-count // group.world)
 
         def draw(start: int) -> Tensor:
@@ -755,7 +738,7 @@ class ImagePipeline:
             out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type=LATENT, progress=False)
             return self.decode_batch(out.tokens, batch_size=64, progress=False).cpu()
 
-        images = picture_pixels(torch.cat(group.map(draw, range(0, count, size))), self.tokenizer)
+        images = self.spec.picture(torch.cat(group.map(draw, range(0, count, size))))
         names = self.class_names(torch.arange(count) % columns) if self.prior.num_classes else None
         return class_grid(images, names, columns)
 

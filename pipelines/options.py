@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer.files import one_line
+from tokenizer.spec import ImageSpec
 
 from .config import Config, Of, UserError, choose_device, is_first_process, tell
+from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
-from .images.arrays import Values
 from .images.clip_files import cut_windows, find_clips
-from .images.decoding import decode_in_threads, try_decode
-from .images.folder import find_images
+from .images.decoding import Rows, decode_in_threads
+from .images.folder import file_rows, image_paths
 from .images.splits import Inherited
 from .images.unseen import require_unseen
 from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
@@ -107,7 +108,7 @@ class TileSettings(Config):
         None, ge=1, description="with tile, the distance of the tiles in pixels; null: half of a tile's shorter side"
     )
 
-    def choose_stride(self, shape: tuple[int, int, int]) -> int | None:
+    def choose_stride(self, shape: tuple[int, ...]) -> int | None:
         """Return the stride for tiles of `shape` (C, H, W), or None without `tile`. Raises `UserError`."""
         from .images.tiles import check_stride
 
@@ -125,7 +126,7 @@ class UsesTiles(UsesImages, TileSettings):
     """Base class for verbs that load a pipeline, and a data set of images that may be larger than the model."""
 
     def read_pixels(self, pipeline: ImagePipeline, images: ImageDataset, rows: NDArray[np.int64]) -> Any:
-        """Return images of a data set as the pipeline takes those of users, uint8 `(B, C, H, W)` or, with `tile`, at
+        """Return images of a data set as the pipeline takes those of users, `(B, *spec.shape)` or, with `tile`, at
         their own size. Black and white ones are drawn by their pixels, not by their row, so that a picture has the same
         score and digest wherever it comes from."""
         if self.tile:
@@ -152,7 +153,7 @@ class UsesTokenizer(Config):
 
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
-        single = tokenizer.frames == 1  # trained on the frames of clips
+        single = tokenizer.spec.frames == 1  # trained on the frames of clips
         check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
         inherited = find_division(self.data, read_training_facts(self.tokenizer), "held_out")
         data = self.data.without_crop() if whole else self.data
@@ -191,21 +192,18 @@ class Sampling(Config):
 
 
 def choose_images(
-    named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset], frames: int = 1
+    named: Named, most: int, spec: ImageSpec, held_out: Callable[[], ImageDataset]
 ) -> tuple[Tensor, list[str]]:
-    """Load the images that a user named, uint8 `(B, C, H, W)` of this `shape`, and return them with their names: files,
-    up to `most` evenly spread files of folders, or indices of held-out images; by default `most` held-out images. With
-    `frames`, clips, as strips: files or folders of frames, cut into windows. Raises `UserError`."""
+    """Load the images that a user named, as `ImageDataset.pixels` returns them, and return them with their names: files
+    (of clips also folders of frames, cut into windows), up to `most` evenly spread files of folders, or indices of
+    held-out images; by default `most` held-out images. Raises `UserError`."""
     paths, indices = split_named_images(named)
-    if paths and frames > 1:
-        strips, names = read_clips(find_clip_files(paths), shape, frames)
-        chosen = spread(len(names), most).tolist()
-        return strips[chosen], [names[row] for row in chosen]
     if paths:
-        files = find_image_files(paths)
-        if any(Path(path).is_dir() for path in paths):
-            files = [files[index] for index in spread(len(files), most)]
-        return read_images(files, shape), [str(file) for file in files]
+        source = open_files(paths, spec)
+        chosen = list(range(source.size))
+        if spec.frames > 1 or any(Path(path).is_dir() for path in paths):
+            chosen = spread(source.size, most).tolist()
+        return read_files(source, chosen, spec), [source.name(row) for row in chosen]
     images = held_out()
     if outside := [index for index in indices if not 0 <= index < len(images)]:
         raise UserError(f"images: indices of the held-out split go from 0 to {len(images) - 1} (got {outside[0]})")
@@ -213,58 +211,43 @@ def choose_images(
     return images.pixels(chosen), images.names(chosen)
 
 
-def find_image_files(paths: list[str]) -> list[Path]:
-    """Return the image files among `paths` and in the folders among them, sorted by name within each folder. Raises
-    `UserError` for a path that does not exist, and if there are no images."""
-    files: list[Path] = []
+def require_pictures(spec: ImageSpec, verb: str) -> None:
+    """Raise `UserError` for a verb that reads and writes 8-bit pictures only."""
+    if not spec.is_picture:
+        raise UserError(
+            f"{verb}: takes 8-bit images with 1 or 3 channels; those of this tokenizer have "
+            f"{count_of(spec.channels, 'channel')} of {spec.dtype} (the Python methods take arrays)"
+        )
+
+
+def find_files(paths: list[str], frames: int = 1) -> list[Path]:
+    """Return the image files, or for several `frames` the clips (files, and folders of frames), among `paths` and in
+    the folders among them, sorted by name within each folder. Raises `UserError` for a path that does not exist, and if
+    there are none."""
+    find, files = image_paths if frames == 1 else find_clips, list[Path]()
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"images: no such file or folder: {path}")
-        files += sorted(find_images(path)) if path.is_dir() else [path]
+        files += sorted(map(Path, find(path))) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"images: no images in {', '.join(paths)}")
+        raise UserError(f"images: no {'images' if frames == 1 else 'clips'} in {', '.join(paths)}")
     return files
 
 
-def find_clip_files(paths: list[str]) -> list[Path]:
-    """Return the clips among `paths` and in the folders among them: files, and folders of frames. Raises `UserError`
-    for a path that does not exist, and if there are no clips."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"images: no such file or folder: {path}")
-        files += map(Path, find_clips(path)) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"images: no clips in {', '.join(paths)}")
-    return files
+def open_files(paths: list[str], spec: ImageSpec) -> Rows:
+    """Return the images of `find_files`, or the windows of the clips. Raises `UserError`."""
+    files = [str(file) for file in find_files(paths, spec.frames)]
+    return file_rows(files, None) if spec.frames == 1 else cut_windows(files, spec.frames)
 
 
-def read_images(files: list[Path], shape: tuple[int, int, int], values: Values | None = None) -> Tensor:
-    """Read image files, resized and cropped to `shape` (C, H, W), as uint8 `(B, C, H, W)`, or as float32 in [-1, 1] if
-    they have `values`. Raises `UserError` with a line
-    for each of the first ten files that cannot be decoded."""
-    decoded = [try_decode(file, shape, values=values) for file in files]
-    problems = [
-        f"images: {file}: {pixels}{REMOVE}"
-        for file, pixels in zip(files, decoded, strict=True)
-        if isinstance(pixels, str)
-    ]
-    refuse_files(problems)
+def read_files(source: Rows, rows: Sequence[int], spec: ImageSpec) -> Tensor:
+    """Read some images of a source, resized and cropped, as `ImageDataset.pixels` returns them. Raises `UserError` with
+    a line for each of the first ten that cannot be decoded."""
+    decoded = decode_in_threads(source.read(rows), spec)
+    hint = REMOVE if spec.frames == 1 else ""
+    found = zip(rows, decoded, strict=True)
+    refuse_files([f"images: {source.name(row)}: {reason}{hint}" for row, reason in found if isinstance(reason, str)])
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
-
-
-def read_clips(
-    files: list[Path], shape: tuple[int, int, int], frames: int, values: Values | None = None
-) -> tuple[Tensor, list[str]]:
-    """Read clips, files or folders of frames, cut into windows: strips of `shape` (C, frames * H, W), uint8 or, if they
-    have `values`, float32 in [-1, 1]; and the name of each. Raises `UserError` with a line for each of the first ten
-    clips or windows that cannot be read."""
-    rows = cut_windows([str(file) for file in files], frames)
-    every = range(rows.size)
-    decoded, names = decode_in_threads(rows.read(every), shape, values), [rows.name(row) for row in every]
-    bad = [f"images: {name}: {found}" for name, found in zip(names, decoded, strict=True) if isinstance(found, str)]
-    refuse_files(bad)
-    return torch.from_numpy(np.stack([strip for strip in decoded if not isinstance(strip, str)])), names
 
 
 def refuse_files(problems: list[str]) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from prior.given import Given
 from tokenizer.frame_by_frame import FrameByFrame
+from tokenizer.spec import to_float
 
-from .images.pictures import as_batch, to_float
+from .images.pictures import as_batch
 
 if TYPE_CHECKING:
     from .image_pipeline import Condition, ImagePipeline, Images
@@ -79,8 +80,7 @@ def embed_layers(
 def read_batch(pipeline: ImagePipeline, images: Images) -> Tensor:
     """Convert images as `ImagePipeline.to_images` does, except that 8-bit ones stay uint8, because all of them as
     floats might not fit into memory. Raises `ValueError` for none."""
-    plain = pipeline.values is None and pipeline.frames == 1
-    batch = as_batch(images, pipeline.tokenizer.image_shape) if plain else pipeline.to_images(images)
+    batch = as_batch(images, pipeline.spec)
     if not len(batch):
         raise ValueError("no images given")
     return pipeline.binarize(batch) if batch.dtype == torch.uint8 else pipeline.to_images(batch)

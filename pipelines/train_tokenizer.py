@@ -113,7 +113,7 @@ class TokenizerTask(Task):
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        channels, height, width = config.data.frame_shape
+        channels, height, width = config.data.spec.frame.shape
         if config.model["kind"] == FrameByFrame.name:
             raise UserError("model.kind: choose the tokenizer of a frame; encode makes it one of clips (data.frames)")
         model = model_config(config.model, (height, width), channels, config.data)  # raises before images are decoded
@@ -147,7 +147,7 @@ class TokenizerTask(Task):
         self.players = {"model": parameters} if parameters else {}
         self.adversary: Adversary | None = None
         if parameters and config.critic.weight:
-            self.adversary = make_adversary(config.critic, tokenizer.image_shape)
+            self.adversary = make_adversary(config.critic, tokenizer.spec)
             self.nets["critic"] = self.adversary.critic
             self.players["critic"] = list(self.adversary.critic.parameters())
             self.rates, self.betas = {"critic": config.critic.lr}, {"critic": config.critic.betas}
@@ -156,7 +156,7 @@ class TokenizerTask(Task):
 
     def new_tokenizer(self) -> Tokenizer:
         """Build the tokenizer, with weights from `init`, and initialize it from training images."""
-        channels, height, width = self.images.train.image_shape
+        channels, height, width = self.images.train.spec.shape
         tokenizer = build_tokenizer(self.config.model, (height, width), channels, self.images.train.config)
         if self.config.init:
             other = Tokenizer.from_pretrained(tokenizer_folder(self.config.init))
@@ -223,10 +223,10 @@ class TokenizerTask(Task):
     def refine_codebook(self, tokenizer: Autoencoder) -> dict[str, Tensor]:
         """Return what `LLOYD_STEPS` change in the quantizer, by name, on the CPU; nothing if there are no validation
         images, with which the trainer compares, and these training images are reconstructed worse."""
-        _, height, width = tokenizer.image_shape
+        height, width = tokenizer.spec.size
         count = max(1, min(LLOYD_IMAGES, LLOYD_PIXELS // (height * width)))
         images = self.images.train.examples(count, self.config.train.seed)
-        parts = images.split(images_at_a_time(tokenizer.image_shape))
+        parts = images.split(images_at_a_time(tokenizer.spec))
         quantizer: Any = copy.deepcopy(tokenizer.quantizer)
         vectors = [tokenizer.embed(part.to(tokenizer.device)).cpu() for part in parts]
         for _ in range(LLOYD_STEPS):

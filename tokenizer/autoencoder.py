@@ -29,7 +29,7 @@ class DecoderConfig(TokenizerConfig):
     def check(self) -> Iterator[str]:
         yield from super().check()
         if self.likelihood is not None:
-            yield from self.check_plain(f"the likelihood {self.likelihood.kind}")
+            yield from self.check_picture(f"the likelihood {self.likelihood.kind}")
 
 
 class AutoencoderConfig(DecoderConfig):
@@ -56,7 +56,6 @@ class Autoencoder(Tokenizer):
         """factor: image pixels per position along each side. quantizer: replaces the configured one."""
         super().__init__(config)
         height, width = config.image_size
-        self.image_shape = (config.channels, height, width)
         self.quantizer = quantizer or Quantizer.find(config.quantizer.kind)(config.quantizer)
         self.levels = self.quantizer.levels
         shape = self.quantizer.grid_shape(height // factor, width // factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import (
@@ -25,6 +25,7 @@ from .precision import in_finest
 from .quantizers.updates import one_training_forward
 from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem
+from .spec import BYTES, ImageSpec, ValueType, spec_problems
 
 
 def smallest_type(vocab_size: int) -> torch.dtype:
@@ -147,7 +148,7 @@ class LikelihoodError(ValueError):
 
 
 class Reconstruction(NamedTuple):
-    """Result of `Tokenizer.forward`: images `(B, C, H, W)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
+    """Result of `Tokenizer.forward`: images `(B, *spec.shape)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
 
     images: Tensor
     tokens: Tensor
@@ -165,7 +166,7 @@ class TokenizerConfig(ModelConfig):
         description="height and width of the images; a single number sets both"
     )
     channels: Fact[Annotated[int, Field(ge=1, le=16)]] = Field(description="1 for grey, 3 for RGB, or up to 16 others")
-    dtype: Fact[Literal["uint8", "uint16", "float32"]] = Field("uint8", description="type of the images' values")
+    dtype: Fact[ValueType] = Field("uint8", description="type of the images' values")
     range: Fact[tuple[float, float] | None] = Field(
         None, description="the values that become -1 and 1 inside; null: 0 and 255, of 8 bits"
     )
@@ -180,15 +181,16 @@ class TokenizerConfig(ModelConfig):
         return {key: value for key, value in found.items() if (key, value) not in PLAIN.items()}
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the images have 8 bits, and 1 or 3 channels."""
-        return self.channels in (1, 3) and self.dtype == "uint8" and self.range is None
+    def spec(self) -> ImageSpec:
+        """What the images are."""
+        height, width = self.image_size
+        low, high = self.range or BYTES
+        return ImageSpec(self.channels, height, width, dtype=self.dtype, low=low, high=high, show=self.show)
 
-    def check_plain(self, what: str) -> Iterator[str]:
+    def check_picture(self, what: str) -> Iterator[str]:
         """Yield a problem unless the images have 8 bits, and 1 or 3 channels."""
-        if not self.is_plain:
-            values = self.dtype if self.range is None else f"{self.dtype} from {self.range[0]:g} to {self.range[1]:g}"
-            got = values if self.channels in (1, 3) else f"{self.channels} channels"
+        if not (spec := self.spec).is_picture:
+            got = spec.describe_values() if self.channels in (1, 3) else f"{self.channels} channels"
             yield f"channels: {what} takes 8-bit images with 1 or 3 channels (got {got})"
 
     @field_validator("image_size", mode="before")
@@ -205,30 +207,12 @@ class TokenizerConfig(ModelConfig):
         """Check that the image size has two sides."""
         if len(self.image_size) != 2:
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
-        yield from values_problems(self.channels, self.dtype, self.range, self.show)
-
-
-def values_problems(
-    channels: int,
-    dtype: str | None,
-    limits: tuple[float, float] | None,
-    show: tuple[int, int, int] | None,
-    measured: bool = False,
-) -> Iterator[str]:
-    """Yield what is wrong with the type and range of images, or with the channels that pictures show, each as 'FIELD:
-    problem'. measured: a range may be missing."""
-    if limits is not None and not limits[0] < limits[1]:
-        yield f"range: expected a smaller and a larger number (got {limits[0]:g}, {limits[1]:g})"
-    if limits is None and dtype not in ("uint8", None) and not measured:
-        yield f"range: missing; {dtype} images need it"
-    if show is not None and channels <= 3:
-        yield f"show: is for images with more than 3 channels (got {channels})"
-    elif show is not None and not all(0 <= channel < channels for channel in show):
-        yield f"show: channels go from 0 to {channels - 1} (got {', '.join(map(str, show))})"
+        yield from spec_problems(self.channels, self.dtype, self.range, self.show)
 
 
 class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
-    """Maps images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
+    """Maps images `(B, *spec.shape)` in [-1, 1], `(B, C, H, W)` or of clips `(B, T, C, H, W)`, to tokens
+    `(B, *grid.shape)` and back.
 
     `encode`, `decode` and the likelihoods run in `full_float32`, so GPUs and CPUs agree up to rounding. `forward`
     computes in the precision that the user chose for training.
@@ -238,14 +222,21 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     """
 
     grid: TokenGrid
-    image_shape: tuple[int, int, int]
-    """(C, H, W), from the configuration."""
-    frames: int = 1
-    """Number of frames; clips of several frames are strips `(C, frames * H, W)`, with the frames below one another."""
+    spec: ImageSpec
+    """What the images are, from the configuration."""
     levels: int = 1
     """Number of ids per position; each row of positions takes this many rows of the grid."""
     prefixes: tuple[int, ...] = ()
     """Prefix lengths to show in previews, ending with the full length; empty if prefixes cannot be decoded."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.spec = config.spec
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (T, C, H, W) of clips."""
+        return self.spec.shape
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -266,8 +257,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need no images)
-        """Initialize from training images `(B, C, H, W)` in [-1, 1]; called once before training. Raises `ConfigError`
-        if the images do not suit the configuration."""
+        """Initialize from training images `(B, *spec.shape)` in [-1, 1]; called once before training. Raises
+        `ConfigError` if the images do not suit the configuration."""
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`. Raises a `ConfigError` that lists settings on which the two differ."""
@@ -293,18 +284,19 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         the images do not match the tokens."""
         if not self.has_likelihood:
             return None
-        if images.shape != (wanted := (len(tokens), *self.image_shape)):
+        if images.shape != (wanted := (len(tokens), *self.spec.shape)):
             raise ValueError(f"images should have shape {wanted} to match the tokens, got {tuple(images.shape)}")
-        return in_finest(self.pixel_log_probs(images, tokens)).flatten(1).sum(1).float()
+        nats = in_finest(self.pixel_log_probs(images, tokens))
+        return nats.movedim(-3, 1).flatten(1).sum(1).float()  # channels first, as in streams
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return log p of each pixel channel of 8-bit images, given the tokens and the channels before it:
-        `(B, C, H, W)` nats. Raises `LikelihoodError` without a likelihood."""
+        `(B, *spec.shape)` nats. Raises `LikelihoodError` without a likelihood."""
         raise LikelihoodError(f"a {self.name!r} tokenizer has no likelihood of pixels")
 
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """Return log p of each of the 256 values of one channel, `(B, 256, H, W)` nats, given the tokens and the
-        channels before it of int64 `values` (B, C, H, W). Raises `LikelihoodError` without a likelihood."""
+        """Return log p of each of the 256 values of one channel, `(B, ..., 256, H, W)` nats, given the tokens and the
+        channels before it of int64 `values` `(B, *spec.shape)`. Raises `LikelihoodError` without a likelihood."""
         raise LikelihoodError(f"a {self.name!r} tokenizer has no likelihood of pixels")
 
     @property
@@ -333,26 +325,22 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         return len(self.grid.shape) > 1
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """Map known pixels, bool `(B, H, W)`, to known tokens `(B, *grid.shape)`: a token is known if all pixels of its
-        patch are. Tokens of a two-axis grid tile the image, once per level. Raises `ValueError` unless tokens are
-        `placed`."""
+        """Map known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`, to known tokens `(B, *grid.shape)`: a token is
+        known if all pixels of its patch are. Tokens of a two-axis grid tile the image, once per level. Raises
+        `ValueError` unless tokens are `placed`."""
         if self.grid.scales:
             raise ValueError(
                 "multi-scale tokens do not represent single image regions, so known pixels do not determine known "
                 "tokens"
             )
-        _, height, width = self.image_shape
+        height, width = self.spec.size
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)
         return patches.all(dim=4).all(dim=2).repeat(1, self.levels, 1)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise `ValueError` unless `images` is float `(B, C, H, W)` of this tokenizer's size."""
-        if not images.dtype.is_floating_point or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"images should be floats of shape (B, {', '.join(map(str, self.image_shape))}), "
-                f"got {images.dtype} of shape {tuple(images.shape)}"
-            )
+        """Raise `ValueError` unless `images` is float `(B, *spec.shape)`."""
+        self.spec.check(images)
 
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ tokenizer that also compresses in time."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
 from .config import Fact, ModelConfig, Node
 from .files import ConfigError
+from .spec import ImageSpec
 
 FACTS = ("channels", "dtype", "range", "show")
 DEFAULT = "vqvae"
@@ -22,7 +24,7 @@ class FrameByFrameConfig(TokenizerConfig):
     """The number of frames and the tokenizer of a single frame."""
 
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=1 << 16)], ...]] = Field(
-        description="height and width of a strip, which is a clip's frames below one another"
+        description="height of all frames of a clip below one another, and width"
     )
     frames: Fact[Annotated[int, Field(ge=2, le=4096)]] = Field(description="frames of a clip")
     tokenizer: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer")] = Field(
@@ -39,7 +41,7 @@ class FrameByFrameConfig(TokenizerConfig):
         size = [size, size] if isinstance(size, int) else size
         if not isinstance(node, dict):
             return {**values, "tokenizer": node}
-        if not _is_strip(size, frames):
+        if not _holds_frames(size, frames):
             return {**values, "tokenizer": None}  # refused by `check`
         facts = {name: values[name] for name in FACTS if name in values}
         return {**values, "tokenizer": {"image_size": (size[0] // frames, size[1]), **facts, **node}}
@@ -50,9 +52,14 @@ class FrameByFrameConfig(TokenizerConfig):
         inner = {key: value for key, value in values["tokenizer"].items() if key not in ("image_size", *FACTS)}
         return {**values, "tokenizer": inner}
 
+    @property
+    def spec(self) -> ImageSpec:
+        one = super().spec
+        return replace(one, height=one.height // self.frames, frames=self.frames)
+
     def check(self) -> Iterator[str]:
         yield from super().check()
-        if not _is_strip(self.image_size, self.frames):
+        if not _holds_frames(self.image_size, self.frames):
             yield f"image_size: {self.frames} frames below one another cannot be {self.image_size[0]} pixels high"
             return
         ours, theirs = super().to_dict(), super().to_dict()["tokenizer"]
@@ -62,14 +69,15 @@ class FrameByFrameConfig(TokenizerConfig):
                 yield f"tokenizer.{name}: is {theirs.get(name)}, but a frame's is {ours.get(name)}"
 
 
-def _is_strip(size: Any, frames: Any) -> bool:
-    """Return whether `size` is [height, width] and holds this number of equal frames; both may be anything."""
+def _holds_frames(size: Any, frames: Any) -> bool:
+    """Return whether `size` is [height, width] of this number of equal frames below one another; both may be
+    anything."""
     whole = isinstance(size, (list, tuple)) and all(isinstance(side, int) for side in size)
     return whole and len(size) == 2 and isinstance(frames, int) and frames > 0 and not size[0] % frames
 
 
 class FrameByFrame(Tokenizer, name="frame_by_frame"):
-    """Encodes strips `(B, C, T * H, W)`, clips with their frames below one another, as tokens `(B, T, h, w)`.
+    """Encodes clips `(B, T, C, H, W)` as tokens `(B, T, h, w)`.
 
     The tokenizer of a frame needs a grid of two axes with one id for each position. It provides the likelihood, if any.
     """
@@ -80,9 +88,6 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         """tokenizer: that of a frame; None makes an untrained one."""
         super().__init__(config)
         assert config.tokenizer is not None
-        height, width = config.image_size
-        self.frames = config.frames
-        self.image_shape = (config.channels, height, width)
         self.tokenizer = Tokenizer.find(config.tokenizer.kind)(config.tokenizer) if tokenizer is None else tokenizer
         grid = self.tokenizer.grid
         if len(grid.shape) != 2 or grid.scales or grid.ids_per_position > 1:
@@ -90,51 +95,41 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
                 f"frame_by_frame: tokenizer: a {self.tokenizer.name!r} tokenizer does not give a grid of two axes with "
                 "one id for each position"
             )
-        self.grid = TokenGrid((self.frames, *grid.shape), grid.vocab_size, channels=grid.channels)
+        self.grid = TokenGrid((config.frames, *grid.shape), grid.vocab_size, channels=grid.channels)
 
     @classmethod
     def wrap(cls, tokenizer: Tokenizer, frames: int) -> FrameByFrame:
         """Return a tokenizer of clips with this number of frames, each of which `tokenizer` encodes; the two share
         their weights. Raises `ConfigError` for a tokenizer with another kind of grid."""
-        channels, height, width = tokenizer.image_shape
         facts = {name: getattr(tokenizer.config, name) for name in FACTS if hasattr(tokenizer.config, name)}
-        facts = {**facts, "image_size": (frames * height, width), "channels": channels}
+        facts["image_size"] = (frames * tokenizer.spec.height, tokenizer.spec.width)
         made = cls(FrameByFrameConfig(**facts, frames=frames, tokenizer=tokenizer.config), tokenizer)
         return made.train(tokenizer.training)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return tokens `(B, T, h, w)`. Raises `ValueError` for strips of another size."""
+        """Return tokens `(B, T, h, w)`. Raises `ValueError` for clips of another size."""
         self.check_images(images)
-        return self._join_tokens(self.tokenizer.encode(self.split(images)))
+        return self.join(self.tokenizer.encode(images.flatten(0, 1)))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return strips `(B, C, T * H, W)` clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
+        """Return clips `(B, T, C, H, W)` clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self.join(self.tokenizer.decode(tokens.flatten(0, 1)))
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct strips; the losses are those of all frames."""
+        """Reconstruct clips; the losses are those of all frames."""
         self.check_images(images)
-        frames, tokens, losses = self.tokenizer(self.split(images))
-        return Reconstruction(self.join(frames), self._join_tokens(tokens), losses)
+        frames, tokens, losses = self.tokenizer(images.flatten(0, 1))
+        return Reconstruction(self.join(frames), self.join(tokens), losses)
 
     def initialize(self, images: Tensor) -> None:
-        """Initialize the tokenizer of a frame from the frames of `images` `(B, C, T * H, W)`."""
+        """Initialize the tokenizer of a frame from the frames of `images` `(B, T, C, H, W)`."""
         self.check_images(images)
-        self.tokenizer.initialize(self.split(images))
-
-    def split(self, strips: Tensor) -> Tensor:
-        """Return the frames `(B * T, C, H, W)` of strips `(B, C, T * H, W)`; the other way round, see `join`."""
-        return strips.unflatten(2, (self.frames, -1)).transpose(1, 2).flatten(0, 1)
+        self.tokenizer.initialize(images.flatten(0, 1))
 
     def join(self, frames: Tensor) -> Tensor:
-        """Return strips `(B, C, T * H, W)` of frames `(B * T, C, H, W)`."""
-        clips = frames.reshape(frames.shape[0] // self.frames, self.frames, *frames.shape[1:])
-        return clips.transpose(1, 2).flatten(2, 3)
-
-    def _join_tokens(self, tokens: Tensor) -> Tensor:
-        """Return tokens `(B, T, h, w)` of tokens of frames `(B * T, h, w)`."""
-        return tokens.reshape(tokens.shape[0] // self.frames, *self.grid.shape)
+        """Return what belongs to clips, `(B, T, ...)`, of what belongs to their frames, `(B * T, ...)`."""
+        return frames.reshape(len(frames) // self.spec.frames, self.spec.frames, *frames.shape[1:])
 
     @property
     def has_likelihood(self) -> bool:
@@ -145,10 +140,10 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         return self.tokenizer.reversible
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        return self.join(self.tokenizer.pixel_log_probs(self.split(images), tokens.flatten(0, 1)))
+        return self.join(self.tokenizer.pixel_log_probs(images.flatten(0, 1), tokens.flatten(0, 1)))
 
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        return self.join(self.tokenizer.value_log_probs(tokens.flatten(0, 1), self.split(values), channel))
+        return self.join(self.tokenizer.value_log_probs(tokens.flatten(0, 1), values.flatten(0, 1), channel))
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -163,6 +158,5 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         return self.tokenizer.figures
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """Map known pixels of strips, bool `(B, T * H, W)`, to known tokens `(B, T, h, w)`, frame by frame."""
-        frames = self.split(known.reshape(-1, 1, *self.image_shape[1:]))[:, 0]
-        return self._join_tokens(self.tokenizer.known_tokens(frames))
+        """Map known pixels of clips, bool `(B, T, H, W)`, to known tokens `(B, T, h, w)`, frame by frame."""
+        return self.join(self.tokenizer.known_tokens(known.flatten(0, 1)))

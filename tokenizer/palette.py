@@ -25,7 +25,7 @@ class PaletteConfig(TokenizerConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        yield from self.check_plain("palette")
+        yield from self.check_picture("palette")
 
 
 class Palette(Tokenizer, name="palette"):
@@ -38,7 +38,6 @@ class Palette(Tokenizer, name="palette"):
     def __init__(self, config: PaletteConfig) -> None:
         super().__init__(config)
         height, width = config.image_size
-        self.image_shape = (config.channels, height, width)
         self.grid = TokenGrid((height, width), config.colors)
         self.register_buffer("table", lattice(config.colors, config.channels))
 

@@ -43,7 +43,7 @@ class PixelsConfig(TokenizerConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        yield from self.check_plain("pixels")
+        yield from self.check_picture("pixels")
         if self.patch > 1 and self.channels > 1:
             yield f"patch: needs grey images, channels=1 (got {self.channels})"
         if any(side % self.patch for side in self.image_size):
@@ -72,7 +72,6 @@ class Pixels(Tokenizer, name="pixels"):
     def __init__(self, config: PixelsConfig) -> None:
         super().__init__(config)
         height, width = config.image_size
-        self.image_shape = (config.channels, height, width)
         if config.patch == 1:
             self.grid = TokenGrid((config.channels * height, width), config.levels, channels=config.channels)
         else:

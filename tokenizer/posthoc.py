@@ -75,7 +75,7 @@ class Posthoc(Tokenizer, name="posthoc"):
         super().__init__(config)
         assert isinstance(config.vae, KLVAEConfig)
         self.vae = KLVAE(config.vae.model_copy(update={"bins": config.bins})).requires_grad_(False).eval()
-        self.grid, self.levels, self.image_shape = self.vae.grid, self.vae.levels, self.vae.image_shape
+        self.grid, self.levels = self.vae.grid, self.vae.levels
         self.register_buffer("started", torch.zeros((), dtype=torch.long))  # 1 if the VAE is trained
 
     def start_from(self, other: Tokenizer) -> None:

@@ -95,7 +95,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
     from pipelines.anomaly.filters import smooth
     from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
     from pipelines.anomaly.maps import peak_of
-    from pipelines.images.pictures import to_float
+    from tokenizer.spec import to_float
     from pipelines.images.tiles import convert_whole, list_images, stitch_maps
 
     pipe = ImagePipeline.from_pretrained(out / "prior" / "pipeline")

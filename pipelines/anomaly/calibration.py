@@ -14,9 +14,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from torch import Tensor
 
 from prior.columns import LABEL, MAX_COLUMNS, NAME
+from tokenizer.spec import to_uint8
 
 from ..files import FieldError, validate
-from ..images.pictures import to_uint8
 from .distances import CalibrationError, Distance, Part, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20

@@ -79,17 +79,13 @@ def anomaly_map(
         return map_large(pipeline, several, given, stride, batch_size)
     batch = pipeline.to_images(images)
     given = pipeline.read_given(labels, condition, len(batch))
-    return split_frames(map_bits(pipeline, batch, given, batch_size), pipeline.frames)
-
-
-def split_frames(maps: Tensor, frames: int) -> Tensor:
-    """Return maps `(B, T, H, W)` of strips `(B, T * H, W)`; those of images do not change."""
-    return maps if frames == 1 else maps.unflatten(1, (frames, -1))
+    return map_bits(pipeline, batch, given, batch_size)
 
 
 @torch.no_grad()
 def map_bits(pipeline: ImagePipeline, batch: Tensor, given: Given, batch_size: int = 256) -> Tensor:
-    """Return the bits of each pixel of `batch` `(B, C, H, W)`, from `to_images`; clips are strips, `(B, T * H, W)`."""
+    """Return the bits of each pixel of `batch` `(B, *spec.shape)`, from `to_images`: `(B, H, W)`, of clips `(B, T, H,
+    W)`."""
     patches = find_patches(pipeline.tokenizer)
     batches = pipeline.batches(batch, given, batch_size)
     return torch.cat([spread_bits(pipeline, part, own, *patches) for _, part, own in batches])
@@ -113,8 +109,9 @@ def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given, rows: Tenso
     tokens = pipeline.encode_batch(part)
     bits = -pipeline.prior.token_log_probs(tokens, condition=given).flatten(1) / math.log(2)
     spread = (bits[:, None] * rows.to(bits)) @ columns.to(bits).T  # (B, H, N) @ (N, W)
+    spread = spread.view(len(part), *part.select(-3, 0).shape[1:])
     if pipeline.tokenizer.has_likelihood:
-        spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(1) / math.log(2)
+        spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(-3) / math.log(2)
     return spread
 
 
@@ -149,16 +146,14 @@ def heal(
     marginal = require_calibration(pipeline.calibration).marginal
     if marginal is not None and marginal not in given.rows:
         given = pipeline.read_given(condition=given, marginal=marginal)
-    healed = heal_images(pipeline, batch, given, quantile, draws, seed)
-    difference = split_frames(healed.difference, pipeline.frames)
-    return healed._replace(images=pipeline.convert_images(healed.images, "pt"), difference=difference)
+    return heal_images(pipeline, batch, given, quantile, draws, seed)
 
 
 @torch.no_grad()
 def heal_images(
     pipeline: ImagePipeline, batch: Tensor, given: Given, quantile: float = 0.98, draws: int = 8, seed: int = 0
 ) -> Healed:
-    """Heal `batch` `(B, C, H, W)`, from `to_images`, in which clips are strips; see `heal`."""
+    """Heal `batch` `(B, *spec.shape)`, from `to_images`; see `heal`."""
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:
@@ -183,13 +178,17 @@ def heal_images(
         nats.append(-pipeline.prior.log_prob(found[-1], condition=given))
     weights = (-SHARPNESS * in_finest(torch.stack(nats))).softmax(0).float()
     pixels = [pipeline.decode_batch(restored) for restored in found]
-    difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])
-    difference = (difference * weights[:, :, None, None]).sum(0) - error_map(calibration, batch)
+    difference = torch.stack([(x - batch).abs().mean(-3) for x in pixels])
+    weights_of_pixels = weights.view(*weights.shape, *[1] * (difference.ndim - 2))
+    difference = (difference * weights_of_pixels).sum(0) - error_map(calibration, batch)
     best = weights.argmax(0), torch.arange(len(batch), device=batch.device)
     return Healed(torch.stack(pixels)[best], resampled, difference.clamp(min=0), torch.stack(found)[best])
 
 
 def error_map(calibration: Calibration, batch: Tensor) -> Tensor:
-    """Resize the tokenizer's mean error on normal images to `(H, W)`."""
+    """Resize the tokenizer's mean error on normal images to `(H, W)`; of clips, stored with the frames below one
+    another, to `(T, H, W)`."""
+    shape = batch[0].select(-3, 0).shape
+    size = (math.prod(shape[:-1]), shape[-1])
     error = torch.from_numpy(calibration.error).to(batch)[None, None]
-    return F.interpolate(error, size=tuple(batch.shape[2:]), mode="bilinear", align_corners=False)[0, 0]
+    return F.interpolate(error, size=size, mode="bilinear", align_corners=False)[0, 0].view(shape)

@@ -18,7 +18,8 @@ MAX_FEATURES = 128
 
 class Measured(NamedTuple):
     """Measurements of n images: `statistics`, each float64 `(n,)` except `features`; `surprise`, the bits of each
-    token, float32 `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`.
+    token, float32 `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`, the frames
+    of clips below one another.
 
     The statistics are `token_bits` under the prior, given what is given; `pixel_bits` given the tokens, if the
     tokenizer has a likelihood; `error`, the mean over pixels of |x - decode(encode(x))|, from 0 to 2;
@@ -37,12 +38,12 @@ def measure(pipeline: ImagePipeline, batch: Tensor, given: Given, batch_size: in
     `ValueError` for an empty batch."""
     if not len(batch):
         raise ValueError("expected at least one image")
-    parts, surprise, total_error = [], [], torch.zeros(batch.shape[2:], dtype=torch.float64)
+    parts, surprise, total_error = [], [], torch.zeros((), dtype=torch.float64)
     background = pipeline.background
     for _, part, own in pipeline.batches(batch, given, batch_size):
         tokens = pipeline.encode_batch(part)
         token_bits = bits(pipeline.prior.token_log_probs(tokens, condition=own).flatten(1))
-        error = (pipeline.decode_batch(tokens) - part).abs().mean(1).cpu().double()
+        error = (pipeline.decode_batch(tokens) - part).abs().mean(-3).flatten(1, -2).cpu().double()
         found = {"token_bits": token_bits.sum(1), "error": error.flatten(1).mean(1)}
         if (pixels := pipeline.tokenizer.pixel_log_prob(part, tokens)) is not None:
             found["pixel_bits"] = bits(pixels)
@@ -55,7 +56,7 @@ def measure(pipeline: ImagePipeline, batch: Tensor, given: Given, batch_size: in
             found["features"] = features[:, :: -(-features.shape[1] // MAX_FEATURES)]
         parts.append(found)
         surprise.append(token_bits.float())
-        total_error += error.sum(0)
+        total_error = total_error + error.sum(0)
     together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Measured(together, torch.cat(surprise), total_error / len(batch))
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from prior.given import Given
 from tokenizer import Tokenizer
+from tokenizer.spec import to_float
 
-from ..images.pictures import to_float
 from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, give_places, load_image, stitch_maps
 from ..shuffling import spread
 from .calibration import MapReference, require_calibration
@@ -230,13 +230,15 @@ def fit_maps(
 
 
 def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Return the weights that spread a token's bits over the rows `(H, N)` and columns `(W, N)` of the image, each
-    summing to one per token. The pixels of a token are those that `known_tokens` requires for it. Raises `ValueError`
-    unless tokens are `placed`."""
-    _, height, width = tokenizer.image_shape
+    """Return the weights that spread a token's bits over the rows `(H, N)`, of clips `(T * H, N)`, and columns `(W, N)`
+    of the image, each summing to one per token. The pixels of a token are those that `known_tokens` requires for it.
+    Raises `ValueError` unless tokens are `placed`."""
+    spec = tokenizer.spec
+    height, width = spec.frames * spec.height, spec.width
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
-    rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns))
+    masks = (each.reshape(-1, *spec.shape[:-3], *spec.size) for each in (along_rows, along_columns))
+    rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in masks)
     return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
 
 

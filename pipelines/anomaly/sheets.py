@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenizer.spec import select_shown, to_float, to_uint8
+
 from ..images.grids import class_grid
-from ..images.pictures import show_of, shown_channels, to_float, to_uint8
 from ..images.tiles import LazyImages
 from .ground_truth import rank_maps
 from .healing import anomaly_map, heal_images, map_bits
@@ -50,13 +51,14 @@ def draw_sheet(
         else:
             heat = anomaly_map(pipeline, images, method=kind, condition=own)
         panels = {TITLES[kind]: apply_colormap(heat.cpu() / heat.amax().cpu().clamp(min=1e-6)), **panels}
-    chosen_channels = show_of(pipeline.tokenizer)
-    panels["healed"] = shown_channels(panels["healed"], chosen_channels)
-    shown = shown_channels(images, chosen_channels)
-    columns = [panel.expand(-1, 3, -1, -1) for panel in (shown, *panels.values())]
+    panels["healed"] = select_shown(panels["healed"], pipeline.spec.show)
+    columns = [
+        panel.expand(*panel.shape[:-3], 3, -1, -1)
+        for panel in (select_shown(images, pipeline.spec.show), *panels.values())
+    ]
     names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]
     panel_pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1))
-    return class_grid(panel_pixels.movedim(1, -1).numpy(), names, len(columns))
+    return class_grid(panel_pixels.movedim(-3, -1).numpy(), names, len(columns))
 
 
 def draw_whole(
@@ -144,13 +146,13 @@ def draw_rows(rows: list[list[Tensor]], names: list[list[str]]) -> np.ndarray:
 
 
 def apply_colormap(values: Tensor) -> Tensor:
-    """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
-    return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
+    """Map `(..., H, W)` in [0, 1] to colour images `(..., 3, H, W)`: black, red, yellow, white."""
+    return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], -3) * 2 - 1
 
 
 def reduce_image(image: Tensor, pipeline: ImagePipeline) -> Tensor:
     """Return the shown channels of an image `(C, H, W)`, reduced by the factor of its map."""
-    shown = shown_channels(image[None], show_of(pipeline.tokenizer))
+    shown = select_shown(image[None], pipeline.spec.show)
     return F.avg_pool2d(shown, factor_of(image.shape[1:]), ceil_mode=True)[0]
 
 

@@ -41,7 +41,7 @@ def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
     tokenizer = served.pipeline.tokenizer
     if home is not None:
         gr.Navbar(main_page_name=home)
-    with gr.Column(elem_classes=f"smalti-of-{served.shape[-1]}"):
+    with gr.Column(elem_classes=f"smalti-of-{served.spec.width}"):
         gr.Markdown(f"## {title_of(served)}\n{describe_pipeline(served.pipeline)}")
         with gr.Tab("Sample"):
             samples = sample.build(served, page)
@@ -64,7 +64,7 @@ def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
 
 def describe_pipeline(pipeline: ImagePipeline) -> str:
     """Describe a pipeline in two sentences."""
-    channels, height, width = pipeline.tokenizer.image_shape
+    channels, height, width = pipeline.spec.shape
     grid, classes = pipeline.prior.grid, pipeline.prior.num_classes
     names = ", ".join(pipeline.prior.config.conditions)
     kind = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
@@ -79,7 +79,7 @@ def describe_pipeline(pipeline: ImagePipeline) -> str:
 
 def make_css(served: Sequence[Served]) -> str:
     """Return the style sheet, which scales pictures by whole numbers and puts captions below them."""
-    widths = dict.fromkeys(each.shape[-1] for each in served)
+    widths = dict.fromkeys(each.spec.width for each in served)
     sides = [
         f".smalti-of-{width} .smalti-{side} {{ --side: {width * zoom(width, side)}px; }}"
         for width in widths

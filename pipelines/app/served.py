@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizer.files import one_line
+from tokenizer.spec import ImageSpec
 
 from ..config import UserError
 from ..image_pipeline import ImagePipeline
@@ -48,9 +49,9 @@ class Served:
     """Sessions whose visitor has clicked Stop."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of the images, (C, H, W)."""
-        return self.pipeline.tokenizer.image_shape
+    def spec(self) -> ImageSpec:
+        """What the images are."""
+        return self.pipeline.spec
 
     def code(self, *lines: str) -> str:
         """Return Python code that loads the pipeline, followed by `lines`."""
@@ -113,11 +114,11 @@ def picked_files(picked: Picked, most: int) -> list[Path]:
     return [Path(path) for path, _ in picked]
 
 
-def picked_image(picked: Picked, shape: tuple[int, int, int]) -> Tensor:
-    """Read the image, uint8 `(1, C, H, W)`, resized and cropped to `shape`. Raises `ValueError` for a file that is not
+def picked_image(picked: Picked, spec: ImageSpec) -> Tensor:
+    """Read the image, uint8 `(1, C, H, W)`, resized and cropped. Raises `ValueError` for a file that is not
     an image, and, before decoding, for one with too many pixels."""
     (file,) = picked_files(picked, 1)
-    pixels = try_decode(file, shape, WEB_FORMATS)
+    pixels = try_decode(file, spec, WEB_FORMATS)
     if isinstance(pixels, str):
         raise ValueError(f"the image cannot be read: {pixels}")
     return torch.from_numpy(pixels.copy())[None]

@@ -15,8 +15,7 @@ from pydantic import Field
 from ..config import UserError, run_command
 from ..files import Output
 from ..images import DataConfig, check_shape, load_images
-from ..images.arrays import require_plain
-from ..options import PipelineFolder, UsesImages
+from ..options import PipelineFolder, UsesImages, require_pictures
 from ..provenance import defaults, inherit
 from ..saving import HERE, list_shipped
 
@@ -69,7 +68,7 @@ def run(config: AppConfig) -> None:
     served = []
     for each in [config] if config.pipeline else list_shipped_configs(config):
         pipeline = each.load_pipeline()
-        require_plain(pipeline.tokenizer, "app")
+        require_pictures(pipeline.spec, "app")
         train = load_searchable_images(each, pipeline)
         name = config.pipeline or Path(each.pipeline).name
         served.append(Served(pipeline, name, each.max_images, each.max_upload_mb, train, each.num_index))

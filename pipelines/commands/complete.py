@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prior import Prior
 from tokenizer.files import one_line
+from tokenizer.spec import ImageSpec, to_float, to_uint8
 
 from ..completion import (
     ConditionError,
@@ -28,14 +29,11 @@ from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import to_float, to_uint8
 from ..images.animations import ANIMATIONS, require_video, write_animation
-from ..images.arrays import require_plain
-from ..images.clips import to_strips
 from ..images.decoding import open_image
 from ..images.grids import GREY, MIN_WIDTH
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
-from ..options import Named, UsesImages, choose_images, split_named_images
+from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
 from ..provenance import defaults
 
 MASK, SHEET = "bottom", "sheet.png"
@@ -90,16 +88,16 @@ def run(config: CompleteConfig) -> dict[str, float]:
         out.check_file(SUFFIXES)
     with lock_output(config.out):
         pipeline = config.load_pipeline()
-        require_plain(pipeline.tokenizer, "complete", clips=True)
+        require_pictures(pipeline.spec, "complete")
         known = (
             read_mask(config.mask or MASK, pipeline) if config.frames is None else keep_frames(config, out, pipeline)
         )
-        shape, frames = pipeline.tokenizer.image_shape, pipeline.frames
+        spec = pipeline.spec
         images, names = choose_images(
-            config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out, frames
+            config.images, config.num_images, spec, lambda: config.load_images(pipeline).held_out
         )
-        if files and frames == 1:
-            warn_about_sizes(names, shape)
+        if files and spec.frames == 1:
+            warn_about_sizes(names, spec)
         truth = pipeline.binarize(to_float(images))
         given = config.read_condition(pipeline, len(truth), names).given
         try:
@@ -117,16 +115,15 @@ def run(config: CompleteConfig) -> dict[str, float]:
             ).images.cpu()
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        drawn = drawn if frames == 1 else to_strips(drawn.reshape(-1, *drawn.shape[-4:]))
-        drawn = drawn.reshape(len(truth), config.draws, *truth.shape[1:])
+        drawn = drawn.reshape(len(truth), config.draws, *spec.shape)
         figures, refusal = pixel_errors(pipeline, truth, drawn, known), ""
         try:
             log_probs = conditional_log_prob(pipeline, truth, known, config.labels, condition=given)
             figures["conditional_log_prob"] = float(log_probs.cpu().double().mean())
         except ConditionError as error:
             refusal = str(error)
-        if frames > 1:
-            write_clips(config, out, torch.cat([truth[:, None], drawn], 1).unflatten(3, (frames, -1)).movedim(3, 2))
+        if spec.frames > 1:
+            write_clips(config, out, spec.picture(torch.cat([truth[:, None], drawn], 1)))
         else:
             with out.file() as path:
                 write_picture(draw_sheet(truth, drawn, known), path)
@@ -134,14 +131,14 @@ def run(config: CompleteConfig) -> dict[str, float]:
     return figures
 
 
-def warn_about_sizes(names: list[str], shape: tuple[int, int, int]) -> None:
-    """Print one line if pictures have other sizes than the pipeline's images of `shape` (C, H, W)."""
-    other = [(name, size) for name in names if (size := find_size(name)) not in (None, (shape[2], shape[1]))]
+def warn_about_sizes(names: list[str], spec: ImageSpec) -> None:
+    """Print one line if pictures have other sizes than the pipeline's images."""
+    other = [(name, size) for name in names if (size := find_size(name)) not in (None, (spec.width, spec.height))]
     if other:
         count, first = f"{len(other):,} of {count_of(len(names), 'image')}", "{0} of {1[0]} x {1[1]}".format(*other[0])
         tell(
             one_line(
-                f"warning: {count} are not of the pipeline's {shape[2]} x {shape[1]} pixels, and are resized and "
+                f"warning: {count} are not of the pipeline's {spec.width} x {spec.height} pixels, and are resized and "
                 f"cropped; the first is {first}"
             )
         )
@@ -156,13 +153,12 @@ def find_size(name: str) -> tuple[int, int] | None:
 
 
 def keep_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeline) -> Tensor:
-    """Return the known pixels of a strip whose first `config.frames` frames are kept, bool `(H, W)`. Raises `UserError`
+    """Return the known pixels of a clip whose first `config.frames` frames stay, bool `(T, H, W)`. Raises `UserError`
     for another number, a mask, or images that are no clips, and for an output of another kind."""
     if config.mask is not None:
         raise UserError("mask: is that of images; of clips, frames gives the part to keep")
-    _, height, width = pipeline.tokenizer.image_shape
     try:
-        known = find_first_frames(config.frames, pipeline.frames, torch.empty(1, 1, height, width))[0]
+        known = find_first_frames(config.frames, torch.empty(1, *pipeline.spec.shape))[0]
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     if not out.path.suffix:
@@ -176,13 +172,13 @@ def keep_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeline) ->
 
 def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
     """Make or read a mask, and return the known pixels, bool `(H, W)`. Raises `UserError`."""
-    shape, path, frames = pipeline.tokenizer.image_shape, Path(name), pipeline.frames
-    if frames > 1:
-        raise UserError(f"frames: give the number of frames to keep, from 1 to {frames - 1}; these are clips")
+    spec, path = pipeline.spec, Path(name)
+    if spec.frames > 1:
+        raise UserError(f"frames: give the number of frames to keep, from 1 to {spec.frames - 1}; these are clips")
     try:
         if path.suffix.lower() not in SUFFIXES:
-            return make_mask(name, shape, pipeline.prior.grid.shape)
-        hidden = find_white(open_image(path), None, shape[1:])
+            return make_mask(name, spec, pipeline.prior.grid.shape)
+        hidden = find_white(open_image(path), None, spec.size)
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise UserError(f"mask: {name}: {getattr(error, 'strerror', None) or error}") from error
     if not bool(hidden.any()):
@@ -191,13 +187,13 @@ def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
 
 
 def pixel_errors(pipeline: ImagePipeline, truth: Tensor, drawn: Tensor, known: Tensor) -> dict[str, float]:
-    """Return the mean absolute error of the hidden pixels against `truth` `(B, C, H, W)`, on a scale of 255: of all
-    completions `drawn` `(B, draws, C, H, W)`, of the best completion per image, and of the reconstructions."""
+    """Return the mean absolute error of the hidden pixels against `truth` `(B, ..., C, H, W)`, on a scale of 255: of
+    all completions `drawn` `(B, draws, ..., C, H, W)`, of the best completion per image, and of the reconstructions."""
     decoded = pipeline.reconstruct(truth, output_type="pt").cpu()
-    decoded = decoded if pipeline.frames == 1 else to_strips(decoded)
 
     def error(images: Tensor) -> Tensor:
-        return (images - truth[:, None]).abs()[..., ~known].double().mean((-2, -1)) * 127.5
+        off = (images - truth[:, None]).abs().movedim(-3, 2)  # channels before frames
+        return off[..., ~known].double().mean((-2, -1)) * 127.5
 
     each = error(drawn)
     return {
@@ -214,17 +210,16 @@ def draw_sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
     hatching = torch.tensor(TINTS)[stripes].movedim(-1, 0)
     masked = torch.where(known, truth.expand(-1, 3, -1, -1), hatching)
     rows = torch.cat([truth[:, None].expand(-1, -1, 3, -1, -1), masked[:, None], drawn.expand(-1, -1, 3, -1, -1)], 1)
-    return grid_picture(rows.reshape(count * (draws + 2), 3, height, width), draws + 2)
+    return grid_picture(to_uint8(rows.flatten(0, 1)).movedim(1, -1).numpy(), draws + 2)
 
 
-def write_clips(config: CompleteConfig, out: Output, clips: Tensor) -> None:
-    """Write the output of clips `(B, 1 + draws, T, C, H, W)`, each the original and its completions: a still sheet with
-    a row for each, a moving one, or a folder."""
-    count, each, frames, _, height, width = clips.shape
-    pixels = to_uint8(clips.movedim(3, -1)).numpy()
+def write_clips(config: CompleteConfig, out: Output, pixels: np.ndarray) -> None:
+    """Write the output of clips (B, 1 + draws, T, H, W, C), each the original and its completions: a still sheet with a
+    row for each, a moving one, or a folder."""
+    count, each, frames = pixels.shape[:3]
     redrawn = (np.arange(each)[:, None] > 0) & (np.arange(frames) >= (config.frames or 0))
     redrawn = np.broadcast_to(redrawn, (count, each, frames))
-    sheet = frame_cells(pixels.reshape(count * each, frames, height, width, -1), redrawn.reshape(-1, frames))
+    sheet = frame_cells(pixels.reshape(-1, *pixels.shape[2:]), redrawn.reshape(-1, frames))
     if not out.path.suffix:
         with out.files() as folder:
             write_picture(sheet, folder / SHEET)

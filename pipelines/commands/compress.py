@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prior.columns import LABEL
 from tokenizer.base import LikelihoodError
+from tokenizer.spec import ImageSpec, to_float
 
 from ..compression.coding import chunk_images, exact_pixels, sizes_of, whole_image, write_images, write_tiles
 from ..compression.container import StreamError
@@ -26,11 +27,10 @@ from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of
 from ..files import Output, lock_output
-from ..images import to_float
-from ..images.arrays import require_plain
 from ..images.decoding import open_image
+from ..images.folder import file_rows
 from ..images.tiles import LazyImages
-from ..options import REMOVE, UsesPipeline, find_image_files, read_images
+from ..options import REMOVE, UsesPipeline, find_files, read_files, require_pictures
 
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
@@ -60,18 +60,18 @@ def run(config: CompressConfig) -> Path:
     if config.tile and config.resize:
         raise UserError("tile: keeps the size of images, which resize=true changes; give one of them")
     root = Path(config.images)
-    paths = find_image_files([config.images])
+    paths = find_files([config.images])
     names = [name_restored(path.relative_to(root if root.is_dir() else root.parent)) for path in paths]
     out = Output(config.out, [config.pipeline, root], config.overwrite)
     out.check_file()
     pipeline = config.load_pipeline()
-    require_plain(pipeline.tokenizer, "compress")
+    require_pictures(pipeline.spec, "compress")
     keys = config.read_condition(pipeline, len(paths), [str(path) for path in paths])
-    size, shape = chunk_images(pipeline), pipeline.tokenizer.image_shape
+    size, spec, shape = chunk_images(pipeline), pipeline.spec, pipeline.spec.shape
 
     def parts() -> Iterator[Tensor]:
         for first in range(0, len(paths), size):
-            images = [read_image(path, shape, config) for path in paths[first : first + size]]
+            images = [read_image(path, spec, config) for path in paths[first : first + size]]
             yield torch.stack(images).to(pipeline.device)
 
     def read_whole(number: int) -> Tensor:
@@ -80,13 +80,13 @@ def run(config: CompressConfig) -> Path:
         except Exception as error:  # as in `read_image`
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
-    whole, sizes = LazyImages(len(paths), read_whole, lambda k: f"images: {paths[k]}"), [shape[1:]] * len(paths)
+    whole, sizes = LazyImages(len(paths), read_whole, lambda k: f"images: {paths[k]}"), [spec.size] * len(paths)
     if config.tile:
         try:
             sizes = sizes_of(whole, shape)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if {*sizes} == {shape[1:]}:
+        if {*sizes} == {spec.size}:
             tell("tile: not needed, because all images have the size of the pipeline")
     began = time.monotonic()
     try:
@@ -116,13 +116,13 @@ def name_restored(path: Path) -> str:
     return name if path.suffix.lower() == ".png" else f"{name}.png"
 
 
-def read_image(path: Path, shape: tuple[int, int, int], config: CompressConfig) -> Tensor:
+def read_image(path: Path, spec: ImageSpec, config: CompressConfig) -> Tensor:
     """Read an image, float `(C, H, W)`. Raises `UserError` for an unsupported mode, or for another size without
     `resize`."""
     if config.resize:
-        return to_float(read_images([path], shape)[0])
+        return to_float(read_files(file_rows([str(path)], None), [0], spec)[0])
     try:
-        return to_float(exact_pixels(open_image(path), shape, config.lossless))
+        return to_float(exact_pixels(open_image(path), spec, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything
         hint = "; resize=true resizes and crops images, tile=true cuts them into tiles"
         hint = hint if "pixels" in str(error) else REMOVE

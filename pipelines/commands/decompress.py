@@ -21,10 +21,8 @@ from ..config import UserError, run_command
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images.arrays import require_plain
 from ..images.folder import is_image_name
-from ..images.pictures import convert_images
-from ..options import UsesPipeline
+from ..options import UsesPipeline, require_pictures
 
 
 class DecompressConfig(UsesCondition, UsesPipeline):
@@ -49,7 +47,7 @@ def run(config: DecompressConfig) -> Path:
     except OSError as error:
         raise UserError(f"stream: {path}: {error.strerror}") from error
     pipeline = config.load_pipeline()
-    require_plain(pipeline.tokenizer, "decompress")
+    require_pictures(pipeline.spec, "decompress")
     try:
         with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
             header, _ = read_stream(data)
@@ -67,7 +65,7 @@ def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, given: Give
     header, parts = read_images(pipeline, data, condition=given, batch_size=batch_size)
     names = iter(header.names or map("{:08d}.png".format, range(header.images)))
     for images in parts:
-        for image in convert_images(images, "pil"):
+        for image in pipeline.convert_images(images, "pil"):
             path = folder / next(names)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as file:  # "x": on a case-insensitive file system, never overwrite another image

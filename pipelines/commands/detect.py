@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prior.given import Given
 from tokenizer.files import one_line, write_json
+from tokenizer.spec import to_float
 
 from ..anomaly.calibration import Calibration, digest_of, digest_of_pixels, require_calibration
 from ..anomaly.conformal import benjamini_hochberg
@@ -31,12 +32,11 @@ from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import to_float
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.tiles import LazyImages, as_lazy, check_places, load_image, whole_files
 from ..images.unseen import find_parts
-from ..options import REMOVE, find_clip_files, find_image_files, read_clips, read_images
+from ..options import REMOVE, open_files, read_files
 from ..provenance import defaults, inherit, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
@@ -278,17 +278,13 @@ def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bo
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     """Read the given images, or the held-out ones. Raises `UserError`."""
     if config.paths:
-        shape, frames = pipeline.tokenizer.image_shape, pipeline.frames
-        files = find_clip_files(config.paths) if frames > 1 else find_image_files(config.paths)
-        names = [str(file) for file in files]
+        source = open_files(config.paths, pipeline.spec)
+        names, files = [source.name(row) for row in range(source.size)], [Path(path) for path in source.paths or []]
         pixels: Any
-        if frames > 1:
-            pixels, names = read_clips(files, shape, frames, pipeline.values)
-            files = [Path(name.rpartition("[")[0]) for name in names]  # that of each window
-        elif config.tile:
-            pixels = pipeline.list_images(whole_files(files.__getitem__, names, shape[0], pipeline.values, REMOVE))
+        if config.tile:
+            pixels = pipeline.list_images(whole_files(files.__getitem__, names, pipeline.spec, REMOVE))
         else:
-            pixels = pipeline.binarize(read_images(files, shape, pipeline.values))
+            pixels = pipeline.binarize(read_files(source, range(source.size), pipeline.spec))
         if config.ground_truth is None:
             folders = [file.absolute().parent.name for file in files]
         elif Path(config.ground_truth).is_file():

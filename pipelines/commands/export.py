@@ -8,13 +8,12 @@ from pathlib import Path
 from pydantic import Field
 
 from tokenizer import Tokenizer
+from tokenizer.spec import to_float
 
 from ..config import Config, UserError, run_command
 from ..exports import EXPORT, SUFFIXES, ExportError, Format, export_tokenizer
 from ..files import Output, lock_output
-from ..images import to_float
-from ..images.arrays import require_plain
-from ..options import find_image_files, read_images
+from ..options import find_files, open_files, read_files, require_pictures
 from ..provenance import TokenizerFolder, find_protected_folder, tokenizer_folder
 
 MOST = 32  # images used for the check
@@ -44,11 +43,14 @@ def run(config: ExportConfig) -> Path:
     for a tokenizer that cannot be exported or whose files return other results."""
     out = Output(config.out, [find_protected_folder(config.tokenizer), *([config.images] if config.images else [])])
     out.check_folder(EXPORT)
-    files = find_image_files([config.images])[:MOST] if config.images else []
+    files = find_files([config.images])[:MOST] if config.images else []
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
     if files:
-        require_plain(tokenizer, "images")
-    images = to_float(read_images(files, tokenizer.image_shape)) if files else None
+        require_pictures(tokenizer.spec, "images")
+    images = None
+    if files:
+        source = open_files([str(file) for file in files], tokenizer.spec)
+        images = to_float(read_files(source, range(source.size), tokenizer.spec))
     try:
         with lock_output(config.out), out.errors():
             compared = export_tokenizer(tokenizer, config.out, config.format, images)

@@ -154,7 +154,7 @@ def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path
 
 def format_summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
     """Describe what was imported, and the next command. assumed: whether the image size is the default."""
-    channels, height, width = model.image_shape
+    channels, height, width = model.spec.shape
     rows = [
         ("weights", f"{title}; skipped {len(unused)} weights that are only for training"),
         ("images", f"{height} x {width}, {channels} channels{' (assumed; set image_size=)' if assumed else ''}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from tokenizer.base import codebook_usage
 from tokenizer.losses import psnr
+from tokenizer.spec import ImageSpec
 
 from ..config import OutputConfig, run_command
 from ..files import Output
-from ..images import ImageDataset, to_uint8
+from ..images import ImageDataset
 from ..images.grids import class_grid
-from ..images.pictures import SUFFIXES, show_of, shown_channels, write_picture
+from ..images.pictures import SUFFIXES, write_picture
 from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
 from ..metrics.codebook import count_tokens, part_names
 from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, reconstruction_picture
@@ -65,7 +65,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
 def examine(tokenizer: Any, images: ImageDataset) -> tuple[Tensor, Tensor]:
     """Count each code in each level or scale, `(parts, V)`, and measure the PSNR of each image in dB, `(n,)`."""
     counts, errors = [], []
-    for part in torch.arange(len(images)).split(images_at_a_time(tokenizer.image_shape)):
+    for part in torch.arange(len(images)).split(images_at_a_time(tokenizer.spec)):
         batch = images.batch(part).to(tokenizer.device)
         tokens = tokenizer.encode(batch)
         counts.append(count_tokens(tokens, tokenizer.parts, tokenizer.grid.vocab_size).cpu())
@@ -115,10 +115,10 @@ def draw_page(
     ]
     pictures: dict[str, Pixels] = {}
     if (tokenizer.placed or tokenizer.grid.scales) and not tokenizer.grid.channels:
-        some = images.batch(spread(len(images), images_at_a_time(tokenizer.image_shape))).to(tokenizer.device)
+        some = images.batch(spread(len(images), images_at_a_time(tokenizer.spec))).to(tokenizer.device)
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
         title = f"The {len(codes):,} most used codes: mean reconstruction around them"
-        pictures[title] = arrange_tiles(patches, [str(code) for code in codes], 20, show_of(tokenizer))
+        pictures[title] = arrange_tiles(patches, [str(code) for code in codes], 20, tokenizer.spec)
     if not tokenizer.reversible:
         charts.append(partial(draw_histogram, values=errors.double().numpy(), title="Images", label="PSNR in dB"))
         if list_prefix_decoders(tokenizer):
@@ -127,10 +127,10 @@ def draw_page(
         chosen = errors.argsort(descending=True)[spread(len(errors), config.num_images)]
         originals = images.batch(chosen).to(tokenizer.device)
         decoded = tokenizer.decode(tokenizer.encode(originals))
-        pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=2).cpu()
+        pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=-2).cpu()
         captions = [f"{error:.1f} dB" for error in errors[chosen].tolist()]
         pictures["Reconstructions below their originals, from best to worst"] = arrange_tiles(
-            pairs, captions, 8, show_of(tokenizer)
+            pairs, captions, 8, tokenizer.spec
         )
     return page(lines, charts, pictures)
 
@@ -150,11 +150,11 @@ def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int],
     return codes, means.view(len(codes), -1, 3 * h, 3 * w)
 
 
-def arrange_tiles(images: Tensor, captions: list[str], columns: int, show: Sequence[int] | None = None) -> Pixels:
-    """Arrange images `(n, C, H, W)` in [-1, 1] in rows with captions; small images are enlarged."""
-    scale, pixels = max(1, WIDTH // columns // images.shape[3]), to_uint8(shown_channels(images, show))
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return class_grid(pixels.movedim(1, -1).numpy(), captions, max(1, min(columns, WIDTH // pixels.shape[3])))
+def arrange_tiles(images: Tensor, captions: list[str], columns: int, spec: ImageSpec) -> Pixels:
+    """Arrange images `(n, ..., C, H, W)` in [-1, 1] in rows with captions; small images are enlarged."""
+    scale, pixels = max(1, WIDTH // columns // images.shape[-1]), spec.picture(images)
+    pixels = pixels.repeat(scale, -3).repeat(scale, -2)
+    return class_grid(pixels, captions, max(1, min(columns, WIDTH // pixels.shape[-2])))
 
 
 main = partial(run_command, InspectConfig, run, verb="inspect", description=__doc__, defaults=tokenizer_defaults)

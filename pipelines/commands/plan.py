@@ -149,7 +149,7 @@ class PlannedTokenizer(TokenizerTask):
     config: PlanTokenizerConfig
 
     def __init__(self, config: PlanTokenizerConfig) -> None:
-        channels, height, width = config.data.image_shape
+        channels, height, width = config.data.spec.shape
         self.config = config
         require_networks(config.loss, channels)
         self.set_up(build_tokenizer(config.model, (height, width), channels, config.data))

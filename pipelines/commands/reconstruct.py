@@ -19,13 +19,14 @@ from torch import Tensor
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
+from tokenizer.spec import select_shown, to_float
 
 from ..anomaly.sheets import draw_rows, factor_of
 from ..config import OutputConfig, UserError, run_command
 from ..files import Output
-from ..images import ImageDataset, to_float
+from ..images import ImageDataset
 from ..images.blending import decode_image, encode_image
-from ..images.pictures import SUFFIXES, show_of, shown_channels, write_picture
+from ..images.pictures import SUFFIXES, write_picture
 from ..images.tiles import load_image
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..options import TileSettings, UsesTokenizer
@@ -54,7 +55,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer, images = config.load_with_images(whole=config.tile)
-    if config.tile and tokenizer.frames > 1:
+    if config.tile and tokenizer.spec.frames > 1:
         raise UserError("tile: clips are not cut into tiles")
     stride = config.choose_stride(tokenizer.image_shape)
     if stride is None:
@@ -93,7 +94,7 @@ def reconstruct_tiles(
         found = {"psnr": psnr(decoded[None], image[None]).mean(), **pixel_losses(decoded, image)}
         sums.update({name: float(value) for name, value in found.items()})
         if number in chosen:
-            pair = shown_channels(torch.stack([image, decoded]), show_of(tokenizer))
+            pair = select_shown(torch.stack([image, decoded]), tokenizer.spec.show)
             rows.append(list(F.avg_pool2d(pair, factor_of(image.shape[1:]), ceil_mode=True)))
             names.append([Path(several.name(number)).name, "reconstruction"])
     figures: dict[str, Any] = {name: total / len(several) for name, total in sums.items()}

@@ -15,10 +15,9 @@ from ..config import OutputConfig, UserError, run_command
 from ..config.table import count_of
 from ..files import Output
 from ..images import ImageDataset
-from ..images.arrays import require_plain
 from ..images.grids import class_grid
 from ..images.pictures import SUFFIXES, write_picture
-from ..options import Named, UsesImages, choose_images, split_named_images
+from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
 from ..provenance import defaults
 from ..representation import choose_layer, choose_pool, embed, nearest
 from ..shuffling import random_rows
@@ -64,15 +63,13 @@ def run(config: SearchConfig) -> Tensor:
     )
     out.check_file(SUFFIXES)
     pipeline = config.load_pipeline()
-    require_plain(pipeline.tokenizer, "search", clips=True)
+    require_pictures(pipeline.spec, "search")
     try:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
     except ValueError as error:
         raise UserError(str(error)) from error
     splits = config.load_images(pipeline)
-    queries, query_names = choose_images(
-        config.images, config.num_images, config.data.image_shape, lambda: splits.held_out, pipeline.frames
-    )
+    queries, query_names = choose_images(config.images, config.num_images, pipeline.spec, lambda: splits.held_out)
     chosen = random_rows(len(splits.train), config.num_index or len(splits.train), config.seed)
     if config.k > len(chosen):
         raise UserError(f"k: must be at most {len(chosen)}, the number of images searched (got {config.k})")
@@ -85,7 +82,7 @@ def run(config: SearchConfig) -> Tensor:
     images = torch.cat([torch.cat([query[None], splits.train.pixels(ids)]) for query, ids in rows])
     captions = [text for row in distances.tolist() for text in ("query", *(f"{apart:.3f}" for apart in row))]
     with out.file() as path:
-        write_picture(class_grid(images.movedim(1, -1).numpy(), captions, 1 + config.k), path)
+        write_picture(class_grid(images.movedim(-3, -1).numpy(), captions, 1 + config.k), path)
     for query, ids, apart in zip(query_names, found.tolist(), distances.tolist(), strict=True):
         names = describe_images(splits.train, ids)
         near_names = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, apart, strict=True))

@@ -29,6 +29,7 @@ from prior.sampling import progress_bar
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
+from tokenizer.spec import ImageSpec
 
 from ..images.decoding import pixels_of, whole_pixels
 from ..images.tiles import LazyImages, Place, check_places, cut_tiles, give_places, load_image, place_of, tile_places
@@ -52,19 +53,18 @@ PIXEL_IMAGES = 16
 # Images
 
 
-def exact_pixels(image: PILImage, shape: tuple[int, int, int], lossless: bool) -> Tensor:
-    """Convert an image that has this shape when upright to uint8 `(C, H, W)`. Raises `ValueError` for another size and,
-    if lossless, for content that 8 bits per channel cannot represent: another mode, a transparent colour, or 16 bits
-    per channel, which Pillow silently reduces to 8."""
-    channels, height, width = shape
-    problem = find_inexact(image, channels) if lossless else None
+def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
+    """Convert an image, or a frame, that has this size when upright to uint8 `(C, H, W)`. Raises `ValueError` for
+    another size and, if lossless, for content that 8 bits per channel cannot represent: another mode, a transparent
+    colour, or 16 bits per channel, which Pillow silently reduces to 8."""
+    problem = find_inexact(image, spec.channels) if lossless else None
     upright = ImageOps.exif_transpose(image)
-    if upright.size != (width, height):
+    if upright.size != (spec.width, spec.height):
         found = f"{upright.width} x {upright.height}"
-        raise ValueError(f"the pipeline's images are {width} x {height} pixels, this one is {found}")
+        raise ValueError(f"the pipeline's images are {spec.width} x {spec.height} pixels, this one is {found}")
     if problem:
         raise ValueError(problem)
-    return torch.from_numpy(pixels_of(upright, shape).copy())
+    return torch.from_numpy(pixels_of(upright, spec).copy())
 
 
 def find_inexact(image: PILImage, channels: int) -> str | None:
@@ -191,16 +191,16 @@ class Models:
         return given[first : first + header.chunk_images].to(self.device)
 
     def code_pixels(self, pixels: Tensor, tokens: Tensor, coder: SymbolCoder) -> None:
-        """Code `pixels` (n, C, H, W) in 0 to 255 channel by channel, given the tokens; a decoder fills them in."""
-        for channel in range(pixels.shape[1]):
+        """Code `pixels` (n, ..., C, H, W) in 0 to 255 channel by channel, given the tokens; a decoder fills them in."""
+        for channel in range(pixels.shape[-3]):
             for some, values in zip(tokens.split(PIXEL_IMAGES), pixels.split(PIXEL_IMAGES), strict=True):
-                logs = self.tokenizer.value_log_probs(some, values, channel).double()
-                found = coder.code(logs.movedim(1, -1).flatten(0, 2), values[:, channel].clone().flatten())
-                values[:, channel] = found.view_as(values[:, channel])
+                logs, own = self.tokenizer.value_log_probs(some, values, channel).double(), values.select(-3, channel)
+                found = coder.code(logs.movedim(-3, -1).flatten(0, -2), own.clone().flatten())
+                own.copy_(found.view_as(own))
 
     @torch.inference_mode()
     def encode(self, tokens: Tensor, given: Given, pixels: Tensor | None, classes: Tensor | None = None) -> Chunk:
-        """Encode tokens `(n, *grid.shape)`, pixels `(n, C, H, W)` in 0 to 255, and `classes` `(n,)` to a chunk."""
+        """Encode tokens `(n, *grid.shape)`, pixels `(n, ..., C, H, W)` in 0 to 255, and `classes` `(n,)` to a chunk."""
         tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
         if classes is not None:
             given = self.code_classes(classes.to(self.device), given, of_tokens)
@@ -219,7 +219,7 @@ class Models:
             why = "labels, too, were given to compress" if LABEL in given.rows else "this pipeline has none"
             raise DamagedStream(f"the stream is damaged: it has classes, but {why}")
         tokens = torch.zeros(count, *self.prior.grid.shape, dtype=torch.long, device=self.device)
-        shape = (count, *self.tokenizer.image_shape)
+        shape = (count, *self.tokenizer.spec.shape)
         pixels = torch.zeros(shape, dtype=torch.long, device=self.device) if self.residual else None
         first = tokens.numel() + count * chunk.classes  # symbols before those of pixels
         symbols = first + (0 if pixels is None else pixels.numel())
@@ -251,14 +251,21 @@ def to_double(model: Any, device: torch.device) -> Any:
 
 def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
     content = tokens.cpu().numpy().astype("<u4").tobytes()
-    return crc32(content if pixels is None else content + pixels.cpu().numpy().astype(np.uint8).tobytes())
+    if pixels is not None:  # channels before frames
+        content += pixels.movedim(-3, 1).cpu().numpy().astype(np.uint8).tobytes()
+    return crc32(content)
+
+
+def stored_shape(spec: ImageSpec) -> tuple[int, int, int]:
+    """Return (C, H, W) as a stream has it: the frames of a clip below one another."""
+    return spec.channels, spec.frames * spec.height, spec.width
 
 
 # Streams
 
 
 def compress(pipeline: ImagePipeline, images: Tensor, *, condition: Condition = None, **options: Any) -> bytes:
-    """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream. options: as in `write_images`."""
+    """Compress `images`, float `(B, *spec.shape)` in [-1, 1], to a stream. options: as in `write_images`."""
     file, parts = io.BytesIO(), images.split(chunk_images(pipeline))
     given, chooses = pipeline.read_given(None, condition, len(images), limit=False), has_no_label(condition)
     write_images(pipeline, file, parts, given, chooses_classes=chooses, **options)
@@ -292,8 +299,7 @@ def write_images(
     coder is not installed or a name is not a valid file name."""
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
-    shape = pipeline.tokenizer.image_shape
-    facts = identify(pipeline), shape, len(given), chunk_images(pipeline), models.residual
+    facts = identify(pipeline), stored_shape(pipeline.spec), len(given), chunk_images(pipeline), models.residual
     header = Header(*facts, tuple(names), identify_given(given))
     header = header if sizes is None else header._replace(sizes=tuple(sizes))
     coded = given_of_stream(given, header)
@@ -321,14 +327,14 @@ def write_tiles(
     **options: Any,
 ) -> int:
     """Write a stream of images by tiles side by side; return its size. sizes: from `sizes_of`."""
-    shape, size = pipeline.tokenizer.image_shape, chunk_images(pipeline)
+    shape, size = stored_shape(pipeline.spec), chunk_images(pipeline)
     images = images if options.get("lossless") else pipeline.list_images(images)
     loaded = ((number, load_image(images, number, shape)) for number in range(len(images)))
     parts = (tiles.to(pipeline.device) for tiles, _ in cut_tiles(loaded, shape, shape[1:], size))
     return write_images(pipeline, file, parts, given, sizes=sizes, **options)
 
 
-def sizes_of(images: LazyImages, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+def sizes_of(images: LazyImages, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Return (height, width) of each image. Raises `ValueError` for one that is smaller than a tile of `shape`."""
     found = [load_image(images, number, shape).shape for number in range(len(images))]
     return [(height, width) for _, height, width in found]
@@ -353,10 +359,10 @@ def read_images(
     max_images: int | None = None,
     progress: bool = True,
 ) -> tuple[Header, Iterator[Tensor]]:
-    """Return the header of a stream, and an iterator over the images of each chunk, float `(n, C, H, W)` in [-1, 1], or
-    over single images of any size if they were cut into tiles.
-    Raises `StreamError` if the stream is damaged, from another pipeline, made with another `condition` or has more than
-    `max_images`, or, while iterating, if this machine computes different probabilities."""
+    """Return the header of a stream, and an iterator over the images of each chunk, float `(n, *spec.shape)` in [-1,
+    1], or over single images of any size if they were cut into tiles. Raises `StreamError` if the stream is damaged,
+    from another pipeline, made with another `condition` or has more than `max_images`, or, while iterating, if this
+    machine computes different probabilities."""
     header, chunks = read_stream(data)
     if header.pipeline != identify(pipeline):
         theirs = "x".join(map(str, header.image))
@@ -364,7 +370,7 @@ def read_images(
     most = chunk_images(pipeline)
     if min(header.num_coded, header.chunk_images) > most:  # the prior's state for a whole chunk is in memory at once
         raise StreamError(f"the stream has {header.chunk_images} images per chunk; this pipeline allows {most}")
-    if header.sizes is not None and header.image != pipeline.tokenizer.image_shape:
+    if header.sizes is not None and header.image != stored_shape(pipeline.spec):
         raise DamagedStream("the stream is damaged: its tiles have another size than the pipeline's images")
     if header.lossless and not pipeline.tokenizer.has_likelihood:
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
@@ -405,14 +411,15 @@ def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> N
 def decompress(
     pipeline: ImagePipeline, data: bytes, *, batch_size: int | None = None, **options: Any
 ) -> Tensor | list[Tensor]:
-    """Decompress all images of a stream, float `(B, C, H, W)` in [-1, 1]; or, if it consists of tiles, a list of images
-    `(1, C, H, W)` of any size. options, errors: as in `read_images`; also `ValueError` for a batch size below 1."""
+    """Decompress all images of a stream, float `(B, *spec.shape)` in [-1, 1]; or, if it consists of tiles, a list of
+    images `(1, C, H, W)` of any size. options, errors: as in `read_images`; also `ValueError` for a batch size below
+    1."""
     if batch_size is not None:
         check_count(batch_size, "batch_size")
     header, parts = read_images(pipeline, data, batch_size=batch_size, **options)
     if header.sizes is not None:
         return list(parts)
-    return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])
+    return torch.cat([torch.empty(0, *pipeline.spec.shape, device=pipeline.device), *parts])
 
 
 def iterate_chunks(header: Header, progress: bool) -> Iterable[int]:

@@ -1,7 +1,6 @@
 """Image data sets: find, decode, split and augment images."""
 
 from .dataset import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, report_division
-from .pictures import to_float, to_uint8
 
 __all__ = [
     "TEST_DRAWS",
@@ -12,6 +11,4 @@ __all__ = [
     "check_type",
     "load_images",
     "report_division",
-    "to_float",
-    "to_uint8",
 ]

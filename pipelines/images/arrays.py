@@ -1,6 +1,6 @@
 """Images of more than 8 bits or with other than 1 or 3 channels: NumPy arrays, 16-bit PNG, and TIFF.
 
-Their values keep their type while they are read, resized and cropped; then `Values` maps their range to [-1, 1].
+Their values keep their type while they are read, resized and cropped; then `ImageSpec` maps their range to [-1, 1].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.lib import format as npy
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLESPERPIXEL, TiffImageFile
 
+from tokenizer.spec import Array, ImageSpec, ValueType, name_type, require_finite
+
 from ..config import UserError
-from ..config.table import count_of
 from .decoding import (
     CHUNK,
     MAX_FILE,
@@ -41,8 +42,6 @@ from .decoding import (
     read_file,
 )
 
-Array = NDArray[Any]
-ValueType = Literal["uint8", "uint16", "float32"]
 NUMPY, ZIP = b"\x93NUMPY", b"PK"
 """The first bytes of `.npy` and `.npz` files."""
 PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -52,56 +51,6 @@ DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 COLOURS = (1, 2, 5)
 """Values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks."""
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it prints lines about damaged files
-
-
-class Values(NamedTuple):
-    """The type of an image's values, and the range that becomes [-1, 1]; values beyond it are clipped."""
-
-    dtype: ValueType
-    low: float
-    high: float
-
-    def to_unit(self, array: Array) -> NDArray[np.float32]:
-        """Map values to float32 in [-1, 1]."""
-        unit = (array.astype(np.float64) - self.low) * (2 / (self.high - self.low)) - 1
-        return unit.clip(-1, 1).astype(np.float32)
-
-    def from_unit(self, images: Array) -> Array:
-        """Invert `to_unit`: map floats in [-1, 1] to the range, rounded if the type is integer."""
-        array = (images.astype(np.float64).clip(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low
-        if self.dtype == "float32":
-            return array.astype(np.float32)
-        return array.round().clip(0, np.iinfo(self.dtype).max).astype(self.dtype)
-
-
-def values_of(tokenizer: Any) -> Values | None:
-    """Return the type and range of a tokenizer's images; None for 8 bits from 0 to 255."""
-    config = tokenizer.config
-    found = getattr(config, "range", None)
-    return None if found is None else Values(config.dtype, *found)
-
-
-def is_plain(tokenizer: Any) -> bool:
-    """Whether a tokenizer's images are those of most files: 8 bits, 1 or 3 channels."""
-    return values_of(tokenizer) is None and tokenizer.image_shape[0] in (1, 3)
-
-
-def require_plain(tokenizer: Any, verb: str, *, clips: bool = False) -> None:
-    """Raise `UserError` for a verb that reads and writes pictures only. clips: whether it takes clips of them, too."""
-    if tokenizer.frames > 1 and not clips:
-        raise UserError(f"{verb}: takes images, not clips of {tokenizer.frames} frames (the Python methods take clips)")
-    if not is_plain(tokenizer):
-        channels = count_of(tokenizer.image_shape[0], "channel")
-        raise UserError(
-            f"{verb}: takes 8-bit images with 1 or 3 channels; those of this tokenizer have {channels} of "
-            f"{type_name(tokenizer)} (the Python methods take arrays)"
-        )
-
-
-def type_name(tokenizer: Any) -> str:
-    """Return the type of a tokenizer's values."""
-    values = values_of(tokenizer)
-    return "uint8" if values is None else values.dtype
 
 
 # Reading
@@ -116,32 +65,29 @@ def is_array(payload: Payload) -> bool:
     return isinstance(payload, bytes) and payload.startswith((NUMPY, ZIP))
 
 
-def decode_array(payload: Single | Image.Image, shape: tuple[int, int, int], values: Values | None) -> Array:
-    """Return an image of `shape` (C, H, W), resized and cropped at the centre: float32 in [-1, 1], or uint8 without
-    `values`. Raises `ValueError` for another type or number of channels, and for values that are not finite."""
-    channels, height, width = shape
-    array = fit_array(read_values(payload, channels, values), height, width)
-    return array if values is None else values.to_unit(array)
+def decode_array(payload: Single | Image.Image, spec: ImageSpec) -> Array:
+    """Return an image, or a frame, (C, H, W), resized and cropped at the centre: uint8 levels or float32 in [-1, 1].
+    Raises `ValueError` for another type or number of channels, and for values that are not finite."""
+    array = fit_array(read_values(payload, spec), *spec.size)
+    return array if spec.is_bytes else spec.scale(array)
 
 
-def decode_whole_array(
-    payload: Single | Image.Image, channels: int, values: Values | None, least: tuple[int, int] = (1, 1)
-) -> Array:
+def decode_whole_array(payload: Single | Image.Image, spec: ImageSpec, least: tuple[int, int] = (1, 1)) -> Array:
     """Like `decode_array`, but at the image's own size; an image with a side below `least` (height, width) is enlarged
     until it has both."""
-    array = read_values(payload, channels, values)
+    array = read_values(payload, spec)
     array = fit_array(array, *enlarged_size((array.shape[1], array.shape[2]), least))
-    return array if values is None else values.to_unit(array)
+    return array if spec.is_bytes else spec.scale(array)
 
 
-def read_values(payload: Single | Image.Image, channels: int, values: Values | None) -> Array:
+def read_values(payload: Single | Image.Image, spec: ImageSpec) -> Array:
     """Return the values (C, H, W) of an image as stored. Raises `ValueError` as `decode_array` does."""
-    array = channels_first(read_array(payload, channels), channels)
-    wanted, found = "uint8" if values is None else values.dtype, type_of(array.dtype)
+    array = channels_first(read_array(payload, spec.channels), spec.channels)
+    found = name_type(array.dtype)
     if found not in get_args(ValueType):
         raise ValueError(f"its values are {found}; convert them to uint8, uint16 or floats")
-    if found != wanted:
-        raise ValueError(f"its values are {found}, not {wanted} (data.dtype)")
+    if found != spec.dtype:
+        raise ValueError(f"its values are {found}, not {spec.dtype} (data.dtype)")
     if max(array.shape[1:]) > MAX_SIDE or array[0].size > MAX_PIXELS:
         raise ValueError(f"{array.shape[2]} x {array.shape[1]} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
     require_finite(array)
@@ -297,17 +243,6 @@ def channels_first(array: Array, channels: int) -> Array:
     raise ValueError(f"shape {array.shape}; data.channels={channels} needs (H, W, {channels}) or ({channels}, H, W)")
 
 
-def type_of(dtype: np.dtype[Any]) -> str:
-    """Return `uint8`, `uint16`, `float32` for any float, or the name of another type."""
-    return "float32" if dtype.kind == "f" else dtype.newbyteorder("=").name
-
-
-def require_finite(array: Array) -> None:
-    """Raise `ValueError` for NaN and infinities."""
-    if array.dtype.kind == "f" and (count := int((~np.isfinite(array)).sum())):
-        raise ValueError(f"{count:,} of {array.size:,} values are NaN or infinite")
-
-
 def fit_array(array: Array, height: int, width: int) -> Array:
     """Resize and crop (C, H, W) as images are, each channel by itself: uint8, or else float32. An array of the right
     size is unchanged."""
@@ -332,10 +267,10 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
     try:
         if isinstance(payload, Window):
             array = np.asarray(payload.read(payload.start, True))
-            found = "uint8" if channels == 3 and array.ndim == 2 else type_of(array.dtype)
+            found = "uint8" if channels == 3 and array.ndim == 2 else name_type(array.dtype)
         else:
             array = read_array(payload, channels)
-            found = type_of((array if is_array(payload) else channels_first(array, channels)).dtype)
+            found = name_type((array if is_array(payload) else channels_first(array, channels)).dtype)
     except UserError as error:
         raise UserError(f"data.dtype: the first training image: {error}; data.dtype=uint8 reads 8 bits") from error
     except Exception:  # decoding reports it
@@ -367,10 +302,10 @@ def stored_values(payload: Payload, channels: int) -> Array:
     return np.stack([channels_first(np.asarray(payload.read(frame, True)), channels) for frame in frames])
 
 
-def clipped_share(payload: Payload, channels: int, values: Values) -> float:
+def clipped_share(payload: Payload, spec: ImageSpec) -> float:
     """Return the share of an image's values that lie beyond the range; 0 if it cannot be read."""
-    array = good_values(payload, channels, values.dtype)
-    return 0.0 if array is None else float(((array < values.low) | (array > values.high)).mean())
+    array = good_values(payload, spec.channels, spec.dtype)
+    return 0.0 if array is None else float(((array < spec.low) | (array > spec.high)).mean())
 
 
 def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | None:
@@ -380,4 +315,4 @@ def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | No
         require_finite(array)
     except Exception:  # decoding reports it
         return None
-    return array if type_of(array.dtype) == dtype else None
+    return array if name_type(array.dtype) == dtype else None

@@ -23,11 +23,11 @@ from torch import Tensor
 from prior.columns import KINDS, Column, GridColumn, VectorColumn, find_column, names_problem
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
+from tokenizer.spec import ImageSpec
 
 from ..columns import FORMATS, guess_format, is_empty
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
-from .arrays import Values, values_of
 from .clip_files import find_clips
 from .crops import CropImages
 from .dataset import DataConfig, ImageDataset, Indices, check_bad
@@ -411,21 +411,20 @@ class AttributeImages(ImageDataset):
     def __init__(
         self,
         config: DataConfig,
-        shape: tuple[int, int, int],
+        spec: ImageSpec,
         rows: Rows,
         positions: NDArray[np.int64],
         missing: NDArray[np.bool_],
-        values: Values | None = None,
     ) -> None:
-        limits = {"dtype": None, "range": None} if values is None else {"dtype": values[0], "range": values[1:]}
-        own = {"channels": shape[0], "image_size": shape[1:], "frames": None, "binarize": None, **limits}
-        super().__init__(config.model_copy(update=own), rows, Decoded(positions, None, []), None, [])
-        down, right = (side / other for side, other in zip(shape[1:], config.frame_shape[1:], strict=True))
+        config = config.model_copy(update={"binarize": None})
+        super().__init__(config, rows, Decoded(positions, None, []), None, [])
+        self.spec = spec
+        down, right = (side / other for side, other in zip(spec.size, config.spec.size, strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
-    def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:
-        images = zip(indices, super().decode(indices, shape), strict=True)
-        return [np.zeros(shape, np.uint8) if self.missing[index] else image for index, image in images]
+    def decode(self, indices: list[int], spec: ImageSpec) -> list[Pixels | str]:
+        images = zip(indices, super().decode(indices, spec), strict=True)
+        return [np.zeros(spec.shape, np.uint8) if self.missing[index] else image for index, image in images]
 
     def raw_batch(
         self, indices: Indices, epochs: NDArray[np.int64] | int, seed: int, *, augment: bool = True
@@ -455,12 +454,12 @@ def load_pictures(
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer))
     rows, every = Rows(cells.size, read, cells.name, None), np.arange(cells.size)
-    bad = decode_all(rows, every, tokenizer.image_shape, 0, together, values_of(tokenizer)).bad
+    bad = decode_all(rows, every, tokenizer.spec, 0, together).bad
     check_bad([([image for image in bad if image.reason != NO_IMAGE], rows.size)], config)
     missing = np.isin(every, [image.row for image in bad])
     parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])
     images = {
-        split: AttributeImages(config, tokenizer.image_shape, rows, part, missing[part], values_of(tokenizer))
+        split: AttributeImages(config, tokenizer.spec, rows, part, missing[part])
         for split, part in zip(splits, parts, strict=True)
     }
     column = GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint())

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenizer.spec import to_float, to_uint8
+
 from ..shuffling import FIXED, GIVEN, draw_pixels
-from .pictures import to_float, to_uint8
 
 Binarize = Literal["drawn", "threshold"]
 MID_GREY = 128

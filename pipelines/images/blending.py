@@ -14,8 +14,8 @@ from torch import Tensor
 
 from prior.arguments import as_tensor, check_count
 from tokenizer import Tokenizer
+from tokenizer.spec import check_output_type
 
-from .pictures import check_output_type
 from .tiles import LazyImages, Stride, check_stride, cut_tiles, load_image, tile_sides, tile_starts
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def reconstruct_image(tokenizer: Tokenizer, image: Tensor, stride: int, batch_si
 
 def check_images(
     pipeline: ImagePipeline, images: Any, stride: int, batch_size: int
-) -> tuple[tuple[int, int, int], LazyImages]:
+) -> tuple[tuple[int, ...], LazyImages]:
     """Return the shape of a tile, and the images. Raises `ValueError`."""
     shape = pipeline.tokenizer.image_shape
     check_stride(stride, shape), check_count(batch_size, "batch_size")

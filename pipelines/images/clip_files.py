@@ -1,7 +1,4 @@
-"""Clips and volumes: folders of frames, arrays, animations and TIFF volumes, cut into windows of consecutive frames.
-
-A window (T, C, H, W) is a strip inside: an image (C, T * H, W), its frames below one another.
-"""
+"""Clips and volumes: folders of frames, arrays, animations and TIFF volumes, cut into windows of consecutive frames."""
 
 from __future__ import annotations
 
@@ -17,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
-from torch import Tensor
+
+from tokenizer.spec import Array, ImageSpec
 
 from ..config import UserError, is_first_process, tell
-from .arrays import PARSING, Array, Values, decode_array, read_npz, read_page
-from .clips import to_clips, to_strips
+from .arrays import PARSING, decode_array, read_npz, read_page
 from .decoding import (
     WORKERS,
     Payload,
     Pixels,
     Rows,
-    Shape,
     SplitRows,
     Window,
     open_image,
@@ -262,22 +258,14 @@ def read_volume(path: Path) -> Array:
     return array
 
 
-def decode_window(window: Window, shape: Shape, values: Values | None) -> Pixels:
-    """Return a strip of `shape` (C, T * H, W), each frame resized and cropped as images are: float32 in [-1, 1], or
-    uint8 without `values`. Raises `ValueError`, which names the frame."""
-    channels, height, width = shape
-    one, deep = (channels, height // window.frames, width), values is not None or channels not in (1, 3)
+def decode_window(window: Window, spec: ImageSpec) -> Pixels:
+    """Return the frames of a window in one array `spec.shape`, each resized and cropped as images are. Raises
+    `ValueError`, which names the frame."""
     parts = []
     for index in range(window.start, window.start + window.frames):
         try:
-            frame = window.read(index, deep)
-            parts.append(decode_array(frame, one, values) if isinstance(frame, np.ndarray) else pixels_of(frame, one))
+            frame = window.read(index, not spec.is_picture)
+            parts.append(decode_array(frame, spec) if isinstance(frame, np.ndarray) else pixels_of(frame, spec))
         except Exception as error:  # Pillow raises almost anything for damaged files
             raise ValueError(f"frame {index}: {str(error) or type(error).__name__}") from error
-    return np.concatenate(parts, axis=1)
-
-
-def move_frames(strips: Tensor, frames: int, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `move` to the frames (B * frames, C, H, W) of strips (B, C, frames * H, W)."""
-    moved = move(to_clips(strips, frames).flatten(0, 1))
-    return to_strips(moved.unflatten(0, (-1, frames)))
+    return np.stack(parts).reshape(spec.shape)

@@ -103,8 +103,7 @@ def decode_whole(
 
 def read_whole(rows: Rows, row: int, config: DataConfig) -> Pixels | str:
     """Return an image (C, H, W) at its own size, enlarged if it is smaller than a crop; or why it cannot be decoded."""
-    channels, height, width = config.image_shape
-    return try_decode_whole(rows.read([row])[0], channels, config.values, (height, width))
+    return try_decode_whole(rows.read([row])[0], config.spec, config.spec.size)
 
 
 class CropImages(ImageDataset):
@@ -146,7 +145,7 @@ class CropImages(ImageDataset):
         if self._pixels is not None:  # preloaded
             return self._pixels[torch.from_numpy(rows)]
         places = self.places(rows, epochs, seed)
-        found = np.empty((len(rows), *self.image_shape), np.uint8 if self.values is None else np.float32)
+        found = np.empty((len(rows), *self.spec.shape), self.spec.stored_type)
         missing = [at for at, row in enumerate(rows) if self._whole[row // self._per_image] is None]
         once = sorted({int(self._positions[rows[at]]) for at in missing})  # a batch may have several crops of an image
         for start in range(0, len(once), WORKERS):  # few large images in memory
@@ -181,17 +180,17 @@ class CropImages(ImageDataset):
         with ThreadPoolExecutor(WORKERS) as pool:
             sizes = np.array(list(pool.map(size_of, rows[first].tolist())))
         sizes = sizes[np.searchsorted(owners, rows // self._per_image)]
-        tile = np.array(self.image_shape[1:])
+        tile = np.array(self.spec.size)
         corners = self._corners(sizes, self.places(rows, epoch, seed))
         return torch.from_numpy(((corners + tile / 2) / sizes).astype(np.float32))
 
     def _corners(self, sizes: NDArray[np.int64], places: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the upper left pixels (..., 2) of crops of images of these sizes (..., 2)."""
-        room = sizes - np.array(self.image_shape[1:]) + 1  # places along each side, all equally likely
+        room = sizes - np.array(self.spec.size) + 1  # places along each side, all equally likely
         return (places * room).astype(np.int64)
 
     def _cut(self, image: Pixels, place: NDArray[np.float64]) -> Pixels:
-        _, height, width = self.image_shape
+        height, width = self.spec.size
         top, left = self._corners(np.array(image.shape[1:]), place)
         return image[:, top : top + height, left : left + width]
 

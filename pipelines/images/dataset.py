@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,18 +24,18 @@ from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
-from tokenizer.base import PLAIN, values_problems
+from tokenizer.base import PLAIN
 from tokenizer.files import PathError, one_line, quote
+from tokenizer.spec import BYTES, ImageSpec, ValueType, spec_problems, to_float
 
 from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
 from ..shuffling import positions_of, samples_of, spread
 from . import tables
-from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
+from .arrays import clipped_share, guess_type, measure_range
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import Binarize, binarize
-from .clip_files import move_frames, open_clips, report_windows, split_windows
-from .clips import frame_shape, to_clips
+from .clip_files import open_clips, report_windows, split_windows
 from .decoding import (
     CHUNK,
     IMAGE,
@@ -50,7 +50,6 @@ from .decoding import (
     decode_rows,
 )
 from .folder import holds_files, open_folder
-from .pictures import to_float
 from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, paths_within
 
 if TYPE_CHECKING:
@@ -216,7 +215,7 @@ class DataConfig(Config):
     def _splits_differ(self) -> DataConfig:
         if self.split == self.held_out:
             raise ValueError(f"split and held_out are both {self.split!r}: evaluation needs images not trained on")
-        for problem in values_problems(self.channels, self.dtype, self.range, self.show, measured=True):
+        for problem in spec_problems(self.channels, self.dtype, self.range, self.show, measured=True):
             raise ValueError(problem)
         return self
 
@@ -257,27 +256,17 @@ class DataConfig(Config):
         return path if self.source != "digits" and path.exists() else None
 
     @property
-    def values(self) -> Values | None:
-        """Type and range of the images; None for 8 bits from 0 to 255."""
-        return None if self.range is None else Values(self.dtype or "uint8", *self.range)
+    def spec(self) -> ImageSpec:
+        """What the images are; their type and range only if these are declared or were measured."""
+        height, width = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        dtype, (low, high) = self.dtype or "uint8", self.range or BYTES
+        return ImageSpec(self.channels, height, width, self.frames or 1, dtype, low, high, self.show)
 
     @property
     def facts(self) -> dict[str, Any]:
         """The facts about images that a tokenizer keeps beside their shape."""
         given = {"dtype": self.dtype or "uint8", "range": self.range, "show": self.show}
         return {key: value for key, value in given.items() if (key, value) not in PLAIN.items()}
-
-    @property
-    def frame_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image, or of a frame of a clip."""
-        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
-        return (self.channels, *size)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W); for clips (C, T * H, W), the frames below one another."""
-        channels, height, width = self.frame_shape
-        return channels, height * (self.frames or 1), width
 
 
 # Loading
@@ -327,9 +316,7 @@ def load_images(
         if streamed is None and (config.streaming or not check) and config.on_error == "fail":
             decoded[name] = Decoded(positions, None, [])
         else:
-            decoded[name] = decode_all(
-                rows, positions, config.image_shape, room if check else 0, together, config.values
-            )
+            decoded[name] = decode_all(rows, positions, config.spec, room if check else 0, together)
         room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
     check_bad([(part.bad, len(parts[name].positions)) for name, part in decoded.items()], config)
     datasets = dict[str, ImageDataset]()
@@ -383,7 +370,7 @@ def settle_values(config: DataConfig, train: Part) -> DataConfig:
         limits = measure_range(rows, positions, config.channels, dtype)
         if limits is None or limits[0] >= limits[1]:
             first = int(positions[0])
-            reasons = decode_rows(rows, config.image_shape, [first], Values(dtype, 0.0, 1.0))
+            reasons = decode_rows(rows, replace(config.spec, dtype=dtype), [first])
             found = reasons[0] if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
             raise UserError(
                 one_line(
@@ -407,49 +394,41 @@ def require_plain_data(config: DataConfig) -> None:
 
 def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> None:
     """Print one line if the declared range clips more than 1 % of the values of a sample."""
-    if config.values is None or not is_first_process():
+    if not is_first_process():
         return
     some = positions[spread(len(positions), RANGE_SAMPLE)].tolist()
-    shares = [clipped_share(payload, config.channels, config.values) for payload in rows.read(some)]
+    spec = config.spec
+    shares = [clipped_share(payload, spec) for payload in rows.read(some)]
     if (mean := float(np.mean(shares))) > MOST_CLIPPED:
         worst = rows.name(some[int(np.argmax(shares))])
         tell(
             one_line(
-                f"warning: data.range={config.values.low:g},{config.values.high:g} clips {mean:.1%} of the values of "
+                f"warning: data.range={spec.low:g},{spec.high:g} clips {mean:.1%} of the values of "
                 f"{len(some)} training images, most in {worst}; data.range=null measures it"
             )
         )
 
 
 def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
-    """Return the splits. Raises `UserError` if their type was measured, and the tokenizer's images have 8 bits."""
-    if values_of(tokenizer) is None and (found := splits.train.values) is not None:
-        raise UserError(
-            f"data.dtype: the {whose}'s images are 8-bit, these are {found.dtype}; convert them, or scale pictures "
-            "with data.dtype=uint8"
-        )
+    """Return the splits. Raises `UserError` if their type and range, which may have been measured, are not the
+    tokenizer's."""
+    require_spec(tokenizer.spec, splits.train.spec, whose)
     return splits
 
 
 def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, single_frames: bool = False) -> None:
     """Raise `UserError` unless the images have the shape, type and range of the tokenizer's, or the pipeline's.
     single_frames: clips are read as the images of their frames."""
-    values, frames, shape = values_of(tokenizer), tokenizer.frames, frame_shape(tokenizer)
-    if frames != (1 if single_frames else config.frames or 1):
-        theirs = f"clips of {frames} frames" if frames > 1 else "single images"
-        needed = "null" if frames == 1 else frames
-        raise UserError(f"data.frames: the {whose} takes {theirs}; set data.frames={needed} (got {config.frames})")
-    if config.frame_shape == shape and config.values != values:
-        wanted = "8-bit" if values is None else f"{values.dtype} from {values.low:g} to {values.high:g}"
-        needed = "null" if values is None else f"{values.low!r},{values.high!r}"
-        dtype = "uint8" if values is None else values.dtype
-        raise UserError(f"data.range: the {whose}'s images are {wanted}; set data.dtype={dtype} data.range={needed}")
-    if config.frame_shape != shape:
-        raise UserError(
-            f"data.image_size, data.channels: the {whose}'s {'frames' if frames > 1 else 'images'} are {shape} "
-            f"(channels, height, width), these are {config.frame_shape}"
-        )
+    require_spec(tokenizer.spec, config.spec.frame if single_frames else config.spec, whose)
     require_two_levels(config, tokenizer.name, getattr(tokenizer.config, "levels", 0))
+
+
+def require_spec(spec: ImageSpec, images: ImageSpec, whose: str) -> None:
+    """Raise `UserError` unless `images` agree with a model of `whose`."""
+    try:
+        spec.require(images, whose)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from error
 
 
 def require_two_levels(config: DataConfig, kind: str, levels: int) -> None:
@@ -468,9 +447,8 @@ def require_two_levels(config: DataConfig, kind: str, levels: int) -> None:
 class ImageDataset:
     """Images of one shape with optional labels, addressed by index.
 
-    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images),
-    `values` (type and range; None for 8 bits), `config`, with the range if it was measured, and `units`, a number (n,)
-    that is the same for images which are never divided.
+    Attributes: `labels` (n,) int64 or None, `class_names`, `spec`, `bad` (the skipped images), `config`, with the range
+    if it was measured, and `units`, a number (n,) that is the same for images which are never divided.
     """
 
     def __init__(
@@ -483,7 +461,7 @@ class ImageDataset:
         units: NDArray[np.uint64] | None = None,
     ) -> None:
         """units: those of all `rows`; None: each is one."""
-        self.config, self.image_shape, self.values = config, config.image_shape, config.values
+        self.config, self.spec = config, config.spec
         self.labels = torch.from_numpy(labels) if labels is not None else None
         self.class_names = class_names
         self.bad = decoded.bad
@@ -493,7 +471,6 @@ class ImageDataset:
         self._pixels = decoded.pixels
         self._augment = config.augment
         self._path = config.path
-        self._frames = config.frames or 1
         self._binarize = config.binarize
 
     def __len__(self) -> int:
@@ -529,8 +506,8 @@ class ImageDataset:
         return find_objects(paths_within([paths[row] for row in rows], self.config), self.config.group)
 
     def pixels(self, indices: Indices) -> Tensor:
-        """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
-        `IndexError`, and `UserError` for a bad image."""
+        """Return the images `(B, *spec.shape)` as uint8 levels, or as float32 in [-1, 1] if they are not of 8 bits.
+        Raises `IndexError`, and `UserError` for a bad image."""
         return self._draw(positions_of(indices, len(self)), 0)
 
     @property
@@ -553,17 +530,17 @@ class ImageDataset:
     def _stored(self, wanted: NDArray[np.int64]) -> Tensor:
         if self._pixels is not None:
             return self._pixels[torch.from_numpy(wanted)]
-        images = self.decode(wanted.tolist(), self.image_shape)
+        images = self.decode(wanted.tolist(), self.spec)
         for index, image in zip(wanted.tolist(), images, strict=True):
             if isinstance(image, str):
                 name = self._rows.name(int(self._positions[index]))
                 raise UserError(one_line(f"{name}: {image} (data.on_error=skip skips such images)"))
-        return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
+        return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.spec.shape), dtype=torch.uint8)
 
-    def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:
-        """Read the images from the source in `shape` (C, H, W). Each becomes pixels uint8 (C, H, W), or the reason why
-        it cannot be decoded."""
-        return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape, self.values)
+    def decode(self, indices: list[int], spec: ImageSpec) -> list[Pixels | str]:
+        """Read the images from the source as `spec`. Each becomes pixels `spec.shape`, or the reason why it cannot be
+        decoded."""
+        return decode_in_threads(self._rows.read(self._positions[indices].tolist()), spec)
 
     def whole_images(self, indices: Indices) -> LazyImages:
         """Return images at their own size, read on access; black and white ones are drawn by their pixels."""
@@ -572,7 +549,7 @@ class ImageDataset:
         rows = self._positions[positions_of(indices, len(self))].tolist()
         hint = " (data.on_error=skip skips such images)"
         read = lambda k: self._rows.read([rows[k]])[0]  # noqa: E731
-        found, how = whole_files(read, self.names(indices), self.image_shape[0], self.values, hint), self._binarize
+        found, how = whole_files(read, self.names(indices), self.spec, hint), self._binarize
         return found if how is None else replace(found, load=lambda k: binarize(found.load(k)[None], how)[0])
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
@@ -585,52 +562,46 @@ class ImageDataset:
         return found
 
     def split_into_frames(self) -> ImageDataset:
-        """Return the frames of a data set of clips, each an image (C, H, W). Pixels in memory are rearranged in place,
-        so this data set must not be used any more."""
-        frames, shape = self._frames, self.config.frame_shape
-        found = copy.copy(self)
-        found.image_shape, found._frames, found._rows = shape, 1, split_windows(self._rows, frames)
+        """Return the frames of a data set of clips, each an image."""
+        frames, found = self.spec.frames, copy.copy(self)
+        found.spec, found._rows = self.spec.frame, split_windows(self._rows, frames)
         found.labels = None if self.labels is None else self.labels.repeat_interleave(frames)
         found._positions = (self._positions[:, None] * frames + np.arange(frames)).ravel()
         found.units = self.units.repeat(frames)
-        if self._pixels is not None:
-            for part in self._pixels.split(CHUNK):
-                part.copy_(to_clips(part, frames).reshape(part.shape))
-            found._pixels = self._pixels.view(-1, *shape)
+        found._pixels = None if self._pixels is None else self._pixels.flatten(0, 1)
         return found
 
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:
-        """Return images as float32 (B, C, H, W) in [-1, 1]. Augmentation depends on (seed, epoch, index) alone, and
-        drawn pixels on (epoch, index)."""
+        """Return images as float32 `(B, *spec.shape)` in [-1, 1]. Augmentation depends on (seed, epoch, index) alone,
+        and drawn pixels on (epoch, index)."""
         return self.prepare(*self.raw_batch(indices, epoch, seed, augment=augment))
 
     def raw_batch(
         self, indices: Indices, epochs: NDArray[np.int64] | int, seed: int, *, augment: bool = True
     ) -> tuple[Tensor, ...]:
-        """Return the arguments of `prepare`: images as uint8 (B, C, H, W) and, if augmented, the changes of each in its
-        epoch. epochs: (B,), or one for all."""
+        """Return the arguments of `prepare`: images as `pixels` returns them and, if augmented, the changes of each in
+        its epoch. epochs: (B,), or one for all."""
         wanted = positions_of(indices, len(self))
         pixels = self._draw(wanted, epochs)
         changes = draw_changes(wanted, epochs, self._augment, seed) if augment and self._augment != UNCHANGED else None
         return (pixels,) if changes is None else (pixels, changes)
 
     def prepare(self, pixels: Tensor, changes: Tensor | None = None) -> Tensor:
-        """Convert a `raw_batch` to float32 (B, C, H, W) in [-1, 1], on its device."""
-        return prepare_images(pixels, changes, self._augment, self._frames)
+        """Convert a `raw_batch` to float32 `(B, *spec.shape)` in [-1, 1], on its device."""
+        return prepare_images(pixels, changes, self._augment)
 
 
-def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig, frames: int = 1) -> Tensor:
-    """Convert `pixels` (B, C, H, W), uint8 or float in [-1, 1], to floats in [-1, 1], augmented by `changes`, from
-    `draw_changes`, on their device. The result for an image is the same to the bit in any batch. frames: number of
-    frames of each image, a strip, which all move in the same way."""
-    if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
-        pixels = mirror_images(pixels, changes)
-    images = to_float(pixels)
-    if changes is None or not config.moves:
-        return images
-    if frames == 1:
-        return move_images(images, changes)
-    return move_frames(images, frames, partial(move_images, changes=changes.repeat_interleave(frames, 0)))
+def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
+    """Convert `pixels` `(B, ..., C, H, W)`, uint8 or float in [-1, 1], to floats in [-1, 1], augmented by `changes`,
+    from `draw_changes`, on their device. All frames of a clip move in the same way. The result for an image is the same
+    to the bit in any batch."""
+    if changes is None:
+        return to_float(pixels)
+    flat, changes = pixels.flatten(0, -4), changes.repeat_interleave(math.prod(pixels.shape[1:-3]), 0)
+    if config.flip:  # flip the bytes, a quarter of the size of the floats
+        flat = mirror_images(flat, changes)
+    images = move_images(to_float(flat), changes) if config.moves else to_float(flat)
+    return images.view(pixels.shape)
 
 
 @dataclass(frozen=True)
@@ -719,11 +690,10 @@ def list_bad(bad: list[BadImage]) -> str:
 
 def warn_about_colour(images: ImageDataset) -> None:
     """Print one line if most of a sample of the images are coloured but are converted to grey."""
-    channels, height, width = images.image_shape
-    if channels != 1 or images.values is not None or not is_first_process():
+    if not (images.spec.is_picture and images.spec.channels == 1) or not is_first_process():
         return
-    decoded = images.decode(spread(len(images), COLOUR_SAMPLE).tolist(), (3, height, width))
-    coloured = [int(np.ptp(image, axis=0).max()) > GREY_SPREAD for image in decoded if not isinstance(image, str)]
+    decoded = images.decode(spread(len(images), COLOUR_SAMPLE).tolist(), replace(images.spec, channels=3))
+    coloured = [int(np.ptp(image, axis=-3).max()) > GREY_SPREAD for image in decoded if not isinstance(image, str)]
     if 2 * sum(coloured) > len(coloured):
         tell("warning: data.channels=1 converts these colour images to grey; data.channels=3 keeps the colours")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +32,9 @@ from PIL.TiffImagePlugin import (
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import is_first_process
+from tokenizer.spec import ImageSpec
 
-if TYPE_CHECKING:
-    from .arrays import Values
+from ..config import is_first_process
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Formats that browsers show; uploads must have one of them."""
@@ -50,8 +49,6 @@ WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity
 IMAGE, LABEL = "image", "label"  # default columns
 NO_IMAGE = "no image"
 """Why a row without an image cannot be decoded."""
-
-Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -143,30 +140,25 @@ class Decoded:
 def decode_all(
     rows: Rows,
     positions: NDArray[np.int64],
-    shape: Shape,
+    spec: ImageSpec,
     room: int,
     together: bool = False,
-    values: Values | None = None,
 ) -> Decoded:
-    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and list bad images. values: type
-    and range of the images; None for 8 bits.
+    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and list bad images.
 
     together: all processes call this with the same arguments. If pixels are not kept, each process checks a share.
     """
-    kind = np.dtype(np.uint8 if values is None else np.float32)
-    keep = len(positions) * int(np.prod(shape)) * kind.itemsize <= room
+    keep = len(positions) * int(np.prod(spec.shape)) * spec.stored_type.itemsize <= room
     share = together and not keep and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
-    store = np.empty((len(positions) if keep else 0, *shape), dtype=kind)
+    store = np.empty((len(positions) if keep else 0, *spec.shape), dtype=spec.stored_type)
     starts = range(rank * CHUNK, len(positions), world * CHUNK)
     chunks = [positions[start : start + CHUNK].tolist() for start in starts]
     found: list[tuple[int, BadImage]] = []
     hidden = not sys.stderr.isatty() or not is_first_process()
     bar = tqdm(total=sum(map(len, chunks)), desc="checking images", unit="image", leave=False, disable=hidden)
     with bar, ThreadPoolExecutor(WORKERS) as pool:
-        for start, images in zip(
-            starts, pool.map(lambda chunk: decode_rows(rows, shape, chunk, values), chunks), strict=True
-        ):
+        for start, images in zip(starts, pool.map(lambda chunk: decode_rows(rows, spec, chunk), chunks), strict=True):
             for k, image in enumerate(images, start=start):
                 if isinstance(image, str):
                     row = int(positions[k])
@@ -185,30 +177,26 @@ def decode_all(
     return Decoded(positions[good], torch.from_numpy(store) if keep else None, [bad for _, bad in found])
 
 
-def decode_rows(rows: Rows, shape: Shape, indices: list[int], values: Values | None = None) -> list[Pixels | str]:
-    """Return the pixels (C, H, W) of each row, or the reason why it cannot be decoded."""
-    return [try_decode(payload, shape, values=values) for payload in rows.read(indices)]
+def decode_rows(rows: Rows, spec: ImageSpec, indices: list[int]) -> list[Pixels | str]:
+    """Return the pixels `spec.shape` of each row, or the reason why it cannot be decoded."""
+    return [try_decode(payload, spec) for payload in rows.read(indices)]
 
 
-def decode_in_threads(payloads: Sequence[Payload], shape: Shape, values: Values | None = None) -> list[Pixels | str]:
-    """Return the pixels (C, H, W) of each encoded image, or the reason why it cannot be decoded."""
+def decode_in_threads(payloads: Sequence[Payload], spec: ImageSpec) -> list[Pixels | str]:
+    """Return the pixels `spec.shape` of each encoded image, or the reason why it cannot be decoded."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        return list(pool.map(partial(try_decode, shape=shape, values=values), payloads))
+        return list(pool.map(partial(try_decode, spec=spec), payloads))
 
 
-def try_decode(
-    payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None
-) -> Pixels | str:
-    """Return the pixels (C, H, W), or the reason why the image cannot be decoded."""
+def try_decode(payload: Payload, spec: ImageSpec, formats: tuple[str, ...] = FORMATS) -> Pixels | str:
+    """Return the pixels `spec.shape`, or the reason why the image cannot be decoded."""
     try:
-        return decode(payload, shape, formats, values)
+        return decode(payload, spec, formats)
     except Exception as error:  # Pillow raises almost anything for damaged files
         return str(error) or type(error).__name__
 
 
-def try_decode_whole(
-    payload: Payload, channels: int, values: Values | None = None, least: tuple[int, int] = (1, 1)
-) -> Pixels | str:
+def try_decode_whole(payload: Payload, spec: ImageSpec, least: tuple[int, int] = (1, 1)) -> Pixels | str:
     """Return the pixels (C, H, W) of an image at its own size, or the reason why it cannot be decoded. An image with a
     side below `least` (height, width) is enlarged until it has both."""
     from .arrays import decode_whole_array
@@ -216,30 +204,30 @@ def try_decode_whole(
     try:
         if isinstance(payload, Window):
             raise ValueError("a clip, which is not cut into tiles")
-        image = open_plain(payload, channels, FORMATS, values)
+        image = open_plain(payload, spec, FORMATS)
         if image is None:
-            return decode_whole_array(payload, channels, values, least)
-        return whole_pixels(image, channels, least)
+            return decode_whole_array(payload, spec, least)
+        return whole_pixels(image, spec.channels, least)
     except Exception as error:  # as in `try_decode`
         return str(error) or type(error).__name__
 
 
-def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None) -> Pixels:
-    """Return the pixels (C, H, W) of an image."""
+def decode(payload: Payload, spec: ImageSpec, formats: tuple[str, ...] = FORMATS) -> Pixels:
+    """Return the pixels `spec.shape` of an image or a clip."""
     from .arrays import decode_array
     from .clip_files import decode_window
 
     if isinstance(payload, Window):
-        return decode_window(payload, shape, values)
-    image = open_plain(payload, shape[0], formats, values)
-    return decode_array(payload, shape, values) if image is None else pixels_of(image, shape)
+        return decode_window(payload, spec)
+    image = open_plain(payload, spec, formats)
+    return decode_array(payload, spec) if image is None else pixels_of(image, spec)
 
 
-def open_plain(payload: Single, channels: int, formats: tuple[str, ...], values: Values | None) -> Image.Image | None:
+def open_plain(payload: Single, spec: ImageSpec, formats: tuple[str, ...]) -> Image.Image | None:
     """Open an image that becomes 8-bit grey or RGB; return None for what is read as an array, in all `FORMATS`."""
     from .arrays import is_array
 
-    if formats == FORMATS and (values is not None or channels not in (1, 3) or is_array(payload)):
+    if formats == FORMATS and (not spec.is_picture or is_array(payload)):
         return None
     if isinstance(payload, np.ndarray):
         return Image.fromarray(payload)
@@ -250,18 +238,17 @@ def open_plain(payload: Single, channels: int, formats: tuple[str, ...], values:
             return None
         raise
     if isinstance(image, TiffImageFile):
-        if channels > 1 and getattr(image, "n_frames", 1) == channels:
+        if spec.channels > 1 and getattr(image, "n_frames", 1) == spec.channels:
             return None
         require_plain_tiff(image)
     return image
 
 
-def pixels_of(image: Image.Image, shape: Shape) -> Pixels:
-    """Return pixels (C, H, W): the first frame, upright, on white, resized and cropped at the centre to the shape."""
-    channels, height, width = shape
-    image = to_mode(image, channels)
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+def pixels_of(image: Image.Image, spec: ImageSpec) -> Pixels:
+    """Return pixels (C, H, W): the first frame, upright, on white, resized and cropped at the centre."""
+    image = to_mode(image, spec.channels)
+    if image.size != (spec.width, spec.height):
+        image = ImageOps.fit(image, (spec.width, spec.height), Image.Resampling.LANCZOS)
     return channels_first(image)
 
 

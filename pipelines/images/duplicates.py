@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenizer.files import one_line
+from tokenizer.spec import to_float
 
 from ..config import is_first_process, tell
 from ..shuffling import random_rows
 from .dataset import ImageDataset, Splits, is_stream
 from .decoding import CHUNK
-from .pictures import to_float
 
 HELD_OUT, TRAIN = 200, 2000
 """Number of images that are compared; in training, the images next to the held-out ones are added."""

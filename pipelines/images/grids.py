@@ -31,12 +31,13 @@ MISSING = "?"
 def class_grid(
     images: np.ndarray, names: Sequence[str] | None, columns: int | None = None, *, captions: bool = True
 ) -> np.ndarray:
-    """Return uint8 images (B, H, W, C) as one picture (H, W, 3).
+    """Return uint8 images (B, ..., H, W, C) as one picture (H, W, 3), the frames of clips below one another.
 
     names: the class of each image, if any. columns: None makes a column for each class if there are at most
     `MAX_CLASSES`, in order of first appearance, and otherwise 8 columns (16 for more classes); a number keeps the order
     of the images. captions: draw the names.
     """
+    images = images.reshape(len(images), -1, *images.shape[-2:])
     cells = arrange_images(len(images), names, columns)
     names = names if captions else None
     headings = None if names is None else column_headings(cells, names)

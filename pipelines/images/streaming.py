@@ -138,7 +138,7 @@ def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) ->
     names, labels, payloads = list[str](), list[Any](), list[Payload]()
     images = islice(shuffled(files, config, 0, MIXED, classes), MOST)
     while chunk := list(islice(images, 256)):
-        decoded = decode_in_threads([image["data"] for image in chunk], config.image_shape)
+        decoded = decode_in_threads([image["data"] for image in chunk], config.spec)
         payloads += [i if isinstance(i, str) else np.ascontiguousarray(i.transpose(1, 2, 0).squeeze()) for i in decoded]
         names += [image["name"] for image in chunk]
         labels += [image["label"] for image in chunk]
@@ -222,7 +222,7 @@ class StreamedImages(ImageDataset):
         """Return the next good images of a stream, uint8 (count, C, H, W), or fewer at its end."""
         good = list[NDArray[np.uint8]]()
         while len(good) < count and (chunk := list(islice(stream, count - len(good)))):
-            images = decode_in_threads([example["data"] for example in chunk], self.image_shape)
+            images = decode_in_threads([example["data"] for example in chunk], self.spec)
             checked = zip(images, chunk, strict=True)
             good += [i for i, e in checked if self._is_good(i, e["name"]) and not isinstance(i, str)]
         if not good:

@@ -21,14 +21,15 @@ from prior.columns import Column
 from prior.given import Given
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
+from tokenizer.spec import ImageSpec, to_float
 
 from ..config import UserError
 from ..shuffling import spread
-from .arrays import Values, decode_whole_array, values_of
+from .arrays import decode_whole_array
 from .decoding import Payload, try_decode_whole, whole_pixels
-from .pictures import convert_image, refuse, to_float, to_images
+from .pictures import convert_image, refuse, to_images
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 PLACE = "place"
@@ -86,14 +87,12 @@ class LazyImages:
 # Images of any size -------------------------------------------------------------------------------
 
 
-def whole_files(
-    payloads: Callable[[int], Payload], names: Sequence[str], channels: int, values: Values | None, hint: str
-) -> LazyImages:
+def whole_files(payloads: Callable[[int], Payload], names: Sequence[str], spec: ImageSpec, hint: str) -> LazyImages:
     """Return encoded images at their own size, which are read on access. payloads: returns image k. Access raises
     `UserError` for a bad one, with the `hint`."""
 
     def load(number: int) -> Tensor:
-        pixels = try_decode_whole(payloads(number), channels, values)
+        pixels = try_decode_whole(payloads(number), spec)
         if isinstance(pixels, str):
             raise UserError(one_line(f"{names[number]}: {pixels}{hint}"))
         return torch.from_numpy(np.array(pixels))  # Pillow's pixels are read-only
@@ -105,27 +104,26 @@ def list_images(images: Any, tokenizer: Tokenizer) -> LazyImages:
     """Return images of any size: `LazyImages`, a PIL image, a tensor `(B, C, H, W)`, an array `(B, H, W, C)` or
     `(H, W, C)`, for grey images also `(B, H, W)` or `(H, W)`, or a sequence of single images. Raises `ValueError` for
     anything else, for no images, and for a tokenizer of clips."""
-    if tokenizer.frames > 1:
+    if (spec := tokenizer.spec).frames > 1:
         raise ValueError("clips are not cut into tiles")
     if isinstance(images, LazyImages):
         return images
-    shape, values = tokenizer.image_shape, values_of(tokenizer)
-    channels = shape[0]
+    channels = spec.channels
     if isinstance(images, Image.Image):
         images = [images]
     elif isinstance(images, np.ndarray):
         single = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == channels)
         images = images[None] if single else images
         if images.ndim != 4 and not (images.ndim == 3 and channels == 1):
-            refuse(images[0] if single else images, shape)
+            refuse(images[0] if single else images, spec)
     elif isinstance(images, Tensor):
         if images.ndim != 4:
-            refuse(images, shape)
+            refuse(images, spec)
     elif not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
-        refuse(images, shape)
+        refuse(images, spec)
     if not len(images):
         raise ValueError("expected at least one image")
-    return LazyImages(len(images), lambda k: convert_whole(images[k], shape, values))
+    return LazyImages(len(images), lambda k: convert_whole(images[k], spec))
 
 
 def as_lazy(images: LazyImages | Tensor) -> LazyImages:
@@ -133,19 +131,16 @@ def as_lazy(images: LazyImages | Tensor) -> LazyImages:
     return images if isinstance(images, LazyImages) else LazyImages(len(images), images.__getitem__)
 
 
-def convert_whole(image: Any, shape: Shape, values: Values | None) -> Tensor:
+def convert_whole(image: Any, spec: ImageSpec) -> Tensor:
     """Convert a single image at its own size to `(C, H, W)`, uint8 or float in [-1, 1]; see `list_images`."""
-    channels = shape[0]
     if isinstance(image, Image.Image):
-        plain = values is None and channels in (1, 3)
-        found = whole_pixels(image, channels) if plain else decode_whole_array(image, channels, values)
+        found = whole_pixels(image, spec.channels) if spec.is_picture else decode_whole_array(image, spec)
         return torch.from_numpy(found.copy())
     sides = tuple(getattr(image, "shape", ()))
     size = sides[-2:] if isinstance(image, Tensor) else sides[:2]
-    own = (channels, size[0], size[1]) if len(size) == 2 else shape
-    if values is None and (pixels := convert_image(image, own)).dtype == torch.uint8:
-        return pixels
-    return to_images([image], own, values)[0]
+    own = spec.at(*size) if len(size) == 2 else spec
+    pixels = convert_image(image, own)
+    return pixels if pixels.dtype == torch.uint8 else to_images([image], own)[0]
 
 
 def load_image(images: LazyImages, number: int, shape: Shape) -> Tensor:

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenizer.spec import to_uint8
+
 from ..config import UserError
-from ..images import ImageDataset, Splits, to_uint8
+from ..images import ImageDataset, Splits
 from ..processes.group import ProcessGroup
 from .frechet import Moments, distance, moments_of_parts
 from .quality import AT_A_TIME, LEAST, shuffled

@@ -88,7 +88,7 @@ def evaluate_likelihood(
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
         **{key: bits_per_token(prior, part, num_orders=num_orders, group=group) for key, part in vary_given(test)},
         **evaluate_open_class(prior, test, frequencies, num_orders, group),
-        **evaluate_frames(prior, tokenizer.frames, test, group),
+        **evaluate_frames(prior, tokenizer.spec.frames, test, group),
         **evaluate_marginal(prior, train, test, group),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
         **evaluate_bits(tokenizer, held_out, test, nats, group),
@@ -206,9 +206,9 @@ def evaluate_bits(
         images, tokens = held_out.batch(rows).to(tokenizer.device), test.rows(rows).to(tokenizer.device)
         return cast(Tensor, tokenizer.pixel_log_prob(images, tokens)).cpu().double()
 
-    parts = np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.image_shape)))
+    parts = np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.spec)))
     pixels = group.map(score, parts)
-    dims = math.log(2) * math.prod(held_out.image_shape)
+    dims = math.log(2) * math.prod(held_out.spec.shape)
     prior, decoder = -nats / dims, -torch.cat(pixels) / dims
     total = prior + decoder
     return {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..columns import format_of
 from ..images import ImageDataset
-from ..images.pictures import LATENT, grid_picture, show_of
+from ..images.pictures import LATENT, grid_picture
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from ..tokens import TokenSplit
@@ -43,10 +43,10 @@ def condition_picture(
         return pipeline.decode_batch(drawn, batch_size=64, progress=False).float().cpu()
 
     samples = torch.cat(group.map(draw, range(0, len(rows), size)))
-    given, shape, parts = split.given[torch.from_numpy(rows)], pipeline.tokenizer.image_shape, list[Tensor]()
+    given, spec, parts = split.given[torch.from_numpy(rows)], pipeline.spec, list[Tensor]()
     for name, tokenizer in pipeline.condition_tokenizers.items():
-        parts.append(format_of(name, pipeline.columns[name], tokenizer).draw(given.raw(name), shape))
+        parts.append(format_of(name, pipeline.columns[name], tokenizer).draw(given.raw(name), spec))
     parts += [*([] if images is None else [images.batch(rows)]), samples]
     lines = zip(*(part.split(width) for part in parts), strict=True)
     shown = torch.cat([line for lines_of_images in lines for line in lines_of_images])
-    return grid_picture(shown, width, show=show_of(pipeline.tokenizer))
+    return grid_picture(spec.picture(shown), width)

@@ -106,7 +106,7 @@ def train_classifier(images: ImageDataset, steps: int) -> Classifier:
     """Train a classifier of the labels; 0 steps leave random weights. On the CPU, for reproducibility."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)  # not torch.manual_seed, which would also seed GPUs for good
-        net = Classifier(images.image_shape[0], max(1, len(images.class_names)))
+        net = Classifier(images.spec.channels, max(1, len(images.class_names)))
     if steps:
         assert images.labels is not None
         optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE)

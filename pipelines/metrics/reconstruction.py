@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
+from tokenizer.spec import ImageSpec, to_float, to_uint8
 
-from ..images import ImageDataset, to_float, to_uint8
-from ..images.pictures import grid_picture, show_of
+from ..images import ImageDataset
+from ..images.pictures import grid_picture
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from .quality import ssim
@@ -25,9 +26,9 @@ PIXEL_BITS = "pixel_bits_per_dim"
 SOME = 2000  # number of held-out images for slow figures
 
 
-def images_at_a_time(image_shape: tuple[int, ...]) -> int:
+def images_at_a_time(spec: ImageSpec) -> int:
     """Return the batch size for reconstruction without gradients: 256, or fewer to stay within `EVALUATED_PIXELS`."""
-    return max(1, min(256, EVALUATED_PIXELS // (image_shape[1] * image_shape[2])))
+    return max(1, min(256, EVALUATED_PIXELS // (spec.frames * spec.height * spec.width)))
 
 
 @torch.inference_mode()
@@ -39,7 +40,7 @@ def evaluate_reconstruction(
     rows = spread(len(images), limit)
     chosen = spread(len(rows), ssim_images)
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
-    size = images_at_a_time(images.image_shape)
+    size = images_at_a_time(images.spec)
 
     def measure(start: int) -> tuple[dict[str, float], Tensor]:
         batch = images.batch(rows[start : start + size]).to(model.device)
@@ -49,7 +50,7 @@ def evaluate_reconstruction(
         found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
         here = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
         return {name: float(value) * len(batch) for name, value in found.items()}, some_ssim(
-            decoded, batch, here, images.values is None
+            decoded, batch, here, images.spec.is_bytes
         )
 
     parts = group.map(measure, range(0, len(rows), size))
@@ -68,14 +69,14 @@ def evaluate_pixel_bits(
     decoder has no likelihood."""
     if not model.has_likelihood:
         return {}
-    rows, size = spread(len(images), limit), images_at_a_time(images.image_shape)
+    rows, size = spread(len(images), limit), images_at_a_time(images.spec)
 
     def measure(start: int) -> float:
         batch = images.batch(rows[start : start + size]).to(model.device)
         return float(model.pixel_log_prob(batch, model.encode(batch)).double().sum())
 
     nats = -sum(group.map(measure, range(0, len(rows), size)))
-    return {PIXEL_BITS: nats / (len(rows) * math.log(2) * math.prod(images.image_shape))}
+    return {PIXEL_BITS: nats / (len(rows) * math.log(2) * math.prod(images.spec.shape))}
 
 
 def some_ssim(decoded: Tensor, images: Tensor, rows: np.ndarray, in_bytes: bool) -> Tensor:
@@ -106,10 +107,10 @@ def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) ->
     their `list_prefix_decoders` in between."""
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     originals = images.batch(chosen)
-    parts = originals.split(images_at_a_time(images.image_shape))
+    parts = originals.split(images_at_a_time(images.spec))
     tokens = [model.encode(part.to(model.device)) for part in parts]
     some = [torch.cat([decode(part).cpu() for part in tokens]) for decode in list_prefix_decoders(model)[:-1]]
     decoded = torch.cat([model.decode(part).cpu() for part in tokens])
     columns = min(16, len(chosen))
     rows = zip(*(version.split(columns) for version in (originals, *some, decoded)), strict=True)
-    return grid_picture(torch.cat([row for group in rows for row in group]), columns, show=show_of(model))
+    return grid_picture(images.spec.picture(torch.cat([row for group in rows for row in group])), columns)

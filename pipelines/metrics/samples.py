@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..images import to_float, to_uint8
+from tokenizer.spec import to_float, to_uint8
+
 from ..processes.group import ALONE, ProcessGroup
 from .quality import AT_A_TIME
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
+from tokenizer.spec import ImageSpec
 
 from ..config import Config, UserError
 from .augmentation import augment
@@ -113,12 +114,11 @@ class Adversary:
         return loss, terms
 
 
-def make_adversary(config: CriticConfig, image_shape: tuple[int, int, int]) -> Adversary:
-    """Build a critic of images (C, H, W) and its losses. Raises `UserError` for images too small for it."""
-    channels, height, width = image_shape
-    critic = PatchCritic(channels, config.width, config.layers, config.norm)
+def make_adversary(config: CriticConfig, spec: ImageSpec) -> Adversary:
+    """Build a critic of images and its losses. Raises `UserError` for images too small for it."""
+    critic = PatchCritic(spec.channels, config.width, config.layers, config.norm)
     try:
-        critic.map_size(height, width)
+        critic.map_size(*spec.size)
     except ValueError as error:
         raise UserError(f"critic.layers: {error}") from error
     return Adversary(config, critic)

@@ -29,7 +29,8 @@ from pipelines.__main__ import main
 from pipelines.config.command import parse
 from pipelines.encode import EncodeConfig
 from pipelines.encode import run as encode
-from pipelines.images import DataConfig, load_images, to_uint8
+from pipelines.images import DataConfig, load_images
+from tokenizer.spec import to_uint8
 from pipelines.images.binarize import binarize
 from pipelines.metrics.likelihood import log_probs
 from pipelines.shuffling import draw_pixels

@@ -28,7 +28,7 @@ from pipelines import ImagePipeline
 from pipelines import train_prior as verb
 from pipelines.config import UserError
 from pipelines.config.command import parse
-from pipelines.images import to_uint8
+from tokenizer.spec import to_uint8
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.pairs import condition_picture
 from pipelines.tokens import load_tokens

@@ -23,7 +23,7 @@ def test_a_clip_is_its_frames_one_by_one(kind):
     outer = FrameByFrame.wrap(inner, FRAMES)
     clips, strips = clips_for(inner)
     tokens = outer.encode(strips)
-    assert outer.frames == FRAMES and outer.image_shape == (3, FRAMES * 8, 12) and not outer.training
+    assert outer.spec.frames == FRAMES and outer.image_shape == (FRAMES, 3, 8, 12) and not outer.training
     assert outer.grid == TokenGrid((FRAMES, *inner.grid.shape), inner.grid.vocab_size)
     decoded = outer.decode(tokens)
     for number in range(FRAMES):

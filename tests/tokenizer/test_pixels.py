@@ -13,7 +13,7 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
-from pipelines.images import to_float, to_uint8
+from tokenizer.spec import to_float, to_uint8
 from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError

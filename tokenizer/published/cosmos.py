@@ -63,7 +63,7 @@ class CosmosConfig(NetworkConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        yield from self.check_plain("a published cosmos")
+        yield from self.check_picture("a published cosmos")
         if self.halvings > len(self.widths):
             yield f"halvings: at most one per level, {len(self.widths)} (got {self.halvings})"
         halved = all(side % 2**self.halvings == 0 for side in self.image_size)

@@ -42,7 +42,7 @@ class PlainConfig(AutoencoderConfig):
     def check(self) -> Iterator[str]:
 
         yield from super().check()
-        yield from self.check_plain(f"a published {self.kind}")
+        yield from self.check_picture(f"a published {self.kind}")
         yield from size_problems(self)
 
 

@@ -43,7 +43,7 @@ def build(served: Served, samples: Samples) -> None:
 
 def score(served: Served, step: Step, picked: Picked, method: str, label: Any = UNCONDITIONAL, *fields: Any) -> Any:
     """Return the verdict in Markdown, pictures with captions, and Python code."""
-    pipeline, batch = served.pipeline, picked_image(picked, served.shape)
+    pipeline, batch = served.pipeline, picked_image(picked, served.spec)
     assert pipeline.calibration is not None  # otherwise there is no button
     given, marginal = read_given(pipeline, label, fields), pipeline.calibration.marginal
     options = given if marginal is None else {**given, "marginal": marginal}

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from tokenizer.spec import to_uint8
+
 from ...anomaly.sheets import apply_colormap
-from ...images import to_uint8
 from ..controls import format_arguments, make_class_menu, make_condition_fields, read_given
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
@@ -37,7 +38,7 @@ def build(served: Served, samples: Samples) -> None:
 
 def compare(served: Served, step: Step, picked: Picked, label: Any, *fields: Any) -> Any:
     """Return pictures with captions, figures in Markdown, and Python code."""
-    pipeline, batch = served.pipeline, picked_image(picked, served.shape)
+    pipeline, batch = served.pipeline, picked_image(picked, served.spec)
     given = read_given(pipeline, label, fields)
     tokens = pipeline.encode(batch)
     (again,) = pipeline.decode(tokens)

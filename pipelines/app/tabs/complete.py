@@ -19,7 +19,7 @@ TOOLBAR = 62  # height of the editor beyond its canvas, in screen pixels
 
 def build(served: Served, samples: Samples) -> None:
     """Build the tab."""
-    pipeline, (_, height, width) = served.pipeline, served.shape
+    pipeline, (height, width) = served.pipeline, served.spec.size
     most, times = min(MOST_DRAWS, served.max_images), zoom(width, "canvas")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -59,7 +59,7 @@ def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
     """Enlarge the image for the editor, so that it can be painted on."""
     if not picked:
         return None
-    image = as_picture(picked_image(picked, served.shape)[0]).convert("RGB")
+    image = as_picture(picked_image(picked, served.spec)[0]).convert("RGB")
     times = zoom(image.width, "canvas")
     return np.asarray(image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST))
 
@@ -89,8 +89,8 @@ def complete(
     *values: Any,
 ) -> Any:
     """Return the mask and the completions with captions, and Python code."""
-    pipeline, (_, height, width) = served.pipeline, served.shape
-    pixels = picked_image(picked, served.shape)
+    pipeline, (height, width) = served.pipeline, served.spec.size
+    pixels = picked_image(picked, served.spec)
     hidden = painted(editor, width, height) != bool(inverted)
     arguments = {"draws": int(draws), **controls.sampling_arguments(pipeline, label, 1, seed, values)}
     out = pipeline.complete(pixels, mask=hidden, **arguments, progress=False, callback_on_step_end=report_tokens(step))

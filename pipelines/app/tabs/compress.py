@@ -23,7 +23,7 @@ def build(served: Served, samples: Samples) -> None:
     if importlib.util.find_spec("constriction") is None:
         gr.Markdown('Compression needs the package constriction on the server: `pip install "smalti[compress]"`')
         return
-    tokenizer, (_, height, width) = served.pipeline.tokenizer, served.shape
+    tokenizer, (height, width) = served.pipeline.tokenizer, served.spec.size
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             images = make_picker(served, "compress-images", f"Images of {width} x {height} pixels", height=200)
@@ -53,7 +53,7 @@ def compress(served: Served, step: Step, picked: Picked, lossless: Any) -> str:
     for number, image in enumerate(images, 1):
         step(number - 1, len(images), "images")
         try:
-            batch.append(exact_pixels(image, served.shape, bool(lossless)))
+            batch.append(exact_pixels(image, served.spec, bool(lossless)))
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise ValueError(f"image {number}: {error}") from error
     data = served.pipeline.compress(torch.stack(batch), lossless=bool(lossless), progress=False)

@@ -58,7 +58,7 @@ def build(served: Served, samples: Samples, train: ImageDataset) -> None:
 
 def search(index: Index, served: Served, step: Step, picked: Picked, number: Any) -> Any:
     """Return the image and its neighbours with captions."""
-    batch = picked_image(picked, served.shape)
+    batch = picked_image(picked, served.spec)
     near, distances = nearest_neighbours(index.vectors(step), embed(served.pipeline, batch), int(number))
     rows = index.rows[near[0].cpu()]
     captions = [

@@ -21,7 +21,8 @@ from small_pipelines import make_pipeline
 from pipelines import ImagePipeline, evaluate, generate, train_prior, train_tokenizer
 from pipelines.__main__ import main
 from pipelines.config import UserError
-from pipelines.images import DataConfig, load_images, to_uint8
+from pipelines.images import DataConfig, load_images
+from tokenizer.spec import to_uint8
 from pipelines.images.arrays import Values, decode_array, values_of
 from pipelines.images.decoding import try_decode
 from pipelines.images.pictures import convert_images, to_images

@@ -7,7 +7,8 @@ from givens.images import ALL, config, noise, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.images import load_images, to_float
+from pipelines.images import load_images
+from tokenizer.spec import to_float
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
 

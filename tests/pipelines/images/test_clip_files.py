@@ -19,7 +19,8 @@ from pipelines import ImagePipeline, evaluate, train_prior, train_tokenizer
 from pipelines.__main__ import main
 from pipelines.commands.detect import DetectConfig, find_images
 from pipelines.config import UserError
-from pipelines.images import DataConfig, clip_files, load_images, to_float
+from pipelines.images import DataConfig, clip_files, load_images
+from tokenizer.spec import to_float
 from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images

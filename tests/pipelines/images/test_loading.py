@@ -12,7 +12,8 @@ import pytest
 import torch
 from givens.images import ALL, config, write_folder
 
-from pipelines.images import DataConfig, ImageDataset, load_images, to_float, to_uint8
+from pipelines.images import DataConfig, ImageDataset, load_images
+from tokenizer.spec import to_float, to_uint8
 from pipelines.images.dataset import warn_about_colour
 
 ROOT = Path(__file__).parents[3]

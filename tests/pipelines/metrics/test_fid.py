@@ -14,7 +14,7 @@ from optional import needs_torch_fidelity
 from PIL import Image
 
 from pipelines.config import UserError
-from pipelines.images import to_float
+from tokenizer.spec import to_float
 from pipelines.metrics import fid
 from pipelines.metrics.fid import Inception, load_inception, read_moments
 from pipelines.metrics.frechet import distance, moments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.images import to_float, to_uint8
+from tokenizer.spec import to_float, to_uint8
 from pipelines.metrics import samples as module
 from pipelines.metrics.samples import Samples
 from pipelines.processes.group import ProcessGroup
