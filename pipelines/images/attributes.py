@@ -211,12 +211,17 @@ def load_attributes(
                 raise ValueError(f"tokenizer is for columns of kind grid, and this is of kind {kind}")
             loaded, raw = FORMATS[kind].from_cells(cells, sizes[0], source.encoder or "")
             found[name] = LoadedColumn(loaded, source.describe(name), dict(zip(splits, raw.split(sizes), strict=True)))
-            if not (source.kind or source.encoder) and is_first_process():
-                about = f"of kind {kind}, guessed from its values ({loaded.describe()})"
-                tell(one_line(f"attributes.{name}: {about}; attributes.{name}.kind=KIND chooses another"))
+            report_kind(name, source, loaded)
         except ValueError as error:
             raise UserError(one_line(f"attributes.{name}: {error}")) from error
     return found
+
+
+def report_kind(name: str, source: AttributeSource, column: Column) -> None:
+    """Print the kind of a column if it was guessed."""
+    if not (source.kind or source.encoder) and is_first_process():
+        about = f"of kind {column.kind}, guessed from its values ({column.describe()})"
+        tell(one_line(f"attributes.{name}: {about}; attributes.{name}.kind=KIND chooses another"))
 
 
 def locate_crops(

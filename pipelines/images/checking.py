@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +15,17 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokenizer.files import one_line
+from tokenizer.files import PathError, one_line
 from tokenizer.spec import ImageSpec
 
 from ..config import UserError, is_first_process, tell
+from ..files import replace_file
 from ..prefetch import prefetch
 from .formats import CHUNK, WORKERS, Payload, Pixels
 from .settings import DataConfig
 from .sources import Source
 
+BAD_IMAGES = "bad_images.jsonl"
 AHEAD = 2 * WORKERS  # tasks of the threads that decode
 
 
@@ -148,3 +152,14 @@ def list_bad(bad: list[BadImage]) -> str:
     """Return a line for each of the first ten bad images, and the number of the others."""
     more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
     return "".join("\n  " + one_line(f"{image.path}: {image.reason}") for image in bad[:10]) + more
+
+
+def write_bad_images(folder: Path, bad: Mapping[str, list[BadImage]]) -> None:
+    """Write `bad_images.jsonl`, a line `{"split", "path", "row", "reason"}` for each skipped image of each split; no
+    file if no image was skipped."""
+    lines = [json.dumps({"split": name, **image._asdict()}) for name, images in bad.items() for image in images]
+    if lines:
+        try:
+            replace_file(folder / BAD_IMAGES, "".join(line + "\n" for line in lines).encode())
+        except (OSError, PathError) as error:
+            tell(f"warning: {folder / BAD_IMAGES} cannot be written: {error}")

@@ -6,7 +6,6 @@ Batches move to the device as uint8 and become augmented floats in [-1, 1] there
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,15 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.files import PathError, one_line
+from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, to_float
 
 from ..config import UserError, is_first_process, tell
-from ..files import replace_file
 from ..shuffling import positions_of, samples_of, spread
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
-from .checking import BadImage, Memory, SameSize
+from .checking import BadImage, Memory, SameSize, write_bad_images
 from .clip_files import split_windows
 from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
@@ -44,7 +42,6 @@ COLOUR_SAMPLE, GREY_SPREAD = 32, 16
 """Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
 TEST_DRAWS = 5
 """Number of draws of each test image with `data.binarize=drawn`, over which figures are averaged."""
-BAD_IMAGES = "bad_images.jsonl"
 HINT = " (data.on_error=skip skips such images)"
 
 
@@ -241,18 +238,8 @@ class Splits:
         return {name: images for name, images in parts.items() if images is not None}
 
     def write_bad_images(self, folder: Path) -> None:
-        """Write `bad_images.jsonl` in a run folder, a line `{"split", "path", "row", "reason"}` for each skipped image;
-        no file if no image was skipped."""
-        lines = [
-            json.dumps({"split": name, **bad._asdict()})
-            for name, images in self.by_name().items()
-            for bad in images.bad
-        ]
-        if lines:
-            try:
-                replace_file(folder / BAD_IMAGES, "".join(line + "\n" for line in lines).encode())
-            except (OSError, PathError) as error:
-                tell(f"warning: {folder / BAD_IMAGES} cannot be written: {error}")
+        """Write the list of bad images of a run."""
+        write_bad_images(folder, {name: images.bad for name, images in self.by_name().items()})
 
 
 def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:

@@ -295,7 +295,9 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
             f"data.source: {folder}: {count} in {name}{first}; add rows, move the images elsewhere, or remove all "
             "sheets to use folders as classes"
         )
-    listed, labels, objects = [cells for key in found if (cells := rows.get(key)) is not None], None, None
+    listed = [rows[key] for key in found if key in rows]
+    labels: list[Any] | None = None
+    objects: list[str] | None = None
     if label is None or label not in columns:
         report_missing_classes(sheets[0], list(columns), label)
     else:

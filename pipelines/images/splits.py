@@ -387,7 +387,7 @@ def compare_source(
     if inherited.same_source or is_comparable and shares_units(facts, units):
         if inherited.refusal:
             raise UserError(f"{inherited.refusal} (it has images of the names that were trained on)")
-        if facts.unit == "shard" and inherited.regroup and not is_comparable:  # the copy of a stream
+        if "shard" in (facts.unit, units.unit) and inherited.regroup and not is_comparable:  # a stream and its copy
             return None, inherited.note
         require_same_units(facts, units, splits, config)
         return facts, inherited.note

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
@@ -45,7 +46,7 @@ def open_stream(
         raise UserError("data.crop: needs random access; data.streaming=false copies the images to the disk")
     shards = divide_files(config, inherited)
     files = {name: [part.source.name(k) for k in part.positions.tolist()] for name, part in shards.parts.items()}
-    classes = names_in(files["train"][0], config)
+    classes = names_in(files["train"][0], config.label_column)
     for part in files.values():  # the other shards are checked when they are read
         require_classes(part[0], classes, config)
     if is_first_process():
@@ -81,30 +82,47 @@ def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Divi
     return choose_splits({name: partial(open_split, files) for name, files in splits.items()}, config, inherited)
 
 
-def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...] | None = None) -> Iterator[Sample]:
-    """Yield the encoded images of shards in order. Raises `UserError` for a shard that cannot be read, or whose classes
-    are not `classes`, if given (a tuple, because `datasets` would split a list among processes)."""
+def read_files(
+    files: Sequence[str],
+    config: DataConfig,
+    classes: tuple[str, ...] | None = None,
+    columns: Sequence[str] = (),
+    *,
+    with_images: bool = True,
+) -> Iterator[Sample]:
+    """Yield the encoded images of shards in order, with the cells of these columns. with_images: False reads only the
+    columns. Raises `UserError` for a shard that cannot be read, or whose classes are not `classes`, if given (a tuple,
+    because `datasets` would split a list among processes)."""
     for file in files:
         read = read_tar if suffix_of(file) == ".tar" else read_parquet
-        try:
-            if classes is not None:
-                require_classes(file, classes, config)
-            yield from read([file], config.image_column, config.label_column)
-        except UserError:
-            raise
-        except Exception as error:  # every file system and pyarrow raise errors of their own types
-            raise UserError(one_line(f"{file}: cannot be read: {describe_error(error)}")) from error
+        if classes is not None:
+            require_classes(file, classes, config)
+        with naming(file):
+            yield from read([file], config.image_column, config.label_column, columns, with_images=with_images)
 
 
-def names_in(file: str, config: DataConfig) -> tuple[str, ...]:
-    """Return the class names stored in a shard; empty for a tar, and without labels."""
-    is_table = config.label_column is not None and suffix_of(file) == ".parquet"
-    return tuple(classes_in_parquet(file, config.label_column) or ()) if is_table else ()
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Name a shard that cannot be read in a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every file system and pyarrow raise errors of their own types
+        raise UserError(one_line(f"{file}: cannot be read: {describe_error(error)}")) from error
+
+
+def names_in(file: str, column: str | None) -> tuple[str, ...]:
+    """Return the class names that a shard stores for a column; empty for a tar, and without the column."""
+    if column is None or suffix_of(file) != ".parquet":
+        return ()
+    with naming(file):
+        return tuple(classes_in_parquet(file, column) or ())
 
 
 def require_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
     """Raise `UserError` if a shard has other class names."""
-    if names_in(file, config) != classes:
+    if names_in(file, config.label_column) != classes:
         raise UserError(f"data.label_column: {file} and the first shard have different classes; {WITHOUT}")
 
 

@@ -13,9 +13,10 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -344,60 +345,72 @@ def report_copy(table: Any, began: float) -> None:
 # Sequential access, to the files
 
 Sample = dict[str, Any]
-"""`name` of the image for messages, `data` (the encoded image, or None) and `label` (or None)."""
+"""`name` of the image for messages, `data` (the encoded image, or None), `label` (or None) and, if columns are read,
+`cells`, their values by name."""
 
 
-def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
-    """Yield the rows of parquet files. Raises `UserError` for a damaged file or a missing column."""
-    import pyarrow as pa
+def read_parquet(
+    files: Sequence[str], image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
+) -> Iterator[Sample]:
+    """Yield the rows of parquet files. with_images: False reads only the other columns. Raises `UserError` for a
+    missing column, and errors of pyarrow for a damaged file."""
     import pyarrow.parquet as pq
 
     for file in files:
         row = 0
         with open_file(file) as source:
-            try:
-                table = pq.ParquetFile(source)
-            except pa.ArrowInvalid as error:
-                raise UserError(one_line(f"{file}: damaged parquet file: {error}")) from error
-            schema = table.schema_arrow
-            if image not in schema.names:
-                raise UserError(f"data.image_column: no column {image!r}; there are {schema.names}")
-            if label not in (None, LABEL) and label not in schema.names:
-                raise UserError(f"data.label_column: no column {label!r}; there are {schema.names}")
-            columns = [image, *({label} & set(schema.names))]
-            for batch in table.iter_batches(batch_size=64, columns=columns):
-                for values in batch.to_pylist():
-                    value = values[image]
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    if data is not None and not isinstance(data, bytes):
-                        raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
-                    yield {"name": f"{file}: row {row}", "data": data, "label": values.get(label)}
-                    row += 1
+            table = pq.ParquetFile(source)
+            names = table.schema_arrow.names
+            needed = {"data.image_column": [image], "data.label_column": [label] if label not in (None, LABEL) else []}
+            for setting, some in (needed | {"attributes": columns}).items():
+                if absent := [name for name in some if name not in names]:
+                    raise UserError(one_line(f"{setting}: {file} has no column {absent[0]!r}; there are {names}"))
+            wanted = {*([image] if with_images else []), *(name for name in names if name == label), *columns}
+            size = 64 if with_images else 4096
+            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=size, columns=sorted(wanted)))
+            for values in chain.from_iterable(batches) if wanted else repeat({}, table.metadata.num_rows):
+                value = values.get(image) if with_images else None
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if data is not None and not isinstance(data, bytes):
+                    raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
+                yield make_sample(f"{file}: row {row}", data, values.get(label), values, columns)
+                row += 1
+
+
+def make_sample(name: str, data: bytes | None, label: Any, values: dict[str, Any], columns: Sequence[str]) -> Sample:
+    """Return a sample; `cells` are left out without `columns`."""
+    cells = {"cells": {column: values.get(column) for column in columns}} if columns else {}
+    return {"name": name, "data": data, "label": label, **cells}
 
 
 def classes_in_parquet(file: str, column: str | None) -> list[str] | None:
-    """Return the names of a `ClassLabel` column, as written by `datasets`; None for other columns."""
+    """Return the names of a column of `ClassLabel`s, or of lists of them, as written by `datasets`; None for other
+    columns."""
     import datasets
     import pyarrow.parquet as pq
 
     with open_file(file) as source:
-        features = datasets.Features.from_arrow_schema(pq.read_schema(source))
-    return getattr(features.get(column), "names", None)
+        feature = datasets.Features.from_arrow_schema(pq.read_schema(source)).get(column)
+    return getattr(getattr(feature, "feature", feature), "names", None)
 
 
-def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
+def read_tar(
+    files: Sequence[str], image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
+) -> Iterator[Sample]:
     """Yield the samples of webdataset files. Neighbouring files with the same key, the name up to the first dot, form a
     sample.
 
     In `0001.jpg, 0001.cls` the image is the file with an image suffix (`image` chooses another one), and the label is
-    the content of `.cls`, or `label` in `.json`. Raises `UserError` for a damaged tar or one without images.
+    the content of `.cls`, or `label` in `.json`; other columns are keys of `.json`. with_images: False passes over the
+    contents of images. Raises `UserError` for a damaged tar or one without images.
     """
     suffixes = {suffix[1:] for suffix in SUFFIXES} if image == IMAGE else {image.lower()}
     sources = {"json", *([label.lower()] if label else []), *(["cls"] if label == LABEL else [])} if label else set()
+    sources |= {"json"} if columns else set()
     for file in files:
         number = 0
         try:
-            for name, parts in tar_samples(file, suffixes | sources):
+            for name, parts in tar_samples(file, suffixes | sources, set() if with_images else suffixes - sources):
                 found = sorted(suffixes & set(parts))
                 if len(found) > 1:
                     raise UserError(
@@ -405,8 +418,8 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
                     )
                 if found:
                     number += 1
-                    title = one_line(f"{file}: {name}.{found[0]}")
-                    yield {"name": title, "data": parts[found[0]], "label": read_label(parts, label)}
+                    title, facts = one_line(f"{file}: {name}.{found[0]}"), read_facts(parts)
+                    yield make_sample(title, parts[found[0]], read_label(parts, facts, label), facts, columns)
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -416,9 +429,12 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
             raise UserError(f"{file}: no images{suffix}")
 
 
-def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """Yield the key of each sample in a tar, and its files with these suffixes, by suffix. Nothing is extracted to the
-    disk, so malicious paths, links and devices in a tar do no harm. Raises `TarError` for a damaged tar."""
+def tar_samples(
+    file: str, suffixes: set[str], skipped: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """Yield the key of each sample in a tar, and its files with these suffixes, by suffix; those of the suffixes
+    `skipped` are not read. Nothing is extracted to the disk, so malicious paths, links and devices in a tar do no harm.
+    Raises `TarError` for a damaged tar."""
     key, parts = "", dict[str, bytes | None]()
     with open_file(file) as source, tarfile.open(fileobj=source, mode="r:", errors="replace") as tar:
         while member := tar.next():
@@ -432,8 +448,8 @@ def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, 
                     yield key, parts
                 key, parts = next_key, {}
             if (suffix := suffix.lower()) in suffixes:
-                content = tar.extractfile(member)
-                parts[suffix] = content.read() if content and member.size <= MAX_FILE else None
+                content = None if suffix in skipped or member.size > MAX_FILE else tar.extractfile(member)
+                parts[suffix] = content.read() if content else None
         if parts:
             yield key, parts
         source.seek(tar.offset)  # `tarfile` takes a damaged header for the end of the archive
@@ -441,19 +457,24 @@ def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, 
             raise tarfile.ReadError(f"no tar header at byte {tar.offset}")
 
 
-def read_label(parts: dict[str, bytes | None], column: str | None) -> Any:
-    """Return the label of a sample, a whole number or a string, from the suffix or `.json` key `column` (default:
-    `.cls`); None if it has no label."""
+def read_facts(parts: dict[str, bytes | None]) -> dict[str, Any]:
+    """Return the values in the `.json` of a sample; none if it is missing or holds something else."""
+    try:
+        facts = json.loads(parts.get("json") or b"null")
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def read_label(parts: dict[str, bytes | None], facts: dict[str, Any], column: str | None) -> Any:
+    """Return the label of a sample, a whole number or a string, from the suffix `column` or that key of `facts`
+    (default: `.cls`); None if it has no label."""
     if column is None:
         return None
     text = parts.get(column.lower()) or (parts.get("cls") if column == LABEL else None)
     if text is not None:
         return parse_label(text.decode("utf-8", "replace").strip() or None)
-    try:
-        facts = json.loads(parts.get("json") or b"null")
-    except (ValueError, RecursionError):
-        return None
-    value = facts.get(column, facts.get("cls") if column == LABEL else None) if isinstance(facts, dict) else None
+    value = facts.get(column, facts.get("cls") if column == LABEL else None)
     return value if isinstance(value, (int, str)) else None
 
 

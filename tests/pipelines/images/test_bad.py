@@ -19,8 +19,7 @@ from givens.images import BAD, Row, config, identities, load, rows_of, write_ima
 
 from pipelines.config import UserError
 from pipelines.images import checking, crops, dataset, load_images
-from pipelines.images.checking import BadImage, Memory, list_bad
-from pipelines.images.dataset import BAD_IMAGES
+from pipelines.images.checking import BAD_IMAGES, BadImage, Memory, list_bad
 from pipelines.images.sources import Source
 
 GOOD = 40
