@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,12 @@ def number_labels(sources: list[Source]) -> tuple[dict[Source, NDArray[np.int64]
     names = sources[0].class_names
     if len({tuple(each.class_names) for each in sources if each.class_names is not None}) > 1:
         raise UserError(f"data.label_column: splits have different classes; {WITHOUT}")
-    if names is not None:
-        known: list[Any] = list(range(len(names)))
-    else:
-        found = {label for each in sources for label in each.labels or [] if is_label(label)}
-        known = sorted(found, key=lambda label: (isinstance(label, str), label))  # a tar may have numbers and words
-    class_names = list(dict.fromkeys(names or map(str, known)))  # the number 1 and the word "1" are one class
+    found = {label for each in sources for label in each.labels or [] if is_label(label)} if names is None else set()
+    class_names = name_classes(found) if names is None else list(dict.fromkeys(names))
     check_class_names(class_names, spellings=names is None)
     places = {name: place for place, name in enumerate(class_names)}
-    ids = {label: places[names[label] if names else str(label)] for label in known}
+    texts = {label: str(label) for label in found} if names is None else dict(enumerate(names))
+    ids = {label: places[text] for label, text in texts.items()}
     for each in sources:
         for row, label in enumerate(each.labels or []):
             if not is_label(label) or label not in ids:
@@ -41,6 +39,12 @@ def number_labels(sources: list[Source]) -> tuple[dict[Source, NDArray[np.int64]
         for each in sources
     }
     return numbered, class_names
+
+
+def name_classes(labels: Iterable[Any]) -> list[str]:
+    """Return the names of classes in their order: numbers ascend, and come before words. The number 1 and the word "1"
+    are one class."""
+    return list(dict.fromkeys(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label)))))
 
 
 def check_class_names(names: list[str], spellings: bool) -> None:
