@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,32 +68,31 @@ class CropImages(ImageDataset):
 
     def centres(self, rows: NDArray[np.int64], epoch: int, seed: int) -> Tensor:
         """Return where the centres of crops are in their images, from 0 to 1 down and right, float32 (B, 2)."""
-        sizes = np.empty((len(rows), 2), np.int64)
-        for at, image in self._list_images(rows):
-            sizes[at] = image.shape[-2:]
-        corners = self._find_corners(sizes, self.places(rows, epoch, seed))
-        return torch.from_numpy(np.stack(self._view.centre(corners.T, sizes.T), 1).astype(np.float32))
+        places, found = self.places(rows, epoch, seed).tolist(), np.empty((len(rows), 2), np.float32)
+        for crops, image in self._list_images(rows):
+            for k in crops:
+                found[k] = self._view.centre(self._find_corner(image, places[k]), image.shape[-2:])
+        return torch.from_numpy(found)
 
     def _read(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> Tensor:
         if self._pixels is not None:  # preloaded
             return super()._read(rows, epochs, seed)
-        places = self.places(rows, epochs, seed)
+        places = self.places(rows, epochs, seed).tolist()
         found = np.empty((len(rows), *self.spec.shape), self.spec.stored_type)
-        for at, image in self._list_images(rows):
-            corners = self._find_corners(np.array(image.shape[-2:]), places[at])
-            for k, (top, left) in zip(at.tolist(), corners.tolist(), strict=True):
-                found[k] = self._view.window(image, top, left)
+        for crops, image in self._list_images(rows):
+            for k in crops:
+                found[k] = self._view.window(image, *self._find_corner(image, places[k]))
         return torch.from_numpy(found)
 
-    def _list_images(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
-        """Yield each image of which `rows` are crops, and the places of these among the rows. Those that are not in
-        memory are decoded, few at a time."""
-        owners, own = np.unique(rows // self._per_image, return_inverse=True)
-        order, counts = np.argsort(own, kind="stable"), np.bincount(own, minlength=len(owners))
-        groups: list[Any] = np.split(order, np.cumsum(counts))[:-1]
-        is_held = all(self._whole[owner] is not None for owner in owners.tolist())
+    def _list_images(self, rows: NDArray[np.int64]) -> Iterator[tuple[list[int], Pixels]]:
+        """Yield each image of which `rows` are crops, and which of the rows these are. Images that are not in memory
+        are decoded, few at a time."""
+        crops: dict[int, list[int]] = {}
+        for k, owner in enumerate((rows // self._per_image).tolist()):
+            crops.setdefault(owner, []).append(k)
+        is_held = all(self._whole[owner] is not None for owner in crops)
         load = map if is_held else partial(prefetch, ahead=WORKERS, threads=WORKERS)
-        yield from zip(groups, load(self._load, owners.tolist()), strict=True)
+        yield from zip(crops.values(), load(self._load, crops), strict=True)
 
     def _load(self, owner: int) -> Pixels:
         if (image := self._whole[owner]) is not None:
@@ -102,10 +100,10 @@ class CropImages(ImageDataset):
         row = owner * self._per_image
         return self._require_good(row, self._source.read(int(self._positions[row]), self.spec, self.spec.size))
 
-    def _find_corners(self, sizes: NDArray[np.int64], places: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the upper left pixels (B, 2) of crops of images of these sizes (B, 2), or of one image (2,)."""
-        room = sizes - np.array(self._view.size) + 1  # places along each side, all equally likely
-        return (places * room).astype(np.int64)
+    def _find_corner(self, image: Pixels, place: Sequence[float]) -> tuple[int, ...]:
+        """Return the upper left pixel of a crop of an image; all of those possible are equally likely."""
+        sides = zip(place, image.shape[-2:], self._view.size, strict=True)
+        return tuple(int(at * (side - window + 1)) for at, side, window in sides)
 
 
 class RandomCrops(CropImages):

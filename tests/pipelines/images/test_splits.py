@@ -737,12 +737,6 @@ def test_an_object_may_be_a_folder_within_the_source(tmp_path):
     assert len(names["held_out"]) == 3 and len(names["train"]) == 7 and not names["train"] & names["held_out"]
 
 
-def test_settings_without_groups_are_written_as_before():
-    assert not {"group", "clips"} & set(DataConfig().model_dump())
-    assert DataConfig(group="a").model_dump()["group"] == "a" and "clips" not in DataConfig(group="a").model_dump()
-    assert "held_out" in DataConfig().model_dump()  # other settings are written even when they are null
-
-
 def test_bad_groups_are_one_line(tmp_path):
     write_objects(tmp_path / "all")
     with pytest.raises(UserError, match="^data.group: invalid regular expression"):
