@@ -25,7 +25,7 @@ MAX_CALIBRATION_BYTES = 4 << 20
 """Maximum size of the file; large calibrations need up to 3 MB."""
 MAX_IMAGES = 50_000
 """Maximum number of images, because the file stores a digest of each."""
-MAX_FOLDS, MAX_FOLDED = 10, 10_000
+MAX_FOLDS, MAX_FOLDED = 8, 10_000
 """Maximum number of folds, and of images with them, because the file stores what was fitted without each."""
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise available to `heal`."""
@@ -151,6 +151,8 @@ class Calibration(Part):
             raise FieldError("stride", "should be given with tile, and only with it")
         if (self.fitted is None) == (self.folds is None):
             raise FieldError("fitted", "should be given without folds, and only without")
+        if self.folds and self.confidence is not None:
+            raise FieldError("confidence", "should be null with folds")
         for name, normal in self.scores.items():
             if (normal.threshold is None) == (self.folds is None):
                 raise FieldError(f"scores.{name}.threshold", "should be a number without folds, else null")

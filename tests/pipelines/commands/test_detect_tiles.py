@@ -113,6 +113,16 @@ def test_the_area_is_that_above_the_threshold_of_the_map(world, tmp_path, capsys
     assert count and f"in {count} of 30 images" in capsys.readouterr().out
 
 
+def test_folds_have_maps_but_flag_no_regions(world, tmp_path, capsys):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    main(["calibrate", f"pipeline={tmp_path}/pipe", "tile=true", "stride=16", "folds=2"])
+    assert "left out: thresholds of regions (they need folds=1, not folds=2)" in capsys.readouterr().out
+    given = [f"images={world}/new", "tile=true", "stride=16", "num_shown=1", "method=hidden"]
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", *given])
+    assert "not flagged: with folds=2, the map has no threshold" in capsys.readouterr().out
+    assert "area" not in rows_of(tmp_path / "found/scores.csv")[0]
+
+
 def test_maps_are_computed_only_where_they_are_used(world, tmp_path, monkeypatch):
     made, own = [], scores.map_image
     monkeypatch.setattr(scores, "map_image", lambda *given: made.append(1) or own(*given))
