@@ -123,7 +123,7 @@ def test_too_many_bad_images_end_a_stream(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pipes_broken_links_and_huge_files_are_bad_images(tmp_path, monkeypatch, streaming):
     """Reading a pipe never ends, and a file may be larger than memory."""
-    monkeypatch.setattr("pipelines.images.decoding.MAX_FILE", 2000)
+    monkeypatch.setattr("pipelines.images.formats.MAX_FILE", 2000)
     for key, data, _ in rows_of(8):
         write_image(tmp_path / f"{key}.png", data)
     os.mkfifo(tmp_path / "fifo.png")
