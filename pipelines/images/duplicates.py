@@ -80,6 +80,7 @@ def find_duplicates(splits: Splits) -> tuple[NDArray[np.int64], NDArray[np.int64
 def shrink(images: ImageDataset, rows: NDArray[np.int64]) -> Tensor:
     """Return images as few pixels of equal contrast, (B, C * SIDE * SIDE)."""
     parts = (to_float(images.pixels(rows[start : start + CHUNK])) for start in range(0, len(rows), CHUNK))
+    parts = (part.movedim(-3, 1).flatten(2, -2) for part in parts)  # the frames of a clip below one another
     pixels = torch.cat([F.adaptive_avg_pool2d(part, SIDE).flatten(1) for part in parts])
     pixels = pixels - pixels.mean(1, keepdim=True)
     return (pixels / (pixels.norm(dim=1, keepdim=True) + FLAT)).round(decimals=3)  # blank images become equal

@@ -11,7 +11,6 @@ from PIL import Image
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.images.formats import OWN_SIZE, decode_image
-from tokenizer.spec import ImageSpec
 
 SIDES = [(30, 41), (12, 12), (25, 12), (60, 33)]
 
@@ -95,9 +94,7 @@ def test_a_smaller_image_is_enlarged_to_its_shorter_side(folder):
             assert place_of(train.pixels([row])[0], image_of(train, row)) is not None
         elif height == width:
             with Image.open(train.config.path / train.names([row])[0]) as image:
-                assert torch.equal(
-                    train.pixels([row])[0], torch.from_numpy(decode_image(image, ImageSpec(1, 20, 20)).copy())
-                )
+                assert torch.equal(train.pixels([row])[0], torch.from_numpy(decode_image(image, train.spec).copy()))
 
 
 def test_crops_are_augmented_and_preloaded_like_other_images(folder):
