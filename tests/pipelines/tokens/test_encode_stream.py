@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ from pipelines import encode, encode_stream
 from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images
+from pipelines.images import load_images, streaming
 from pipelines.job import work_folder
 from pipelines.tokens import TokenDataset, load_tokens
 from tokenizer import Tokenizer
@@ -245,6 +246,36 @@ def test_added_shards_and_bad_images_change_no_augmentation(tokenizer, tmp_path)
         assert data.augmentations == 1
     common = found["before"].keys() & found["after"].keys()
     assert len(common) >= 14 and all(found["before"][key] == found["after"][key] for key in common)
+
+
+def test_equal_images_of_two_shards_are_augmented_differently(tokenizer, tmp_path):
+    write_shards(tmp_path / "data", "parquet", rows_of(20) * 3, 3)
+    data = {**AUGMENT, "validation_fraction": 0}
+    run(config(tokenizer, tmp_path / "tokens", tmp_path / "data", augmentations=1, data=data))
+    one, other = (tokens_of(path).chunk(2) for path in (tmp_path / "tokens").glob("train*.safetensors"))
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_pass_reads_no_image(tmp_path, monkeypatch, kind):
+    columns, sizes = list[list[str]](), list[int]()
+    real_batches, real_extract = pq.ParquetFile.iter_batches, tarfile.TarFile.extractfile
+
+    def iter_batches(file: Any, *given: Any, **options: Any) -> Any:
+        columns.append(options["columns"])
+        return real_batches(file, *given, **options)
+
+    def extractfile(tar: Any, member: tarfile.TarInfo) -> Any:
+        sizes.append(member.size)
+        return real_extract(tar, member)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", extractfile)
+    write_shards(tmp_path, kind, rows_of(6), 1)
+    settings = config(tmp_path, tmp_path, tmp_path).data
+    found = list(streaming.read_files([str(next(tmp_path.iterdir()))], settings, with_images=False))
+    assert [(sample["data"], int(sample["label"])) for sample in found] == [(None, k % 3) for k in range(6)]
+    assert columns == ([["label"]] if kind == "parquet" else []) and sizes == ([1] * 6 if kind == "tar" else [])
 
 
 # Processes and kills
