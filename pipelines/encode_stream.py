@@ -115,19 +115,22 @@ def open_stream(
                 "data.streaming: images are not checked first; one that cannot be decoded ends the run when it is "
                 "reached, and data.on_error=skip then continues without it"
             )
-    inputs = list_inputs(division)
-    attributes = group.on_main(lambda: open_attributes(config, inputs))
+    inputs = name_files(division)
+    attributes = group.on_main(lambda: open_columns(config, inputs))
     classes = names_in(inputs[0].path, config.data.label_column)
     scans = group.map(lambda shard: scan_shard(shard, config.data, attributes, classes), inputs)
     ids, columns = number_classes(config.data, inputs, scans, classes)
     for each in attributes:
         columns[each.name] = each.join([shard.path for shard in inputs], [scan.summaries[each.name] for scan in scans])
-    images = [scan.images for scan in scans if scan.images is not None]
-    total = sum(images) if len(images) == len(scans) else None
+    counts = [scan.images for scan in scans if scan.images is not None]
+    total = sum(counts) if len(counts) == len(scans) else None
+    if group.is_main and total is not None:
+        size = 4e-6 * len(tokenizer.grid) * max(counts) * (1 + config.augmentations)
+        print(f"{total:,} images, at most {max(counts):,} in a shard, whose tokens take {size:.3g} MB", flush=True)
     return StreamedShards(config, division.facts, {each.name: each for each in inputs}, columns, ids, attributes, total)
 
 
-def list_inputs(division: Division) -> list[Input]:
+def name_files(division: Division) -> list[Input]:
     """Return the shards of all splits, and the file that each becomes. Raises `UserError` for too many."""
     inputs = list[Input]()
     for split, part in (("train", "train"), ("validation", "validation"), ("test", "held_out")):
@@ -149,7 +152,7 @@ def list_inputs(division: Division) -> list[Input]:
 
 
 @dataclass(frozen=True)
-class Attribute:
+class StreamedColumn:
     """A column besides the class. names: those of its classes or flags in the schema of the first shard. kind: empty if
     it is not known yet."""
 
@@ -187,10 +190,10 @@ class Attribute:
         return column
 
 
-def open_attributes(config: EncodeConfig, inputs: list[Input]) -> list[Attribute]:
+def open_columns(config: EncodeConfig, inputs: list[Input]) -> list[StreamedColumn]:
     """Return the columns, each of the configured kind, or of that suggested by the first training shard with values."""
     found = [
-        Attribute(
+        StreamedColumn(
             name,
             source,
             names_in(inputs[0].path, source.column or name),
@@ -208,7 +211,7 @@ def open_attributes(config: EncodeConfig, inputs: list[Input]) -> list[Attribute
     return [replace(each, kind=each.kind or "number") for each in found]
 
 
-def scan_shard(shard: Input, data: DataConfig, attributes: list[Attribute], classes: tuple[str, ...]) -> Scan:
+def scan_shard(shard: Input, data: DataConfig, attributes: list[StreamedColumn], classes: tuple[str, ...]) -> Scan:
     """Read the columns of a shard; a tar is not read if none is needed. classes: those in the schema of the first
     shard. Raises `UserError`, which names the shard, also for one without images."""
     if suffix_of(shard.path) == ".tar" and data.label_column is None and not attributes:
@@ -261,7 +264,9 @@ def number_classes(
     return ids, label_column(names)
 
 
-def read_shard(shard: Input, data: DataConfig, attributes: list[Attribute], *, with_images: bool) -> Generator[Sample]:
+def read_shard(
+    shard: Input, data: DataConfig, attributes: list[StreamedColumn], *, with_images: bool
+) -> Generator[Sample]:
     """Yield the samples of a shard. Raises `UserError`."""
     columns = sorted({each.key for each in attributes})
     yield from read_files([shard.path], data, columns=columns, with_images=with_images)
@@ -280,7 +285,7 @@ class StreamedShards:
     inputs: dict[str, Input]
     columns: dict[str, Column]
     ids: dict[Any, int]
-    attributes: list[Attribute]
+    attributes: list[StreamedColumn]
     images: int | None
     grids: ClassVar[dict[str, Tokenizer]] = {}
     drawn: ClassVar[list[str]] = []
@@ -292,8 +297,7 @@ class StreamedShards:
 
     @property
     def column_sources(self) -> dict[str, dict[str, Any]]:
-        own = {each.name: each.source.describe(each.name) for each in self.attributes}
-        return {name: own.get(name, {}) for name in self.columns}
+        return {each.name: each.source.describe(each.name) for each in self.attributes}
 
     def describe_inputs(self) -> dict[str, Any]:
         """Return what else determines the bits of the files: a hash of the paths and sizes of the shards."""
@@ -344,7 +348,8 @@ class StreamedShards:
                     samples += batch.samples
                     bad += batch.bad
                     bar.update(len(batch.samples) * self.count_draws(shard))
-                    self._check_share(bad)
+                    if self.images is not None and len(bad) > self.config.data.max_bad_fraction * self.images:
+                        check_bad([(bad, self.images)], self.config.data)  # raises, as there are too many in any case
                 self._write(work, shard, tokens, samples, bad[first:], tokenizer)
 
     def _read_chunks(self, shards: list[Input]) -> Iterator[tuple[Input, int, list[Sample]] | None]:
@@ -384,17 +389,11 @@ class StreamedShards:
     def _encode_batch(self, batch: Batch, tokenizer: Tokenizer) -> list[Tensor]:
         """Return the tokens int32 `(n, *grid.shape)` of each draw."""
         if not batch.samples:
-            return [torch.empty(0, *tokenizer.grid.shape, dtype=torch.int32, device=tokenizer.device)] * len(
-                batch.changes
-            )
+            empty = torch.empty(0, *tokenizer.grid.shape, dtype=torch.int32, device=tokenizer.device)
+            return [empty] * len(batch.changes)
         pixels, *changes = to_device_async((batch.pixels, *batch.changes), tokenizer.device)
         augment = self.config.data.augment
         return [tokenizer.encode(prepare_images(pixels, each, augment)).int() for each in changes]
-
-    def _check_share(self, bad: list[BadImage]) -> None:
-        """Raise `UserError` if there are already too many bad images, in shards whose images were counted."""
-        if self.images is not None and len(bad) > self.config.data.max_bad_fraction * self.images:
-            check_bad([(bad, self.images)], self.config.data)
 
     def _write(
         self,
@@ -412,11 +411,11 @@ class StreamedShards:
             raw[LABEL] = torch.tensor([self.ids[sample["label"]] for sample in samples], dtype=torch.int64)
         for each in self.attributes:
             raw[each.name] = FORMATS[each.kind].to_raw(each.parse(samples), self.columns[each.name])
-        rows = {name: values.repeat(draws, *[1] * (values.ndim - 1)) for name, values in raw.items()}
         try:
-            packed = pack_columns(self.columns, Given(self.columns, rows, len(samples) * draws), slice(None))
+            packed = pack_columns(self.columns, Given(self.columns, raw, len(samples)), slice(None))
         except ValueError as error:
             raise UserError(one_line(f"{shard.path}: {error}")) from error
+        packed = {name: values.repeat(draws, *[1] * (values.ndim - 1)) for name, values in packed.items()}
         found = [(each.path.removeprefix(f"{shard.path}: "), each.row, each.reason) for each in bad]
         remarks = {BAD: json.dumps(found)} if found else None
         every = torch.cat([torch.cat(of_draw) for of_draw in zip(*tokens, strict=True)]).cpu()

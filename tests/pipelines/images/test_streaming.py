@@ -25,12 +25,9 @@ from givens.images import KINDS, identities, load, rows_of, write_parquet, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import losses, output_of, start, tokenizer_arguments, train_tokenizer, two_processes
-from small import make_tokenizer
 
 from pipelines.commands import reconstruct
 from pipelines.config import UserError
-from pipelines.encode import EncodeConfig
-from pipelines.encode import run as encode
 from pipelines.images import DataConfig, load_images, streaming
 
 stream = functools.partial(load, streaming=True)
@@ -263,10 +260,3 @@ def test_two_processes_train_on_a_stream(tmp_path):
     argv = tokenizer_arguments(tmp_path / "run", **options)
     printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")))
     assert "2 processes" in printed and len(losses(tmp_path / "run")) == 6
-
-
-def test_encode_refuses_a_stream(tmp_path):
-    make_tokenizer("vqvae", (12, 12), 1).eval().save_pretrained(tmp_path / "tokenizer")
-    data = {"source": str(write_shards(tmp_path / "data", "tar", rows_of(20), 2)), "image_size": 12, "streaming": True}
-    with pytest.raises(UserError, match="^data.streaming: .*data.streaming=false"):
-        encode(EncodeConfig(tokenizer=str(tmp_path / "tokenizer"), out=str(tmp_path / "t"), data=data))

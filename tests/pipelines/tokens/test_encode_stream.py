@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import tarfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +23,8 @@ import pytest
 import torch
 from folders import contents
 from givens.images import KINDS, encoded, noise, rows_of, write_shards, write_tar
-from kills import Attempt
 from launch import losses, train_prior, train_tokenizer
-from processes import fork_twice, printed_in, run_file, start_ranks
+from processes import fork_twice, kill, run_file, run_ranks, start_ranks
 from ranks import Several
 from small import make_tokenizer
 
@@ -31,7 +32,7 @@ from pipelines import encode, encode_stream
 from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images
+from pipelines.images import load_images, streaming
 from pipelines.job import work_folder
 from pipelines.tokens import TokenDataset, load_tokens
 from tokenizer import Tokenizer
@@ -203,10 +204,11 @@ def test_columns_of_a_tar_are_keys_of_its_json(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_augmentations_depend_on_shard_row_and_draw_alone(tokenizer, source, tmp_path, batch_size):
+def test_augmentations_depend_on_shard_row_and_draw_alone(tokenizer, source, tmp_path, capsys, batch_size):
     options = {"augmentations": 2, "data": AUGMENT, "seed": 3}
     data = encoded_stream(tokenizer, tmp_path / "one", source, **options)
     again = encoded_stream(tokenizer, tmp_path / "again", source, **{**options, "batch_size": batch_size})
+    assert "75 images, at most 19 in a shard, whose tokens take 0.00205 MB" in capsys.readouterr().out
     assert data.augmentations == 2 and [len(split) for split in data.splits.values()][2] == 15
     for name, split in data.splits.items():
         assert torch.equal(split.tokens, again.splits[name].tokens)
@@ -244,6 +246,36 @@ def test_added_shards_and_bad_images_change_no_augmentation(tokenizer, tmp_path)
         assert data.augmentations == 1
     common = found["before"].keys() & found["after"].keys()
     assert len(common) >= 14 and all(found["before"][key] == found["after"][key] for key in common)
+
+
+def test_equal_images_of_two_shards_are_augmented_differently(tokenizer, tmp_path):
+    write_shards(tmp_path / "data", "parquet", rows_of(20) * 3, 3)
+    data = {**AUGMENT, "validation_fraction": 0}
+    run(config(tokenizer, tmp_path / "tokens", tmp_path / "data", augmentations=1, data=data))
+    one, other = (tokens_of(path).chunk(2) for path in (tmp_path / "tokens").glob("train*.safetensors"))
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_pass_reads_no_image(tmp_path, monkeypatch, kind):
+    columns, sizes = list[list[str]](), list[int]()
+    real_batches, real_extract = pq.ParquetFile.iter_batches, tarfile.TarFile.extractfile
+
+    def iter_batches(file: Any, *given: Any, **options: Any) -> Any:
+        columns.append(options["columns"])
+        return real_batches(file, *given, **options)
+
+    def extractfile(tar: Any, member: tarfile.TarInfo) -> Any:
+        sizes.append(member.size)
+        return real_extract(tar, member)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", extractfile)
+    write_shards(tmp_path, kind, rows_of(6), 1)
+    settings = config(tmp_path, tmp_path, tmp_path).data
+    found = list(streaming.read_files([str(next(tmp_path.iterdir()))], settings, with_images=False))
+    assert [(sample["data"], int(sample["label"])) for sample in found] == [(None, k % 3) for k in range(6)]
+    assert columns == ([["label"]] if kind == "parquet" else []) and sizes == ([1] * 6 if kind == "tar" else [])
 
 
 # Processes and kills
@@ -309,18 +341,21 @@ def test_killed_processes_are_continued_by_others(tokenizer, tmp_path, world):
     write_shards(tmp_path / "data", "parquet", rows_of(180) * 4, 12)
     argv = [f"tokenizer={tokenizer}", f"data.source={tmp_path / 'data'}", "data.image_size=12", "data.streaming=true"]
     argv += ["batch_size=2", "data.augment.shift=2", "augmentations=1"]
-    log, work = tmp_path / "log", work_folder(tmp_path / "parts", "encode")
+    command, work = (
+        ["-m", "pipelines.encode", *argv, f"out={tmp_path / 'parts'}"],
+        work_folder(tmp_path / "parts", "encode"),
+    )
     run_file("-m", "pipelines.encode", *argv, f"out={tmp_path / 'whole'}")
-    attempt = Attempt(start_ranks(["-m", "pipelines.encode", *argv, f"out={tmp_path / 'parts'}"], world, log), log)
-    while len(list(work.glob("[tv]*.safetensors"))) < 2 and not attempt.wait(0.001):
-        pass
-    attempt.send(signal.SIGKILL)
-    assert attempt.end() == [-signal.SIGKILL] * world and not (tmp_path / "parts").exists()
+    processes = start_ranks(command, world, tmp_path / "log")
+    while len(list(work.glob("[tv]*.safetensors"))) < 2 and all(process.is_alive() for process in processes):
+        time.sleep(0.001)
+    for process in processes:
+        kill(process)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * world
     done = {path.name: path.stat().st_mtime_ns for path in work.glob("[tv]*.safetensors")}
-    assert 2 <= len(done) < 12
-    again = Attempt(start_ranks(["-m", "pipelines.encode", *argv, f"out={tmp_path / 'parts'}"], 3 - world, log), log)
-    assert again.end() == [0] * (3 - world)
-    assert f"continuing, {len(done)} of 12 shards are done" in printed_in(log)
+    assert 2 <= len(done) < 12 and not (tmp_path / "parts").exists()
+    codes, printed = run_ranks(command, 3 - world)
+    assert codes == [0] * (3 - world) and f"continuing, {len(done)} of 12 shards are done" in printed
     assert {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in done} == done
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
