@@ -25,6 +25,7 @@ from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
 from pipelines.images.formats import try_decode
+from pipelines.images.views import View
 from pipelines.options import open_files, read_files
 from pipelines.tokens import load_tokens
 from tokenizer import Tokenizer
@@ -537,8 +538,9 @@ def test_another_size_or_number_of_frames_is_refused(run, tmp_path, capsys):
 def test_detection_does_not_take_stills_for_strips(run, tmp_path):
     Image.new("L", (SIDE, 4 * SIDE)).save(tmp_path / "strip.png")
     config = DetectConfig(pipeline=str(run / "prior"), images=str(tmp_path / "strip.png"))
+    pipe = ImagePipeline.from_pretrained(run / "prior")
     with pytest.raises(UserError, match=r"^images: [^\n]*strip.png: 1 frame, fewer than data.frames=4$"):
-        find_images(config, ImagePipeline.from_pretrained(run / "prior"))
+        find_images(config, pipe, View.of(pipe.spec, None))
 
 
 def test_tokenizers_without_a_grid_are_refused_before_training(run, tmp_path, capsys):

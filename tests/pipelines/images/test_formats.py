@@ -263,7 +263,7 @@ def test_pixels_are_those_of_release_0_3(name, tmp_path):
     if name.startswith(("clip", "cut_clip")):
         windows = cut_windows([str(path)], 2)
         readings = {
-            f"{key}, window {row}": (windows.read([row])[0], replace(READINGS[key][0], frames=2), None)
+            f"{key}, window {row}": (windows.payloads([row])[0], replace(READINGS[key][0], frames=2), None)
             for key in CLIP_READINGS
             for row in range(windows.size)
         }
