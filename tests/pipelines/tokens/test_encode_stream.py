@@ -1,6 +1,6 @@
 """`smalti encode` with `data.streaming`: its rows, columns, processes, kills, bad images and refusals.
 
-Covers: pipelines/encode_stream.py, and the summaries of pipelines/columns.py.
+Covers: pipelines/encode_stream.py, pipelines/images/stream_columns.py, and the summaries of pipelines/columns.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipelines import encode, encode_stream
 from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images, streaming
+from pipelines.images import load_images, stream_columns, streaming
 from pipelines.job import work_folder
 from pipelines.tokens import TokenDataset, load_tokens
 from tokenizer import Tokenizer
@@ -307,7 +307,7 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
     options = {"augmentations": 1, "data": AUGMENT, "attributes": ATTRIBUTES}
     run(config(tokenizer, tmp_path / "whole", source, **options))
     batches, read, real = list[None](), list[str](), encode_stream.StreamedShards._encode_batch
-    real_read = encode_stream.read_files
+    real_read = stream_columns.read_files
 
     def stop(*given: Any) -> Any:
         batches.append(None)
@@ -320,7 +320,7 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
         return real_read(files, *given, with_images=with_images, **options)
 
     monkeypatch.setattr(encode_stream.StreamedShards, "_encode_batch", stop)
-    monkeypatch.setattr(encode_stream, "read_files", read_files)
+    monkeypatch.setattr(stream_columns, "read_files", read_files)
     attempts, work = 0, work_folder(tmp_path / "parts", "encode")
     while not (tmp_path / "parts").exists():
         done = len(list(work.glob("[tv]*.safetensors")))
