@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import io
 import json
 import os
 import time
@@ -39,7 +38,7 @@ from .files import Output, atomic_file, lock_output, replace_file, require_apart
 from .image_pipeline import NO_TEXT, ImagePipeline, equal_batches
 from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.grids import class_grid
-from .images.pictures import SUFFIXES, png_bytes, to_images, write_picture
+from .images.pictures import SUFFIXES, npy_bytes, png_bytes, to_images, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .options import DEVICE, UsesPipeline
 from .processes.launch import join_group
@@ -406,12 +405,6 @@ class ImageFolder:
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # it contains files of the user
             self.folder.rmdir()
-
-
-def npy_bytes(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, image)
-    return file.getvalue()
 
 
 def write_npz(

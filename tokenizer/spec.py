@@ -71,6 +71,18 @@ class ImageSpec:
     def noun(self) -> str:
         return "image" if self.frames == 1 else "clip"
 
+    @property
+    def shown_suffix(self) -> str:
+        """The suffix of a file that shows one image or clip, or holds its values if no picture does."""
+        if not self.is_picture:
+            return ".npy"
+        return ".png" if self.frames == 1 else ".gif"
+
+    @property
+    def exact_suffix(self) -> str:
+        """The suffix of a file that holds every value of one image or clip: a GIF has 256 levels for all channels."""
+        return ".npy" if self.shown_suffix == ".gif" and self.channels > 1 else self.shown_suffix
+
     def at(self, height: int, width: int) -> ImageSpec:
         """Return the spec of images of another size."""
         return replace(self, height=height, width=width)

@@ -58,6 +58,13 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def npy_bytes(values: np.ndarray) -> bytes:
+    """Encode an array as `.npy`."""
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
 def to_images(images: Any, spec: ImageSpec) -> Tensor:
     """Convert anything that `as_batch` accepts to float images `(B, *spec.shape)` in [-1, 1]. Warns once about floats
     that look like [0, 1]; raises `ValueError` for another size, type or range."""
