@@ -23,10 +23,9 @@ from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.animations import gif_bytes
-from ..images.folder import is_image_name
+from ..images.folder import ARRAY_SUFFIXES, SUFFIXES, suffix_of
 from ..images.pictures import npy_bytes, png_bytes
 from ..options import UsesPipeline, require_pictures
-
 
 ENCODERS = {".png": png_bytes, ".gif": gif_bytes, ".npy": npy_bytes}
 
@@ -58,13 +57,20 @@ def run(config: DecompressConfig) -> Path:
         with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
             header, _ = read_stream(data)
             suffix = restored_suffix(pipeline, header.lossless)
-            names = [short if is_image_name(short := name.removesuffix(suffix)) else name for name in header.names]
+            names = [name_compressed(name, suffix) for name in header.names]
             given = config.read_condition(pipeline, header.images, names or None).given
             count = write_folder(pipeline, data, folder, given, config.batch_size)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
     print(f"{config.out}: {count_of(count, pipeline.spec.noun)}")
     return out.path
+
+
+def name_compressed(name: str, suffix: str) -> str:
+    """Return the name of the file that was compressed, given that of the restored file, which may have one more
+    suffix."""
+    short = name.removesuffix(suffix)
+    return short if suffix_of(short) in {*SUFFIXES, *ARRAY_SUFFIXES} else name
 
 
 def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, given: Given, batch_size: int | None) -> int:
