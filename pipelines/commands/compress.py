@@ -82,8 +82,9 @@ def run(config: CompressConfig) -> Path:
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
     names = name_restored(paths, root, restored_suffix(pipeline, config.lossless))
-    if isinstance(source, WindowRows) and (left := sum(count % spec.frames for count in source.counts if count >= spec.frames)):
-        ends = count_of(left, "frame")
+    lengths = source.counts if isinstance(source, WindowRows) else ()
+    if rest := sum(length % spec.frames for length in lengths if length >= spec.frames):
+        ends = count_of(rest, "frame")
         tell(f"images: {ends} at the ends of clips are left out; {spec.frames} in a row are compressed together")
     keys = config.read_condition(pipeline, count, paths)
 

@@ -146,8 +146,8 @@ def shuffled(count: int) -> Tensor:
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Return the structural similarity of each pair of images `(B, ..., C, H, W)` in [-1, 1], `(B,)`, at most 1: the
-    mean over channels and over Gaussian windows within the image (11 x 11, sigma 1.5; the largest odd size that fits smaller
-    images).
+    mean over channels and over Gaussian windows within the image (11 x 11, sigma 1.5; the largest odd size that fits
+    smaller images).
 
     Computed in float64: variances are differences of mean squares, which cancel where an image is flat.
     """
