@@ -169,7 +169,8 @@ def read_stream(path: Path) -> dict[str, Any]:
 
     with patch.object(coding.Models, "decode", watched):
         images = coding.decompress(pipe, path.read_bytes(), condition=options.get("condition"), progress=False)
-    several = images if isinstance(images, list) else [images]
+    # 0.3, which wrote the facts, returned the frames of a clip below one another.
+    several = [each.movedim(-3, 1).flatten(2, -2) for each in (images if isinstance(images, list) else [images])]
     facts = {"tokens": ids(torch.cat(found)), "shapes": [list(image.shape) for image in several]}
     if options.get("lossless"):
         facts["pixels"] = ids(((several[0] + 1) * 127.5).round())
