@@ -328,7 +328,7 @@ def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp
     for each in served:
         assert each.max_images == 3 and (each.train is not None) == (each.name == "digits")  # others are on the Hub
     digits = next(each for each in served if each.name == "digits")
-    assert digits.train is not None and digits.train.image_shape == digits.shape
+    assert digits.train is not None and digits.train.spec == digits.spec
     with pytest.raises(SystemExit):
         main(["app", "data.source=photos"])
     assert "error: data: " in capsys.readouterr().err
