@@ -74,7 +74,8 @@ def describe_pipeline(pipeline: ImagePipeline) -> str:
         f"pixels{f' in {classes} classes' * bool(classes)}"
         f"{f', given {names}' * bool(names)}. "
         f"Its tokenizer ({pipeline.tokenizer.name}) turns each {pipeline.spec.noun} into "
-        f"{' × '.join(map(str, grid.shape))} tokens of a vocabulary of {grid.vocab_size:,}; its prior ({pipeline.prior.name}) generates the tokens."
+        f"{' × '.join(map(str, grid.shape))} tokens of a vocabulary of {grid.vocab_size:,}; "
+        f"its prior ({pipeline.prior.name}) generates the tokens."
     )
 
 
