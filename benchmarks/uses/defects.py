@@ -95,8 +95,8 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
     from pipelines.anomaly.filters import smooth
     from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
     from pipelines.anomaly.maps import peak_of
-    from tokenizer.spec import to_float
     from pipelines.images.tiles import convert_whole, list_images, stitch_maps
+    from tokenizer.spec import to_float
 
     pipe = ImagePipeline.from_pretrained(out / "prior" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -110,7 +110,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
 
     with torch.inference_mode():
         for file in files:
-            pixels = convert_whole(Image.open(file), shape, pipe.values)
+            pixels = convert_whole(Image.open(file), pipe.spec)
             image = to_float(pixels)[0]
             several = list_images([pixels], pipe.tokenizer)
             (error,) = stitch_maps(several, error_of, shape, stride, 256, pipe.device)

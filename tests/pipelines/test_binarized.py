@@ -30,7 +30,6 @@ from pipelines.config.command import parse
 from pipelines.encode import EncodeConfig
 from pipelines.encode import run as encode
 from pipelines.images import DataConfig, load_images
-from tokenizer.spec import to_uint8
 from pipelines.images.binarize import binarize
 from pipelines.metrics.likelihood import log_probs
 from pipelines.shuffling import draw_pixels
@@ -39,6 +38,7 @@ from pipelines.train_prior import PriorTask, TrainPriorConfig
 from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.files import FormatError, write_manifest
+from tokenizer.spec import to_uint8
 
 pytestmark = pytest.mark.usefixtures("one_process")
 MADE = {"kind": "made", "hidden": [8]}

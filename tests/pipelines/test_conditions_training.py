@@ -28,7 +28,6 @@ from pipelines import ImagePipeline
 from pipelines import train_prior as verb
 from pipelines.config import UserError
 from pipelines.config.command import parse
-from tokenizer.spec import to_uint8
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.pairs import condition_picture
 from pipelines.tokens import load_tokens
@@ -36,6 +35,7 @@ from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.training import trainer
 from pipelines.training.optimizers import make_optimizer
 from prior.objectives import alignment_loss
+from tokenizer.spec import to_uint8
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

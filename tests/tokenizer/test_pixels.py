@@ -13,12 +13,12 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
-from tokenizer.spec import to_float, to_uint8
 from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
 from tokenizer.palette import distinct_colors, lattice, weighted_kmeans
 from tokenizer.quantizers import codebook
+from tokenizer.spec import to_float, to_uint8
 
 LEVELS = [2, 3, 4, 7, 16, 100, 255, 256]
 BYTES = torch.arange(256, dtype=torch.uint8)

@@ -22,12 +22,12 @@ from pipelines import ImagePipeline, evaluate, generate, train_prior, train_toke
 from pipelines.__main__ import main
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
-from tokenizer.spec import to_uint8
 from pipelines.images.arrays import Values, decode_array, values_of
 from pipelines.images.decoding import try_decode
 from pipelines.images.pictures import convert_images, to_images
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
+from tokenizer.spec import to_uint8
 
 FULL = Values("uint16", 0.0, 65535.0)
 tifffile = Late("tifffile")

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.images import load_images
-from tokenizer.spec import to_float
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
+from tokenizer.spec import to_float
 
 
 @pytest.fixture(scope="module")

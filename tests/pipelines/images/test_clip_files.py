@@ -20,7 +20,6 @@ from pipelines.__main__ import main
 from pipelines.commands.detect import DetectConfig, find_images
 from pipelines.config import UserError
 from pipelines.images import DataConfig, clip_files, load_images
-from tokenizer.spec import to_float
 from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
@@ -29,6 +28,7 @@ from pipelines.options import read_clips
 from pipelines.tokens import load_tokens
 from tokenizer import Tokenizer
 from tokenizer.frame_by_frame import FrameByFrame
+from tokenizer.spec import to_float
 
 SIDE = 16
 KINDS = ["folder", "gif", "webp", "png", "tiff", "npy", "npz"]

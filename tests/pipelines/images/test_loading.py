@@ -13,8 +13,8 @@ import torch
 from givens.images import ALL, config, write_folder
 
 from pipelines.images import DataConfig, ImageDataset, load_images
-from tokenizer.spec import to_float, to_uint8
 from pipelines.images.dataset import warn_about_colour
+from tokenizer.spec import to_float, to_uint8
 
 ROOT = Path(__file__).parents[3]
 REAL = Path(os.environ.get("SMALTI_DATA") or ROOT / "../shared/data").resolve()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenizer.spec import to_float, to_uint8
 from pipelines.metrics import samples as module
 from pipelines.metrics.samples import Samples
 from pipelines.processes.group import ProcessGroup
+from tokenizer.spec import to_float, to_uint8
 
 
 def numbered(start: int, end: int) -> torch.Tensor:
