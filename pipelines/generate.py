@@ -224,11 +224,12 @@ def describe_job(request: Request, suffix: str) -> dict[str, Any]:
 def choose_suffix(config: GenerateConfig, spec: ImageSpec | None) -> str:
     """Return the suffix of one file per image; in a work folder, of one that keeps every value. spec: None if the
     pipeline is not loaded yet."""
-    if spec is None or (spec.frames == 1 and spec.is_picture):
-        return FILES[0]
-    if spec.frames == 1 or Path(config.out).suffix:
+    suffix = FILES[0] if spec is None else spec.shown_suffix
+    if suffix == FILES[0]:
+        return suffix
+    if Path(config.out).suffix:
         return ".npy"
-    return f".{config.format or ('gif' if spec.is_picture else 'npy')}"
+    return f".{config.format}" if config.format else suffix
 
 
 def make_images(

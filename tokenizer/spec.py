@@ -152,14 +152,14 @@ class ImageSpec:
         """Raise `ValueError`, which begins with the setting to change, unless `other` has the same size, frames, type
         and range; which channels pictures show may differ. whose: owner of these images, such as "pipeline"."""
         if other.frames != self.frames:
-            theirs = f"clips of {self.frames} frames" if self.frames > 1 else "single images"
-            needed, got = (None if frames == 1 else frames for frames in (self.frames, other.frames))
-            raise ValueError(f"frames: the {whose} takes {theirs}; set data.frames={needed or 'null'} (got {got})")
-        ours, theirs_ = (spec.frame.shape for spec in (self, other))
-        if theirs_ != ours:
+            needed, got = ("null" if each.frames == 1 else each.frames for each in (self, other))
+            of = "".join(f" of {count} frames" for count in self.shape[:-3])
+            raise ValueError(f"frames: the {whose} takes {self.noun}s{of}; set data.frames={needed} (got {got})")
+        ours, theirs = (spec.frame.shape for spec in (self, other))
+        if theirs != ours:
             raise ValueError(
                 f"image_size, data.channels: the {whose}'s {'images' if self.frames == 1 else 'frames'} are {ours} "
-                f"(channels, height, width), these are {theirs_}"
+                f"(channels, height, width), these are {theirs}"
             )
         if self.is_bytes and not other.is_bytes:
             raise ValueError(

@@ -73,6 +73,6 @@ def write_mp4(frames: np.ndarray, path: Path) -> None:
     scale = max(1, -(-MIN_SIDE // min(frames.shape[1:3])))
     frames = frames.repeat(scale, 1).repeat(scale, 2)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
-    frames = frames.repeat(3, 3) if frames.shape[3] == 1 else frames
+    frames = frames.repeat(3 // frames.shape[3], 3)  # grey as RGB
     options: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 1, "quality": 9}
     imageio.mimwrite(path, list(frames), format="FFMPEG", fps=1000 / MILLISECONDS, **options)

@@ -338,7 +338,6 @@ BAD = {
     "another suffix": (["complete", "frames=1", "out=it.txt"], "should end in"),
     "a format of a file": (["generate", "format=gif", "out=it.npz"], "format: is that of files in a folder"),
     "another format": (["generate", "format=avi", "out=new"], "format"),
-    "the app": (["app"], "app: takes images, not clips of 3 frames"),
     "tiles": (["compress", "images=SHORT", "out=it.smalti", "tile=true"], "tile: clips are not cut into tiles"),
     "a short one": (["compress", "images=SHORT", "out=it.smalti"], "2 frames, fewer than data.frames=3"),
     "no clips to compress": (["compress", "images=EMPTY", "out=it.smalti"], "images: no clips in"),
