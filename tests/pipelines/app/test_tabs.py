@@ -277,7 +277,11 @@ def test_clips_are_compared_scored_and_searched(clips):
     picked = [(served_.as_shown(clip), None)]
     (image, again, tokens, bits), figures, code = compare.compare(served, quiet, picked, 0)
     assert np.array_equal(frames_of(again[0]), clips.reconstruct(clip, output_type="np")[0])
-    assert frames_of(tokens[0]).shape == (T, *clips.prior.grid.shape[1:], 3)
+    ids, colours = clips.encode(clip)[0], frames_of(tokens[0])
+    assert colours.shape == (*clips.prior.grid.shape, 3) and (ids[0] != ids[2]).any()
+    assert all(
+        (colours[a] == colours[b]).all(-1).tolist() == (ids[a] == ids[b]).tolist() for a in (0, 1) for b in (1, 2)
+    )
     heat = frames_of(bits[0])
     assert heat.shape == (T, 8, 12, 3) and len({frame.tobytes() for frame in heat}) == T
     assert "bits per dim" in figures and "ImageSequence" in code and "import numpy as np" in code
@@ -327,7 +331,7 @@ def test_visitors_bring_gif_and_animated_png_and_webp(clips, tmp_path, monkeypat
     np.save(tmp_path / "a.npy", to_array(clip))
     (tmp_path / "text.gif").write_text("no picture")
     (tmp_path / "cut.gif").write_bytes((tmp_path / "a.gif").read_bytes()[:-200])
-    png(tmp_path / "bomb.png", 5000)  # 25 million pixels, three times
+    png(tmp_path / "bomb.png", 20_000)
     loaded, load = [], Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda image: loaded.append(image.size) or load(image))
     for name in ("still.png", "short.gif", "a.npy", "text.gif", "cut.gif", "bomb.png", "gone.gif"):
@@ -337,6 +341,9 @@ def test_visitors_bring_gif_and_animated_png_and_webp(clips, tmp_path, monkeypat
             assert caught.value.print_exception is False, name
             assert "\n" not in caught.value.message and str(tmp_path) not in caught.value.message
     assert not [size for size in loaded if max(size) > 1000]
+    monkeypatch.setattr("pipelines.app.served.MAX_PIXELS", T * 8 * 12 - 1)
+    with pytest.raises(ValueError, match="3 x 12 x 8 pixels; the limit is 287"):
+        served_.picked_image([(str(tmp_path / "a.gif"), None)], clips.spec)
 
 
 def test_a_page_of_clips(clips, monkeypatch):
