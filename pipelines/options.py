@@ -21,10 +21,12 @@ from .config import Config, Of, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.clip_files import cut_windows, find_clips
-from .images.decoding import Rows, decode_in_threads
-from .images.folder import file_rows, image_paths
+from .images.folder import image_paths
+from .images.formats import decode_in_threads
+from .images.sources import Source, of_files
 from .images.splits import Inherited
 from .images.unseen import require_unseen
+from .images.views import View
 from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
 from .saving import PipelineFolder
 from .shuffling import spread
@@ -109,16 +111,13 @@ class TileSettings(Config):
         None, ge=1, description="with tile, the distance of the tiles in pixels; null: half of a tile's shorter side"
     )
 
-    def choose_stride(self, shape: tuple[int, ...]) -> int | None:
-        """Return the stride for tiles of `shape` (C, H, W), or None without `tile`. Raises `UserError`."""
-        from .images.tiles import check_stride
-
-        if not self.tile:
-            if self.stride is not None:
-                raise UserError("stride: needs tile=true")
-            return None
+    def choose_view(self, spec: ImageSpec) -> View:
+        """Return how images are seen: whole or, with `tile`, by tiles. Raises `UserError`."""
+        if not self.tile and self.stride is not None:
+            raise UserError("stride: needs tile=true")
+        stride = max(1, min(spec.size) // 2) if self.stride is None else self.stride
         try:
-            return check_stride(max(1, min(shape[1:]) // 2) if self.stride is None else self.stride, shape)
+            return View.of(spec, stride if self.tile else None)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -219,12 +218,12 @@ def require_pictures(spec: ImageSpec, verb: str) -> None:
         )
 
 
-def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> Rows:
+def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> Source:
     """Return the images of the first `most` image files, or the windows of the first `most` clips (files, and folders
     of frames), among `paths` and in the folders among them, sorted by name within each folder. Raises `UserError` for a
     path that does not exist, and if there are none."""
     find: Callable[[Path], list[str]] = image_paths
-    open_rows: Callable[[list[str]], Rows] = partial(file_rows, labels=None)
+    open_rows: Callable[[list[str]], Source] = of_files
     if spec.frames > 1:
         find, open_rows = find_clips, partial(cut_windows, frames=spec.frames)
     files = list[Path]()
@@ -237,10 +236,10 @@ def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> Ro
     return open_rows([str(file) for file in files[:most]])
 
 
-def read_files(source: Rows, rows: Sequence[int], spec: ImageSpec) -> Tensor:
+def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:
     """Read some images of a source, resized and cropped, as `ImageDataset.pixels` returns them. Raises `UserError` with
     a line for each of the first ten that cannot be decoded."""
-    decoded = decode_in_threads(source.read(rows), spec)
+    decoded = decode_in_threads(source.payloads(rows), spec)
     found = zip(rows, decoded, strict=True)
     refuse_files([f"images: {source.name(row)}: {reason}{REMOVE}" for row, reason in found if isinstance(reason, str)])
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))

@@ -164,7 +164,7 @@ def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 def look_up_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
-    """Return the quantizer's vectors of tokens, `(B, ..., dim, *spatial)`; without a quantizer, their decoded colours."""
+    """Return the quantizer's vectors of tokens, `(B, ..., dim, *spatial)`; without a quantizer, decoded colours."""
     if isinstance(pipeline.tokenizer, FrameByFrame):
         quantizer = getattr(pipeline.tokenizer.tokenizer, "quantizer", None)
         if quantizer is not None:

@@ -24,7 +24,7 @@ from ..config import UserError
 from ..image_pipeline import ImagePipeline
 from ..images.animations import animated_png
 from ..images.dataset import ImageDataset
-from ..images.decoding import MAX_PIXELS, WEB_FORMATS, Payload, open_image, try_decode
+from ..images.formats import MAX_PIXELS, WEB_FORMATS, Payload, open_image, try_decode
 from ..options import open_files
 
 REPORT_SECONDS = 0.4  # minimum time between progress reports, because each one updates the page
@@ -160,7 +160,7 @@ def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
         size = " x ".join(map(str, (spec.frames, image.width, image.height)))
         raise ValueError(f"{size} pixels; the limit is {MAX_PIXELS}")
     source = open_files([str(file)], spec)
-    payloads = source.read(range(source.size))
+    payloads = source.payloads(range(source.size))
     for payload in payloads:
         if isinstance(payload, str):
             raise ValueError(payload)

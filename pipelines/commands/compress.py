@@ -37,9 +37,10 @@ from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of
 from ..files import Output, lock_output
-from ..images.clip_files import WindowRows
-from ..images.decoding import Rows, open_image
-from ..images.tiles import LazyImages
+from ..images.clip_files import WindowSource
+from ..images.formats import open_image
+from ..images.sources import Source
+from ..images.views import LazyImages
 from ..options import REMOVE, UsesPipeline, open_files, read_files, require_pictures
 
 
@@ -82,7 +83,7 @@ def run(config: CompressConfig) -> Path:
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
     names = name_restored(paths, root, restored_suffix(pipeline, config.lossless))
-    lengths = source.counts if isinstance(source, WindowRows) else ()
+    lengths = source.counts if isinstance(source, WindowSource) else ()
     if rest := sum(length % spec.frames for length in lengths if length >= spec.frames):
         ends = count_of(rest, "frame")
         tell(f"images: {ends} at the ends of clips are left out; {spec.frames} in a row are compressed together")
@@ -99,7 +100,7 @@ def run(config: CompressConfig) -> Path:
         except Exception as error:  # as in `read_image`
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
-    whole, sizes = LazyImages(count, read_whole, lambda k: f"images: {paths[k]}"), [spec.size] * count
+    whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * count
     if config.tile:
         try:
             sizes = sizes_of(whole, shape)
@@ -149,13 +150,13 @@ def count_bytes(path: str) -> int:
     return sum(part.stat().st_size for part in parts)
 
 
-def read_image(source: Rows, row: int, spec: ImageSpec, config: CompressConfig) -> Tensor:
+def read_image(source: Source, row: int, spec: ImageSpec, config: CompressConfig) -> Tensor:
     """Read an image, or a clip, float `spec.shape`. Raises `UserError` for an unsupported mode, or for another size
     without `resize`."""
     if config.resize:
         return to_float(read_files(source, [row], spec)[0])
     try:
-        (payload,) = source.read([row])
+        (payload,) = source.payloads([row])
         return to_float(read_exact(payload, spec, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything
         hint = "; resize=true resizes and crops images, tile=true cuts images into tiles"

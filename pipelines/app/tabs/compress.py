@@ -11,7 +11,7 @@ import torch
 
 from ...compression.coding import read_exact
 from ...config.table import count_of
-from ...images.decoding import WEB_FORMATS
+from ...images.formats import WEB_FORMATS
 from ..parts import Samples, make_gallery, make_picker, on_click
 from ..served import Picked, Served, Step, as_shown, picked_images
 

@@ -25,7 +25,7 @@ from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.images.animations import gif_bytes
-from pipelines.images.clip_files import Clip
+from pipelines.images.clip_files import open_clip
 from pipelines.saving import list_shipped
 from tokenizer.frame_by_frame import FrameByFrame
 
@@ -230,7 +230,7 @@ def random_clips(pipe, count, seed=0):
 
 def frames_of(path):
     """The frames of a file, uint8 (T, H, W, C)."""
-    clip = Clip(str(path))
+    clip = open_clip(str(path))
     return np.stack([np.atleast_3d(clip.read(k, True)) for k in range(len(clip))])
 
 
