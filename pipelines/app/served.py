@@ -156,9 +156,9 @@ def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
     """Return the image of a file, or the windows of a clip, not decoded. Raises `ValueError` for a file in another
     format or with too many pixels in a window, and whatever Pillow raises."""
     image = open_image(file, WEB_FORMATS)
-    if image.width * image.height * spec.frames > MAX_PIXELS:
-        size = " x ".join(map(str, (spec.frames, image.width, image.height)))
-        raise ValueError(f"{size} pixels; the limit is {MAX_PIXELS}")
+    sides = *spec.shape[:-3], *image.size
+    if math.prod(sides) > MAX_PIXELS:
+        raise ValueError(f"{' x '.join(map(str, sides))} pixels; the limit is {MAX_PIXELS}")
     source = open_files([str(file)], spec)
     payloads = source.payloads(range(source.size))
     for payload in payloads:

@@ -41,7 +41,7 @@ from ..images.clip_files import WindowSource
 from ..images.formats import open_image
 from ..images.sources import Source
 from ..images.views import LazyImages
-from ..options import REMOVE, UsesPipeline, open_files, read_files, require_pictures
+from ..options import NO_TILES, REMOVE, UsesPipeline, open_files, read_files, refuse_clips, require_pictures
 
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
@@ -77,8 +77,8 @@ def run(config: CompressConfig) -> Path:
     out.check_file()
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "compress")
-    if config.tile and pipeline.frames > 1:
-        raise UserError("tile: clips are not cut into tiles")
+    if config.tile:
+        refuse_clips(pipeline.spec, NO_TILES)
     size, spec, shape = chunk_images(pipeline), pipeline.spec, pipeline.spec.shape
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
