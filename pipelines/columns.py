@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,9 +37,9 @@ from prior.columns import (
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.spec import ImageSpec
 
-from .images.dataset import is_class_name
-from .images.decoding import decode_in_threads
+from .images.classes import is_class_name, name_classes
 from .images.folder import find_images, match_names
+from .images.formats import decode_in_threads
 from .images.pictures import is_single, to_images
 from .text import NGRAMS, encode_text, run_encoder
 
@@ -111,6 +112,35 @@ class ColumnFormat(Generic[C]):
     def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
         """Return a column and the raw rows of cells, the first `train` of which are trained on. encoder: of texts, for
         vectors. Raises `ValueError`, which names the cell."""
+        values = cls.parse_cells(cells, encoder)
+        column = cls.make_column(cls.summarize(values, cells.names, train), encoder)
+        return column, cls.to_raw(values, column)
+
+    @classmethod
+    def parse_cells(cls, cells: Cells, encoder: str) -> Any:
+        """Return the values of cells as `summarize` and `to_raw` take them. Raises `ValueError`, which names the
+        cell."""
+        raise NotImplementedError
+
+    @classmethod
+    def summarize(cls, values: Any, names: list[str] | None, train: int) -> Any:
+        """Return what the column depends on, which is small. names: of the data set; train: how many of the values,
+        the first ones, are trained on."""
+        raise NotImplementedError
+
+    @classmethod
+    def join(cls, one: Any, other: Any) -> Any:
+        """Return the summary of the values of two summaries. Raises `ValueError` if these do not go together."""
+        raise NotImplementedError
+
+    @classmethod
+    def make_column(cls, summary: Any, encoder: str) -> Column:
+        """Return the column. Raises `ValueError` without values to train on."""
+        raise NotImplementedError
+
+    @classmethod
+    def to_raw(cls, values: Any, column: Any) -> Tensor:
+        """Return the raw rows of values."""
         raise NotImplementedError
 
     # Tables
@@ -175,8 +205,52 @@ class ColumnFormat(Generic[C]):
 # Names --------------------------------------------------------------------------------------------
 
 
+Name = float | str
+NameSummary = tuple[list[str] | None, frozenset[Name]]
+"""The names that the data set has, if it has, and those that occur."""
+
+
 class NamesFormat(ColumnFormat[C]):
-    """One or several of the column's names."""
+    """One or several of the column's names, numbered in the order of the data set's names or, without these, of the
+    sorted values."""
+
+    column_type: ClassVar[Callable[..., Column]]
+
+    @classmethod
+    def split_cell(cls, value: Any) -> list[Any]:
+        """Return the names in a cell."""
+        return [value]
+
+    @classmethod
+    def parse_cells(cls, cells: Cells, encoder: str) -> list[list[Name] | None]:
+        def read(value: Any) -> list[Name]:
+            found = [read_name(one, cells.names) for one in cls.split_cell(value)]
+            return [name for name in found if name is not None and name != ""]
+
+        return cells.convert(read)
+
+    @classmethod
+    def summarize(cls, values: list[list[Name] | None], names: list[str] | None, train: int) -> NameSummary:
+        return names, frozenset(one for several in values for one in several or ())
+
+    @classmethod
+    def join(cls, one: NameSummary, other: NameSummary) -> NameSummary:
+        return one[0], one[1] | other[1]
+
+    @classmethod
+    def make_column(cls, summary: NameSummary, encoder: str) -> Column:
+        names = summary[0] or name_classes(summary[1])
+        if not names:
+            raise ValueError("the column has no values")
+        if invalid := [name for name in names if not is_class_name(name)]:
+            raise ValueError(f"{shorten(invalid[0])} is not a short text without control characters")
+        return cls.column_type(names=names)
+
+    @classmethod
+    def number(cls, values: list[list[Name] | None], names: Sequence[str]) -> list[list[int] | None]:
+        """Return the places of the names of each cell; None is null."""
+        places = {name: place for place, name in enumerate(names)}
+        return [None if several is None else [places[str(one)] for one in several] for several in values]
 
     def format_values(self, raw: Tensor, written: list[Any], folder: Path) -> list[Any]:
         found: list[Any] = self.to_values(raw)
@@ -187,6 +261,7 @@ class ClassFormat(NamesFormat[ClassColumn]):
     """A name or its number; `yes` and `no` may be written as truth values."""
 
     kind = "class"
+    column_type = ClassColumn
 
     def read_text(self, value: Any) -> Any:
         names = self.column.names
@@ -205,9 +280,9 @@ class ClassFormat(NamesFormat[ClassColumn]):
         return bool(cells.names) or isinstance(first, str)
 
     @classmethod
-    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
-        names, found = number_names(cells, lambda value: [value])
-        return ClassColumn(names=names), torch.tensor([places[0] if places else -1 for places in found])
+    def to_raw(cls, values: list[list[Name] | None], column: ClassColumn) -> Tensor:
+        found = cls.number(values, column.names)
+        return torch.tensor([places[0] if places else -1 for places in found], dtype=torch.int64)
 
     def feature(self) -> Any:
         import datasets
@@ -227,6 +302,7 @@ class FlagsFormat(NamesFormat[FlagsColumn]):
     """A list of names, or text that joins them by commas or `;`."""
 
     kind = "flags"
+    column_type = FlagsColumn
 
     def read_text(self, value: Any) -> Any:
         if not isinstance(value, str):
@@ -240,17 +316,16 @@ class FlagsFormat(NamesFormat[FlagsColumn]):
         return not cells.names and any(isinstance(value, str) and ";" in value for value in cells)
 
     @classmethod
-    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+    def split_cell(cls, value: Any) -> list[Any]:
+        value = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
+        return value if isinstance(value, list) else [value]
 
-        def split(value: Any) -> list[Any]:
-            value = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
-            return value if isinstance(value, list) else [value]
-
-        names, found = number_names(cells, split)
-        flags = torch.zeros(len(found), len(names))
-        for row, places in enumerate(found):
+    @classmethod
+    def to_raw(cls, values: list[list[Name] | None], column: FlagsColumn) -> Tensor:
+        flags = torch.zeros(len(values), len(column.names))
+        for row, places in enumerate(cls.number(values, column.names)):
             flags[row, slice(None) if places is None else places] = math.nan if places is None else 1
-        return FlagsColumn(names=names), flags
+        return flags
 
     def feature(self) -> Any:
         import datasets
@@ -264,26 +339,6 @@ class FlagsFormat(NamesFormat[FlagsColumn]):
         import gradio as gr
 
         return [gr.CheckboxGroup(self.column.names, value=[], label=self.name, visible=False)]
-
-
-def number_names(cells: Cells, split: Callable[[Any], list[Any]]) -> tuple[list[str], list[list[int] | None]]:
-    """Return the names that occur in cells, and the places of the names of each cell, which `split` divides; None is
-    null. They are numbered in the order of the data set's names or, without these, of the sorted values. Raises
-    `ValueError`."""
-
-    def read(value: Any) -> list[Any]:
-        found = [read_name(one, cells.names) for one in split(value)]
-        return [name for name in found if name not in (None, "")]
-
-    found = cells.convert(read)
-    known = sorted({one for several in found for one in several or ()}, key=lambda one: (isinstance(one, str), one))
-    names = cells.names or list(dict.fromkeys(map(str, known)))  # numbers first
-    if not names:
-        raise ValueError("the column has no values")
-    if invalid := [name for name in names if not is_class_name(name)]:
-        raise ValueError(f"{shorten(invalid[0])} is not a short text without control characters")
-    places = {name: place for place, name in enumerate(names)}
-    return names, [None if several is None else [places[str(one)] for one in several] for several in found]
 
 
 def read_name(value: Any, names: list[str] | None) -> float | str | None:
@@ -318,6 +373,18 @@ class QuantityFormat(ColumnFormat[Q]):
         """Return the lowest and highest value of each number and the one at which a slider starts."""
         raise NotImplementedError
 
+    @classmethod
+    def parse_cells(cls, cells: Cells, encoder: str) -> NDArray[Any]:
+        return stack_numbers(cells)
+
+    @classmethod
+    def summarize(cls, values: NDArray[Any], names: list[str] | None, train: int) -> Moments:
+        return Moments.of(values[:train])
+
+    @classmethod
+    def join(cls, one: Moments, other: Moments) -> Moments:
+        return one.join(other)
+
     @property
     def field_count(self) -> int:
         return self.column.shape[0]
@@ -343,12 +410,14 @@ class NumberFormat(QuantityFormat[NumberColumn]):
         return True
 
     @classmethod
-    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
-        values = stack_numbers(cells, train)
-        known = values[:train]
-        mean, std = np.nanmean(known, 0).tolist(), [each or 1.0 for each in np.nanstd(known, 0).tolist()]
-        low, high = np.nanmin(known, 0).tolist(), np.nanmax(known, 0).tolist()
-        return NumberColumn(mean=mean, std=std, low=low, high=high), torch.from_numpy(values).float()
+    def make_column(cls, summary: Moments, encoder: str) -> Column:
+        summary.require_values()
+        mean, std = summary.mean.tolist(), [each or 1.0 for each in np.sqrt(summary.var).tolist()]
+        return NumberColumn(mean=mean, std=std, low=summary.low.tolist(), high=summary.high.tolist())
+
+    @classmethod
+    def to_raw(cls, values: NDArray[Any], column: NumberColumn) -> Tensor:
+        return torch.from_numpy(widen(values, len(column.mean))).float()
 
     def list_ranges(self) -> list[tuple[float, float, float]]:
         return list(zip(self.column.low, self.column.high, self.column.mean, strict=True))
@@ -360,10 +429,13 @@ class AngleFormat(QuantityFormat[AngleColumn]):
     kind = "angle"
 
     @classmethod
-    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
-        values = stack_numbers(cells, train)
-        column = AngleColumn(size=values.shape[1])
-        return column, column.check_raw(torch.from_numpy(values % 360))
+    def make_column(cls, summary: Moments, encoder: str) -> Column:
+        summary.require_values()
+        return AngleColumn(size=len(summary.count))
+
+    @classmethod
+    def to_raw(cls, values: NDArray[Any], column: AngleColumn) -> Tensor:
+        return column.check_raw(torch.from_numpy(widen(values, column.size) % 360))
 
     def list_ranges(self) -> list[tuple[float, float, float]]:
         return [(0.0, 360.0, 0.0)] * self.column.size
@@ -398,15 +470,32 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return isinstance(first, list) and len(first) > FEW
 
     @classmethod
-    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+    def parse_cells(cls, cells: Cells, encoder: str) -> NDArray[Any]:
         if encoder:
             texts = list(dict.fromkeys(text for text in cells.convert(require_text) if text is not None))
             vectors = dict(zip(texts, run_encoder(encoder, texts).numpy(), strict=True))
             numbers = replace(cells, read=lambda rows: [vectors.get(text) for text in cells.read(rows)])
-        values = stack_numbers(numbers if encoder else cells, train, torch.float16, "; `encoder` makes vectors of text")
+        values = stack_numbers(numbers if encoder else cells, torch.float16, "; `encoder` makes vectors of text")
         values[np.isnan(values).any(1)] = math.nan
-        scale = float(np.nanmean(values[:train] ** 2, dtype=np.float64)) ** 0.5
-        return VectorColumn(size=values.shape[1], scale=scale or 1.0, encoder=encoder), torch.from_numpy(values)
+        return values
+
+    @classmethod
+    def summarize(cls, values: NDArray[Any], names: list[str] | None, train: int) -> Moments:
+        """Return the moments of all squares together."""
+        return Moments.of((values[:train] ** 2).reshape(-1, 1), size=values.shape[1])
+
+    @classmethod
+    def join(cls, one: Moments, other: Moments) -> Moments:
+        return one.join(other)
+
+    @classmethod
+    def make_column(cls, summary: Moments, encoder: str) -> Column:
+        summary.require_values()
+        return VectorColumn(size=summary.size, scale=float(summary.mean[0]) ** 0.5 or 1.0, encoder=encoder)
+
+    @classmethod
+    def to_raw(cls, values: NDArray[Any], column: VectorColumn) -> Tensor:
+        return torch.from_numpy(widen(values, column.size))
 
     @property
     def field_count(self) -> int:
@@ -424,9 +513,64 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return "'some words'" if self.takes_text else ""
 
 
-def stack_numbers(cells: Cells, train: int, stored: torch.dtype = torch.float32, hint: str = "") -> NDArray[Any]:
-    """Return the numbers of cells, or lists of equally many, (n, size); NaN is null. stored: their type in files, which
-    limits them. hint: for texts. Raises `ValueError`, also if none of the first `train` cells has a number."""
+@dataclass(frozen=True)
+class Moments:
+    """Statistics of the numbers of images to train on, each `(m,)` float64. size: how many numbers a value has, 0 if no
+    image has one."""
+
+    size: int
+    count: NDArray[Any]
+    mean: NDArray[Any]
+    var: NDArray[Any]
+    low: NDArray[Any]
+    high: NDArray[Any]
+
+    @classmethod
+    def of(cls, values: NDArray[Any], size: int | None = None) -> Moments:
+        """Return the statistics of values `(n, m)`, in which NaN is null; they are NaN without values."""
+        known = values if len(values) else np.full((1, values.shape[1]), math.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of columns of NaN
+            return cls(
+                size=values.shape[1] if size is None else size,
+                count=(~np.isnan(values)).sum(0),
+                mean=np.asarray(np.nanmean(known, 0, dtype=np.float64)),
+                var=np.nanvar(known, 0, dtype=np.float64),
+                low=np.nanmin(known, 0),
+                high=np.nanmax(known, 0),
+            )
+
+    def join(self, other: Moments) -> Moments:
+        """Return the statistics of both. Raises `ValueError` for another number of numbers."""
+        if not self.size or not other.size:
+            return self if self.size else other
+        if self.size != other.size:
+            raise ValueError(f"{other.size} numbers, unlike other images, which have {self.size}")
+        count = self.count + other.count
+        share, delta = other.count / np.maximum(count, 1), other.mean - self.mean
+
+        def choose(both: NDArray[Any], one: NDArray[Any], another: NDArray[Any]) -> NDArray[Any]:
+            return np.where(other.count == 0, one, np.where(self.count == 0, another, both))
+
+        return Moments(
+            size=self.size,
+            count=count,
+            mean=choose(self.mean + delta * share, self.mean, other.mean),
+            var=choose(
+                self.var * (1 - share) + other.var * share + delta**2 * share * (1 - share), self.var, other.var
+            ),
+            low=np.fmin(self.low, other.low),
+            high=np.fmax(self.high, other.high),
+        )
+
+    def require_values(self) -> None:
+        if not self.size or not self.count.all():
+            raise ValueError("no image of the training split has a value")
+
+
+def stack_numbers(cells: Cells, stored: torch.dtype = torch.float32, hint: str = "") -> NDArray[Any]:
+    """Return the numbers of cells, or lists of equally many, (n, size); NaN is null, and size is 0 if all are null.
+    stored: their type in files, which limits them. hint: for texts. Raises `ValueError`."""
     sizes, limit = list[int](), torch.finfo(stored).max
     dtype = np.float64 if stored == torch.float32 else np.float32
 
@@ -443,11 +587,13 @@ def stack_numbers(cells: Cells, train: int, stored: torch.dtype = torch.float32,
         return numbers.astype(dtype)
 
     found = cells.convert(read)
-    null = np.full(sizes[0] if sizes else 1, math.nan, dtype)
-    values = np.stack([null if one is None else one for one in found])
-    if np.isnan(values[:train]).all(0).any():
-        raise ValueError("no image of the training split has a value")
-    return values
+    null = np.full(sizes[0] if sizes else 0, math.nan, dtype)
+    return np.stack([null if one is None else one for one in found]) if found else np.zeros((0, 0), dtype)
+
+
+def widen(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """Return values `(n, size)`, all null if no size was known."""
+    return values if values.shape[1] else np.full((len(values), size), math.nan, values.dtype)
 
 
 def require_text(value: Any) -> str:

@@ -34,14 +34,15 @@ from tokenizer.spec import to_uint8
 
 from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
+from .encode_stream import StreamedShards, check_stream_settings, open_stream
 from .files import Output, lock_output
 from .frequencies import FREQUENCIES
 from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, report_division
 from .images.attributes import AttributeSource, LoadedColumn, check_sources, choose_data, load_attributes
-from .images.dataset import is_stream
+from .images.checking import BAD_IMAGES
 from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
-from .images.splits import SPLITS, SPLITS_KEY
+from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.launch import build_accelerator, group_of, leave_group_on_error
@@ -62,8 +63,14 @@ from .tokens.shards import cut_shards, pack_columns, shard_names, stored_grid, w
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .processes.group import ProcessGroup
+
 Raw = list[tuple[Tensor, ...]]
 """A batch on its way to the device: one or two results of `ImageDataset.raw_batch`."""
+
+
+LAST = ("tokenizer", CONDITIONS, META, SPLITS, FREQUENCIES, BAD_IMAGES, MANIFEST)
+"""What is written when all files of rows are there."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,10 @@ class EncodeConfig(Config):
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode all splits, dividing the shards among the processes; rename the dataset to `out` at the end. Return its
+    """Encode all splits, dividing the files among the processes; rename the dataset to `out` at the end. Return its
     folder.
 
-    After an interruption, the same command encodes the missing shards, with any number of processes, and the result is
+    After an interruption, the same command encodes the missing files, with any number of processes, and the result is
     identical to the bit. Raises `UserError` if the image size differs from the tokenizer's, augmentations are requested
     without data.augment, the folder holds something else, or an unfinished encode has other settings."""
     accelerator = build_accelerator()
@@ -137,44 +144,40 @@ def run(config: EncodeConfig) -> Path:
     with leave_group_on_error(accelerator), lock_output(out, group):
         inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
         is_known = inherited.rule is not None or inherited.same_source  # a tokenizer of other images is usual
-        loaded = load_images(config.data, inherited=inherited if is_known else None, together=True)
-        images = check_type(loaded, tokenizer, "tokenizer")
-        report_division(images)
-        warn_about_duplicates(images)
-        splits = name_splits(images)
-        if config.data.binarize == "drawn":
-            splits["train"] = splits["train"].grey()
-        columns = load_columns(config, splits)
-        rows = {name: len(part) * count_variants(config, name) for name, part in splits.items()}
-        shards = plan_shards(rows, config.rows_per_shard)
-        job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
+        open_source = open_stream if config.data.is_stream else open_images
+        images = open_source(config, tokenizer, inherited if is_known else None, group)
+        job = describe_job(config, tokenizer, images, accelerator.device.type)
         if meta := group.on_main(lambda: find_finished(out, job, list_inputs(config))):
             text = f"already finished: {describe(meta)}; nothing to do"
             return finish_run(accelerator, config, meta, text, group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
-        def begin() -> list[Shard]:
+        def begin() -> list[str]:
             with output.errors():
-                return begin_shards(work, job, shards)
+                return begin_files(work, job, images.names)
 
         missing = group.on_main(begin)
         if group.is_main and config.augmentations:
             copies = "1 copy" if config.augmentations == 1 else f"{config.augmentations:,} copies"
             each = f"each copy: {config.data.augment.describe()}"
             print(f"{out}: {copies} of each training image; {each} (data.augment)", flush=True)
-        if group.is_main and len(missing) < len(shards):
-            print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are done", flush=True)
+        if group.is_main and len(missing) < len(images.names):
+            done = f"{len(images.names) - len(missing)} of {len(images.names)} shards are done"
+            print(f"{out}: continuing, {done}", flush=True)
         mine = list(group.mine(missing))
-        grids = {name: each.tokenizer for name, each in columns.items() if each.tokenizer is not None}
-        models = [tokenizer, *grids.values()]
+        models = [tokenizer, *images.grids.values()]
         for model in models:
             model.to(accelerator.device)
-        group.gather(lambda: encode_shards(work, mine, models, splits, columns, config, show_progress=group.is_main))
+
+        def encode() -> None:
+            require_work_folder(work)
+            images.encode(work, mine, tokenizer, show_progress=group.is_main)
+
+        group.gather(encode)
 
         def finish() -> Meta:
-            described = describe_dataset(config, tokenizer, images, shards, columns)
             with output.errors():
-                return finish_dataset(work, out, shards, described, tokenizer, grids)
+                return finish_dataset(work, out, config, tokenizer, images)
 
         for model in models:
             model.cpu()
@@ -195,15 +198,13 @@ def load_tokenizer(config: EncodeConfig) -> Tokenizer:
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
     check_shape(config.data, tokenizer, "tokenizer")
-    if is_stream(config.data):
-        raise UserError(
-            "data.streaming: encode needs random access; data.streaming=false copies the images to the disk"
-        )
     if config.augmentations and not config.data.augment.describe():
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
     if config.table and not config.attributes:
         raise UserError("table: needs a column to read from it, for example attributes.age=age")
     check_sources(config.data, config.attributes, config.table, config.augmentations)
+    if config.data.is_stream:
+        check_stream_settings(config)
     output.check_folder(TOKENS)
 
 
@@ -212,13 +213,112 @@ def describe_other_units(config: EncodeConfig) -> str | None:
     data, ours = trained_data({"data": read_training_data(config.tokenizer)}), config.data
     if data is None or data.source != ours.source:
         return None
-    if is_stream(data):
-        return "with data.streaming=true, which holds out whole shards"
+    if data.is_stream != ours.is_stream:
+        units = "whole shards" if data.is_stream else "single images"
+        return f"with data.streaming={'true' if data.is_stream else 'false'}, which holds out {units}"
     if data.group not in (None, ours.group):
         return f"with data.group={show_value(data.group)}"
     whole = {"group": "objects", "clips=true": "clips", "frames": "clips"}
     new = (key for key in whole if getattr(ours, name := key.partition("=")[0]) and not getattr(data, name))
     return next((f"without data.{key}, which holds out whole {whole[key]}" for key in new), None)
+
+
+# Images with random access
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    """Images that can be read in any order, what is known of them, and the files to write. loaded: all columns, the
+    class first."""
+
+    config: EncodeConfig
+    facts: SplitFacts | None
+    splits: dict[str, ImageDataset]
+    loaded: Mapping[str, LoadedColumn]
+    shards: dict[str, Shard]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the files to write, in order."""
+        return list(self.shards)
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        return {name: each.column for name, each in self.loaded.items()}
+
+    @property
+    def column_sources(self) -> dict[str, dict[str, Any]]:
+        return {name: each.source for name, each in self.loaded.items()}
+
+    @property
+    def grids(self) -> dict[str, Tokenizer]:
+        """The tokenizers of the columns that are images."""
+        return {name: each.tokenizer for name, each in self.loaded.items() if each.tokenizer is not None}
+
+    @property
+    def drawn(self) -> list[str]:
+        """The splits whose files keep grey values, from which each epoch of training draws ids."""
+        return ["train"] if self.config.data.binarize == "drawn" else []
+
+    def describe_inputs(self) -> dict[str, Any]:
+        """Return what else determines the bits of the files."""
+        return {"rows": count_rows(self.config, self.splits)}
+
+    def describe_columns(self) -> dict[str, Any]:
+        """Return the columns without the class, with hashes of their values."""
+        others = {name: each for name, each in self.loaded.items() if name != LABEL}
+        return {name: {**each.column.to_dict(), "values": digest(each)} for name, each in others.items()}
+
+    def finish(self, work: Path) -> dict[str, list[int]]:
+        """Return the number of rows of each file by split."""
+        sizes: dict[str, list[int]] = {}
+        for shard in self.shards.values():
+            sizes.setdefault(shard.split, []).append(shard.stop - shard.start)
+        return sizes
+
+    def encode(self, work: Path, names: list[str], tokenizer: Tokenizer, *, show_progress: bool) -> None:
+        """Write these files. Images of the next batch are read while the tokenizers encode."""
+        from tqdm import tqdm
+
+        config, device, models = self.config, tokenizer.device, [tokenizer, *self.grids.values()]
+        images = {
+            split: [part, *(self.loaded[name].images[split] for name in self.grids)]
+            for split, part in self.splits.items()
+        }
+        shards = [self.shards[name] for name in names]
+        batches = [(images[shard.split], rows) for shard in shards for rows in split_batches(shard, config.batch_size)]
+        total = sum(shard.stop - shard.start for shard in shards)
+
+        def read(batch: tuple[list[ImageDataset], np.ndarray]) -> list[Raw]:
+            raws = [variants_of(part, batch[1], config.seed, drawn=batch[0][0].is_drawn) for part in batch[0]]
+            return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
+
+        shown = None if show_progress else True
+        with (
+            tqdm(total=total, desc="encoding", unit="image", disable=shown, leave=False) as bar,
+            closing(prefetch(read, batches)) as stream,
+        ):
+            for shard in shards:
+                drawn = shard.split in self.drawn
+                tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar, drawn=drawn)
+                packed = pack_shard(self.loaded, shard, dict(zip(self.grids, others, strict=True)))
+                with Output(config.out).errors():
+                    write_shard(work / shard.name, tokens, stored_grid(tokenizer.grid, drawn), packed)
+
+
+def open_images(
+    config: EncodeConfig, tokenizer: Tokenizer, inherited: Inherited | None, group: ProcessGroup
+) -> LoadedImages:
+    """Load and check the images, and read their columns. Raises `UserError`."""
+    images = check_type(load_images(config.data, inherited=inherited, together=True), tokenizer, "tokenizer")
+    report_division(images)
+    warn_about_duplicates(images)
+    splits = name_splits(images)
+    if config.data.binarize == "drawn":
+        splits["train"] = splits["train"].grey()
+    columns = load_columns(config, splits)
+    shards = plan_shards(count_rows(config, splits), config.rows_per_shard)
+    return LoadedImages(config, images.facts, splits, columns, {shard.name: shard for shard in shards})
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:
@@ -239,17 +339,12 @@ def load_columns(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[
     return {**{name: LoadedColumn(column, {}, labels) for name, column in label.items()}, **others}
 
 
-def columns_of(loaded: Mapping[str, LoadedColumn]) -> dict[str, Column]:
-    """Return the columns without their values."""
-    return {name: each.column for name, each in loaded.items()}
-
-
-def count_variants(config: EncodeConfig, split: str) -> int:
-    """Return how many rows of a split each image has: in training itself and its augmentations, and `TEST_DRAWS` test
-    rows if its pixels are drawn."""
-    if split == "train":
-        return 1 + config.augmentations
-    return TEST_DRAWS if split == "test" and config.data.binarize == "drawn" else 1
+def count_rows(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[str, int]:
+    """Return the number of rows of each split: in training each image itself and its augmentations, and `TEST_DRAWS`
+    test rows if pixels are drawn."""
+    test = TEST_DRAWS if config.data.binarize == "drawn" else 1
+    times = {"train": 1 + config.augmentations, "validation": 1, "test": test}
+    return {name: len(part) * times[name] for name, part in splits.items()}
 
 
 def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]:
@@ -265,26 +360,6 @@ def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]
     ]
 
 
-def describe_job(
-    config: EncodeConfig,
-    tokenizer: Tokenizer,
-    images: Splits,
-    rows: dict[str, int],
-    device: str,
-    columns: Mapping[str, LoadedColumn],
-) -> dict[str, Any]:
-    """Return everything that determines the bits of the files."""
-    without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
-    without |= {"attributes": {"__all__": {"tokenizer"}}} if config.attributes else {"attributes": True, "table": True}
-    classes = class_names(columns_of(columns))
-    facts = {"tokenizer": tokenizer.fingerprint(), "classes": classes, "rows": rows, "device": device}
-    others = {name: each for name, each in columns.items() if name != LABEL}
-    found = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in others.items()}
-    facts |= {"columns": found} if found else {}
-    facts |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
-    return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
-
-
 def digest(column: LoadedColumn) -> str:
     """Return a hash of a column's values in all splits; for grids, of the names of their images."""
     names = {split: images.names(np.arange(len(images))) for split, images in column.images.items()}
@@ -292,104 +367,11 @@ def digest(column: LoadedColumn) -> str:
     return hashlib.sha256(json.dumps([names, digest_rows({**column.values, **missing})]).encode()).hexdigest()
 
 
-def find_finished(out: Path, job: dict[str, Any], inputs: list[Path]) -> Meta | None:
-    """Return the dataset in `out` if this job made it and the images have not changed since; otherwise None. Restore a
-    dataset that a killed process had set aside to replace it."""
-    aside = folders_aside(out)
-    if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
-        aside[0].rename(out)
-    try:
-        if read_job(out, EncodeConfig.renamed) != job or have_changed(inputs, since=(out / JOB).stat().st_mtime):
-            return None
-        meta = read_meta(out)
-        verify_files(out, meta, whole=False)
-    except (PipelineLoadError, OSError):
-        return None
-    return meta
-
-
-def list_inputs(config: EncodeConfig) -> list[Path]:
-    """Return the local files and folders from which the images and the columns come."""
-    data = config.data
-    pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
-    sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
-    return sources + list_pairs(config)
-
-
-def list_pairs(config: EncodeConfig) -> list[Path]:
-    """Return the table of columns, if any, and the folders of condition images."""
-    paths = [config.table, *(source.images for source in config.attributes.values())]
-    return [Path(path).expanduser() for path in paths if path]
-
-
-def have_changed(inputs: list[Path], since: float) -> bool:
-    """Whether a local file or folder was modified after the time `since`."""
-    below = (Path(place, name) for top in inputs for place, _, names in os.walk(top) for name in ("", *names))
-    return any(path.stat().st_mtime > since for path in (*inputs, *below) if path.exists())
-
-
-def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[Shard]:
-    """Create or continue the work folder; return the missing shards. Raises `UserError` for a folder with shards of
-    other settings, and `PathError` for unknown files."""
-    names, ours = {shard.name for shard in shards}, {"tokenizer", CONDITIONS, META, SPLITS, FREQUENCIES, MANIFEST}
-
-    def is_result(name: str) -> bool:
-        return name in ours or name.endswith(".safetensors")  # including shards of another size
-
-    try:
-        begin_job(work, job, is_result, renamed=EncodeConfig.renamed)
-    except OtherJobError as error:
-        if any(work.glob("*.safetensors")):
-            raise UserError(f"out: {error}, or delete {work}") from error
-        begin_job(work, job, is_result, anew=True)
-    there = set(os.listdir(work))
-    if strange := sorted(there - names - ours - {JOB}):
-        raise UserError(f"out: {work} contains {strange[0]!r}, which smalti did not write; move it elsewhere")
-    return [shard for shard in shards if shard.name not in there]
-
-
-def encode_shards(
-    work: Path,
-    shards: list[Shard],
-    models: list[Tokenizer],
-    splits: dict[str, ImageDataset],
-    columns: Mapping[str, LoadedColumn],
-    config: EncodeConfig,
-    *,
-    show_progress: bool,
-) -> None:
-    """Write these shards. Images of the next batch are read while the tokenizers encode.
-
-    models: the tokenizer of the images, then those of the grids among the columns."""
-    from tqdm import tqdm
-
-    require_work_folder(work)
-    device = models[0].device
-    grids = [name for name, column in columns.items() if column.tokenizer is not None]
-    images = {split: [part, *(columns[name].images[split] for name in grids)] for split, part in splits.items()}
-    batches = [(images[shard.split], rows) for shard in shards for rows in split_batches(shard, config.batch_size)]
-    total = sum(shard.stop - shard.start for shard in shards)
-
-    def read(batch: tuple[list[ImageDataset], np.ndarray]) -> list[Raw]:
-        raws = [variants_of(part, batch[1], config.seed, drawn=batch[0][0].is_drawn) for part in batch[0]]
-        return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
-
-    with (
-        tqdm(total=total, desc="encoding", unit="image", disable=None if show_progress else True, leave=False) as bar,
-        closing(prefetch(read, batches)) as stream,
-    ):
-        for shard in shards:
-            drawn = shard.split in drawn_splits(config)
-            tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar, drawn=drawn)
-            packed = pack_shard(columns, shard, dict(zip(grids, others, strict=True)))
-            with Output(config.out).errors():
-                write_shard(work / shard.name, tokens, stored_grid(models[0].grid, drawn), packed)
-
-
 def pack_shard(columns: Mapping[str, LoadedColumn], shard: Shard, grids: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the stored columns of a shard's rows: row = variant * n + index. grids: encoded ids by column. Raises
     `UserError`."""
     rows, found = np.arange(shard.start, shard.stop), dict[str, Tensor]()
+    plain = {name: each.column for name, each in columns.items()}
     for name, each in columns.items():
         if name in grids:
             missing = each.images[shard.split].missing
@@ -399,7 +381,7 @@ def pack_shard(columns: Mapping[str, LoadedColumn], shard: Shard, grids: dict[st
             values = each.values[shard.split]
             found[name] = values[rows % len(values)]
     try:
-        return pack_columns(columns_of(columns), Given(columns_of(columns), found, len(rows)), slice(None))
+        return pack_columns(plain, Given(plain, found, len(rows)), slice(None))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -441,11 +423,6 @@ def encode_shard(
     return [torch.cat(tokens).cpu() for tokens in found]
 
 
-def drawn_splits(config: EncodeConfig) -> list[str]:
-    """Return the splits whose files keep grey values, from which each epoch of training draws ids."""
-    return ["train"] if config.data.binarize == "drawn" else []
-
-
 def variants_of(images: ImageDataset, rows: np.ndarray, seed: int, *, drawn: bool) -> Raw:
     """Return the images of dataset rows, or those of their grids: row = variant * n + index, and variant 0 is the
     unchanged image. Variants are augmented, or if the images are `drawn`, other draws, whose grids do not change."""
@@ -457,43 +434,106 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int, *, drawn: boo
     return [images.raw_batch(indices[at], variants[at], seed, augment=new) for at, new in parts if len(indices[at])]
 
 
-def describe_dataset(
-    config: EncodeConfig,
-    tokenizer: Tokenizer,
-    images: Splits,
-    shards: list[Shard],
-    columns: Mapping[str, LoadedColumn],
+# The job and its folder
+
+
+def describe_job(
+    config: EncodeConfig, tokenizer: Tokenizer, images: LoadedImages | StreamedShards, device: str
+) -> dict[str, Any]:
+    """Return everything that determines the bits of the files."""
+    without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
+    without |= {"attributes": {"__all__": {"tokenizer"}}} if config.attributes else {"attributes": True, "table": True}
+    if config.data.is_stream:  # which is continued with another treatment of bad images
+        without["data"] |= {"on_error", "max_bad_fraction"}
+    facts: dict[str, Any] = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images.columns)}
+    facts |= {**images.describe_inputs(), "device": device}
+    facts |= {"columns": found} if (found := images.describe_columns()) else {}
+    facts |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
+    return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
+
+
+def find_finished(out: Path, job: dict[str, Any], inputs: list[Path]) -> Meta | None:
+    """Return the dataset in `out` if this job made it and the images have not changed since; otherwise None. Restore a
+    dataset that a killed process had set aside to replace it."""
+    aside = folders_aside(out)
+    if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
+        aside[0].rename(out)
+    try:
+        if read_job(out, EncodeConfig.renamed) != job or have_changed(inputs, since=(out / JOB).stat().st_mtime):
+            return None
+        meta = read_meta(out)
+        verify_files(out, meta, whole=False)
+    except (PipelineLoadError, OSError):
+        return None
+    return meta
+
+
+def list_inputs(config: EncodeConfig) -> list[Path]:
+    """Return the local files and folders from which the images and the columns come."""
+    data = config.data
+    pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
+    sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
+    return sources + list_pairs(config)
+
+
+def list_pairs(config: EncodeConfig) -> list[Path]:
+    """Return the table of columns, if any, and the folders of condition images."""
+    paths = [config.table, *(source.images for source in config.attributes.values())]
+    return [Path(path).expanduser() for path in paths if path]
+
+
+def have_changed(inputs: list[Path], since: float) -> bool:
+    """Whether a local file or folder was modified after the time `since`."""
+    below = (Path(place, name) for top in inputs for place, _, names in os.walk(top) for name in ("", *names))
+    return any(path.stat().st_mtime > since for path in (*inputs, *below) if path.exists())
+
+
+def begin_files(work: Path, job: dict[str, Any], names: list[str]) -> list[str]:
+    """Create or continue the work folder; return the missing ones of the files `names`. Raises `UserError` for a folder
+    with files of other settings, and `PathError` for unknown files."""
+
+    def is_result(name: str) -> bool:
+        return name in LAST or name.endswith(".safetensors")  # including shards of another size
+
+    try:
+        begin_job(work, job, is_result, renamed=EncodeConfig.renamed)
+    except OtherJobError as error:
+        if any(work.glob("*.safetensors")):
+            raise UserError(f"out: {error}, or delete {work}") from error
+        begin_job(work, job, is_result, anew=True)
+    there = set(os.listdir(work))
+    if strange := sorted(there - {*names, *LAST, JOB}):
+        raise UserError(f"out: {work} contains {strange[0]!r}, which smalti did not write; move it elsewhere")
+    return [name for name in names if name not in there]
+
+
+def finish_dataset(
+    work: Path, out: Path, config: EncodeConfig, tokenizer: Tokenizer, images: LoadedImages | StreamedShards
 ) -> Meta:
-    """Return the contents of `meta.json`."""
+    """Complete the dataset in the work folder and rename it to `out`. Raises `UserError` for a missing file."""
+    if absent := [name for name in images.names if not (work / name).is_file()]:
+        raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
+    for name in LAST:  # left by a process killed here
+        shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
+    meta = describe_dataset(config, tokenizer, images, images.finish(work))
+    write_meta(work, meta, tokenizer, images.grids)
+    publish_folder(work, out, kind=TOKENS)
+    return meta
+
+
+def describe_dataset(
+    config: EncodeConfig, tokenizer: Tokenizer, images: LoadedImages | StreamedShards, sizes: dict[str, list[int]]
+) -> Meta:
+    """Return the contents of `meta.json`. sizes: the number of rows of each file by split."""
     path = Path(config.tokenizer) / PROVENANCE
     provenance = read_json(path) if path.is_file() else {}
     provenance.pop(SPLITS_KEY, None)
     source = {**provenance, "data": config.data.model_dump(mode="json"), "local": is_local(config.data.source)}
     source |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
-    sizes: dict[str, list[int]] = {}
-    for shard in shards:
-        sizes.setdefault(shard.split, []).append(shard.stop - shard.start)
     facts = sizes, source, config.augmentations, tokenizer.fingerprint()
-    sources = {name: each.source for name, each in columns.items()}
-    return Meta(tokenizer.grid, columns_of(columns), *facts, condition_sources=sources, drawn=drawn_splits(config))
-
-
-def finish_dataset(
-    work: Path,
-    out: Path,
-    shards: list[Shard],
-    meta: Meta,
-    tokenizer: Tokenizer,
-    condition_tokenizers: Mapping[str, Tokenizer],
-) -> Meta:
-    """Complete the dataset in the work folder and rename it to `out`. Raises `UserError` for a missing shard."""
-    if absent := [shard.name for shard in shards if not (work / shard.name).is_file()]:
-        raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
-    for name in ("tokenizer", CONDITIONS, META, SPLITS, FREQUENCIES, MANIFEST):  # left by a process killed here
-        shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
-    write_meta(work, meta, tokenizer, condition_tokenizers)
-    publish_folder(work, out, kind=TOKENS)
-    return meta
+    return Meta(
+        tokenizer.grid, images.columns, *facts, condition_sources=images.column_sources, drawn=list(images.drawn)
+    )
 
 
 def describe(meta: Meta) -> str:

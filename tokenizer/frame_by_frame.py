@@ -102,7 +102,8 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         """Return a tokenizer of clips with this number of frames, each of which `tokenizer` encodes; the two share
         their weights. Raises `ConfigError` for a tokenizer with another kind of grid."""
         facts = {name: getattr(tokenizer.config, name) for name in FACTS if hasattr(tokenizer.config, name)}
-        facts["image_size"] = (frames * tokenizer.spec.height, tokenizer.spec.width)
+        height, width = tokenizer.config.image_size
+        facts["image_size"] = (frames * height, width)
         made = cls(FrameByFrameConfig(**facts, frames=frames, tokenizer=tokenizer.config), tokenizer)
         return made.train(tokenizer.training)
 

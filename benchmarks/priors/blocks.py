@@ -75,7 +75,7 @@ class Pictures:
     def __init__(self, pipe: Any, split: Any, count: int, class_names: list[str]) -> None:
         self.images = pipe.decode(split.tokens[:count].long(), output_type="pt")
         self.labels, self.class_names = split.given.raw("label")[:count], class_names
-        self.image_shape = tuple(self.images.shape[1:])
+        self.spec = pipe.spec
 
     def __len__(self) -> int:
         return len(self.images)

@@ -63,8 +63,10 @@ def picture_row(images: Any) -> Any:
     from PIL import Image
 
     from pipelines.images.pictures import grid_picture
+    from tokenizer.spec import to_uint8
 
-    return Image.fromarray(grid_picture(images, len(images), min_side=MIN_SIDE))
+    pixels = to_uint8(images).movedim(1, -1).numpy()
+    return Image.fromarray(grid_picture(pixels, len(images), min_side=MIN_SIDE))
 
 
 def draw_reconstructions(names: list[str], out: Path) -> Path:

@@ -83,7 +83,7 @@ def build_untrained(node: Node, folder: Path) -> Any:
     from pipelines.train_tokenizer import build_tokenizer
 
     config = parse_tokenizer({**node, "init": None}, folder / "grid.yaml")
-    channels, *size = config.data.image_shape
+    channels, *size = config.data.spec.shape
     return build_tokenizer(config.model, tuple(size), channels)
 
 

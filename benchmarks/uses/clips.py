@@ -107,12 +107,12 @@ def print_bits(pipes: dict[str, Any], out: Path) -> None:
 def measure_motion(pipes: dict[str, Any], data: Path, out: Path, kept: int = 2) -> None:
     """Continue held-out clips from their first frames; print how many of the drawn steps move as the clip does, exactly
     and within a pixel along each axis, and save a strip for some clips: the clip, and below it what was drawn."""
-    strips, asked = read_clips(data, 32).pixels(range(CLIPS_SHOWN)), np.loadtxt(data / "test.csv", int, delimiter=",")
-    asked = asked[: len(strips), None]
-    clips = strips[:, 0].unflatten(1, (FRAMES, -1)).numpy()
+    pixels, asked = read_clips(data, 32).pixels(range(CLIPS_SHOWN)), np.loadtxt(data / "test.csv", int, delimiter=",")
+    asked = asked[: len(pixels), None]
+    clips = pixels[:, :, 0].numpy()
     first = next(iter(pipes.values()))
-    rows = {"held out": clips, "reconstructed": first.reconstruct(strips, output_type="np")[..., 0]}
-    rows["continued"] = first.complete(strips, frames=kept, seed=0, output_type="np").images[..., 0]
+    rows = {"held out": clips, "reconstructed": first.reconstruct(pixels, output_type="np")[..., 0]}
+    rows["continued"] = first.complete(pixels, frames=kept, seed=0, output_type="np").images[..., 0]
     print(table_head("steps that move as the clip", "exactly", "within a pixel"))
     for name, found in rows.items():
         apart = np.abs(find_velocities(found)[:, kept - 1 :] - asked).max(-1)
@@ -131,9 +131,9 @@ def measure_volumes(pipe: Any, data: Path, out: Path, each: int = 32) -> None:
     """Draw volumes of each class; print how many have each number of blobs, as counted, and save slices of some."""
     real = read_clips(data, VOLUME[1])
     known = [len(real) * k // (3 * each) for k in range(3 * each)]
-    strips = real.pixels(known)
-    sets = {"held out": strips[:, 0].unflatten(1, (FRAMES, -1)).numpy()}
-    sets["reconstructed"] = pipe.reconstruct(strips, output_type="np")[..., 0]
+    pixels = real.pixels(known)
+    sets = {"held out": pixels[:, :, 0].numpy()}
+    sets["reconstructed"] = pipe.reconstruct(pixels, output_type="np")[..., 0]
     wanted = {name: real.labels[known].numpy() for name in sets}
     wanted["samples"] = np.arange(3 * each) % 3
     sets["samples"] = pipe(3 * each, wanted["samples"].tolist(), seed=0, output_type="np").images[..., 0]

@@ -110,7 +110,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
 
     with torch.inference_mode():
         for file in files:
-            pixels = convert_whole(Image.open(file), pipe.tokenizer.image_shape, pipe.values)
+            pixels = convert_whole(Image.open(file), pipe.spec)
             image = to_float(pixels)[0]
             errors = (error_of(tiles) for tiles, _ in cut(as_lazy([pixels]), view, 256))
             (error,) = paste(errors, [pixels.shape[-2:]], view, "mean")

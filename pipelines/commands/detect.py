@@ -35,7 +35,7 @@ from ..image_pipeline import ImagePipeline
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.unseen import find_parts
-from ..images.views import View, as_lazy, check_places, whole_files
+from ..images.views import View, as_lazy, check_places, read_whole
 from ..options import REMOVE, open_files, read_files
 from ..provenance import defaults, inherit, trained_data
 
@@ -281,7 +281,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline, view: View) -> Fo
         names, files = [source.name(row) for row in range(source.size)], [Path(path) for path in source.paths or []]
         pixels: Any
         if view.is_tiled:
-            pixels = pipeline.list_images(whole_files(files.__getitem__, names, pipeline.spec, REMOVE))
+            pixels = pipeline.list_images(read_whole(source, range(len(source)), names, pipeline.spec, REMOVE))
         else:
             pixels = pipeline.binarize(read_files(source, range(source.size), pipeline.spec))
         if config.ground_truth is None:

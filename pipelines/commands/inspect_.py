@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -136,12 +135,12 @@ def draw_page(
 
 
 def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int], Tensor]:
-    """Return the most frequent codes of the first level, or of the finest scale, in `images` (B, C, H, W), and the mean
-    reconstruction around each: three by three patches `(k, C, 3h, 3w)`."""
+    """Return the most frequent codes of the first level, or of the finest scale, in `images` `(B, *spec.shape)`, and
+    the mean reconstruction around each: three by three patches `(k, C, 3h, 3w)`."""
     shape, part = (tokenizer.grid.scales or [tokenizer.grid.shape])[-1], -1 if tokenizer.grid.scales else 0
     tokens = tokenizer.encode(images)
-    decoded = tokenizer.decode(tokens).cpu()
-    h, w = images.shape[2] * tokenizer.levels // math.prod(shape[:-1]), images.shape[3] // shape[-1]
+    decoded = tokenizer.decode(tokens).cpu().flatten(0, -4)
+    h, w = images.shape[-2] * tokenizer.levels // shape[-2], images.shape[-1] // shape[-1]
     around = F.unfold(F.pad(decoded, (w, w, h, h), mode="replicate"), (3 * h, 3 * w), stride=(h, w)).mT.flatten(0, 1)
     ids = tokens.flatten(1).split(tokenizer.parts, 1)[part].flatten().cpu()
     used, counts = ids.unique(return_counts=True)

@@ -26,7 +26,7 @@ from ..config import OutputConfig, UserError, run_command
 from ..files import Output
 from ..images import ImageDataset
 from ..images.pictures import SUFFIXES, write_picture
-from ..images.views import View, decode_image, encode_image, read_image
+from ..images.views import View, decode_large, encode_large, read_image
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..options import TileSettings, UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
@@ -87,9 +87,9 @@ def reconstruct_tiles(
             image = to_float(read_image(several, number, view))
         except ValueError as error:
             raise UserError(f"data: {error}") from error
-        tokens = encode_image(tokenizer, image, view, BATCH)
+        tokens = encode_large(tokenizer, image, view, BATCH)
         ids += torch.bincount(tokens.flatten().cpu(), minlength=len(ids))
-        decoded = decode_image(tokenizer, tokens, image.shape[-2:], view, BATCH).cpu()
+        decoded = decode_large(tokenizer, tokens, image.shape[-2:], view, BATCH).cpu()
         found = {"psnr": psnr(decoded[None], image[None]).mean(), **pixel_losses(decoded, image)}
         sums.update({name: float(value) for name, value in found.items()})
         if number in chosen:

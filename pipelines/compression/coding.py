@@ -31,7 +31,7 @@ from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 from tokenizer.spec import ImageSpec
 
-from ..images.decoding import pixels_of, whole_pixels
+from ..images.formats import OWN_SIZE, decode_image
 from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_image
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
@@ -64,7 +64,7 @@ def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
         raise ValueError(f"the pipeline's images are {spec.width} x {spec.height} pixels, this one is {found}")
     if problem:
         raise ValueError(problem)
-    return torch.from_numpy(pixels_of(upright, spec).copy())
+    return torch.from_numpy(decode_image(upright, spec).copy())
 
 
 def find_inexact(image: PILImage, channels: int) -> str | None:
@@ -83,7 +83,7 @@ def whole_image(image: PILImage, channels: int, lossless: bool) -> Tensor:
     """Convert an image of any size to uint8 `(C, H, W)`; see `exact_pixels`."""
     if lossless and (problem := find_inexact(image, channels)):
         raise ValueError(problem)
-    return torch.from_numpy(whole_pixels(image, channels).copy())
+    return torch.from_numpy(decode_image(image, ImageSpec(channels, image.height, image.width), least=OWN_SIZE).copy())
 
 
 def check_exact(images: Tensor) -> None:

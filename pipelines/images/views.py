@@ -26,9 +26,9 @@ from tokenizer.spec import ImageSpec, check_output_type, to_float
 
 from ..config import UserError
 from ..shuffling import spread
-from .arrays import decode_whole_array
-from .decoding import Payload, try_decode_whole, whole_pixels
+from .formats import OWN_SIZE, decode_image
 from .pictures import convert_image, refuse, to_images
+from .sources import Source
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -219,12 +219,12 @@ def give_places(given: Given, tiles: Sequence[Tile]) -> Given:
 # Images of any size -------------------------------------------------------------------------------
 
 
-def whole_files(payloads: Callable[[int], Payload], names: Sequence[str], spec: ImageSpec, hint: str) -> LazyImages:
-    """Return encoded images at their own size, which are read on access. payloads: returns image k. Access raises
-    `UserError` for a bad one, with the `hint`."""
+def read_whole(source: Source, rows: Sequence[int], names: Sequence[str], spec: ImageSpec, hint: str) -> LazyImages:
+    """Return images of a source at their own size, which are read on access. Access raises `UserError` for a bad one,
+    with its name and the `hint`."""
 
     def read(number: int) -> Tensor:
-        pixels = try_decode_whole(payloads(number), spec)
+        pixels = source.read(rows[number], spec)
         if isinstance(pixels, str):
             raise UserError(one_line(f"{names[number]}: {pixels}{hint}"))
         return torch.from_numpy(np.array(pixels))  # Pillow's pixels are read-only
@@ -265,8 +265,7 @@ def as_lazy(images: Any, convert: Callable[[Any], Tensor] = lambda image: image)
 def convert_whole(image: Any, spec: ImageSpec) -> Tensor:
     """Convert a single image at its own size to `(C, H, W)`, uint8 or float in [-1, 1]; see `list_images`."""
     if isinstance(image, Image.Image):
-        found = whole_pixels(image, spec.channels) if spec.is_picture else decode_whole_array(image, spec)
-        return torch.from_numpy(found.copy())
+        return torch.from_numpy(decode_image(image, spec, least=OWN_SIZE).copy())
     sides = tuple(getattr(image, "shape", ()))
     size = sides[-2:] if isinstance(image, Tensor) else sides[:2]
     own = spec.at(*size) if len(size) == 2 else spec
@@ -278,7 +277,7 @@ def convert_whole(image: Any, spec: ImageSpec) -> Tensor:
 
 
 @torch.no_grad()
-def encode_image(tokenizer: Tokenizer, image: Tensor, view: View, batch_size: int) -> Tensor:
+def encode_large(tokenizer: Tokenizer, image: Tensor, view: View, batch_size: int) -> Tensor:
     """Encode the tiles of an image `(C, H, W)` to tokens `(rows, columns, *grid.shape)`."""
     parts = cut(as_lazy(image[None]), view, batch_size)
     tokens = [tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)) for part, _ in parts]
@@ -286,7 +285,7 @@ def encode_image(tokenizer: Tokenizer, image: Tensor, view: View, batch_size: in
 
 
 @torch.no_grad()
-def decode_image(tokenizer: Tokenizer, tokens: Tensor, size: Sequence[int], view: View, batch_size: int) -> Tensor:
+def decode_large(tokenizer: Tokenizer, tokens: Tensor, size: Sequence[int], view: View, batch_size: int) -> Tensor:
     """Decode tokens `(rows, columns, *grid.shape)` to an image `(C, H, W)` of `size` (H, W), float in [-1, 1]."""
     parts = (tokenizer.decode(part) for part in tokens.flatten(0, 1).split(batch_size))
     (image,) = paste(parts, [size], view, "ramp")
@@ -299,7 +298,7 @@ def encode_tiles(pipeline: ImagePipeline, images: Any, stride: int, *, batch_siz
     `decode_tiles` inverts this."""
     view, several = View.of(pipeline.spec, stride), pipeline.list_images(images)
     read = (read_image(several, number, view) for number in range(len(several)))
-    return [encode_image(pipeline.tokenizer, image, view, batch_size) for image in read]
+    return [encode_large(pipeline.tokenizer, image, view, batch_size) for image in read]
 
 
 def decode_tiles(
@@ -332,7 +331,7 @@ def decode_tiles(
                 f"image {number}: expected tokens of shape {wanted} for {size[0]} x {size[1]} pixels with stride "
                 f"{stride} (got {tuple(ids.shape)})"
             )
-        image = decode_image(pipeline.tokenizer, ids, size, view, batch_size)
+        image = decode_large(pipeline.tokenizer, ids, size, view, batch_size)
         found.append(pipeline.convert_images(image[None], output_type)[0])
     return found
 
@@ -344,7 +343,7 @@ def reconstruct_tiles(pipeline: ImagePipeline, images: Any, view: View, output_t
     found = list[Any]()
     for number in range(len(several)):
         image = read_image(several, number, view)
-        tokens = encode_image(pipeline.tokenizer, image, view, batch_size)
-        decoded = decode_image(pipeline.tokenizer, tokens, image.shape[-2:], view, batch_size)
+        tokens = encode_large(pipeline.tokenizer, image, view, batch_size)
+        decoded = decode_large(pipeline.tokenizer, tokens, image.shape[-2:], view, batch_size)
         found.append(pipeline.convert_images(decoded[None], output_type)[0])
     return found

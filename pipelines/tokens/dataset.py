@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     import datasets
 
 IN_MEMORY = 256 << 20  # largest dataset that is read into memory, in bytes of tokens
-FILES = ["*.json", "*.safetensors", "tokenizer/*", f"{CONDITIONS}/*/*"]
+FILES = ["*.json", "*.jsonl", "*.safetensors", "tokenizer/*", f"{CONDITIONS}/*/*"]
 HASHED = 2 << 30  # largest dataset that is hashed on loading (about two seconds), in bytes of tokens
 
 
@@ -77,10 +77,10 @@ class TokenDataset:
     """Tokens of images by split, written by `pipelines.encode` and read by `pipelines.train_prior`.
 
     `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
-    the unchanged images. `columns`: what is known of the images of all splits, the class first, as `label`;
-    `condition_tokenizers`: the tokenizers of grids among them; `condition_sources`: facts about the origin of each.
-    `frequencies`: how often the classes occur in the training split; those of a folder that has been loaded.
-    `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder."""
+    the unchanged images (of a stream, those of its shard). `columns`: what is known of the images of all splits, the
+    class first, as `label`; `condition_tokenizers`: the tokenizers of grids among them; `condition_sources`: facts
+    about the origin of each. `frequencies`: how often the classes occur in the training split; those of a folder that
+    has been loaded. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder."""
 
     grid: TokenGrid
     columns: Mapping[str, Column]

@@ -104,15 +104,30 @@ def pack_columns(columns: Mapping[str, Column], given: Given, rows: slice) -> di
     return found
 
 
-def write_shard(path: Path, tokens: Tensor, grid: TokenGrid, columns: Mapping[str, Tensor]) -> None:
+def write_shard(
+    path: Path,
+    tokens: Tensor,
+    grid: TokenGrid,
+    columns: Mapping[str, Tensor],
+    remarks: dict[str, str] | None = None,
+) -> None:
     """Write a file atomically.
 
-    tokens: `(n, *grid.shape)` of any integer type. columns: from `pack_columns`. Raises `ValueError` for ids that do
-    not fit the grid."""
+    tokens: `(n, *grid.shape)` of any integer type. columns: from `pack_columns`. remarks: text for the header. Raises
+    `ValueError` for ids that do not fit the grid."""
     grid.check(tokens.to(torch.int64))
     tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous(), **columns}
     with atomic_file(path, overwrite=True) as temporary:
-        temporary.write_bytes(save(tensors))
+        temporary.write_bytes(save(tensors, remarks))
+
+
+def read_header(path: Path) -> tuple[int, dict[str, str]]:
+    """Return the number of rows of a file, and the remarks in its header. Raises `FormatError` for an invalid file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice("tokens").get_shape()[0], file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: missing or not a valid safetensors file ({error})") from error
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from pipelines.completion import (
     paint_hidden,
     region_log_prob,
 )
+from tokenizer.spec import ImageSpec
 
 SHAPE = (8, 12)
 PLACED = [name for name in PRIORS if name != "next_scale"]  # tokens that belong to parts of the image
@@ -42,7 +43,7 @@ def in_any_order(tokenizer="vqvae", prior="gpt", **more):
 
 
 def half(side="left"):
-    return make_mask(side, (1, *SHAPE), (2, 3))
+    return make_mask(side, ImageSpec(1, *SHAPE), (2, 3))
 
 
 def grids(shape, vocab):
@@ -57,13 +58,14 @@ def grids(shape, vocab):
 @pytest.mark.parametrize("mask", ["left", "box", "scatter:0.5", "ragged"])
 def test_hidden_pixels_do_not_leak_into_any_draw(tokenizer, mask):
     pipe = in_any_order(tokenizer)
-    known = torch.rand(3, *SHAPE) < 0.8 if mask == "ragged" else make_mask(mask, (1, *SHAPE), (2, 3))
     pixels = pixels_for(pipe, 3)
-    changed = torch.where(known if known.ndim == 2 else known[:, None], pixels, 255 - pixels)
+    each = tuple(pixels.select(-3, 0).shape)
+    known = torch.rand(each) < 0.8 if mask == "ragged" else make_mask(mask, pipe.spec, (2, 3)).expand(each[1:])
+    changed = torch.where(known.unsqueeze(-3), pixels, 255 - pixels)
     one, other = (complete(pipe, images, known, draws=2, seed=0, output_type="np") for images in (pixels, changed))
     assert torch.equal(one.tokens, other.tokens) and np.array_equal(one.images, other.images)
-    shown = one.images.reshape(3, 2, *SHAPE, -1).transpose(0, 1, 4, 2, 3)  # (B, draws, C, H, W), of clips as strips
-    there = known.expand(3, *SHAPE)[:, None, None].expand(shown.shape).numpy()
+    shown = np.moveaxis(one.images, -1, -3)  # (B, draws, ..., C, H, W)
+    there = known.expand(each).unsqueeze(-3)[:, None].expand(shown.shape).numpy()
     assert np.array_equal(shown[there], pixels[:, None].expand(shown.shape).numpy()[there])
     if tokenizer == "vqvae" and mask == "left":  # its receptive field is wider than a patch, so pixels could leak
         kept = pipe.tokenizer.known_tokens(known[None])[0]
@@ -117,11 +119,11 @@ def test_all_known_and_nothing_known(tokenizer, prior):
         pytest.skip("the prior takes no grid of three axes")
     pipe = in_any_order(tokenizer, prior)
     pixels = pixels_for(pipe, 3)
-    whole = complete(pipe, pixels, torch.ones(SHAPE).bool(), draws=2, seed=0, output_type="np")
-    images = whole.images.reshape(3, 2, *SHAPE, -1)  # of clips as strips
-    assert np.array_equal(images, pixels.movedim(1, -1)[:, None].expand(-1, 2, -1, -1, -1).numpy())
+    every = torch.ones_like(pixels[0].select(-3, 0), dtype=torch.bool)
+    whole = complete(pipe, pixels, every, draws=2, seed=0, output_type="np")
+    assert np.array_equal(whole.images, np.repeat(pixels.movedim(-3, -1)[:, None].numpy(), 2, 1))
     assert torch.equal(whole.tokens, pipe.encode(pixels)[:, None].expand_as(whole.tokens))
-    free = complete(pipe, pixels, torch.zeros(SHAPE).bool(), 1, draws=2, seed=0, output_type="pt")
+    free = complete(pipe, pixels, ~every, 1, draws=2, seed=0, output_type="pt")
     plain = pipe(6, 1, seed=0, output_type="pt")
     assert torch.equal(free.tokens.flatten(0, 1), plain.tokens)
     torch.testing.assert_close(free.images.flatten(0, 1), plain.images)
@@ -249,7 +251,8 @@ def test_draws_are_as_frequent_as_their_probability(name):
 @every_placed_tokenizer
 def test_the_score_is_that_of_the_image_given_the_tokens_that_complete_sees(tokenizer):
     pipe = in_any_order(tokenizer)
-    pixels, known = pixels_for(pipe, 5), torch.rand(5, *SHAPE) < 0.97
+    pixels = pixels_for(pipe, 5)
+    known = torch.rand(pixels.select(-3, 0).shape) < 0.97
     known[0], known[1] = True, False
     keep = pipe.tokenizer.known_tokens(known)
     seen = complete(pipe, pixels, known, seed=0).tokens
@@ -267,11 +270,11 @@ def test_the_score_is_that_of_the_image_given_the_tokens_that_complete_sees(toke
 
 @pytest.mark.parametrize("shape", [(8, 12), (7, 9)])
 def test_named_masks_hide_their_part(shape):
-    hidden = {name: ~make_mask(name, (1, *shape), (1, 1)) for name in MASKS}
+    hidden = {name: ~make_mask(name, ImageSpec(1, *shape), (1, 1)) for name in MASKS}
     height, width = shape
     assert hidden["top"][: height // 2].all() and not hidden["top"][height // 2 :].any()
     assert torch.equal(hidden["bottom"], hidden["top"].flip(0)) and torch.equal(hidden["right"], hidden["left"].flip(1))
-    assert torch.equal(hidden["left"], ~make_mask("top", (1, width, height), (1, 1)).t())
+    assert torch.equal(hidden["left"], ~make_mask("top", ImageSpec(1, width, height), (1, 1)).t())
     box = torch.zeros(shape, dtype=torch.bool)
     box[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
     assert torch.equal(hidden["box"], box)
@@ -282,9 +285,9 @@ def test_named_masks_hide_their_part(shape):
 @pytest.mark.parametrize(("share", "count"), [("0.5", 0.5), ("1", 1.0), ("1e-9", 0.0)])
 def test_scattered_masks_hide_whole_tokens(tokenizer, share, count):
     model = make_tokenizer(tokenizer, SHAPE, 3)
-    known = make_mask(f"scatter:{share}", model.image_shape, model.grid.shape)
-    tokens = model.known_tokens(known[None])[0]
-    assert torch.equal(known, make_mask(f"scatter:{share}", model.image_shape, model.grid.shape))
+    known = make_mask(f"scatter:{share}", model.spec, model.grid.shape)
+    tokens = model.known_tokens(known.expand(1, *model.spec.shape[:-3], *model.spec.size))[0]
+    assert torch.equal(known, make_mask(f"scatter:{share}", model.spec, model.grid.shape))
     hidden = (~tokens).double().mean()
     assert float(hidden) == pytest.approx((~known).double().mean().item()) and hidden > 0
     assert float(hidden) == pytest.approx(count, abs=1 / 6)
@@ -344,7 +347,7 @@ def test_sheet_holds_what_complete_draws_of_held_out_images(world, tmp_path, cap
     options = ["images=[4, 19]", "mask=top", "labels=[1, eel]", "seed=7", "temperature=0.5", "batch_size=3"]
     printed, picture = run(world, capsys, tmp_path / "a.png", *options)
     truth = load_images(DataConfig()).held_out.batch([4, 19])
-    pipe, known = ImagePipeline.from_pretrained(world / "any"), make_mask("top", (1, 28, 28), (7, 7))
+    pipe, known = ImagePipeline.from_pretrained(world / "any"), make_mask("top", ImageSpec(1, 28, 28), (7, 7))
     made = complete(pipe, truth, known, [1, 2], draws=2, seed=7, temperature=0.5, output_type="pt").images
     assert np.array_equal(picture, draw_sheet(truth, made, known))
     nats = float(conditional_log_prob(pipe, truth, known, [1, 2]).mean())

@@ -40,7 +40,7 @@ CLASSES = {"class_agreement", "real_class_agreement", "reconstruction_class_agre
 
 def save_pipeline(root, config, tokenizer="vqvae", prior="marginal", num_classes=2, **facts):
     """Save a small untrained pipeline for these images, with provenance `facts`."""
-    channels, height, width = config.image_shape
+    channels, height, width = config.spec.shape
     settings = {"num_classes": num_classes, **({"exact": False} if prior == "masked" else {})}
     pipe = make_pipeline(tokenizer, prior, channels, size=(height, width), labels=[], **settings)
     pipe.provenance = {"data": config.model_dump(mode="json"), **facts}
@@ -281,7 +281,7 @@ def test_several_processes_share_the_images_and_find_the_same_figures(tmp_path, 
 
 def save_with_columns(root, config, rows_of=len):
     """Save a pipeline with a column of each kind, and the token dataset of its images with these columns."""
-    pipe = make_pipeline("vqvae", "gpt", config.image_shape[0], size=config.image_shape[1:], labels=[], num_classes=2)
+    pipe = make_pipeline("vqvae", "gpt", config.spec.shape[0], size=config.spec.shape[1:], labels=[], num_classes=2)
     images, given = load_images(config), make_conditioned(rows=500)
     others, grids = {name: given.columns[name] for name in COLUMNS}, given.condition_tokenizers
     prior = make_prior("gpt", grid=pipe.prior.grid, num_classes=2, conditions=others, condition_width=16)

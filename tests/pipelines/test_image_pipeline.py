@@ -19,8 +19,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pipelines import ImagePipeline
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.base import LikelihoodError
-from tokenizer.config import ModelConfig
+from tokenizer.base import LikelihoodError, TokenizerConfig
 from tokenizer.files import ConfigError, IntegrityError
 
 # Scoring
@@ -51,7 +50,7 @@ def test_bits_per_dim_needs_a_decoder_with_a_likelihood(tokenizer):
         torch.testing.assert_close(pipe.bits_per_dim(pixels), expected)
 
 
-class HalvesConfig(ModelConfig):
+class HalvesConfig(TokenizerConfig):
     """No settings."""
 
 
@@ -61,8 +60,8 @@ class Halves(Tokenizer):
     Config = HalvesConfig
 
     def __init__(self) -> None:
-        super().__init__(HalvesConfig())
-        self.grid, self.image_shape = TokenGrid((2, 2), 2), (1, 2, 2)
+        super().__init__(HalvesConfig(image_size=2, channels=1))
+        self.grid = TokenGrid((2, 2), 2)
 
     def encode(self, images):
         return (images[:, 0] > 0).long()

@@ -52,7 +52,7 @@ def data_of(path: Path) -> str:
 def preset_tokenizer(path: Path):
     """The tokenizer of a preset on the meta device."""
     config = config_of(path)
-    channels, height, width = config.data.image_shape
+    channels, height, width = config.data.spec.shape
     with torch.device("meta"):
         return build_tokenizer(config.model, (height, width), channels)
 

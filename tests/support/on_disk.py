@@ -28,7 +28,7 @@ from pipelines import ImagePipeline
 from pipelines.compression import coding
 from pipelines.frequencies import Frequencies
 from pipelines.images import DataConfig, load_images
-from pipelines.images.decoding import hash_names
+from pipelines.images.sources import hash_names
 from pipelines.images.splits import Inherited, read_splits
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import main as train_prior
@@ -73,8 +73,10 @@ def pattern(*shape: int, values: int = 256, seed: int = 0) -> Tensor:
 
 
 def images_for(model: Tokenizer, count: int = 3, seed: int = 0) -> Tensor:
-    """uint8 images of the tokenizer's shape."""
-    return pattern(count, *model.image_shape, seed=seed).to(torch.uint8)
+    """uint8 images of the tokenizer's shape, the frames of clips cut from below one another."""
+    spec = model.spec
+    pixels = pattern(count, spec.channels, spec.frames, *spec.size, seed=seed).to(torch.uint8)
+    return pixels.transpose(1, 2).reshape(count, *spec.shape)
 
 
 def numbers(values: Any, most: int = 8) -> list[float]:
@@ -170,6 +172,7 @@ def read_stream(path: Path) -> dict[str, Any]:
     with patch.object(coding.Models, "decode", watched):
         images = coding.decompress(pipe, path.read_bytes(), condition=options.get("condition"), progress=False)
     several = images if isinstance(images, list) else [images]
+    several = [image.movedim(-3, 1).flatten(2, -2) for image in several]  # the frames of clips below one another
     facts = {"tokens": ids(torch.cat(found)), "shapes": [list(image.shape) for image in several]}
     if options.get("lossless"):
         facts["pixels"] = ids(((several[0] + 1) * 127.5).round())

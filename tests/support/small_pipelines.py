@@ -41,9 +41,9 @@ def pixels_for(pipe, count=5):
 
 
 def as_pil(pixels, frames=1):
-    """PIL images of pixels `(B, C, H, W)`, or of strips, a list for each clip."""
+    """PIL images of pixels `(B, C, H, W)`, or of clips `(B, T, C, H, W)`, a list for each."""
     if frames > 1:
-        return [as_pil(torch.stack(strip.chunk(frames, 1))) for strip in pixels]
+        return [as_pil(clip) for clip in pixels]
     return [Image.fromarray(p[0] if len(p) == 1 else p.transpose(1, 2, 0)) for p in pixels.numpy()]
 
 

@@ -111,14 +111,15 @@ def image_models() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "config"), image_models())
 def test_tokenizers_are_precise(name, config):
     """In ids, images and likelihoods; training uses the user's settings."""
-    model, images = make_tokenizer(name, **config).eval(), torch.rand(3, 3, 12, 8) * 2 - 1
+    model = make_tokenizer(name, **config).eval()
+    images = torch.rand(3, *model.image_shape) * 2 - 1
 
     def use():
         tokens = model.encode(images)
         model.decode(tokens)
         if model.has_likelihood:
             model.pixel_log_prob(images, tokens)
-            model.value_log_probs(tokens, torch.zeros(3, 3, 12, 8, dtype=torch.long), 1)
+            model.value_log_probs(tokens, torch.zeros_like(images, dtype=torch.long), 1)
 
     assert seen_in(use).rounded <= {"ieee"}
     if list(model.parameters()):

@@ -18,10 +18,9 @@ from pipelines.anomaly.scores import anomaly_score
 @pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_map_sums_to_the_bits_of_the_image(tokenizer):
     pipe = make_pipeline(tokenizer, channels=3, size=(12, 8), labels=[])
-    images = torch.randint(0, 256, (5, 3, 12, 8), dtype=torch.uint8)
+    images = pixels_for(pipe)
     bits = anomaly_map(pipe, images, batch_size=2)
-    clips = (5, pipe.frames, 12 // pipe.frames, 8) if pipe.frames > 1 else (5, 12, 8)
-    assert bits.shape == clips and (bits >= -1e-5).all()
+    assert bits.shape == images.select(-3, 0).shape and (bits >= -1e-5).all()
     nll = anomaly_score(pipe, images, "nll").float()
     torch.testing.assert_close(bits.flatten(1).sum(1), nll, rtol=1e-5, atol=1e-4)
 
@@ -48,13 +47,13 @@ def test_every_prior_has_scores_and_healing_and_a_map_if_tokens_have_a_place(tok
 def test_a_token_spreads_over_its_own_patch(tokenizer):
     pipe = make_pipeline(tokenizer, channels=3, size=(8, 12), labels=[])
     made, (rows, columns) = pipe.tokenizer, Examination.open(pipe, pixels_for(pipe, 1)).patches
+    places = (1, *made.spec.shape[:-3], *made.spec.size)
     for index in range(0, len(made.grid), 5):
         patch = (rows[:, index, None] * columns[None, :, index]) > 0
-        assert made.known_tokens(~patch[None]).flatten()[index] == 0
-        hidden = patch & torch.zeros(8, 12, dtype=torch.bool)
-        assert made.known_tokens(~hidden[None]).all()
+        assert made.known_tokens(~patch.view(places)).flatten()[index] == 0
+        assert made.known_tokens(torch.ones(places, dtype=torch.bool)).all()
         elsewhere = ~patch  # hiding all of it leaves the token known
-        assert made.known_tokens(~elsewhere[None]).flatten()[index]
+        assert made.known_tokens(~elsewhere.view(places)).flatten()[index]
 
 
 def test_healing_removes_a_planted_patch_and_spares_clean_images(trained):

@@ -25,12 +25,9 @@ from givens.images import KINDS, identities, load, rows_of, write_parquet, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import losses, output_of, start, tokenizer_arguments, train_tokenizer, two_processes
-from small import make_tokenizer
 
 from pipelines.commands import reconstruct
 from pipelines.config import UserError
-from pipelines.encode import EncodeConfig
-from pipelines.encode import run as encode
 from pipelines.images import DataConfig, load_images, streaming
 
 stream = functools.partial(load, streaming=True)
@@ -128,7 +125,7 @@ def test_whole_shards_are_held_out(tmp_path, kind):
 def test_without_training_the_first_images_have_random_access(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "MOST", 20)
     write_shards(tmp_path, "tar", rows_of(60), 4)
-    splits = load_images(stream(tmp_path).train._config)
+    splits = load_images(stream(tmp_path).train.config)
     assert len(splits.train) == 20 and len(splits.held_out) == 15
     assert splits.train.labels.tolist() == [k % 3 for k in identities(splits.train.pixels(range(20)))]
     assert "including train" in capsys.readouterr().err
@@ -223,7 +220,7 @@ def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
         assert identities(train.pixels(range(18))) == train._positions.tolist() and train.labels is not None
         found = list(
             streaming.read_files(
-                [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train._config
+                [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train.config
             )
         )
         assert [sample["data"] for sample in found] == [data for _, data, _ in rows_of(20)]
@@ -263,10 +260,3 @@ def test_two_processes_train_on_a_stream(tmp_path):
     argv = tokenizer_arguments(tmp_path / "run", **options)
     printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")))
     assert "2 processes" in printed and len(losses(tmp_path / "run")) == 6
-
-
-def test_encode_refuses_a_stream(tmp_path):
-    make_tokenizer("vqvae", (12, 12), 1).eval().save_pretrained(tmp_path / "tokenizer")
-    data = {"source": str(write_shards(tmp_path / "data", "tar", rows_of(20), 2)), "image_size": 12, "streaming": True}
-    with pytest.raises(UserError, match="^data.streaming: .*data.streaming=false"):
-        encode(EncodeConfig(tokenizer=str(tmp_path / "tokenizer"), out=str(tmp_path / "t"), data=data))

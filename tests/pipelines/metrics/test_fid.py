@@ -20,7 +20,7 @@ from pipelines.metrics.frechet import distance, moments
 from pipelines.metrics.quality import shuffled
 from pipelines.metrics.samples import Samples
 from pipelines.processes.group import ALONE
-from tokenizer.spec import to_float
+from tokenizer.spec import ImageSpec, to_float
 
 pytestmark = needs_torch_fidelity
 CPU = torch.device("cpu")
@@ -29,11 +29,11 @@ CPU = torch.device("cpu")
 class Pictures:
     """Random images as a data set."""
 
-    image_shape, labels = (3, 20, 20), None
+    spec, labels = ImageSpec(3, 20, 20), None
 
     def __init__(self, count: int, seed: int, brightness: int = 256) -> None:
         draw = torch.Generator().manual_seed(seed)
-        self.pixels = torch.randint(0, brightness, (count, *self.image_shape), dtype=torch.uint8, generator=draw)
+        self.pixels = torch.randint(0, brightness, (count, *self.spec.shape), dtype=torch.uint8, generator=draw)
 
     def __len__(self) -> int:
         return len(self.pixels)

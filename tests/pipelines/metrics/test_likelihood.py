@@ -15,12 +15,13 @@ from pipelines.metrics.likelihood import bits_per_token, rows_at_a_time
 from pipelines.metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from pipelines.tokens import load_tokens
 from tokenizer import TokenGrid
+from tokenizer.spec import ImageSpec
 
 
 class Images(list):
     """Images `(n, C, H, W)` as a data set."""
 
-    image_shape, values = (3, 16, 8), None
+    spec = ImageSpec(3, 16, 8)
 
     def batch(self, rows) -> torch.Tensor:
         return torch.stack([self[int(row)] for row in rows])
@@ -33,7 +34,7 @@ def test_batches_fit_into_memory_and_do_not_change_the_figures(monkeypatch, toke
         64,
     ]
     assert rows_at_a_time(TokenGrid((64, 64), 1 << 18)) == 1
-    assert [images_at_a_time((3, s, s)) for s in (28, 64, 96, 256, 2048)] == [256, 256, 113, 16, 1]
+    assert [images_at_a_time(ImageSpec(3, s, s)) for s in (28, 64, 96, 256, 2048)] == [256, 256, 113, 16, 1]
     split, model = load_tokens(str(tokens)).splits["test"], make_prior("gpt", (7, 7), 16).eval()
     tokenizer = make_tokenizer("vqgan", (16, 8)).eval()
     held_out: Any = Images(torch.rand(11, 3, 16, 8) * 2 - 1)

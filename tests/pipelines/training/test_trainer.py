@@ -454,7 +454,7 @@ def test_every_prior_trains(tmp_path, tokens, name):
 def is_trained(name: str) -> bool:
     """Whether it has weights to train; those of clips are trained as tokenizers of single frames."""
     tokenizer = make_tokenizer(name, (28, 28), 1)
-    return tokenizer.frames == 1 and any(parameter.requires_grad for parameter in tokenizer.parameters())
+    return tokenizer.spec.frames == 1 and any(parameter.requires_grad for parameter in tokenizer.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if is_trained(name)])
