@@ -37,9 +37,9 @@ from prior.columns import (
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.spec import ImageSpec
 
-from .images.dataset import is_class_name
-from .images.decoding import decode_in_threads
+from .images.classes import is_class_name, name_classes
 from .images.folder import find_images, match_names
+from .images.formats import decode_in_threads
 from .images.pictures import is_single, to_images
 from .text import NGRAMS, encode_text, run_encoder
 
@@ -239,8 +239,7 @@ class NamesFormat(ColumnFormat[C]):
 
     @classmethod
     def make_column(cls, summary: NameSummary, encoder: str) -> Column:
-        known = sorted(summary[1], key=lambda one: (isinstance(one, str), one))  # numbers first
-        names = summary[0] or list(dict.fromkeys(map(str, known)))
+        names = summary[0] or name_classes(summary[1])
         if not names:
             raise ValueError("the column has no values")
         if invalid := [name for name in names if not is_class_name(name)]:

@@ -27,7 +27,7 @@ from prior.sampling import check_known
 from tokenizer.precision import in_finest
 from tokenizer.spec import ImageSpec, check_output_type
 
-from .images.decoding import pixels_of
+from .images.formats import decode_image
 from .images.pictures import LATENT
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def find_white(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
     if mask.size not in allowed:
         sizes = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(allowed))
         raise ValueError(f"mask has {mask.width} x {mask.height} pixels; it should have {sizes}, like its image")
-    return torch.from_numpy(pixels_of(mask, ImageSpec(1, height, width))[0] >= WHITE)
+    return torch.from_numpy(decode_image(mask, ImageSpec(1, height, width))[0] >= WHITE)
 
 
 # Named masks

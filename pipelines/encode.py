@@ -39,7 +39,7 @@ from .files import Output, lock_output
 from .frequencies import FREQUENCIES
 from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, report_division
 from .images.attributes import AttributeSource, LoadedColumn, check_sources, choose_data, load_attributes
-from .images.dataset import BAD_IMAGES, is_stream
+from .images.checking import BAD_IMAGES
 from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts
@@ -148,7 +148,7 @@ def run(config: EncodeConfig) -> Path:
     with leave_group_on_error(accelerator), lock_output(out, group):
         inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
         is_known = inherited.rule is not None or inherited.same_source  # a tokenizer of other images is usual
-        open_source = open_stream if is_stream(config.data) else open_images
+        open_source = open_stream if config.data.is_stream else open_images
         images = open_source(config, tokenizer, inherited if is_known else None, group)
         job = describe_job(config, tokenizer, images, accelerator.device.type)
         if meta := group.on_main(lambda: find_finished(out, job, list_inputs(config))):
@@ -207,7 +207,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
     if config.table and not config.attributes:
         raise UserError("table: needs a column to read from it, for example attributes.age=age")
     check_sources(config.data, config.attributes, config.table, config.augmentations)
-    if is_stream(config.data):
+    if config.data.is_stream:
         check_stream_settings(config)
     output.check_folder(TOKENS)
 
@@ -217,9 +217,9 @@ def describe_other_units(config: EncodeConfig) -> str | None:
     data, ours = trained_data({"data": read_training_data(config.tokenizer)}), config.data
     if data is None or data.source != ours.source:
         return None
-    if is_stream(data) != is_stream(ours):
-        units = "whole shards" if is_stream(data) else "single images"
-        return f"with data.streaming={'true' if is_stream(data) else 'false'}, which holds out {units}"
+    if data.is_stream != ours.is_stream:
+        units = "whole shards" if data.is_stream else "single images"
+        return f"with data.streaming={'true' if data.is_stream else 'false'}, which holds out {units}"
     if data.group not in (None, ours.group):
         return f"with data.group={show_value(data.group)}"
     whole = {"group": "objects", "clips=true": "clips", "frames": "clips"}
@@ -447,7 +447,7 @@ def describe_job(
     """Return everything that determines the bits of the files."""
     without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
     without |= {"attributes": {"__all__": {"tokenizer"}}} if config.attributes else {"attributes": True, "table": True}
-    if is_stream(config.data):  # which is continued with another treatment of bad images
+    if config.data.is_stream:  # which is continued with another treatment of bad images
         without["data"] |= {"on_error", "max_bad_fraction"}
     facts: dict[str, Any] = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images.columns)}
     facts |= {**images.describe_inputs(), "device": device}

@@ -31,8 +31,9 @@ from tokenizer.files import one_line
 from .config import UserError, tell
 from .files import Output
 from .images.augment import draw_changes
-from .images.dataset import check_bad, prepare_images, write_bad_images
-from .images.decoding import BadImage, decode_in_threads
+from .images.checking import BadImage, check_bad, write_bad_images
+from .images.dataset import prepare_images
+from .images.formats import decode_in_threads
 from .images.splits import Division, Inherited, SplitFacts
 from .images.stream_columns import (
     Input,

@@ -42,11 +42,10 @@ from .columns import format_of
 from .compression.coding import compress, decompress, exact_pixels, has_no_label, sizes_of, whole_image, write_tiles
 from .frequencies import Frequencies
 from .images.binarize import Binarize, binarize
-from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import LATENT, find_user_stacklevel, to_images
-from .images.tiles import LazyImages, list_images
+from .images.views import LazyImages, View, decode_tiles, encode_tiles, list_images, reconstruct_tiles
 from .processes.group import ALONE, ProcessGroup
 from .provenance import trained_data
 
@@ -351,7 +350,7 @@ class ImagePipeline:
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """Like `encode`, for float images `(B, *spec.shape)` in [-1, 1], as returned by `to_images`."""
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
-        return torch.cat([self.tokenizer.encode(part) for part in self._with_bar(parts, "encoding")])
+        return torch.cat([self.tokenizer.encode(part) for part in self.with_bar(parts, "encoding")])
 
     @serialized
     @torch.no_grad()
@@ -367,7 +366,7 @@ class ImagePipeline:
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
         """Like `decode`, but return float images `(B, *spec.shape)` in [-1, 1]."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
-        batches = self._with_bar(parts, "decoding") if progress else parts
+        batches = self.with_bar(parts, "decoding") if progress else parts
         return torch.cat([self.tokenizer.decode(part) for part in batches])
 
     encode_tiles = serialized(encode_tiles)
@@ -383,7 +382,7 @@ class ImagePipeline:
         Overlapping tiles are blended linearly, so that there are no seams; with a stride of a whole tile, only the last
         ones of a row and of a column overlap, and there are seams."""
         if stride is not None:
-            return reconstruct_tiles(self, images, stride, output_type, batch_size)
+            return reconstruct_tiles(self, images, View.of(self.spec, stride), output_type, batch_size)
         tokens = self.encode(images, batch_size=batch_size)
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 
@@ -394,9 +393,9 @@ class ImagePipeline:
         return self.binarize(to_images(images, self.spec)).to(self.device)
 
     def list_images(self, images: Any) -> LazyImages:
-        """Return images of any size, loaded on access, each as `to_images` returns it; see `tiles.list_images`."""
-        found = list_images(images, self.tokenizer)
-        return replace(found, load=lambda k: self.binarize(found.load(k)[None])[0])
+        """Return images of any size, loaded on access, each as `to_images` returns it; see `views.list_images`."""
+        found = list_images(images, self.spec)
+        return replace(found, read=lambda k: self.binarize(found.read(k)[None])[0])
 
     def binarize(self, images: Tensor) -> Tensor:
         """Make images `(B, C, H, W)`, uint8 or float in [-1, 1], black and white as in training: the pipeline's
@@ -427,17 +426,17 @@ class ImagePipeline:
     def batches(self, rows: Tensor, given: Given, batch_size: int) -> Iterator[tuple[slice, Tensor, Given]]:
         """Yield the slice, the rows and what is given of batches; at least one, which may be empty."""
         check_count(batch_size, "batch_size")
-        for start in self._with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
+        for start in self.with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
             place = slice(start, start + batch_size)
             yield place, rows[place], given[place]
 
-    def _with_bar(self, parts: Sequence[T], what: str) -> Iterable[T]:
+    def with_bar(self, parts: Sequence[T], what: str, unit: str = "batch") -> Iterable[T]:
         """Iterate over `parts`, with a bar after two seconds unless another bar is active."""
         from tqdm import tqdm
 
         if len(parts) < 2 or len(getattr(tqdm, "_instances", ())):
             return parts
-        return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit="batch")
+        return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit=unit)
 
     # What is known of images
 
@@ -607,7 +606,7 @@ class ImagePipeline:
                 several = [
                     whole_image(one, frame.channels, True) if isinstance(one, PILImage) else one for one in several
                 ]
-            whole = list_images(several, self.tokenizer)
+            whole = list_images(several, self.spec)
             given = self.read_given(None, condition, len(whole), limit=False)
             options["chooses_classes"] = has_no_label(condition)
             write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, frame.shape), given, **options)

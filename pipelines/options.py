@@ -20,10 +20,12 @@ from .config import Config, Of, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.clip_files import cut_windows, find_clips
-from .images.decoding import Rows, decode_in_threads
-from .images.folder import file_rows, image_paths
+from .images.folder import image_paths
+from .images.formats import decode_in_threads
+from .images.sources import Source, of_files
 from .images.splits import Inherited
 from .images.unseen import require_unseen
+from .images.views import View
 from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
 from .saving import PipelineFolder
 from .shuffling import spread
@@ -108,16 +110,13 @@ class TileSettings(Config):
         None, ge=1, description="with tile, the distance of the tiles in pixels; null: half of a tile's shorter side"
     )
 
-    def choose_stride(self, shape: tuple[int, ...]) -> int | None:
-        """Return the stride for tiles of `shape` (C, H, W), or None without `tile`. Raises `UserError`."""
-        from .images.tiles import check_stride
-
-        if not self.tile:
-            if self.stride is not None:
-                raise UserError("stride: needs tile=true")
-            return None
+    def choose_view(self, spec: ImageSpec) -> View:
+        """Return how images are seen: whole or, with `tile`, by tiles. Raises `UserError`."""
+        if not self.tile and self.stride is not None:
+            raise UserError("stride: needs tile=true")
+        stride = max(1, min(spec.size) // 2) if self.stride is None else self.stride
         try:
-            return check_stride(max(1, min(shape[1:]) // 2) if self.stride is None else self.stride, shape)
+            return View.of(spec, stride if self.tile else None)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -234,16 +233,16 @@ def find_files(paths: list[str], frames: int = 1) -> list[Path]:
     return files
 
 
-def open_files(paths: list[str], spec: ImageSpec) -> Rows:
+def open_files(paths: list[str], spec: ImageSpec) -> Source:
     """Return the images of `find_files`, or the windows of the clips. Raises `UserError`."""
     files = [str(file) for file in find_files(paths, spec.frames)]
-    return file_rows(files, None) if spec.frames == 1 else cut_windows(files, spec.frames)
+    return of_files(files) if spec.frames == 1 else cut_windows(files, spec.frames)
 
 
-def read_files(source: Rows, rows: Sequence[int], spec: ImageSpec) -> Tensor:
+def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:
     """Read some images of a source, resized and cropped, as `ImageDataset.pixels` returns them. Raises `UserError` with
     a line for each of the first ten that cannot be decoded."""
-    decoded = decode_in_threads(source.read(rows), spec)
+    decoded = decode_in_threads(source.payloads(rows), spec)
     hint = REMOVE if spec.frames == 1 else ""
     found = zip(rows, decoded, strict=True)
     refuse_files([f"images: {source.name(row)}: {reason}{hint}" for row, reason in found if isinstance(reason, str)])

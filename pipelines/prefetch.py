@@ -17,13 +17,15 @@ Made = TypeVar("Made")
 AHEAD = 2  # two, so that a fast batch can compensate for a slow one
 
 
-def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) -> Generator[Made, None, None]:
-    """Yield `make(item)` for each item in order, computed by one thread up to `ahead` items in advance.
+def prefetch(
+    make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD, threads: int = 1
+) -> Generator[Made, None, None]:
+    """Yield `make(item)` for each item in order, computed by threads up to `ahead` items in advance.
 
-    An error is raised when its item is due. Closing the generator waits for the current item and cancels the rest.
+    An error is raised when its item is due. Closing the generator waits for the current items and cancels the rest.
     """
     waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(1, "ahead") as pool:
+    with ThreadPoolExecutor(threads, "ahead") as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(make, item))

@@ -13,9 +13,9 @@ from tokenizer.model import CONFIG, PROVENANCE
 
 from .config import Within
 from .images import DataConfig
-from .images.dataset import OPTIONAL
 from .images.hub import fetch_file
 from .images.origin import REMARK, resolve_source
+from .images.settings import OPTIONAL
 from .images.splits import DIVISION, SPLITS, SPLITS_KEY, Inherited, SplitFacts, inherit_splits, join_splits
 from .saving import INDEX, resolve_shipped, write_provenance
 from .tokens.meta import META, read_meta

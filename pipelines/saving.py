@@ -48,7 +48,7 @@ from .columns import FORMATS
 from .config import Within
 from .files import Number, Text, validate
 from .frequencies import FREQUENCIES, Frequencies
-from .images.dataset import LONGEST, is_class_name
+from .images.classes import LONGEST, is_class_name
 from .images.pictures import write_picture
 from .images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
 

@@ -29,9 +29,10 @@ from tokenizer.model import CONFIG, PROVENANCE
 from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images, report_division
-from .images.dataset import is_stream, require_two_levels, warn_about_colour
+from .images.dataset import warn_about_colour
 from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
+from .images.settings import require_two_levels
 from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts, join_splits
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
@@ -125,8 +126,8 @@ class TokenizerTask(Task):
         self.divided = self.images.facts
         report_division(self.images)
         warn_about_duplicates(self.images)
-        self.rows = 0 if is_stream(config.data) else len(self.images.train)
-        if not is_stream(config.data):
+        self.rows = 0 if config.data.is_stream else len(self.images.train)
+        if not config.data.is_stream:
             warn_about_colour(self.images.train)
         splits: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
         splits["held_out"] = self.images.held_out

@@ -121,9 +121,11 @@ def measure_png(pixels: Any) -> Any:
 def compute_scores(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Compute scores `(n,)` by method and set. The pipeline is calibrated on the set `calibration`, which only the
     baselines score."""
+    import torch
+
     from pipelines.anomaly.calibrating import calibrate
-    from pipelines.anomaly.image_statistics import statistics
-    from pipelines.anomaly.scores import score_of
+    from pipelines.anomaly.examine import Examination
+    from pipelines.anomaly.scores import score_images
 
     fitted = calibrate(pipe, sets["calibration"])
     found: dict[str, dict[str, Any]] = {method: {} for method in (*fitted.scores, *NO_MODEL)}
@@ -131,9 +133,10 @@ def compute_scores(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]
         found[SMALL][name] = -measure_png(images)
         if name == "calibration":
             continue
-        measured = statistics(pipe, images)
+        some = Examination.open(pipe, images)
+        each = list(score_images(some, some.examine(["statistics"]), [*fitted.scores], fitted.fits))
         for method in fitted.scores:
-            found[method][name] = score_of(method, measured, fitted, labelled=False)
+            found[method][name] = torch.tensor([float(one.scores[method].mean()) for one in each], dtype=torch.float64)
     mean = found[SMALL]["calibration"].mean()
     found[FAR] = {name: (scores - mean).abs() for name, scores in found[SMALL].items()}
     return found

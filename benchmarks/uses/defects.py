@@ -95,25 +95,25 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
     from pipelines.anomaly.filters import smooth
     from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
     from pipelines.anomaly.maps import peak_of
-    from pipelines.images.tiles import convert_whole, list_images, stitch_maps
+    from pipelines.images.views import View, as_lazy, convert_whole, cut, paste
     from tokenizer.spec import to_float
 
     pipe = ImagePipeline.from_pretrained(out / "prior" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    shape, table = pipe.tokenizer.image_shape, read_scores(out, "joint")
+    view, table = View.of(pipe.tokenizer, stride), read_scores(out, "joint")
     files, anomalous = [Path(row["file"]) for row in table], np.array([row["anomalous"] == "1" for row in table])
     maps: dict[str, list[Any]] = {"deviation": [], "reconstruction": [], "bits": []}
     peaks: dict[str, list[float]] = {name: [] for name in maps}
 
-    def error_of(tiles: Any, places: list[Any]) -> Any:
+    def error_of(tiles: Any) -> Any:
         return (pipe.decode_batch(pipe.encode_batch(tiles)) - tiles).abs().mean(1)
 
     with torch.inference_mode():
         for file in files:
             pixels = convert_whole(Image.open(file), pipe.spec)
             image = to_float(pixels)[0]
-            several = list_images([pixels], pipe.tokenizer)
-            (error,) = stitch_maps(several, error_of, shape, stride, 256, pipe.device)
+            errors = (error_of(tiles) for tiles, _ in cut(as_lazy([pixels]), view, 256))
+            (error,) = paste(errors, [pixels.shape[-2:]], view, "mean")
             (bits,) = pipe.anomaly_map([pixels], stride=stride)
             for name, heat in zip(maps, ((image - smooth(image, 12)).abs(), error, bits), strict=True):
                 maps[name].append(smooth(heat, 4)[::THIN, ::THIN])

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from prior.columns import LABEL
-from prior.given import Given
 
-from ..images.tiles import LazyImages, as_lazy, check_places, cut_tiles, give_places, load_image
+from ..images.views import check_places
+from ..shuffling import spread
 from .calibration import (
     LEVELS,
+    MAX_FOLDED,
+    MAX_FOLDS,
     MAX_IMAGES,
     Calibration,
     Fitted,
+    Fold,
+    MapReference,
     NormalScores,
-    digest_of,
     digest_of_name,
-    digest_of_pixels,
 )
-from .conformal import Floats, least_scores, round_scores, threshold
+from .conformal import Floats, least_scores, round_scores, round_to, threshold
 from .distances import Distance, round_digits
-from .image_statistics import Measured, measure
-from .maps import fit_maps, has_maps, map_images
-from .scores import FITTED, fitted_score, list_methods, log_statistics, plain_score, total_bits
+from .examine import Evidence, Examination, HeldEvidence
+from .hidden import mean_of_codes
+from .maps import MAPPED, MAX_POINTS, Roles, fit_maps, has_maps
+from .scores import TOGETHER, list_methods, log_statistics, score_images, total_bits
 
 if TYPE_CHECKING:
     from ..image_pipeline import Condition, ImagePipeline, Label
 
-MAX_SCORES, MAX_POINTS, MAX_POSITIONS, MAX_SIDE = 2000, 1000, 4096, 64  # bounds on the size of the file
+MAX_SCORES, MAX_NEIGHBOURS, MAX_POSITIONS = 2000, 1000, 4096  # bounds on the size of the file
 MAX_TILES = 10_000
 """Tiles that are used for fitting, which bounds memory."""
 
@@ -49,6 +50,7 @@ def calibrate(
     condition: Condition = None,
     groups: Sequence[str] | None = None,
     confidence: float | None = None,
+    folds: int = 1,
     seed: int = 0,
     stride: int | None = None,
     marginal: str | None = None,
@@ -59,202 +61,213 @@ def calibrate(
     condition: values of columns, one for all images or one per image; the same columns must then be given for scores.
     marginal: as in `anomaly_score`, and the same for scores.
     groups: the name of the object that each image shows, `(B,)`. Images of one object are not independent: they stay
-    in the same half, and only the highest score of each object counts, so that p-values and thresholds hold for
+    in the same half or fold, and only the highest score of each object counts, so that p-values and thresholds hold for
     objects.
 
     One half, chosen by `seed`, is used for fitting; the other half gives the scores for p-values and thresholds. On
     average over calibrations, at most a share `false_alarms` of new normal images exceeds a threshold; for about half
     of the calibrations the share is slightly larger. `confidence=0.9` raises the thresholds so that the bound holds for
-    90 % of calibrations; p-values do not change. Raises `ValueError` for too few images, and for more than 50,000.
+    90 % of calibrations; p-values do not change.
 
-    stride: take images of any size, as `anomaly_map` does. Tiles of one half are used for fitting (at most 10,000,
-    evenly spaced), and the score of an image of the other half is the maximum of those of its tiles.
+    folds: for few images or objects, 5 fits once without each fifth of them, so that all of them give scores. The share
+    with p-values of at most `false_alarms` then varies less between calibrations, and is about `false_alarms` or less;
+    but only `Calibration.bound` is guaranteed, which is larger (25 % for 49 objects at 5 %). There are no thresholds,
+    neither of images nor of regions.
+
+    stride: take images of any size, as `anomaly_map` does. Their tiles are used for fitting (at most 10,000, evenly
+    spread), and the score of an image is the maximum of those of its tiles.
+
+    An image is examined once, while the evidence that is used again takes at most 256 MB; with folds, all is used
+    again. Raises `ValueError` for too few images, and for more than 50,000 (with folds 10,000).
     """
-    if stride is None:
-        images = pipeline.to_images(images)
-    else:
-        images = pipeline.list_images(images)
-    count = len(images)
+    examination = Examination.open(pipeline, images, labels, condition, stride, batch_size, marginal)
+    view, given, count = examination.view, examination.given, len(examination)
     if groups is not None and len(groups) != count:
         raise ValueError(f"groups: expected one for each of {count} images (got {len(groups)})")
     numbers = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
     objects = len(np.unique(numbers))
-    check_promise(count, false_alarms, confidence, None if groups is None else objects)
-    halves = halve(numbers, objects, seed)
-    given = pipeline.read_given(labels, condition, count, marginal=marginal)
-    mapped = has_maps(pipeline, stride)
-    if stride is not None or mapped:
-        check_places(given)
-    if stride is None:
-        reference = measure_images(pipeline, images, given, halves, batch_size)
-    else:
-        reference = measure_tiles(pipeline, images, given, halves, stride, seed, batch_size)
-    maps = None
+    check_promise(count, false_alarms, confidence, None if groups is None else objects, folds)
+    mapped = has_maps(pipeline, view)
     if mapped:
-        several, (fitting, scoring) = as_lazy(images), (half.tolist() for half in halves[:2])
-        maps = fit_maps(pipeline, several, fitting, given, stride, seed, batch_size)
-        each = [one.scores for one in map_images(pipeline, maps, several, scoring, given, stride, batch_size)]
-        for method in each[0]:
-            reference.scores[method] = torch.tensor([own[method] for own in each], dtype=torch.float64)
-    scores = {}
-    for method, found in reference.scores.items():
-        values, tie = round_scores(worst_of_objects(found, halves.owners))
-        limit = threshold(values, tie, false_alarms, confidence)
+        check_places(given)
+    parts = divide_objects(numbers, objects, seed, folds)
+    normal = NormalImages(examination, parts, mapped, seed)
+    references = [normal.fit(part, len(parts)) for part in parts]
+    several = list[dict[str, Floats]]()
+    for part, (fitted, maps) in zip(parts, references, strict=True):
+        found = normal.score(part.scoring, fitted, maps)
+        several.append({name: worst_of_objects(each, part.owners) for name, each in found.items()})
+    scores, is_crossed = dict[str, NormalScores](), folds > 1
+    for method in several[0]:
+        if is_crossed and method == "map":
+            continue
+        values, tie = round_scores(np.concatenate([own[method] for own in several]))
+        limit = None if is_crossed else threshold(values, tie, false_alarms, confidence)
         scores[method] = NormalScores(values=values, tie=tie, threshold=limit)
+    crossed = [
+        Fold(fitted=fitted, maps=maps, scores={name: round_to(own[name], each.tie) for name, each in scores.items()})
+        for own, (fitted, maps) in zip(several, references, strict=True)
+    ]
+    normal.identify_others()
     pipeline.calibration = Calibration(
         count=count,
         objects=None if groups is None else objects,
         labels=LABEL in given.names,
         columns=sorted({*given.names} - {LABEL}),
         marginal=next(iter(given.weights), None),
-        tile=None if stride is None else list(pipeline.tokenizer.image_shape[1:]),
-        stride=stride,
-        sizes=reference.sizes,
+        tile=[*view.size] if view.is_tiled else None,
+        stride=None if view.stride is None else view.stride[0],
+        sizes=[*np.min(normal.sizes, 0).tolist(), *np.max(normal.sizes, 0).tolist()] if view.is_tiled else None,
         false_alarms=float(false_alarms),
         confidence=None if confidence is None else float(confidence),
-        fitted=reference.fitted,
+        fitted=None if is_crossed else references[0][0],
         scores=scores,
-        surprise=surprise_quantiles(reference.surprise),
-        error=downsample_error(reference.error),
-        maps=maps,
-        digests=sorted(reference.digests),
+        folds=crossed if is_crossed else None,
+        surprise=surprise_quantiles(torch.cat([each["surprise"] for each in normal.rows.values()])),
+        error=round_digits((normal.error / normal.num_tiles).numpy()),
+        maps=None if is_crossed else references[0][1],
+        digests=sorted(set(normal.digests.values())),
         object_digests=None if groups is None else sorted({digest_of_name(str(name)) for name in groups}),
     )
     return pipeline.calibration
 
 
-def check_promise(count: int, false_alarms: float, confidence: float | None, objects: int | None = None) -> None:
-    """Raise `ValueError` if there are too few images for the guarantee, or too many to store. objects: the number of
-    objects, if each has one score."""
+def check_promise(
+    count: int, false_alarms: float, confidence: float | None, objects: int | None = None, folds: int = 1
+) -> None:
+    """Raise `ValueError` if there are too few images for the guarantee, or too many to store, or if folds cannot give
+    it. objects: the number of objects, if each has one score."""
     for name, share in (("false_alarms", false_alarms), ("confidence", confidence)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} should be between 0 and 1 (got {share})")
+    if not 1 <= folds <= MAX_FOLDS:
+        raise ValueError(f"folds: must be from 1 to {MAX_FOLDS} (got {folds})")
+    if folds > 1 and confidence is not None:
+        raise ValueError(f"confidence: can be promised with folds=1 only (got confidence={confidence} folds={folds})")
     units, noun = (count, "images") if objects is None else (objects, "objects")
-    if units < (least := least_units(false_alarms, confidence)):
+    if units < (least := least_units(false_alarms, confidence, folds)):
         promise = f"a false alarm rate of {false_alarms:g}"
         promise += "" if confidence is None else f" with a confidence of {confidence:g}"
         raise ValueError(f"a calibration for {promise} needs at least {least} {noun} (got {units})")
-    if count > MAX_IMAGES:
-        raise ValueError(f"a calibration can use at most {MAX_IMAGES:,} images (got {count:,})")
+    if count > (most := MAX_IMAGES if folds == 1 else MAX_FOLDED):
+        how = "" if folds == 1 else " with folds"
+        raise ValueError(f"a calibration{how} can use at most {most:,} images (got {count:,})")
 
 
-def least_units(false_alarms: float, confidence: float | None) -> int:
+def least_units(false_alarms: float, confidence: float | None, folds: int = 1) -> int:
     """Return the smallest number of images, or of objects, for the guarantee."""
-    return max(10, 2 * least_scores(false_alarms, confidence))
+    return max(10, (2 if folds == 1 else 1) * least_scores(false_alarms, confidence))
 
 
-def least_false_alarms(units: int, confidence: float | None) -> float | None:
+def least_false_alarms(units: int, confidence: float | None, folds: int = 1) -> float | None:
     """Return the smallest rate of false alarms, in hundredths, that this number of images or objects can promise; None
     for fewer than 10."""
-    return next((k / 100 for k in range(1, 100) if units >= least_units(k / 100, confidence)), None)
+    return next((k / 100 for k in range(1, 100) if units >= least_units(k / 100, confidence, folds)), None)
 
 
-class Halves(NamedTuple):
+class Part(NamedTuple):
     """Images to fit to, images to score, in the random order of their objects, and the number of each scored image's
-    object, from 0 and ascending."""
+    object, ascending."""
 
-    fitting: Tensor
-    scoring: Tensor
+    fitting: list[int]
+    scoring: list[int]
     owners: NDArray[np.int64]
 
 
-def halve(numbers: NDArray[np.int64], objects: int, seed: int) -> Halves:
-    """Divide the objects at random; at most 2,000 are scored. numbers: the object of each image, `(n,)`."""
+def divide_objects(numbers: NDArray[np.int64], objects: int, seed: int, folds: int = 1) -> list[Part]:
+    """Divide the objects at random into a half to fit to and a half to score; or into folds, each of which is scored by
+    the others. At most 2,000 objects are scored. numbers: the object of each image, `(n,)`."""
     rank = np.argsort(np.random.default_rng(seed).permutation(objects))[numbers]
-    order = torch.from_numpy(np.argsort(rank, kind="stable"))
-    fitting = int((rank < objects // 2).sum())
-    owners = rank[order[fitting:].numpy()] - objects // 2
-    scored = int((owners < MAX_SCORES).sum())
-    return Halves(order[:fitting], order[fitting:][:scored], owners[:scored])
+    order = np.argsort(rank, kind="stable")
+    edges = [objects // 2, objects] if folds == 1 else [objects * k // folds for k in range(folds + 1)]
+    parts = list[Part]()
+    for first, stop in zip(edges, edges[1:], strict=False):
+        own = (rank[order] >= first) & (rank[order] < stop)
+        scored = own & (rank[order] < first + MAX_SCORES // folds)
+        parts.append(Part(order[~own].tolist(), order[scored].tolist(), rank[order[scored]]))
+    return parts
 
 
-def worst_of_objects(scores: Tensor, owners: NDArray[np.int64]) -> Floats:
+def worst_of_objects(scores: Floats, owners: NDArray[np.int64]) -> Floats:
     """Return the highest of the scores `(n,)` of each object's images."""
     first = np.flatnonzero(np.diff(owners, prepend=-1))
-    highest: Floats = np.maximum.reduceat(scores.numpy(), first)
+    highest: Floats = np.maximum.reduceat(scores, first)
     return highest
 
 
-class Reference(NamedTuple):
-    """What normal images, or their tiles, are like: what was fitted, scores of the images in `Halves.scoring` by
-    method, bits of tokens and the mean error map of those in `Halves.fitting`, digests of all images and, with tiles,
-    the smallest height and width, and the largest."""
+class NormalImages:
+    """The evidence of normal images: the `rows` of the tiles that are used for fitting by the number of their image,
+    the sum of their error maps, the digests and sizes of all images, and whatever else is used again, which is held."""
 
-    fitted: Fitted
-    scores: dict[str, Tensor]
-    surprise: Tensor
-    error: Tensor
-    digests: set[str]
-    sizes: list[int] | None = None
+    def __init__(self, examination: Examination, parts: Sequence[Part], mapped: bool, seed: int) -> None:
+        self._examination, self._seed, self._mapped = examination, seed, mapped
+        self._want = ["statistics", "error", *(MAPPED if mapped else ())]
+        self.digests, self.sizes = dict[int, str](), list[tuple[int, int]]()
+        self.rows, self.error, self.num_tiles = dict[int, dict[str, Tensor]](), torch.zeros(()), 0
+        every = sorted({number for part in parts for number in part.fitting})
+        again = set(every if len(parts) > 1 else [])
+        if mapped:
+            again |= {number for part in parts for role in Roles.choose(part.fitting) for number in role}
+        self._held = HeldEvidence(examination, self._want, again)
+        most = max(1, MAX_TILES // len(every))
+        self._collect(self._held.of(sorted(again)), most)
+        if others := sorted({*every} - again):
+            want = [each for each in self._want if each != "responses"]
+            self._collect(examination.examine(want, others, most), most)
 
+    def _collect(self, several: Iterable[Evidence], most: int) -> None:
+        for evidence in several:
+            self._identify(evidence.number, evidence.digest, evidence.size)
+            chosen = torch.from_numpy(spread(len(evidence.tiles), most))
+            used = (name for name in evidence.rows if self._mapped or name != "tokens")
+            self.rows[evidence.number] = {name: evidence.rows[name][chosen] for name in used}
+            self.error, self.num_tiles = self.error + len(chosen) * evidence.error, self.num_tiles + len(chosen)
 
-def measure_images(pipeline: ImagePipeline, batch: Tensor, given: Given, halves: Halves, batch_size: int) -> Reference:
-    """Fit to one half of the images `(B, C, H, W)` and score the other."""
-    normal, scored = (
-        measure(pipeline, batch[half], given[half], batch_size) for half in (halves.fitting, halves.scoring)
-    )
-    held = scored.statistics
-    fitted = fit_reference(normal.statistics)
-    scores = {method: score_with(method, held, fitted) for method in list_methods(held)}
-    digests = {digest_of(image) for image in pipeline.convert_images(batch, "np")}
-    return Reference(fitted, scores, normal.surprise, normal.error, digests)
+    def _identify(self, number: int, digest: str, size: tuple[int, int]) -> None:
+        self.digests[number] = digest
+        self.sizes.append(size)
 
+    def fit(self, part: Part, parts: int) -> tuple[Fitted, MapReference | None]:
+        """Fit scores and maps to the images of a part. parts: their number; each has a share of the stored points."""
+        some = [self.rows[number] for number in part.fitting]
+        chance = np.random.default_rng(self._seed)
+        place = np.concatenate([chance.permutation(len(rows["error"])) for rows in some])
+        mixed = torch.from_numpy(np.argsort(place, kind="stable"))  # so that the first ones are of all images
+        found = {name: torch.cat([rows[name] for rows in some])[mixed] for name in some[0]}
+        fitted = fit_reference(found, MAX_NEIGHBOURS // parts)
+        if not self._mapped:
+            return fitted, None
+        codes = mean_of_codes(found["hidden"], found["tokens"], self._examination.pipeline.prior.grid.vocab_size)
+        roles = Roles.choose(part.fitting)
+        return fitted, fit_maps(self._examination, self._held, codes, roles, self._seed, MAX_POINTS // parts)
 
-def measure_tiles(
-    pipeline: ImagePipeline,
-    images: LazyImages,
-    given: Given,
-    halves: Halves,
-    stride: int,
-    seed: int,
-    batch_size: int,
-) -> Reference:
-    """Fit to the tiles of one half of the images and score the images of the other. Each image is loaded once."""
-    shape, digests, sizes = pipeline.tokenizer.image_shape, set[str](), list[list[int]]()
+    def score(self, numbers: Sequence[int], fitted: Fitted, maps: MapReference | None) -> dict[str, Floats]:
+        """Score the images `numbers`, by method."""
+        methods, found = list_methods(self._examination.pipeline), dict[int, dict[str, Floats]]()
+        references = [] if maps is None else [maps]
+        for each in score_images(self._examination, self._held.of(numbers), methods, [fitted], references):
+            found[each.evidence.number] = each.scores
+            self._identify(each.evidence.number, each.evidence.digest, each.evidence.size)
+        return {method: np.concatenate([found[number][method] for number in numbers]) for method in found[numbers[0]]}
 
-    def load(numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
-        for number in numbers:
-            image = load_image(images, number, shape)
-            digests.add(digest_of_pixels(image))
-            sizes.append(list(image.shape[1:]))
-            yield number, image
-
-    def measure_some(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
-        for tiles, places in cut_tiles(load(numbers), shape, stride, batch_size, most):
-            measured = measure(pipeline, tiles.to(pipeline.device), give_places(given, places))
-            yield measured, [place.image for place in places]
-
-    fitting, scoring = sorted(halves.fitting.tolist()), halves.scoring.tolist()
-    parts = [measured for measured, _ in measure_some(fitting, max(1, MAX_TILES // len(fitting)))]
-    found = {name: torch.cat([part.statistics[name] for part in parts]) for name in parts[0].statistics}
-    mixed = torch.from_numpy(np.random.default_rng(seed).permutation(len(found["error"])))  # neighbours of all images
-    fitted = fit_reference({name: values[mixed] for name, values in found.items()})
-    weights = [len(part.surprise) / len(mixed) for part in parts]
-    error = sum((weight * part.error for weight, part in zip(weights, parts, strict=True)), torch.zeros(shape[1:]))
-    scores = {method: torch.full((len(images),), -math.inf, dtype=torch.float64) for method in list_methods(found)}
-    for measured, own in measure_some(scoring):
-        for method, best in scores.items():
-            best.scatter_reduce_(0, torch.tensor(own), score_with(method, measured.statistics, fitted), "amax")
-    for _ in load(sorted({*range(len(images))} - {*fitting, *scoring})):  # for their digests
-        pass
-    scores = {method: best[scoring] for method, best in scores.items()}
-    bounds = [*np.min(sizes, 0).tolist(), *np.max(sizes, 0).tolist()]
-    return Reference(fitted, scores, torch.cat([part.surprise for part in parts]), error, digests, bounds)
+    def identify_others(self) -> None:
+        """Read the images that were neither fitted to nor scored, for their digests and sizes."""
+        for number in sorted({*range(len(self._examination))} - self.digests.keys()):
+            image = self._examination.read(number)
+            self._identify(number, self._examination.digest(image), (image.shape[-2], image.shape[-1]))
 
 
-def score_with(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:
-    """Compute one of the scores."""
-    return fitted_score(method, found, fitted) if method in FITTED else plain_score(method, found)
-
-
-def fit_reference(found: dict[str, Tensor]) -> Fitted:
-    """Fit to the statistics of normal images. At most half of them serve as neighbours."""
-    bits = total_bits(found)
-    features = None
+def fit_reference(found: dict[str, Tensor], neighbours: int) -> Fitted:
+    """Fit to the statistics of normal images or tiles. At most half of them serve as neighbours, and no more than
+    `neighbours`."""
+    bits, features = total_bits(found), None
     if "features" in found:
-        features = Distance.fit(found["features"].numpy(), min(MAX_POINTS, len(bits) // 2))
-    statistics = Distance.fit(log_statistics(found))
-    return Fitted(typical_bits=float(f"{bits.mean().item():.6g}"), statistics=statistics, features=features)
+        features = Distance.fit(found["features"].numpy(), min(neighbours, len(bits) // 2))
+    names = [name for name in TOGETHER if name in found]
+    statistics = Distance.fit(log_statistics(found, names))
+    return Fitted(
+        typical_bits=float(f"{bits.mean().item():.6g}"), statistics=statistics, features=features, names=names
+    )
 
 
 def surprise_quantiles(surprise: Tensor) -> Floats:
@@ -262,9 +275,3 @@ def surprise_quantiles(surprise: Tensor) -> Floats:
     values = surprise.double().numpy()
     values = values if values.shape[1] <= MAX_POSITIONS else values.reshape(-1, 1)
     return round_digits(np.quantile(values, LEVELS, axis=0))
-
-
-def downsample_error(error: Tensor) -> Floats:
-    """Reduce an error map `(H, W)` to at most 64 pixels per side."""
-    height, width = (min(side, MAX_SIDE) for side in error.shape)
-    return round_digits(F.adaptive_avg_pool2d(error[None], (height, width))[0].numpy())

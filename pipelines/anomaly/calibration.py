@@ -17,12 +17,16 @@ from prior.columns import LABEL, MAX_COLUMNS, NAME
 from tokenizer.spec import to_uint8
 
 from ..files import FieldError, validate
+from ..images.views import View
+from .conformal import Floats, cross_bound
 from .distances import CalibrationError, Distance, Part, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20
 """Maximum size of the file; large calibrations need up to 3 MB."""
 MAX_IMAGES = 50_000
 """Maximum number of images, because the file stores a digest of each."""
+MAX_FOLDS, MAX_FOLDED = 8, 10_000
+"""Maximum number of folds, and of images with them, because the file stores what was fitted without each."""
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise available to `heal`."""
 
@@ -35,6 +39,12 @@ class Fitted(Part):
     """Mean bits per image."""
     statistics: Distance
     features: Distance | None
+    names: list[str] | None = Field(None, min_length=1, max_length=16)
+    """The statistics that `statistics` measures, in order; not in files of 0.3, which have all but `top_bits`."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_empty(handler(self), "names")
 
 
 class NormalScores(Part):
@@ -43,7 +53,8 @@ class NormalScores(Part):
     values: Row
     tie: float = Field(ge=0)
     """A score that exceeds a value by at most this ties with it."""
-    threshold: float
+    threshold: float | None
+    """None with folds, of which p-values have no threshold."""
 
 
 class MapReference(Part):
@@ -75,8 +86,21 @@ class MapReference(Part):
         return self
 
 
+class Fold(Part):
+    """What was fitted to the objects of all other folds, and the scores by it of the objects of this one, by method."""
+
+    fitted: Fitted
+    maps: MapReference | None = None
+    scores: dict[str, Row]
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_empty(handler(self), "maps")
+
+
 class Calibration(Part):
-    """Calibration on held-out normal images: one half was used for fitting, the other half gave the scores."""
+    """Calibration on held-out normal images: one half was used for fitting, the other half gave the scores; or with
+    folds, each image gave a score by what was fitted to the other folds."""
 
     count: int = Field(ge=2)
     """Number of images in both halves."""
@@ -99,9 +123,12 @@ class Calibration(Part):
     """Share of normal images above a method's threshold."""
     confidence: float | None = Field(gt=0, lt=1)
     """Probability over calibrations that the share is at most `false_alarms`; None: on average over calibrations."""
-    fitted: Fitted
+    fitted: Fitted | None = None
+    """None, and not in the file, with folds, which have their own."""
     scores: dict[str, NormalScores] = Field(min_length=1)
-    """Scores by method; `map` is the highest value of the combined map."""
+    """Scores by method, of all folds; `map` is the highest value of the combined map."""
+    folds: list[Fold] | None = Field(None, min_length=2, max_length=MAX_FOLDS)
+    """With folds, their references and scores; None, and not in the file, for two halves. Not in files of 0.3."""
     surprise: Table
     """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions, of the half for fitting."""
     error: Table
@@ -122,12 +149,23 @@ class Calibration(Part):
             raise FieldError("error", "should not be negative")
         if (self.tile is None) != (self.stride is None):
             raise FieldError("stride", "should be given with tile, and only with it")
+        if (self.fitted is None) == (self.folds is None):
+            raise FieldError("fitted", "should be given without folds, and only without")
+        if self.folds and self.confidence is not None:
+            raise FieldError("confidence", "should be null with folds")
+        for name, normal in self.scores.items():
+            if (normal.threshold is None) == (self.folds is None):
+                raise FieldError(f"scores.{name}.threshold", "should be a number without folds, else null")
+        folds = self.folds or []
+        for number, fold in enumerate(folds):
+            if fold.scores.keys() != self.scores.keys() or (fold.maps is None) != (folds[0].maps is None):
+                raise FieldError(f"folds.{number}", "should have the same scores and maps as the others")
         return self
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional = ("columns", "marginal", "objects", "tile", "stride", "sizes", "maps", "object_digests")
-        return {name: value for name, value in handler(self).items() if name not in optional or value}
+        return drop_empty(handler(self), *optional, "fitted", "folds")
 
     def __repr__(self) -> str:
         of = "" if self.objects is None else f" of {self.objects} objects"
@@ -149,10 +187,9 @@ class Calibration(Part):
         """The term of `marginal`, as in `Given.terms`."""
         return [] if self.marginal is None else [f"marginal={self.marginal}"]
 
-    def check_tiles(self, tile: Sequence[int], stride: int | None) -> None:
-        """Raise `CalibrationError` unless the scores are of such tiles, as in the calibration; stride: None for whole
-        images."""
-        now = None if stride is None else (list(tile), stride)
+    def check_view(self, view: View) -> None:
+        """Raise `CalibrationError` unless images are seen as in the calibration."""
+        now = None if view.stride is None else ([*view.size], view.stride[0])
         then = None if self.tile is None else (self.tile, self.stride)
         if now != then:
             before, after = (
@@ -164,18 +201,42 @@ class Calibration(Part):
             )
 
     @property
+    def fits(self) -> list[Fitted]:
+        """What was fitted for scores: once, or without each fold."""
+        every = [fold.fitted for fold in self.folds] if self.folds else [self.fitted]
+        return [each for each in every if each is not None]
+
+    @property
+    def map_references(self) -> list[MapReference]:
+        """What was fitted for maps: once, or without each fold; empty without maps."""
+        every = [fold.maps for fold in self.folds] if self.folds else [self.maps]
+        return [each for each in every if each is not None]
+
+    def normal_scores(self, method: str) -> list[Floats]:
+        """Return the normal scores `(n,)` by each of `fits`."""
+        return [fold.scores[method] for fold in self.folds] if self.folds else [self.scores[method].values]
+
+    @property
+    def bound(self) -> float | None:
+        """With folds, what is guaranteed of the share of normal images, or objects, with a p-value of at most
+        `false_alarms`."""
+        count = len(next(iter(self.scores.values())).values)
+        return cross_bound(self.false_alarms, count, len(self.folds)) if self.folds else None
+
+    @property
     def promise(self) -> str:
-        """The guarantee of a threshold, in words."""
+        """The guarantee, in words: of a threshold, or with folds of p-values."""
+        if self.bound is not None:
+            what = "images" if self.objects is None else "objects (by their most anomalous image)"
+            return (
+                f"about {100 * self.false_alarms:g} % of new normal {what} have p <= {self.false_alarms:g}; guaranteed "
+                f"is at most {100 * self.bound:.1f} %, on average over calibrations"
+            )
         how = "on average over calibrations"
         how = how if self.confidence is None else f"in {100 * self.confidence:.6g} % of calibrations"
         if self.objects is not None:
             return f"at most {100 * self.false_alarms:g} % of new normal objects have an image that exceeds it, {how}"
         return f"at most {100 * self.false_alarms:g} % of new normal images exceed it, {how}"
-
-    def includes(self, pixels: NDArray[Any]) -> NDArray[np.bool_]:
-        """Return which of the images `(n, H, W, C)` were used for the calibration, `(n,)`."""
-        digests = set(self.digests)
-        return np.array([digest_of(image) in digests for image in pixels], bool)
 
     def find_used(self, digests: Sequence[str], objects: Sequence[str] | None = None) -> NDArray[np.bool_]:
         """Return which images were used for the calibration, `(n,)`: by the digest of each and, with the names of the
@@ -197,6 +258,11 @@ class Calibration(Part):
     def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
         """Validate the content of `path`. Raises `FormatError`, which names the file and the field."""
         return validate(cls, data, path)
+
+
+def drop_empty(found: dict[str, Any], *optional: str) -> dict[str, Any]:
+    """Return the keys of an object without those `optional` ones that are empty or None."""
+    return {name: value for name, value in found.items() if name not in optional or value}
 
 
 def digest_of(image: NDArray[Any]) -> str:

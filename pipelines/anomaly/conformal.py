@@ -5,11 +5,15 @@ normal scores (split conformal prediction, Vovk et al. 2005). It has two forms. 
 a share a of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a
 confidence*, the guarantee holds for the calibration at hand with that probability (training-conditional, Vovk 2012),
 which requires a higher threshold.
+
+Cross-conformal p-values (Vovk 2015) fit the score once without each of K folds, and pool the ranks, so that all of few
+images both fit and count. Less is guaranteed for them; see `cross_bound`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +34,35 @@ def round_scores(scores: Floats) -> tuple[Floats, float]:
     low, high = np.quantile(scores, [0.25, 0.75])
     spread = high - low or np.ptp(scores) or FINENESS * np.abs(scores).max() or 1.0
     decimals = -math.floor(math.log10(FINENESS * spread))
-    return np.asarray(np.round(np.sort(scores), decimals), np.float64), 10.0**-decimals
+    return round_to(scores, 10.0**-decimals), 10.0**-decimals
+
+
+def round_to(scores: Floats, tie: float) -> Floats:
+    """Sort scores `(n,)` and round them to the digits of a tie."""
+    return np.asarray(np.round(np.sort(scores), -round(math.log10(tie))), np.float64)
 
 
 def p_values_of(scores: Floats, normal: Floats, tie: float) -> Floats:
     """Return the p-values of `scores` `(B,)`: (1 + #{normal scores that are higher or tie}) / (n + 1)."""
-    below = np.searchsorted(np.sort(normal) + tie, scores, side="left")
-    return (1 + len(normal) - below) / (len(normal) + 1)
+    return cross_p_values(scores[None], [normal], tie)
+
+
+def cross_p_values(scores: Floats, normal: Sequence[Floats], tie: float) -> Floats:
+    """Return p-values `(B,)` of images by their scores under each of K references, `(K, B)`: each is compared with the
+    `normal` scores of the fold that its reference was not fitted to, and the ranks are pooled. Of one reference, these
+    are `p_values_of`."""
+    higher, count = np.zeros(scores.shape[1], np.int64), sum(len(part) for part in normal)
+    for own, part in zip(scores, normal, strict=True):
+        higher += len(part) - np.searchsorted(np.sort(part) + tie, own, side="left")
+    return (1 + higher) / (count + 1)
+
+
+def cross_bound(share: float, count: int, folds: int) -> float:
+    """Return the largest share of new normal images, on average over calibrations, for which cross-conformal p-values
+    may be at most `share` (Barber et al. 2021, for scores of `count` images in equal folds). In practice it is
+    `share`."""
+    excess = min(2 * (1 - 1 / folds) / (count / folds + 1), (1 - folds / count) / (folds + 1))
+    return min(1.0, 2 * share + excess)
 
 
 def benjamini_hochberg(p: Floats, rate: float) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from tokenizer.files import one_line
 
 from ..condition_keys import FILE_NAME, read_rows
 from ..config import UserError
-from ..images.decoding import open_image
+from ..images.formats import open_image
 from ..metrics.localization import auroc, auroc_by_object, join, label_regions, per_region_overlap
 
 ALL = "all"

@@ -7,7 +7,8 @@ most surprising tokens given the others, and decodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from prior.arguments import check_count, whole_number
 from prior.columns import LABEL
-from prior.given import Given
 from tokenizer.precision import in_finest
+from tokenizer.spec import to_float
 
-from ..images.tiles import LazyImages, Place, check_places, give_places, stitch_maps
-from .calibration import LEVELS, Calibration, require_calibration
+from ..images.views import check_places
+from .calibration import LEVELS, Calibration, MapReference, require_calibration
 from .distances import CalibrationError
-from .maps import MAPS, find_patches, map_calibrated, read_images
+from .examine import Evidence, Examination
+from .maps import MAPPED, MAPS, NEEDED, map_image
 
 if TYPE_CHECKING:
     from ..image_pipeline import Condition, ImagePipeline, Images, Label
@@ -41,7 +43,6 @@ class Healed(NamedTuple):
     tokens: Tensor
 
 
-@torch.no_grad()
 def anomaly_map(
     pipeline: ImagePipeline,
     images: Any,
@@ -68,51 +69,35 @@ def anomaly_map(
     blurred and need a calibration with the same stride and condition, else raise `CalibrationError`."""
     if method not in MAPS:
         raise ValueError(f"method: unknown map {method!r}; choose one of {', '.join(MAPS)}")
+    examination = Examination.open(pipeline, images, labels, condition, stride, batch_size)
     if method != "bits":
-        several = read_images(pipeline, images, stride)
-        given = check_places(pipeline.read_given(labels, condition, len(several)))
-        maps = [getattr(each, method) for each in map_calibrated(pipeline, several, given, stride, batch_size)]
-        return maps if stride is not None else torch.stack(maps)
-    if stride is not None:
-        several = pipeline.list_images(images)
-        given = check_places(pipeline.read_given(labels, condition, len(several)))
-        return map_large(pipeline, several, given, stride, batch_size)
-    batch = pipeline.to_images(images)
-    given = pipeline.read_given(labels, condition, len(batch))
-    return map_bits(pipeline, batch, given, batch_size)
+        check_places(examination.given)
+    maps = [found[method] for _, found in map_images(examination, [method])]
+    return maps if examination.view.is_tiled else torch.stack(maps)
 
 
-@torch.no_grad()
-def map_bits(pipeline: ImagePipeline, batch: Tensor, given: Given, batch_size: int = 256) -> Tensor:
-    """Return the bits of each pixel of `batch` `(B, *spec.shape)`, from `to_images`: `(B, H, W)`, of clips `(B, T, H,
-    W)`."""
-    patches = find_patches(pipeline.tokenizer)
-    batches = pipeline.batches(batch, given, batch_size)
-    return torch.cat([spread_bits(pipeline, part, own, *patches) for _, part, own in batches])
+def map_images(examination: Examination, methods: Collection[str]) -> Iterator[tuple[Evidence, dict[str, Tensor]]]:
+    """Yield the evidence and the maps `(H, W)` of each image by methods of `MAPS`. Raises `ValueError` if there are
+    none, `CalibrationError` without a calibration for them."""
+    references = [] if {*methods} == {"bits"} else require_maps(examination)
+    examination.patches  # noqa: B018 - raises for tokens without a place
+    want = [*(MAPPED if references else ()), *(["bits"] if "bits" in methods else [])]
+    for evidence in examination.examine(want):
+        found = {"bits": examination.map_bits(evidence)} if "bits" in methods else {}
+        if references:
+            maps = map_image(examination, references, evidence)
+            found |= {"hidden": maps.hidden, "combined": maps.combined}
+        yield evidence, found
 
 
-@torch.no_grad()
-def map_large(
-    pipeline: ImagePipeline, images: LazyImages, given: Given, stride: int, batch_size: int = 256
-) -> list[Tensor]:
-    """Return the maps of images of any size; see `anomaly_map`."""
-    shape, patches = pipeline.tokenizer.image_shape, find_patches(pipeline.tokenizer)
-
-    def map_tiles(tiles: Tensor, places: list[Place]) -> Tensor:
-        return spread_bits(pipeline, tiles, give_places(given, places), *patches)
-
-    return stitch_maps(images, map_tiles, shape, stride, batch_size, pipeline.device)
-
-
-def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the bits of each pixel `(B, H, W)` of float images. rows, columns: from `find_patches`."""
-    tokens = pipeline.encode_batch(part)
-    bits = -pipeline.prior.token_log_probs(tokens, condition=given).flatten(1) / math.log(2)
-    spread = (bits[:, None] * rows.to(bits)) @ columns.to(bits).T  # (B, H, N) @ (N, W)
-    spread = spread.view(len(part), *part.select(-3, 0).shape[1:])
-    if pipeline.tokenizer.has_likelihood:
-        spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(-3) / math.log(2)
-    return spread
+def require_maps(examination: Examination) -> list[MapReference]:
+    """Return the references for the maps of these images, else raise `CalibrationError`."""
+    calibration = require_calibration(examination.pipeline.calibration)
+    calibration.check_view(examination.view)
+    calibration.check_given((*examination.given.names, *calibration.mixture))  # hidden tokens have none
+    if not calibration.map_references:
+        raise CalibrationError(f"the pipeline was calibrated without maps, which need {NEEDED}; or calibrate again")
+    return calibration.map_references
 
 
 @torch.no_grad()
@@ -141,34 +126,34 @@ def heal(
 
     Of clips, images are `(B, T, C, H, W)` and differences `(B, T, H, W)`.
     """
-    batch = pipeline.to_images(images)
-    given = pipeline.read_given(labels, condition, len(batch))
+    examination = Examination.open(pipeline, images, labels, condition)
     marginal = require_calibration(pipeline.calibration).marginal
-    if marginal is not None and marginal not in given.rows:
-        given = pipeline.read_given(condition=given, marginal=marginal)
-    return heal_images(pipeline, batch, given, quantile, draws, seed)
+    if marginal is not None and marginal not in examination.given.rows:
+        given = pipeline.read_given(condition=examination.given, marginal=marginal)
+        examination = replace(examination, given=given)
+    return heal_images(examination, quantile, draws, seed)
 
 
 @torch.no_grad()
-def heal_images(
-    pipeline: ImagePipeline, batch: Tensor, given: Given, quantile: float = 0.98, draws: int = 8, seed: int = 0
-) -> Healed:
-    """Heal `batch` `(B, *spec.shape)`, from `to_images`; see `heal`."""
+def heal_images(examination: Examination, quantile: float = 0.98, draws: int = 8, seed: int = 0) -> Healed:
+    """Heal whole images; see `heal`."""
+    pipeline, given = examination.pipeline, examination.given
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")
-    tokens = pipeline.encode_batch(batch)
     label = {LABEL} if calibration.labels else set()
     calibration.check_given({*given.terms} - {LABEL} | label | {*calibration.mixture})
-    bits = -pipeline.prior.token_log_probs(tokens, condition=given) / math.log(2)
+    batch = torch.stack([to_float(examination.read(number)) for number in range(len(examination))]).to(pipeline.device)
+    rows = [evidence.rows for evidence in examination.examine(["surprise"])]
+    tokens, bits = (torch.cat([each[name] for each in rows]).to(pipeline.device) for name in ("tokens", "surprise"))
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):
         raise CalibrationError(
             f"the calibration is for a grid of {len(limit)} tokens, this pipeline has {len(pipeline.prior.grid)}: "
             "run `smalti calibrate` again"
         )
-    resampled = (bits.flatten(1) > limit).reshape(tokens.shape)
+    resampled = (bits > limit).reshape(tokens.shape)
     found, nats = [], []
     for draw in range(draws):
         seeds = [((seed + k) * draws + draw) % (1 << 64) for k in range(len(batch))]

@@ -9,25 +9,22 @@ A defect that covers half of an image is not above its median, but filter respon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prior.given import Given
-from tokenizer import Tokenizer
-from tokenizer.spec import to_float
-
-from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, give_places, load_image, stitch_maps
+from ..images.views import View
 from ..shuffling import spread
-from .calibration import MapReference, require_calibration
+from .calibration import MapReference
 from .conformal import Floats
 from .distances import CalibrationError, round_digits
-from .filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
-from .hidden import can_hide, hidden_bits, mean_of_codes
+from .examine import Evidence, Examination, HeldEvidence
+from .filters import largest_changes, nearest_distances, smooth, spread_cells
+from .hidden import can_hide
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -42,8 +39,8 @@ TITLES = {"bits": "bits per pixel", "hidden": "hidden tokens", "combined": "comb
 NEEDED = (
     "tokens with a place in the image and, without tiles, a prior that hides blocks: `masked`, or `blocks` of any order"
 )
-MAX_TILES = 10_000
-"""Tiles from which the mean bits of each id are computed."""
+MAPPED = ("hidden", "responses")
+"""The evidence of maps; see `Evidence`."""
 MAX_POINTS, MAX_MEMORY, MAX_SCALED = 4000, 96, 32
 """Cells that serve as neighbours, and images that give them; images that give mean and deviation of pixels."""
 MAX_MEASURED = 48
@@ -55,72 +52,64 @@ TOPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 class ImageMaps(NamedTuple):
-    """The maps of image `number`, each `(H, W)` at its size, and the scores of the image by method."""
+    """The maps of an image, each `(H, W)` at its size and the mean of those by each of K references, and the scores of
+    the image by each, `(K,)`, by method."""
 
-    number: int
     hidden: Tensor
     combined: Tensor
-    scores: dict[str, float]
+    scores: dict[str, Floats]
 
 
-def peak_of(heat: Tensor) -> float:
-    """Return the mean over `TOPS` of the mean of the highest values of a map, less its median."""
-    values = heat.flatten().double().sort(descending=True).values
-    tops = [values[: max(1, round(share * len(values)))].mean() for share in TOPS]
-    return float(torch.stack(tops).mean() - values.median())
-
-
-def has_maps(pipeline: ImagePipeline, stride: int | None) -> bool:
+def has_maps(pipeline: ImagePipeline, view: View) -> bool:
     """Whether a calibration fits these maps: for tiles, and for whole images if the prior can hide blocks."""
-    return pipeline.tokenizer.placed and (stride is not None or can_hide(pipeline.prior))
-
-
-def read_images(pipeline: ImagePipeline, images: Any, stride: int | None) -> LazyImages:
-    """Read images for tiles or, without a stride, of the model's size. Raises `ValueError`."""
-    if stride is None:
-        return as_lazy(pipeline.to_images(images))
-    return pipeline.list_images(images)
-
-
-def map_calibrated(
-    pipeline: ImagePipeline, images: LazyImages, given: Given, stride: int | None, batch_size: int = 256
-) -> Iterator[ImageMaps]:
-    """Yield the maps of each image by the calibration of the pipeline. Raises `CalibrationError` unless it has maps,
-    and for another stride or other columns."""
-    calibration = require_calibration(pipeline.calibration)
-    calibration.check_tiles(() if stride is None else pipeline.tokenizer.image_shape[1:], stride)
-    calibration.check_given((*given.names, *calibration.mixture))  # hidden tokens have none
-    if calibration.maps is None:
-        raise CalibrationError(f"the pipeline was calibrated without maps, which need {NEEDED}; or calibrate again")
-    return map_images(pipeline, calibration.maps, images, range(len(images)), given, stride, batch_size)
+    return pipeline.tokenizer.placed and (view.is_tiled or can_hide(pipeline.prior))
 
 
 @torch.no_grad()
-def map_images(
-    pipeline: ImagePipeline,
-    reference: MapReference,
-    images: LazyImages,
-    numbers: Sequence[int],
-    given: Given,
-    stride: int | None,
-    batch_size: int = 256,
-) -> Iterator[ImageMaps]:
-    """Yield the maps of the images `numbers`. stride: of their tiles; None for images of the model's size. Raises
-    `CalibrationError` for another vocabulary than the calibrated one."""
-    if len(reference.codes) != pipeline.prior.grid.vocab_size:
+def map_image(examination: Examination, references: Sequence[MapReference], evidence: Evidence) -> ImageMaps:
+    """Return the maps of an image by evidence of `MAPPED`. Raises `CalibrationError` for another vocabulary than the
+    calibrated one."""
+    vocab_size = examination.pipeline.prior.grid.vocab_size
+    if len(references[0].codes) != vocab_size:
         raise CalibrationError(
-            f"calibrated with {len(reference.codes)} ids, this pipeline has {pipeline.prior.grid.vocab_size}: "
-            "run `smalti calibrate` again"
+            f"calibrated with {len(references[0].codes)} ids, this pipeline has {vocab_size}: run `smalti calibrate` "
+            "again"
         )
-    for number, image, surprisal in map_surprisal(
-        pipeline, reference.codes, images, numbers, given, stride, batch_size
-    ):
-        cells = standard_cells(reference, image)
-        both = measure_pixels(pipeline, reference, image, cells, surprisal)
+    hidden, combined, scores = list[Tensor](), list[Tensor](), dict[str, list[float]](hidden=[], map=[])
+    for reference in references:
+        surprisal, cells = map_hidden(examination, reference.codes, evidence), standard_cells(reference, evidence)
+        both = measure_pixels(examination, reference, cells, surprisal)
         mean, deviation = as_tensor(reference.pixel_mean, both), as_tensor(reference.pixel_deviation, both)
-        combined = ((both - mean[:, None, None]) / deviation[:, None, None]).mean(0)
-        scores = {"hidden": score_image(reference, surprisal, cells), "map": float(combined.max())}
-        yield ImageMaps(number, both[0], combined, scores)
+        hidden.append(both[0])
+        combined.append(((both - mean[:, None, None]) / deviation[:, None, None]).mean(0))
+        scores["hidden"].append(score_image(reference, surprisal, cells))
+        scores["map"].append(float(combined[-1].max()))
+    by_name = {name: np.array(each) for name, each in scores.items()}
+    return ImageMaps(torch.stack(hidden).mean(0), torch.stack(combined).mean(0), by_name)
+
+
+def map_hidden(examination: Examination, codes: Floats, evidence: Evidence) -> Tensor:
+    """Return the surprisal of an image, `(H, W)`: the bits of each token while its block is hidden, less the mean of
+    its id, spread over its pixels."""
+    bits = evidence.rows["hidden"]
+    above = (bits - torch.from_numpy(codes)[evidence.rows["tokens"]].to(bits)).flatten(1)
+    return examination.spread(above, evidence.size)
+
+
+def standard_cells(reference: MapReference, evidence: Evidence) -> Tensor:
+    """Return the standardized filter responses of an image, `(rows, columns, d)`."""
+    found = evidence.responses
+    return (found - as_tensor(reference.response_mean, found)) / as_tensor(reference.response_deviation, found)
+
+
+def measure_pixels(examination: Examination, reference: MapReference, cells: Tensor, surprisal: Tensor) -> Tensor:
+    """Return the surprisal `(H, W)` and the distance from normal filter responses of each pixel, `(2, H, W)`, both
+    blurred by half the side of a token. cells: from `standard_cells`."""
+    sigma = max(examination.view.size) / max(examination.pipeline.prior.grid.shape) / 2
+    cells = cells.to(surprisal.device)
+    far = nearest_distances(cells.flatten(0, 1), as_tensor(reference.points, cells)).reshape(cells.shape[:2])
+    both = surprisal, spread_cells(far, (surprisal.shape[0], surprisal.shape[1]))
+    return torch.stack([smooth(each, sigma) for each in both])
 
 
 def score_image(reference: MapReference, surprisal: Tensor, cells: Tensor) -> float:
@@ -135,122 +124,59 @@ def measure_image(surprisal: Tensor, cells: Tensor) -> Floats:
     return np.array([peak_of(surprisal), *(largest_changes(cells) + 1e-3).log().tolist()])
 
 
-def map_surprisal(
-    pipeline: ImagePipeline,
-    codes: Floats,
-    images: LazyImages,
-    numbers: Sequence[int],
-    given: Given,
-    stride: int | None,
-    batch_size: int,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield the number of each image, the image `(C, H, W)` in [-1, 1] and its surprisal, `(H, W)`: the bits of each
-    token while its block is hidden, less the mean of its id, spread over its pixels and stitched."""
-    shape, usual = pipeline.tokenizer.image_shape, torch.from_numpy(codes).to(pipeline.device)
-    rows, columns = find_patches(pipeline.tokenizer)
-    at_once = 1 if stride is not None else batch_size
-    for start in range(0, len(numbers), at_once):
-        some = list(numbers[start : start + at_once])
-        loaded = [load_image(images, number, shape) for number in some]
-
-        def map_tiles(tiles: Tensor, places: list[Place], some: list[int] = some) -> Tensor:
-            bits, tokens = measure_hidden(
-                pipeline, tiles, given, [place._replace(image=some[place.image]) for place in places]
-            )
-            above = (bits - usual[tokens].to(bits)).flatten(1)
-            return (above[:, None] * rows.to(above)) @ columns.to(above).T  # (B, H, N) @ (N, W)
-
-        parts = LazyImages(len(some), loaded.__getitem__)
-        maps = stitch_maps(parts, map_tiles, shape, stride or min(shape[1:]), batch_size, pipeline.device)
-        for number, image, heat in zip(some, loaded, maps, strict=True):
-            pixels = to_float(image)
-            yield number, pixels.to(pipeline.device), heat
+def peak_of(heat: Tensor) -> float:
+    """Return the mean over `TOPS` of the mean of the highest values of a map, less its median."""
+    values = heat.flatten().double().sort(descending=True).values
+    tops = [values[: max(1, round(share * len(values)))].mean() for share in TOPS]
+    return float(torch.stack(tops).mean() - values.median())
 
 
-def measure_hidden(pipeline: ImagePipeline, tiles: Tensor, given: Given, places: list[Place]) -> tuple[Tensor, Tensor]:
-    """Return the bits of the tokens of tiles `(B, C, H, W)` while they are hidden, and the tokens, each `(B,
-    *grid.shape)`."""
-    tokens = pipeline.encode_batch(tiles)
-    return hidden_bits(pipeline.prior, tokens, give_places(given, places)), tokens
+class Roles(NamedTuple):
+    """Which normal images give the cells that serve as neighbours, which the mean and deviation of pixels (others,
+    because an image is not its own neighbour), and which those of the score of an image."""
 
+    memory: list[int]
+    scaled: list[int]
+    measured: list[int]
 
-def standard_cells(reference: MapReference, image: Tensor) -> Tensor:
-    """Return the standardized filter responses `(rows, columns, d)` of an image `(C, H, W)` in [-1, 1]."""
-    found = filter_responses(image)
-    return (found - as_tensor(reference.response_mean, found)) / as_tensor(reference.response_deviation, found)
+    @classmethod
+    def choose(cls, numbers: Sequence[int]) -> Roles:
+        """Divide the images `numbers`, in the random order of their objects."""
+        every = np.array(numbers)
+        memory, scaled = np.split(every, [max(1, 3 * len(every) // 4)])
+        chosen = ((memory, MAX_MEMORY), (scaled, MAX_SCALED), (every, MAX_MEASURED))
+        return cls(*(some[spread(len(some), most)].tolist() for some, most in chosen))
 
 
 @torch.no_grad()
 def fit_maps(
-    pipeline: ImagePipeline,
-    images: LazyImages,
-    numbers: Sequence[int],
-    given: Given,
-    stride: int | None,
-    seed: int,
-    batch_size: int,
+    examination: Examination, held: HeldEvidence, codes: Floats, roles: Roles, seed: int, max_points: int = MAX_POINTS
 ) -> MapReference:
-    """Fit to normal images `numbers`, in the random order of their objects. The last quarter of them gives mean and
-    deviation of pixels, because an image is not its own neighbour."""
-    shape, chance = pipeline.tokenizer.image_shape, np.random.default_rng(seed)
-
-    def load(some: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        return ((number, load_image(images, number, shape)) for number in some)
-
-    most, step = max(1, MAX_TILES // len(numbers)), stride or min(shape[1:])
-    cut = cut_tiles(load(numbers), shape, step, batch_size, most)
-    found = [measure_hidden(pipeline, tiles.to(pipeline.device), given, places) for tiles, places in cut]
-    bits, tokens = (torch.cat(each) for each in zip(*found, strict=True))
-    codes = mean_of_codes(bits, tokens, pipeline.prior.grid.vocab_size)
-    memory, scaled = np.split(np.array(numbers), [max(1, 3 * len(numbers) // 4)])
-    memory, scaled = (part[spread(len(part), most)] for part, most in ((memory, MAX_MEMORY), (scaled, MAX_SCALED)))
-    cells = []
-    for _, image in load(memory.tolist()):
-        rows = filter_responses(to_float(image)).flatten(0, 1).cpu().numpy()
-        cells.append(rows[chance.permutation(len(rows))[: MAX_POINTS // len(memory)]])
-    points = np.concatenate(cells).astype(np.float64)
+    """Fit to normal images. held: evidence of `MAPPED`. codes: the mean bits of each id. max_points: number of cells
+    that serve as neighbours."""
+    cells = dict[int, Floats]()
+    for evidence in held.of(roles.memory):
+        rows, chance = evidence.responses.flatten(0, 1).double().numpy(), np.random.default_rng((seed, evidence.number))
+        cells[evidence.number] = rows[chance.permutation(len(rows))[: max(1, max_points // len(roles.memory))]]
+    points = np.concatenate([cells[number] for number in roles.memory])
     mean, deviation = points.mean(0), np.maximum(points.std(0), 1e-6)
     fitted = {"codes": codes, "response_mean": round_digits(mean), "response_deviation": round_digits(deviation)}
     fitted["points"] = np.round((points - mean) / deviation, 3)
-    first = MapReference(
-        **fitted, pixel_mean=np.zeros(2), pixel_deviation=np.ones(2), image_mean=np.zeros(3), image_deviation=np.ones(3)
-    )
-    measured, several = [], np.array(numbers)[spread(len(numbers), MAX_MEASURED)]
-    for _, image, surprisal in map_surprisal(pipeline, codes, images, several.tolist(), given, stride, batch_size):
-        measured.append(measure_image(surprisal, standard_cells(first, image)))
-    moments = []
-    for _, image, surprisal in map_surprisal(pipeline, codes, images, scaled.tolist(), given, stride, batch_size):
-        both = measure_pixels(pipeline, first, image, standard_cells(first, image), surprisal).flatten(1).double()
-        moments.append(torch.stack([both.mean(1), both.square().mean(1)]).cpu().numpy())
+    pixel, image = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0] * 3, [1.0] * 3])
+    plain = MapReference(**fitted, pixel_mean=pixel[0], pixel_deviation=pixel[1], image_mean=image[0],
+                         image_deviation=image[1])  # fmt: skip
+    measured, moments = list[Floats](), list[Floats]()
+    for evidence in held.of(sorted({*roles.measured, *roles.scaled})):
+        surprisal, own = map_hidden(examination, codes, evidence), standard_cells(plain, evidence)
+        if evidence.number in roles.measured:
+            measured.append(measure_image(surprisal, own))
+        if evidence.number in roles.scaled:
+            both = measure_pixels(examination, plain, own, surprisal).flatten(1).double()
+            moments.append(torch.stack([both.mean(1), both.square().mean(1)]).cpu().numpy())
     centre, squares = np.mean(moments, 0)
-    spread_of = np.sqrt(np.maximum(squares - centre**2, 1e-12))
-    fitted = {"pixel_mean": centre, "pixel_deviation": spread_of, "image_mean": np.mean(measured, 0)}
-    fitted["image_deviation"] = np.maximum(np.std(measured, 0), 1e-6)
-    return first.model_copy(update={name: round_digits(values) for name, values in fitted.items()})
-
-
-def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Return the weights that spread a token's bits over the rows `(H, N)`, of clips `(T * H, N)`, and columns `(W, N)`
-    of the image, each summing to one per token. The pixels of a token are those that `known_tokens` requires for it.
-    Raises `ValueError` unless tokens are `placed`."""
-    spec = tokenizer.spec
-    height, width = spec.frames * spec.height, spec.width
-    along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
-    along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
-    masks = (each.reshape(-1, *spec.shape[:-3], *spec.size) for each in (along_rows, along_columns))
-    rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in masks)
-    return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
-
-
-def measure_pixels(
-    pipeline: ImagePipeline, reference: MapReference, image: Tensor, cells: Tensor, surprisal: Tensor
-) -> Tensor:
-    """Return the surprisal and the distance from normal filter responses of each pixel, `(2, H, W)`, both blurred by
-    half the side of a token. cells: from `standard_cells`."""
-    sigma = max(pipeline.tokenizer.image_shape[1:]) / max(pipeline.prior.grid.shape) / 2
-    far = nearest_distances(cells.flatten(0, 1), as_tensor(reference.points, cells)).reshape(cells.shape[:2])
-    both = surprisal, spread_cells(far, (image.shape[1], image.shape[2]))
-    return torch.stack([smooth(each, sigma) for each in both])
+    fitted = {"pixel_mean": centre, "pixel_deviation": np.sqrt(np.maximum(squares - centre**2, 1e-12))}
+    fitted |= {"image_mean": np.mean(measured, 0), "image_deviation": np.maximum(np.std(measured, 0), 1e-6)}
+    return plain.model_copy(update={name: round_digits(values) for name, values in fitted.items()})
 
 
 def as_tensor(values: NDArray[np.float64], like: Tensor) -> Tensor:

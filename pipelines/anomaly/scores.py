@@ -12,24 +12,21 @@ condition, too, is likely given the condition, so that only what the condition l
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prior.given import Given
-
 from ..images.pictures import find_user_stacklevel
-from ..images.tiles import LazyImages, Place, check_places, cut_tiles, give_places, load_image
-from .calibration import Calibration, Fitted, digest_of_pixels, require_calibration
-from .conformal import Floats, p_values_of
+from ..images.views import View, check_places
+from .calibration import Calibration, Fitted, MapReference, require_calibration
+from .conformal import Floats, cross_p_values
 from .distances import CalibrationError
-from .image_statistics import measure
-from .maps import NEEDED, map_calibrated, read_images
+from .examine import Evidence, Examination
+from .maps import MAPPED, NEEDED, ImageMaps, map_image
 
 if TYPE_CHECKING:
     from ..image_pipeline import Condition, ImagePipeline, Label
@@ -39,6 +36,7 @@ METHODS = {
     "of 99 % of normal images",
     "neighbours": "distance of the prior's features to those of the nearest normal images",
     "nll": "bits of the tokens, plus bits of the pixels given the tokens if the tokenizer has a pixel likelihood",
+    "top_bits": "mean bits of the most surprising 5 % of the tokens",
     "typicality": "difference of the nll bits from their mean over normal images",
     "ratio": "bits of the tokens, minus their bits under the background prior",
     "reconstruction": "mean absolute reconstruction error",
@@ -53,10 +51,14 @@ NEEDS = {
 """Requirements of some methods."""
 FITTED = ("joint", "neighbours", "typicality", "hidden")
 """The methods that need a calibration."""
-TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255}
+TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255, "top_bits": 1.0}
 """The statistics that `joint` combines, and the offset added before the logarithm: one bit or one grey level, because
 values may be 0 and smaller differences are meaningless. Background bits are left out, so that adding a background prior
-does not change the score."""
+does not change the score. Calibrations of 0.3 have no `top_bits`."""
+ROWS = 1024
+"""Tiles that are scored at a time."""
+OF_MAPS = ("hidden", "map")
+"""Scores of the map of a whole image, not of its tiles."""
 
 
 def anomaly_score(
@@ -79,51 +81,33 @@ def anomaly_score(
     `ImagePipeline.log_prob`. Features, and `hidden`, take the class as null.
 
     p_values: return p-values instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n
-    + 1); on average over calibrations, at most a share a of new normal images has p <= a. P-values and the fitted
-    methods need a calibration with the same labels, columns and `marginal`, and are invalid for the images of the
-    calibration itself, which triggers a warning. Raises `CalibrationError` (a `ValueError`) without a calibration for
-    the method.
+    + 1); on average over calibrations, at most a share a of new normal images has p <= a (with folds, see `calibrate`).
+    P-values and the fitted methods need a calibration with the same labels, columns and `marginal`, and are invalid for
+    the images of the calibration itself, which triggers a warning. With folds, the score is the mean of those by what
+    was fitted without each. Raises `CalibrationError` (a `ValueError`) without a calibration for the method.
 
     stride: take images of any size, as `anomaly_map` does; the score of an image is the maximum of the scores of its
     tiles. P-values and the fitted methods need a calibration with the same stride.
     """
-    calibration = pipeline.calibration
+    examination = Examination.open(pipeline, images, labels, condition, stride, batch_size, marginal)
+    calibration, given = pipeline.calibration, examination.given
+    if not len(examination):
+        raise ValueError("expected at least one image")
+    check_method(pipeline, method)
     if method == "hidden":
-        several = read_images(pipeline, images, stride)
-        given = check_places(pipeline.read_given(labels, condition, len(several), marginal=marginal))
-        return score_hidden(pipeline, several, given, p_values, stride, batch_size)
-    if stride is not None:
-        several = pipeline.list_images(images)
-        given = check_places(pipeline.read_given(labels, condition, len(several), marginal=marginal))
-        tiled = score_tiles(pipeline, several, method, given, stride, batch_size)
-        if calibration is not None and (p_values or method in FITTED):
-            known = set(calibration.digests)
-            warn_of_known(sum(digest in known for digest in tiled.digests), len(several))
-        options = pipeline.tokenizer.image_shape[1:], stride
-        return p_value_of(method, tiled.scores, calibration, given.terms, options) if p_values else tiled.scores
-    batch = pipeline.to_images(images)
-    given = pipeline.read_given(labels, condition, len(batch), marginal=marginal)
-    scores = score_of(method, measure(pipeline, batch, given, batch_size).statistics, calibration, given.terms)
-    if calibration is not None and (p_values or method in FITTED):
-        warn_if_calibrated(pipeline, calibration, batch)
-    return p_value_of(method, scores, calibration, given.terms) if p_values else scores
-
-
-def score_hidden(
-    pipeline: ImagePipeline, several: LazyImages, given: Given, p_values: bool, stride: int | None, batch_size: int
-) -> Tensor:
-    """Compute `anomaly_score` for `hidden`, which is a score of the map of the whole image."""
-    tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
-    known = set(require_scores(pipeline.calibration, "hidden", given.terms, tiling).digests)
-    found = [each.scores["hidden"] for each in map_calibrated(pipeline, several, given, stride, batch_size)]
-    warn_of_known(sum(digest_of_pixels(several.load(k)) in known for k in range(len(several))), len(several))
-    scores = torch.tensor(found, dtype=torch.float64)
-    return p_value_of("hidden", scores, pipeline.calibration, given.terms, tiling) if p_values else scores
-
-
-def warn_if_calibrated(pipeline: ImagePipeline, calibration: Calibration, batch: Tensor) -> None:
-    """Warn if some of the images `(B, C, H, W)` were used for the calibration."""
-    warn_of_known(int(calibration.includes(pipeline.convert_images(batch, "np")).sum()), len(batch))
+        check_places(given)
+    is_calibrated = calibration is not None and (p_values or method in FITTED)
+    if p_values or method in FITTED:
+        calibration = require_scores(calibration, method, given.terms, examination.view)
+    evidence = examination.examine(MAPPED if method in OF_MAPS else ["statistics"])
+    fits, maps = ([], []) if calibration is None else (calibration.fits, calibration.map_references)
+    found = list(score_images(examination, evidence, [method], fits, maps))
+    if is_calibrated and calibration is not None:
+        warn_of_known(int(calibration.find_used([each.digest for each in found]).sum()), len(found))
+    scores = np.stack([each.scores[method] for each in found], 1)
+    if p_values:
+        return p_values_by(method, scores, require_calibration(calibration))
+    return torch.from_numpy(scores.mean(0))
 
 
 def warn_of_known(known: int, count: int) -> None:
@@ -136,96 +120,104 @@ def warn_of_known(known: int, count: int) -> None:
         )
 
 
-class TileScores(NamedTuple):
-    """Scores of images by their tiles: `scores` float64 `(n,)`, the maxima; `places`, the tile of each; `counts`, the
-    number of its tiles; `digests` of the images."""
+class ImageScores(NamedTuple):
+    """What an image scores by each of K references, `(K,)`, by method: the maxima over its tiles; for one of the
+    methods, the row of the `worst` tile, by the mean of the references; its maps or None, and its evidence."""
 
-    scores: Tensor
-    places: list[Place]
-    counts: list[int]
-    digests: list[str]
+    scores: dict[str, Floats]
+    worst: int
+    maps: ImageMaps | None
+    evidence: Evidence
 
-
-def score_tiles(
-    pipeline: ImagePipeline, images: LazyImages, method: str, given: Given, stride: int, batch_size: int = 256
-) -> TileScores:
-    """Score images of any size by the maximum of the scores of their tiles."""
-    shape, digests = pipeline.tokenizer.image_shape, list[str]()
-    best, places, counts = [-math.inf] * len(images), [Place(0, 0, 0)] * len(images), [0] * len(images)
-
-    def load() -> Iterator[tuple[int, Tensor]]:
-        for number in range(len(images)):
-            image = load_image(images, number, shape)
-            digests.append(digest_of_pixels(image))
-            yield number, image
-
-    for tiles, where in cut_tiles(load(), shape, stride, batch_size):
-        measured = measure(pipeline, tiles.to(pipeline.device), give_places(given, where))
-        scores = score_of(method, measured.statistics, pipeline.calibration, given.terms, (shape[1:], stride))
-        for score, place in zip(scores.tolist(), where, strict=True):
-            counts[place.image] += 1
-            if not math.isnan(best[place.image]) and not score <= best[place.image]:
-                best[place.image], places[place.image] = score, place
-    return TileScores(torch.tensor(best, dtype=torch.float64), places, counts, digests)
+    @property
+    def digest(self) -> str:
+        """The digest of the image."""
+        return self.evidence.digest
 
 
-Tiling = tuple[Sequence[int], int | None]
-"""Height and width of the tiles, and their stride; `WHOLE` for whole images."""
-WHOLE: Tiling = ((), None)
+def score_images(
+    examination: Examination,
+    every: Iterable[Evidence],
+    methods: Sequence[str],
+    fits: Sequence[Fitted],
+    maps: Sequence[MapReference] = (),
+) -> Iterator[ImageScores]:
+    """Score images by `methods`, of which the first has the `worst` tile, by each of the references in `fits`. Evidence
+    of maps gives those, too, by `maps`. Tiles are scored together, up to `ROWS` at a time or those of one image."""
+    waiting, count = list[Evidence](), 0
+    for evidence in every:
+        if count + len(evidence.tiles) > ROWS and waiting:
+            yield from score_together(examination, waiting, methods, fits, maps)
+            waiting, count = [], 0
+        waiting.append(evidence)
+        count += len(evidence.tiles)
+    if waiting:
+        yield from score_together(examination, waiting, methods, fits, maps)
 
 
-def score_of(
-    method: str,
-    found: dict[str, Tensor],
-    calibration: Calibration | None,
-    given: Collection[str] = (),
-    tiling: Tiling = WHOLE,
-) -> Tensor:
-    """Compute `anomaly_score` from `statistics`. given: the `terms` of what is given. tiling: of what the statistics
-    are."""
+def score_together(
+    examination: Examination,
+    several: Sequence[Evidence],
+    methods: Sequence[str],
+    fits: Sequence[Fitted],
+    maps: Sequence[MapReference],
+) -> Iterator[ImageScores]:
+    """Score a few images; see `score_images`."""
+    names = [name for name in methods if name not in OF_MAPS]
+    rows = {name: torch.cat([each.statistics[name] for each in several]) for name in several[0].statistics}
+    found = {name: score_tiles(name, rows, fits) for name in names}
+    stops = np.cumsum([len(each.tiles) for each in several])
+    for evidence, stop in zip(several, stops.tolist(), strict=True):
+        own = {name: each[:, stop - len(evidence.tiles) : stop] for name, each in found.items()}
+        worst = int(own[names[0]].mean(0).argmax()) if names else 0
+        mapped = map_image(examination, maps, evidence) if maps and "hidden" in evidence.rows else None
+        scores = {name: each.max(1) for name, each in own.items()}
+        yield ImageScores(scores | ({} if mapped is None else mapped.scores), worst, mapped, evidence)
+
+
+def score_tiles(method: str, found: dict[str, Tensor], fits: Sequence[Fitted]) -> Floats:
+    """Score tiles by their statistics, `(K, n)`: by each of K references, or once if there is none."""
+    if method in FITTED:
+        return np.stack([fitted_score(method, found, fitted) for fitted in fits])
+    return np.repeat(plain_score(method, found).numpy()[None], max(1, len(fits)), 0)
+
+
+def p_values_by(method: str, scores: Floats, calibration: Calibration) -> Tensor:
+    """Return conformal p-values `(B,)` of scores by each reference, `(K, B)`; ties count as normal."""
+    return torch.from_numpy(cross_p_values(scores, calibration.normal_scores(method), calibration.scores[method].tie))
+
+
+def list_methods(pipeline: ImagePipeline) -> list[str]:
+    """Return the methods that score the tiles of these models."""
+    there = {"neighbours": pipeline.prior.feature_layers, "ratio": pipeline.background is not None}
+    return [method for method in METHODS if there.get(method, True) and method not in OF_MAPS]
+
+
+def check_method(pipeline: ImagePipeline, method: str) -> None:
+    """Raise `ValueError` for an unknown method, `CalibrationError` for one that these models do not have."""
     if method not in METHODS:
         raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
-    if method not in list_methods(found):
+    if method not in (*list_methods(pipeline), "hidden"):
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
-    if method not in FITTED:
-        return plain_score(method, found)
-    return fitted_score(method, found, require_scores(calibration, method, given, tiling).fitted)
-
-
-def p_value_of(
-    method: str,
-    scores: Tensor,
-    calibration: Calibration | None,
-    given: Collection[str] = (),
-    tiling: Tiling = WHOLE,
-) -> Tensor:
-    """Return conformal p-values of scores; ties count as normal. Raises `CalibrationError`."""
-    normal = require_scores(calibration, method, given, tiling).scores[method]
-    return torch.from_numpy(p_values_of(scores.numpy(), normal.values, normal.tie))
-
-
-def list_methods(found: dict[str, Tensor]) -> list[str]:
-    """Return the methods that these statistics allow."""
-    there = {"neighbours": "features", "ratio": "background_bits"}
-    return [method for method in METHODS if there.get(method, "token_bits") in found and method != "hidden"]
 
 
 def plain_score(method: str, found: dict[str, Tensor]) -> Tensor:
     """Compute a score that needs no fitting."""
-    if method == "reconstruction":
-        return found["error"]
+    if method in ("reconstruction", "top_bits"):
+        return found["error" if method == "reconstruction" else method]
     return found["token_bits"] - found["background_bits"] if method == "ratio" else total_bits(found)
 
 
-def fitted_score(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:
+def fitted_score(method: str, found: dict[str, Tensor], fitted: Fitted) -> Floats:
     """Compute one of the scores in `FITTED`."""
     if method == "typicality":
-        return (total_bits(found) - fitted.typical_bits).abs()
-    far = fitted.statistics.of(log_statistics(found))
+        typical: Floats = (total_bits(found) - fitted.typical_bits).abs().numpy()
+        return typical
+    far = fitted.statistics.of(log_statistics(found, fitted.names))
     if fitted.features is None:
-        return torch.from_numpy(far)
+        return far
     near = fitted.features.of(found.get("features", torch.empty(len(far), 0)).numpy())
-    return torch.from_numpy(near if method == "neighbours" else near + np.maximum(0, far - 1))
+    return near if method == "neighbours" else near + np.maximum(0, far - 1)
 
 
 def total_bits(found: dict[str, Tensor]) -> Tensor:
@@ -233,18 +225,24 @@ def total_bits(found: dict[str, Tensor]) -> Tensor:
     return found["token_bits"] + found.get("pixel_bits", torch.zeros(()))
 
 
-def log_statistics(found: dict[str, Tensor]) -> Floats:
+def log_statistics(found: dict[str, Tensor], names: Sequence[str] | None) -> Floats:
     """Return the logarithms of the available statistics in `TOGETHER`, `(B, d)`; they are positive and roughly
-    proportional to each other."""
-    return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
+    proportional to each other. names: those of a calibration, None for one of 0.3. Raises `CalibrationError` for
+    others."""
+    there = [name for name in TOGETHER if name in found and (names is not None or name != "top_bits")]
+    if names is not None and names != there:
+        raise CalibrationError(
+            f"calibrated with {', '.join(names)} of each image, now there are {', '.join(there)}: run `smalti "
+            "calibrate` again"
+        )
+    return np.stack([np.log(found[name].numpy() + TOGETHER[name]) for name in there], axis=1)
 
 
-def require_scores(
-    calibration: Calibration | None, method: str, given: Collection[str], tiling: Tiling = WHOLE
-) -> Calibration:
-    """Return the calibration if it covers this method, what is given and these tiles, else raise `CalibrationError`."""
+def require_scores(calibration: Calibration | None, method: str, given: Collection[str], view: View) -> Calibration:
+    """Return the calibration if it covers this method, what is given and this view, else raise `CalibrationError`.
+    given: the `terms` of what is given."""
     calibration = require_calibration(calibration)
-    calibration.check_tiles(*tiling)
+    calibration.check_view(view)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
     calibration.check_given(given)

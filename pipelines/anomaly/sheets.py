@@ -15,93 +15,50 @@ from torch import Tensor
 from tokenizer.spec import select_shown, to_float, to_uint8
 
 from ..images.grids import class_grid
-from ..images.tiles import LazyImages
+from .examine import Examination
 from .ground_truth import rank_maps
-from .healing import anomaly_map, heal_images, map_bits
+from .healing import heal_images, map_images
 from .maps import TITLES
 
 if TYPE_CHECKING:
-    from prior.given import Given
-
     from ..image_pipeline import ImagePipeline
 
 MOST = 512
 """Pixels per side of a large image, beyond which it is reduced."""
 
 
-def draw_sheet(
-    pipeline: ImagePipeline,
-    pixels: Tensor,
-    given: Given,
-    scores: Tensor,
-    count: int,
-    seed: int,
-    kind: str = "bits",
-) -> np.ndarray:
-    """Draw a row for each of the `count` most and, below, least anomalous images: the image, its map (if tokens have
-    positions), the healed image, and the difference, each below its score or name. kind: one of `MAPS`."""
-    chosen = rank_scores(scores, count)
-    images = to_float(pixels[chosen])
-    own, batch = given[chosen], pipeline.to_images(images)
-    healed = heal_images(pipeline, batch, own, seed=seed)
-    panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
+def draw_sheet(examination: Examination, scores: Tensor, count: int, seed: int, kind: str = "bits") -> np.ndarray:
+    """Draw a row for each of the `count` most and, below, least anomalous images, each reduced to at most 512 pixels a
+    side: the image, its map (if tokens have positions) and, of whole images, the healed image and the difference; of
+    tiled ones, the regions above the threshold of the map in red, if there is one. kind: one of `MAPS`."""
+    pipeline, chosen = examination.pipeline, rank_scores(scores, count)
+    some, titles = examination.select(chosen.tolist()), list[str]()
+    rows = [[reduce_image(to_float(some.read(number)), pipeline)] for number in range(len(chosen))]
+    regions = None if pipeline.calibration is None else pipeline.calibration.scores.get("map")
+    regions = regions if examination.view.is_tiled else None
     if pipeline.tokenizer.placed:
-        if kind == "bits":
-            heat = map_bits(pipeline, batch, own)
-        else:
-            heat = anomaly_map(pipeline, images, method=kind, condition=own)
-        panels = {TITLES[kind]: apply_colormap(heat.cpu() / heat.amax().cpu().clamp(min=1e-6)), **panels}
-    panels["healed"] = select_shown(panels["healed"], pipeline.spec.show)
-    columns = [
-        panel.expand(*panel.shape[:-3], 3, -1, -1)
-        for panel in (select_shown(images, pipeline.spec.show), *panels.values())
-    ]
-    names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]
-    panel_pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1))
-    return class_grid(panel_pixels.movedim(-3, -1).numpy(), names, len(columns))
-
-
-def draw_whole(
-    pipeline: ImagePipeline,
-    images: LazyImages,
-    given: Given,
-    scores: Tensor,
-    count: int,
-    stride: int,
-    kind: str = "bits",
-) -> np.ndarray:
-    """Draw a row for each of the `count` most and, below, least anomalous images of any size, reduced to at most 512
-    pixels a side: the image, its map (if tokens have positions) and, with a calibrated map, its flagged regions in
-    red. kind: one of `MAPS`."""
-    chosen, calibration = rank_scores(scores, count), pipeline.calibration
-    panels, heats, regions = list[Tensor](), list[Tensor](), list[Tensor]()
-    for number in chosen.tolist():
-        image, own = images.select([number]), given[[number]]
-        panels.append(reduce_image(to_float(image.load(0)), pipeline))
-        if pipeline.tokenizer.placed:
-            (heat,) = anomaly_map(pipeline, image, condition=own, stride=stride, method=kind)
-            heats.append(reduce_map(heat.cpu()))
-        if calibration is not None and calibration.maps is not None:
-            if kind != "combined":
-                (heat,) = anomaly_map(pipeline, image, condition=own, stride=stride, method="combined")
-            above = (heat > calibration.scores["map"].threshold).cpu()
-            regions.append(paint(panels[-1], reduce_map(above) > 0))
-    highest = max([1e-6, *(float(heat.max()) for heat in heats)])
-    rows = [[panel] for panel in panels]
-    for row, heat in zip(rows, heats, strict=False):
-        row += list(apply_colormap(heat[None] / highest))
-    for row, region in zip(rows, regions, strict=False):
-        row.append(region)
-    names = [[f"score {score:.3g}", TITLES[kind], "flagged"][: len(rows[0])] for score in scores[chosen].tolist()]
-    return draw_rows(rows, names)
+        titles += [TITLES[kind], *(["flagged"] if regions else [])]
+        heats = list[Tensor]()
+        for row, (_, maps) in zip(rows, map_images(some, {kind, "combined"} if regions else {kind}), strict=True):
+            heats.append(reduce_map(maps[kind].cpu()))
+            if regions and regions.threshold is not None:
+                row.append(paint(row[0], reduce_map((maps["combined"] > regions.threshold).cpu()) > 0))
+        highest = max(1e-6, *(float(heat.max()) for heat in heats))
+        for row, heat in zip(rows, heats, strict=True):
+            row.insert(1, apply_colormap(heat[None] / highest)[0])
+    if not examination.view.is_tiled:
+        titles += ["healed", "difference"]
+        healed = heal_images(some, seed=seed)
+        for row, image, difference in zip(rows, healed.images.cpu(), healed.difference.cpu(), strict=True):
+            row += [reduce_image(image, pipeline), apply_colormap(reduce_map(difference)[None])[0]]
+    return draw_rows(rows, [[f"score {score:.3g}", *titles] for score in scores[chosen].tolist()])
 
 
 def draw_truth(
-    pipeline: ImagePipeline,
-    pixels: Tensor | LazyImages,
+    examination: Examination,
     maps: Sequence[NDArray[np.float32]],
     masks: Sequence[NDArray[np.bool_]],
-    names: list[str],
+    names: Sequence[str],
     count: int,
     kind: str = "bits",
 ) -> np.ndarray:
@@ -111,13 +68,11 @@ def draw_truth(
     chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
     rows = []
     for number in chosen:
-        image = to_float(pixels.load(number) if isinstance(pixels, LazyImages) else pixels[number])
         heat = torch.from_numpy(maps[number])[None]
         low, high = heat.min(), heat.max()
         marked = torch.from_numpy(masks[number]).float()[None] * 2 - 1
-        rows.append(
-            [reduce_image(image, pipeline), apply_colormap((heat - low) / (high - low).clamp(min=1e-6))[0], marked]
-        )
+        image = reduce_image(to_float(examination.read(number)), examination.pipeline)
+        rows.append([image, apply_colormap((heat - low) / (high - low).clamp(min=1e-6))[0], marked])
     return draw_rows(rows, [[Path(names[number]).name, TITLES[kind], "mask"] for number in chosen])
 
 
@@ -151,14 +106,16 @@ def apply_colormap(values: Tensor) -> Tensor:
 
 
 def reduce_image(image: Tensor, pipeline: ImagePipeline) -> Tensor:
-    """Return the shown channels of an image `(C, H, W)`, reduced by the factor of its map."""
-    shown = select_shown(image[None], pipeline.spec.show)
-    return F.avg_pool2d(shown, factor_of(image.shape[1:]), ceil_mode=True)[0]
+    """Return the shown channels of an image `(C, H, W)`, or of a clip with its frames below one another, reduced by the
+    factor of its map."""
+    shown = select_shown(image, pipeline.spec.show).movedim(-3, 0).flatten(1, -2)
+    return F.avg_pool2d(shown[None], factor_of(image.shape), ceil_mode=True)[0]
 
 
 def reduce_map(heat: Tensor) -> Tensor:
-    """Average a map `(H, W)` over squares of pixels, so that it has at most 512 a side."""
-    return F.avg_pool2d(heat.float()[None], factor_of(heat.shape), ceil_mode=True)[0]
+    """Average a map `(H, W)`, or that of a clip with its frames below one another, over squares of pixels, so that an
+    image or a frame has at most 512 a side."""
+    return F.avg_pool2d(heat.float().flatten(0, -2)[None], factor_of(heat.shape), ceil_mode=True)[0]
 
 
 def reduce_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -169,5 +126,5 @@ def reduce_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def factor_of(size: Sequence[int]) -> int:
-    """Return the side of the squares of pixels that are averaged in an image of this size (H, W)."""
-    return -(-max(size) // MOST)
+    """Return the side of the squares of pixels that are averaged in an image of this size (..., H, W)."""
+    return -(-max(size[-2:]) // MOST)

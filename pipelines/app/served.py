@@ -21,7 +21,7 @@ from tokenizer.spec import ImageSpec
 from ..config import UserError
 from ..image_pipeline import ImagePipeline
 from ..images.dataset import ImageDataset
-from ..images.decoding import WEB_FORMATS, open_image, try_decode
+from ..images.formats import WEB_FORMATS, open_image, try_decode
 
 REPORT_SECONDS = 0.4  # minimum time between progress reports, because each one updates the page
 BROKEN = "Something went wrong on the server; see its log."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..config import UserError
-from ..images.decoding import MAX_PIXELS
+from ..images.formats import MAX_PIXELS
 
 if TYPE_CHECKING:
     from .served import Served

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from tokenizer.files import require_replaceable
 
-from ..anomaly.calibrating import MAX_IMAGES, calibrate, check_promise, least_false_alarms, least_units
-from ..anomaly.calibration import Calibration
+from ..anomaly.calibrating import calibrate, check_promise, least_false_alarms, least_units
+from ..anomaly.calibration import MAX_FOLDED, MAX_FOLDS, MAX_IMAGES, Calibration
 from ..anomaly.scores import METHODS, NEEDS
 from ..condition_keys import ScoresWithCondition
 from ..config import UserError, Within, run_command
@@ -51,9 +51,14 @@ class CalibrateConfig(ScoresWithCondition):
         description="probability, over calibrations, that the flagged share is at most `false_alarms`; 0.9 or 0.95 "
         "need more images and raise the thresholds",
     )
-    seed: int = Field(
-        0, ge=0, description="seed of the split of the images into a half for fitting and a half for scoring"
+    folds: int = Field(
+        1,
+        ge=1,
+        le=MAX_FOLDS,
+        description="1: half of the images fit the score, the others set the threshold, with the guarantee of "
+        "`false_alarms`. 5: for few images, all do both; the rate varies less, but less is guaranteed",
     )
+    seed: int = Field(0, ge=0, description="seed of the split of the images into halves or folds")
 
 
 def run(config: CalibrateConfig) -> Calibration:
@@ -70,7 +75,7 @@ def run(config: CalibrateConfig) -> Calibration:
             pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
         if config.data.crop is not None and not config.tile:
             raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
-        stride = config.choose_stride(pipeline.tokenizer.image_shape)
+        view = config.choose_view(pipeline.spec)
         images = config.load_images(pipeline, whole=config.tile).held_out
         groups = None if (objects_of := images.objects()) is None else np.array(objects_of)
         chosen = np.arange(0, len(images), config.every)
@@ -80,13 +85,13 @@ def run(config: CalibrateConfig) -> Calibration:
             groups = groups[chosen]
         objects = None if groups is None else len(np.unique(groups))
         try:
-            check_promise(len(chosen), config.false_alarms, config.confidence, objects)
+            check_promise(len(chosen), config.false_alarms, config.confidence, objects, config.folds)
         except ValueError as error:
-            if len(chosen) > MAX_IMAGES:
-                hint = f"every={1 + (len(images) - 1) // MAX_IMAGES} selects fewer"
-            else:
-                hint = find_remedy(config, every)
-            raise UserError(f"data: {error}; {hint}") from error
+            if config.folds > 1 and config.confidence is not None:
+                raise UserError(str(error)) from error
+            most = MAX_IMAGES if config.folds == 1 else MAX_FOLDED
+            fewer = f"every={1 + (len(images) - 1) // most} selects fewer"
+            raise UserError(f"data: {error}; {fewer if len(chosen) > most else find_remedy(config, every)}") from error
         given = config.read_given(pipeline, images.names(chosen))
         try:
             calibration = calibrate(
@@ -94,9 +99,10 @@ def run(config: CalibrateConfig) -> Calibration:
                 config.read_pixels(pipeline, images, chosen),
                 condition=given,
                 groups=None if groups is None else groups.tolist(),
-                stride=stride,
+                stride=None if view.stride is None else view.stride[0],
                 false_alarms=config.false_alarms,
                 confidence=config.confidence,
+                folds=config.folds,
                 seed=config.seed,
             )
         except ValueError as error:
@@ -116,7 +122,7 @@ def find_remedy(config: CalibrateConfig, units: int) -> str:
     steps = [f"every={step}" for step in range(config.every - 1, 0, -1) if is_enough(config, -(-units // step))]
     if steps:
         return f"{steps[0]} is enough"
-    rate = least_false_alarms(units, config.confidence)
+    rate = least_false_alarms(units, config.confidence, config.folds)
     if rate is None:
         return other if config.every == 1 else f"every=1 uses all {units:,}; {other}"
     every = "every=1 " if config.every > 1 else ""
@@ -125,7 +131,7 @@ def find_remedy(config: CalibrateConfig, units: int) -> str:
 
 def is_enough(config: CalibrateConfig, units: int) -> bool:
     """Whether this number of images, or objects, is enough for what is to be promised."""
-    return units >= least_units(config.false_alarms, config.confidence)
+    return units >= least_units(config.false_alarms, config.confidence, config.folds)
 
 
 def format_report(calibration: Calibration) -> str:
@@ -133,22 +139,20 @@ def format_report(calibration: Calibration) -> str:
     rows = [("score", "median", "threshold", "")]
     for method, normal in calibration.scores.items():
         median = float(np.median(normal.values))
-        rows.append(
-            (
-                method,
-                f"{median:.4g}",
-                f"{normal.threshold:.4g}",
-                METHODS.get(method, "the highest value of the combined map, for regions"),
-            )
-        )
-    lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
+        limit = "-" if normal.threshold is None else f"{normal.threshold:.4g}"
+        what = METHODS.get(method, "the highest value of the combined map, for regions")
+        rows.append((method, f"{median:.4g}", limit, what))
+    promise = f"{'p-values' if calibration.folds else 'thresholds'}: {calibration.promise}"
+    lines = [table(rows, right=[1, 2]), "", promise]
     if calibration.tile is not None:
         tiles = " x ".join(map(str, calibration.tile))
-        whole = " (hidden, map: of the map of all tiles)" if calibration.maps is not None else ""
+        whole = " (hidden, map: of the map of all tiles)" if calibration.map_references else ""
         lines.append(
             f"an image's score is the maximum over its tiles of {tiles}, every {calibration.stride} pixels{whole}"
         )
     lines += [f"left out: {name} (needs {what})" for name, what in NEEDS.items() if name not in calibration.scores]
+    if calibration.folds and calibration.map_references:
+        lines.append(f"left out: thresholds of regions (they need folds=1, not folds={len(calibration.folds)})")
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.animations import ANIMATIONS, require_video, write_animation
-from ..images.decoding import open_image
+from ..images.formats import open_image
 from ..images.grids import GREY, MIN_WIDTH
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images

@@ -27,9 +27,9 @@ from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of
 from ..files import Output, lock_output
-from ..images.decoding import open_image
-from ..images.folder import file_rows
-from ..images.tiles import LazyImages
+from ..images.formats import open_image
+from ..images.sources import of_files
+from ..images.views import LazyImages
 from ..options import REMOVE, UsesPipeline, find_files, read_files, require_pictures
 
 
@@ -80,7 +80,7 @@ def run(config: CompressConfig) -> Path:
         except Exception as error:  # as in `read_image`
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
-    whole, sizes = LazyImages(len(paths), read_whole, lambda k: f"images: {paths[k]}"), [spec.size] * len(paths)
+    whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * len(paths)
     if config.tile:
         try:
             sizes = sizes_of(whole, shape)
@@ -120,7 +120,7 @@ def read_image(path: Path, spec: ImageSpec, config: CompressConfig) -> Tensor:
     """Read an image, float `(C, H, W)`. Raises `UserError` for an unsupported mode, or for another size without
     `resize`."""
     if config.resize:
-        return to_float(read_files(file_rows([str(path)], None), [0], spec)[0])
+        return to_float(read_files(of_files([str(path)]), [0], spec)[0])
     try:
         return to_float(exact_pixels(open_image(path), spec, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything

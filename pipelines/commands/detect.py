@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,20 +15,18 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from prior.given import Given
 from tokenizer.files import one_line, write_json
-from tokenizer.spec import to_float
 
-from ..anomaly.calibration import Calibration, digest_of, digest_of_pixels, require_calibration
+from ..anomaly.calibration import Calibration
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
+from ..anomaly.examine import Examination
 from ..anomaly.ground_truth import find_masks, measure_defects, read_mask, read_mask_table
-from ..anomaly.healing import map_bits, map_large
-from ..anomaly.image_statistics import measure
-from ..anomaly.maps import map_calibrated
-from ..anomaly.scores import WHOLE, p_value_of, require_scores, score_of, score_tiles
+from ..anomaly.healing import require_maps
+from ..anomaly.maps import MAPPED
+from ..anomaly.scores import OF_MAPS, p_values_by, require_scores, score_images
 from ..anomaly.separation import separation
-from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
+from ..anomaly.sheets import draw_sheet, draw_truth, reduce_map, reduce_mask
 from ..condition_keys import ScoresWithCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
@@ -34,8 +34,8 @@ from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
-from ..images.tiles import LazyImages, as_lazy, check_places, load_image, whole_files
 from ..images.unseen import find_parts
+from ..images.views import View, as_lazy, check_places, read_whole
 from ..options import REMOVE, open_files, read_files
 from ..provenance import defaults, inherit, trained_data
 
@@ -62,9 +62,11 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
         description="folder with the masks of defects: images=test has test/good and test/DEFECT/NAME.*, whose mask is "
         "DEFECT/NAME_mask.png or DEFECT/NAME.png here; or a table of file_name, mask, label",
     )
-    method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction", "hidden"] = Field(
-        "joint",
-        description="anomaly score; `smalti calibrate` explains each method",
+    method: Literal["joint", "neighbours", "nll", "top_bits", "typicality", "ratio", "reconstruction", "hidden"] = (
+        Field(
+            "joint",
+            description="anomaly score; `smalti calibrate` explains each method",
+        )
     )
     map: Literal["bits", "hidden", "combined"] | None = Field(
         None,
@@ -76,7 +78,7 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
         gt=0,
         lt=1,
         description="false discovery rate: mean share of normal images among those flagged (Benjamini and Hochberg); "
-        "null: flag scores above the threshold",
+        "null: flag scores above the threshold, or with folds those with p <= false_alarms of the calibration",
     )
     out: str = Field(
         "anomalies",
@@ -102,19 +104,37 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
         return ["good"] if self.normal_labels is None and self.ground_truth is not None else self.normal_labels
 
 
-class Found(NamedTuple):
-    """Images to score: names, pixels `(n, C, H, W)` (with tiles: images at their own size), class names or None, a
-    description of their origin, what is given of them, and the objects that they show or None; which of them were
-    trained on, `(n,)` or None, and further digests by which a calibration may know them, or None."""
+@dataclass(frozen=True)
+class Found:
+    """Images to score, with their names, class names or None, a description of their origin, and the objects that they
+    show or None; which of them were trained on, `(n,)` or None, and further digests by which a calibration may know
+    them, or None."""
 
+    images: Examination
     names: list[str]
-    pixels: Any
     classes: list[str] | None
     origin: str
-    given: Given
     objects: list[str] | None = None
     trained: NDArray[np.bool_] | None = None
     digests: list[str] | None = None
+
+    def select(self, rows: list[int]) -> Found:
+        """Return the images `rows`."""
+        names, classes, objects = (
+            None if each is None else [each[row] for row in rows] for each in (self.names, self.classes, self.objects)
+        )
+        return Found(self.images.select(rows), names or [], classes, self.origin, objects)
+
+
+class Results(NamedTuple):
+    """Scores and p-values `(n,)`, further columns of `scores.csv`, sizes of the images, and maps to compare with masks,
+    reduced to at most 512 pixels a side."""
+
+    scores: Tensor
+    p_values: Tensor
+    details: dict[str, Any]
+    sizes: list[tuple[int, int]]
+    maps: list[NDArray[np.float32]]
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
@@ -123,6 +143,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
     pipeline = config.load_pipeline()
     if (calibration := pipeline.calibration) is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
+    if calibration.folds and config.fdr is not None:
+        raise UserError(f"fdr: holds for a calibration with folds=1, this one has folds={len(calibration.folds)}")
     check_ground_truth(config, pipeline)
     truth = [] if config.ground_truth is None else [config.ground_truth]
     out = Output(config.out, [config.pipeline, config.data.path, *config.paths, *truth], config.overwrite)
@@ -130,117 +152,88 @@ def run(config: DetectConfig) -> dict[str, Any]:
         raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json", *(TRUTH_FILES if truth else [])])
     with lock_output(config.out):
-        stride = config.choose_stride(pipeline.tokenizer.image_shape)
+        view = config.choose_view(pipeline.spec)
         try:
-            calibration.check_tiles(pipeline.tokenizer.image_shape[1:], stride)
+            calibration.check_view(view)
         except CalibrationError as error:
             hint = f"tile=true stride={calibration.stride}" if calibration.tile else "tile=false, or calibrate again"
             raise UserError(f"{error}; give {hint}") from error
-        images = skip_used(pipeline, find_images(config, pipeline), calibration)
-        names, classes, objects = images.names, images.classes, images.objects
+        found = skip_used(find_images(config, pipeline, view), calibration)
+        names, classes, objects = found.names, found.classes, found.objects
         anomalous = None if config.normal is None else find_anomalous(classes, config.normal)
-        masks = None if anomalous is None or not truth else find_all_masks(config, images, anomalous)
+        masks = None if anomalous is None or not truth else find_all_masks(config, names, anomalous)
         try:
-            scores, p, details, maps = score_images(config, pipeline, images, stride, keep=masks is not None)
+            results = examine_images(config, found.images, calibration, keep=masks is not None)
         except CalibrationError as error:
             raise UserError(str(error)) from error
-        above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # also flags NaN
-        flagged = above if config.fdr is None else benjamini_hochberg(p.numpy(), config.fdr)
-        figures = {} if anomalous is None else separation(scores.numpy(), anomalous)
+        scores, p, limit = results.scores.numpy(), results.p_values.numpy(), calibration.scores[config.method].threshold
+        flagged = p <= calibration.false_alarms if limit is None else ~(scores <= limit)  # also flags NaN
+        flagged = flagged if config.fdr is None else benjamini_hochberg(p, config.fdr)
+        figures = {} if anomalous is None else separation(scores, anomalous)
         columns = {
             "file": names,
             "object": objects,
             "class": classes,
             "anomalous": None if anomalous is None else anomalous.astype(int),
         }
-        columns |= {"score": scores.numpy(), "p_value": p.numpy(), "flagged": flagged.astype(int), **details}
+        columns |= {"score": scores, "p_value": p, "flagged": flagged.astype(int), **results.details}
+        kind = config.kind_of_map(calibration)
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
-            write_picture(draw_images(config, pipeline, images, scores, stride), folder / "sheet.png")
+            sheet = draw_sheet(found.images, results.scores, config.num_shown, config.seed, kind)
+            write_picture(sheet, folder / "sheet.png")
             if masks is not None and anomalous is not None:
-                maps, truth_masks = compare_truth(pipeline, images, stride, masks, maps)
-                rows = measure_defects(scores.numpy(), maps, truth_masks, classes or [], anomalous, objects or names)
+                pairs = zip(masks, names, results.sizes, strict=True)
+                marked = [reduce_mask(read_mask(mask, Path(name), size)) for mask, name, size in pairs]
+                rows = measure_defects(scores, results.maps, marked, classes or [], anomalous, objects or names)
                 write_table(folder / TRUTH_FILES[0], {key: [row[key] for row in rows] for key in rows[0]})
-                sheet = draw_truth(
-                    pipeline, images.pixels, maps, truth_masks, names, config.num_shown, config.kind_of_map(calibration)
-                )
+                sheet = draw_truth(found.images, results.maps, marked, names, config.num_shown, kind)
                 write_picture(sheet, folder / TRUTH_FILES[1])
                 figures["defects"] = rows
-                figures["vanished"] = sum(not truth_masks[row].any() for row in np.flatnonzero(anomalous))
+                figures["vanished"] = sum(not marked[row].any() for row in np.flatnonzero(anomalous))
             if figures:
                 write_json(folder / "figures.json", figures)
-    print(format_report(config, calibration, flagged, anomalous, figures, objects, details.get("area")))
+    print(format_report(config, calibration, flagged, anomalous, figures, objects, results.details.get("area")))
     if masks is not None and anomalous is not None:
         print(format_truth(config, figures))
     return figures
 
 
-def score_images(
-    config: DetectConfig, pipeline: ImagePipeline, images: Found, stride: int | None, keep: bool
-) -> tuple[Tensor, Tensor, dict[str, Any], list[NDArray[np.float32]]]:
-    """Return scores and p-values `(n,)`, further columns of `scores.csv`, and with `keep`, the maps that are not of
-    bits. Columns are the number of pixels above the threshold of the map, if maps are needed; the statistics of the
-    images, or with tiles, their number and the most anomalous one. Raises `CalibrationError`."""
-    calibration, given, details = require_calibration(pipeline.calibration), images.given, dict[str, Any]()
-    tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
-    kind, maps, found, areas = config.kind_of_map(calibration), list[NDArray[np.float32]](), list[float](), list[int]()
-    if config.method == "hidden" or (kind != "bits" and (config.map is not None or keep)):
-        require_scores(calibration, "map", given.terms, tiling)
-        pixels = images.pixels if stride is not None else as_lazy(to_float(images.pixels))
-        for each in map_calibrated(pipeline, pixels, check_places(given), stride):
-            found.append(each.scores["hidden"])
-            areas.append(int((each.combined > calibration.scores["map"].threshold).sum()))
-            if keep and kind != "bits":
-                maps.append(reduce_map(getattr(each, kind).cpu()).numpy())
-        details = {"area": areas}
-    if config.method == "hidden":
-        scores = torch.tensor(found, dtype=torch.float64)
-        return scores, p_value_of("hidden", scores, calibration, given.terms, tiling), details, maps
-    if stride is None:
-        measured = measure(pipeline, pipeline.to_images(images.pixels), given)
-        scores = score_of(config.method, measured.statistics, calibration, given.terms)
-        p = p_value_of(config.method, scores, calibration, given.terms)
-        details |= {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
-        return scores, p, details, maps
-    tiled = score_tiles(pipeline, images.pixels, config.method, check_places(given), stride)
-    p = p_value_of(config.method, tiled.scores, calibration, given.terms, tiling)
-    places = {"top": [place.top for place in tiled.places], "left": [place.left for place in tiled.places]}
-    return tiled.scores, p, {**details, "tiles": tiled.counts, **places}, maps
-
-
-def draw_images(
-    config: DetectConfig, pipeline: ImagePipeline, images: Found, scores: Tensor, stride: int | None
-) -> np.ndarray:
-    """Draw the most and the least anomalous images."""
-    kind = config.kind_of_map(require_calibration(pipeline.calibration))
-    if stride is None:
-        return draw_sheet(pipeline, images.pixels, images.given, scores, config.num_shown, config.seed, kind)
-    return draw_whole(pipeline, images.pixels, images.given, scores, config.num_shown, stride, kind)
-
-
-def compare_truth(
-    pipeline: ImagePipeline,
-    images: Found,
-    stride: int | None,
-    masks: list[Path | None],
-    maps: list[NDArray[np.float32]],
-) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]]]:
-    """Return the maps (those given, or else those of bits) and the masks of the images, each `(H, W)`: with tiles, at
-    the size of the image, reduced to at most 512 pixels a side. Raises `UserError`."""
-    files = [Path(name) for name in images.names]
-    if stride is None:
-        if not maps:
-            batch = pipeline.to_images(to_float(images.pixels))
-            maps = list(map_bits(pipeline, batch, images.given).cpu().float().numpy())
-        return maps, [read_mask(*pair, maps[0].shape) for pair in zip(masks, files, strict=True)]
-    bits, truth = list[NDArray[np.float32]](), list[NDArray[np.bool_]]()
-    for number, (mask, file) in enumerate(zip(masks, files, strict=True)):
-        some = images.pixels.select([number])
-        if not maps:
-            (found,) = map_large(pipeline, some, check_places(images.given)[[number]], stride)
-            bits.append(reduce_map(found.cpu()).numpy())
-        truth.append(reduce_mask(read_mask(mask, file, some.load(0).shape[1:])))
-    return maps or bits, truth
+def examine_images(config: DetectConfig, images: Examination, calibration: Calibration, keep: bool) -> Results:
+    """Score the images, and with `keep`, keep their maps. Columns are the number of pixels above the threshold of the
+    map, if maps are needed and have one; the statistics of the images, or with tiles, their number and the most
+    anomalous one. Raises `CalibrationError`."""
+    method, kind, want = config.method, config.kind_of_map(calibration), list[str]()
+    require_scores(calibration, method, images.given.terms, images.view)
+    regions = None
+    if method in OF_MAPS or (kind != "bits" and (config.map is not None or keep)):
+        check_places(images.given)
+        require_maps(images)
+        want += MAPPED
+        regions = calibration.scores.get("map")
+    want += ["statistics"] if method not in OF_MAPS else []
+    want += ["bits"] if keep and kind == "bits" else []
+    by_reference, sizes, maps, columns = list[Any](), list[tuple[int, int]](), list[Any](), dict[str, list[Any]]()
+    examined = images.examine(want)
+    for each in score_images(images, examined, [method], calibration.fits, calibration.map_references):
+        evidence = each.evidence
+        by_reference.append(each.scores[method])
+        sizes.append(evidence.size)
+        row = dict[str, Any]()
+        if each.maps is not None and regions is not None and regions.threshold is not None:
+            row["area"] = int((each.maps.combined > regions.threshold).sum())
+        if method not in OF_MAPS and images.view.is_tiled:
+            worst = evidence.tiles[each.worst]
+            row |= {"tiles": len(evidence.tiles), "top": worst.top, "left": worst.left}
+        elif method not in OF_MAPS:
+            row |= {name: float(values) for name, values in evidence.statistics.items() if values.ndim == 1}
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+        if keep:
+            heat = images.map_bits(evidence) if kind == "bits" else getattr(each.maps, kind)
+            maps.append(reduce_map(heat.cpu()).numpy())
+    scores = np.stack(by_reference, 1)
+    return Results(torch.from_numpy(scores.mean(0)), p_values_by(method, scores, calibration), columns, sizes, maps)
 
 
 # Images
@@ -262,9 +255,9 @@ def check_ground_truth(config: DetectConfig, pipeline: ImagePipeline) -> None:
         raise UserError("ground_truth: the tokens of this pipeline have no place in the image, so there are no maps")
 
 
-def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bool_]) -> list[Path | None]:
+def find_all_masks(config: DetectConfig, names: Sequence[str], anomalous: NDArray[np.bool_]) -> list[Path | None]:
     """Return the mask file of each image, None for normal ones. Raises `UserError`."""
-    files, truth = [Path(name) for name in images.names], Path(str(config.ground_truth))
+    files, truth = [Path(name) for name in names], Path(str(config.ground_truth))
     if truth.is_dir():
         return find_masks(files, Path(config.paths[0]), truth, anomalous)
     masks, _ = read_mask_table(truth, files)
@@ -275,14 +268,20 @@ def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bo
     return masks
 
 
-def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
+def find_images(config: DetectConfig, pipeline: ImagePipeline, view: View) -> Found:
     """Read the given images, or the held-out ones. Raises `UserError`."""
+
+    def see(pixels: Any, names: Sequence[str]) -> Examination:
+        given = config.read_given(pipeline, names)
+        source = pixels if view.is_tiled else as_lazy(pixels)
+        return Examination(pipeline, source, check_places(given) if view.is_tiled else given, view)
+
     if config.paths:
         source = open_files(config.paths, pipeline.spec)
         names, files = [source.name(row) for row in range(source.size)], [Path(path) for path in source.paths or []]
         pixels: Any
-        if config.tile:
-            pixels = pipeline.list_images(whole_files(files.__getitem__, names, pipeline.spec, REMOVE))
+        if view.is_tiled:
+            pixels = pipeline.list_images(read_whole(source, range(len(source)), names, pipeline.spec, REMOVE))
         else:
             pixels = pipeline.binarize(read_files(source, range(source.size), pipeline.spec))
         if config.ground_truth is None:
@@ -294,7 +293,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             folders = ["" if len(part) == 1 else part[0] for part in parts]
             if "" in folders:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
-        given = config.read_given(pipeline, names)
+        images = see(pixels, names)
         trained_with = trained_data(pipeline.provenance)
         division = inherit(trained_with or config.data, pipeline.provenance)
         objects = name_objects(files, config, division)
@@ -302,17 +301,16 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
         trained = np.array([split in ("train", "validation") for split in splits], bool)
         more = f" and {len(config.paths) - 3} more" if len(config.paths) > 3 else ""
         origin = f"images in {', '.join(config.paths[:3])}{more}"
-        return Found(names, pixels, folders, origin, given, objects, trained)
-    images = config.load_images(pipeline, whole=config.tile).held_out
-    every = np.arange(len(images))
-    classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
-    names = images.names(every)
-    given = config.read_given(pipeline, names)
-    objects = images.objects()
-    pixels, digests = config.read_pixels(pipeline, images, every), None
-    if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw
-        digests = digests_of(pipeline, images.pixels(every))
-    return Found(names, pixels, classes, f"held-out images of {config.data.source}", given, objects, None, digests)
+        return Found(images, names, folders, origin, objects, trained)
+    held_out = config.load_images(pipeline, whole=config.tile).held_out
+    every, labels = np.arange(len(held_out)), held_out.labels
+    classes = None if labels is None else [held_out.class_names[label] for label in labels.tolist()]
+    names, digests = held_out.names(every), None
+    images = see(config.read_pixels(pipeline, held_out, every), names)
+    if pipeline.binarized == "drawn" and not view.is_tiled:  # calibrations of 0.3 know rows by their own draw
+        digests = [images.digest(image) for image in held_out.pixels(every)]
+    origin = f"held-out images of {config.data.source}"
+    return Found(images, names, classes, origin, held_out.objects(), None, digests)
 
 
 def name_objects(files: list[Path], config: DetectConfig, division: Inherited) -> list[str] | None:
@@ -333,21 +331,18 @@ def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
     return [str(file.relative_to(root)) for file, root in zip(files, within, strict=True)]
 
 
-def skip_used(pipeline: ImagePipeline, found: Found, calibration: Calibration) -> Found:
+def skip_used(found: Found, calibration: Calibration) -> Found:
     """Drop the images that the pipeline was trained or calibrated with, and other images of calibrated objects. Warns
     about sizes beyond those of the calibration. Raises `UserError` if no image is left, and for one that is smaller
     than a tile."""
     count, digests, sizes = len(found.names), list[str](), list[tuple[int, int]]()
-    if isinstance(found.pixels, LazyImages):
-        try:
-            for number in range(count):
-                image = load_image(found.pixels, number, pipeline.tokenizer.image_shape)
-                digests.append(digest_of_pixels(image))
-                sizes.append((image.shape[1], image.shape[2]))
-        except ValueError as error:
-            raise UserError(f"images: {error}") from error
-    else:
-        digests = digests_of(pipeline, found.pixels)
+    try:
+        for number in range(count):
+            image = found.images.read(number)
+            digests.append(found.images.digest(image))
+            sizes.append((image.shape[-2], image.shape[-1]))
+    except ValueError as error:
+        raise UserError(f"images: {error}") from error
     used = calibration.find_used(digests, found.objects)
     if found.digests is not None:
         used |= calibration.find_used(found.digests, found.objects)
@@ -360,16 +355,8 @@ def skip_used(pipeline: ImagePipeline, found: Found, calibration: Calibration) -
         why = f"of {count:,}, {skipped}" if trained.any() else why
         raise UserError(f"images: {why}; give other images, or calibrate with fewer (`smalti calibrate every=2`)")
     print(f"scoring {len(new):,} of {count:,} {found.origin}; {skipped}")
-    if sizes:
-        warn_about_sizes([sizes[row] for row in new], calibration)
-    pixels: Any = found.pixels.select(new) if isinstance(found.pixels, LazyImages) else found.pixels[new]
-    classes, objects = (None if each is None else [each[row] for row in new] for each in (found.classes, found.objects))
-    return Found([found.names[row] for row in new], pixels, classes, found.origin, found.given[new], objects)
-
-
-def digests_of(pipeline: ImagePipeline, pixels: Tensor) -> list[str]:
-    """Return the digests of images `(n, C, H, W)`, as the calibration has them."""
-    return [digest_of(image) for image in pipeline.convert_images(to_float(pixels), "np")]
+    warn_about_sizes([sizes[row] for row in new], calibration)
+    return found.select(new)
 
 
 def warn_about_sizes(sizes: list[tuple[int, int]], calibration: Calibration) -> None:
@@ -434,8 +421,10 @@ def format_report(
     if objects is not None:
         rows += count_objects(objects, flagged, anomalous)
     if area is not None:
-        found = sum(pixels > 0 for pixels in area)
-        rows.append(("regions", f"in {found:,} of {len(area):,} images, where the combined map exceeds its threshold"))
+        hit = sum(pixels > 0 for pixels in area)
+        rows.append(("regions", f"in {hit:,} of {len(area):,} images, where the combined map exceeds its threshold"))
+    elif calibration.folds and calibration.map_references:
+        rows.append(("regions", f"not flagged: with folds={len(calibration.folds)}, the map has no threshold"))
     if anomalous is not None:
         auroc, low, high = figures["auroc"]
         rows += [
@@ -446,7 +435,8 @@ def format_report(
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
     panels = "rows from most to least anomalous; columns: image, map (if tokens have places)"
-    panels += ", flagged regions (combined map)" if config.tile else ", healed image, difference"
+    regions = ", flagged regions (combined map)" if "map" in calibration.scores else ""
+    panels += regions if config.tile else ", healed image, difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 

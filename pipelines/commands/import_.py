@@ -23,7 +23,7 @@ from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
 from ..config import Config, UserError, run_command
 from ..config.table import table
 from ..files import Output
-from ..images.dataset import Side
+from ..images.settings import Side
 from ..provenance import save_tokenizer
 
 CODE = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".jit"}  # pickles and TorchScript

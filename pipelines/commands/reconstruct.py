@@ -25,9 +25,8 @@ from ..anomaly.sheets import draw_rows, factor_of
 from ..config import OutputConfig, UserError, run_command
 from ..files import Output
 from ..images import ImageDataset
-from ..images.blending import decode_image, encode_image
 from ..images.pictures import SUFFIXES, write_picture
-from ..images.tiles import load_image
+from ..images.views import View, decode_large, encode_large, read_image
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..options import TileSettings, UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
@@ -57,12 +56,12 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     tokenizer, images = config.load_with_images(whole=config.tile)
     if config.tile and tokenizer.spec.frames > 1:
         raise UserError("tile: clips are not cut into tiles")
-    stride = config.choose_stride(tokenizer.image_shape)
-    if stride is None:
+    view = config.choose_view(tokenizer.spec)
+    if not view.is_tiled:
         figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)
         picture = reconstruction_picture(tokenizer, images, config.num_images)
     else:
-        figures, picture = reconstruct_tiles(tokenizer, images, stride, config.num_images)
+        figures, picture = reconstruct_tiles(tokenizer, images, view, config.num_images)
     with out.file() as path:
         write_picture(picture, path)
     similarity = f"SSIM {figures['ssim']:.3f}, " if "ssim" in figures else ""
@@ -75,7 +74,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
 
 @torch.inference_mode()
 def reconstruct_tiles(
-    tokenizer: Tokenizer, images: ImageDataset, stride: int, count: int
+    tokenizer: Tokenizer, images: ImageDataset, view: View, count: int
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Reconstruct images by their tiles, one after another. Return figures, and a picture of `count` evenly spread
     images beside their reconstructions, reduced to at most 512 pixels a side. Raises `UserError` for an image that is
@@ -85,18 +84,18 @@ def reconstruct_tiles(
     rows, names = list[list[Tensor]](), list[list[str]]()
     for number in range(len(several)):
         try:
-            image = to_float(load_image(several, number, tokenizer.image_shape))
+            image = to_float(read_image(several, number, view))
         except ValueError as error:
             raise UserError(f"data: {error}") from error
-        tokens = encode_image(tokenizer, image, stride, BATCH)
+        tokens = encode_large(tokenizer, image, view, BATCH)
         ids += torch.bincount(tokens.flatten().cpu(), minlength=len(ids))
-        decoded = decode_image(tokenizer, tokens, image.shape[1:], stride, BATCH).cpu()
+        decoded = decode_large(tokenizer, tokens, image.shape[-2:], view, BATCH).cpu()
         found = {"psnr": psnr(decoded[None], image[None]).mean(), **pixel_losses(decoded, image)}
         sums.update({name: float(value) for name, value in found.items()})
         if number in chosen:
             pair = select_shown(torch.stack([image, decoded]), tokenizer.spec.show)
             rows.append(list(F.avg_pool2d(pair, factor_of(image.shape[1:]), ceil_mode=True)))
-            names.append([Path(several.name(number)).name, "reconstruction"])
+            names.append([Path(several.names[number]).name, "reconstruction"])
     figures: dict[str, Any] = {name: total / len(several) for name, total in sums.items()}
     figures |= {f"codebook_{name}": float(value) for name, value in codebook_usage(ids).items()}
     return figures, draw_rows(rows, names)

@@ -31,8 +31,8 @@ from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 from tokenizer.spec import ImageSpec
 
-from ..images.decoding import pixels_of, whole_pixels
-from ..images.tiles import LazyImages, Place, check_places, cut_tiles, give_places, load_image, place_of, tile_places
+from ..images.formats import OWN_SIZE, decode_image
+from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_image
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
 
@@ -64,7 +64,7 @@ def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
         raise ValueError(f"the pipeline's images are {spec.width} x {spec.height} pixels, this one is {found}")
     if problem:
         raise ValueError(problem)
-    return torch.from_numpy(pixels_of(upright, spec).copy())
+    return torch.from_numpy(decode_image(upright, spec).copy())
 
 
 def find_inexact(image: PILImage, channels: int) -> str | None:
@@ -83,7 +83,7 @@ def whole_image(image: PILImage, channels: int, lossless: bool) -> Tensor:
     """Convert an image of any size to uint8 `(C, H, W)`; see `exact_pixels`."""
     if lossless and (problem := find_inexact(image, channels)):
         raise ValueError(problem)
-    return torch.from_numpy(whole_pixels(image, channels).copy())
+    return torch.from_numpy(decode_image(image, ImageSpec(channels, image.height, image.width), least=OWN_SIZE).copy())
 
 
 def check_exact(images: Tensor) -> None:
@@ -131,10 +131,15 @@ def given_of_stream(given: Given, header: Header) -> Given:
     """Return what is given of what is coded: of images, or of their tiles, which know their places."""
     if header.sizes is None:
         return given
-    tile, places = header.image, list[Place]()
-    for number, size in enumerate(header.sizes):
-        places += [place_of(number, *corner, size, tile) for corner in tile_places(size, tile, tile[1:])]
-    return give_places(check_places(given), places)
+    view = view_of_stream(header.image)
+    tiles = [tile for number, size in enumerate(header.sizes) for tile in view.tiles(number, size)]
+    return give_places(check_places(given), tiles)
+
+
+def view_of_stream(shape: Sequence[int]) -> View:
+    """Return the tiles of images in a stream, which lie side by side. shape: of a tile, (C, H, W)."""
+    size = shape[-2], shape[-1]
+    return View(size, size)
 
 
 def choose_classes(prior: Prior, tokens: Tensor, given: Given) -> Tensor | None:
@@ -327,27 +332,17 @@ def write_tiles(
     **options: Any,
 ) -> int:
     """Write a stream of images by tiles side by side; return its size. sizes: from `sizes_of`."""
-    shape, size = stored_shape(pipeline.spec), chunk_images(pipeline)
+    view = view_of_stream(stored_shape(pipeline.spec))
     images = images if options.get("lossless") else pipeline.list_images(images)
-    loaded = ((number, load_image(images, number, shape)) for number in range(len(images)))
-    parts = (tiles.to(pipeline.device) for tiles, _ in cut_tiles(loaded, shape, shape[1:], size))
+    parts = (tiles.to(pipeline.device) for tiles, _ in cut(images, view, chunk_images(pipeline)))
     return write_images(pipeline, file, parts, given, sizes=sizes, **options)
 
 
 def sizes_of(images: LazyImages, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Return (height, width) of each image. Raises `ValueError` for one that is smaller than a tile of `shape`."""
-    found = [load_image(images, number, shape).shape for number in range(len(images))]
-    return [(height, width) for _, height, width in found]
-
-
-def join_tiles(parts: Iterable[Tensor], header: Header) -> Iterator[Tensor]:
-    """Yield each image, `(1, C, H, W)`, of the tiles `(n, C, h, w)` of all images."""
-    tiles, shape = (tile for part in parts for tile in part), header.image
-    for size in header.sizes or ():
-        image = torch.empty(1, shape[0], *size)
-        for top, left in tile_places(size, shape, shape[1:]):
-            image[0, :, top : top + shape[1], left : left + shape[2]] = next(tiles)
-        yield image
+    view = view_of_stream(shape)
+    found = [read_image(images, number, view).shape for number in range(len(images))]
+    return [(height, width) for *_, height, width in found]
 
 
 def read_images(
@@ -393,7 +388,9 @@ def read_images(
             else:
                 yield pixels.to(pipeline.device).float() / 127.5 - 1
 
-    return header, images() if header.sizes is None else join_tiles(images(), header)
+    if header.sizes is None:
+        return header, images()
+    return header, (image[None] for image in paste(images(), header.sizes, view_of_stream(header.image), "last"))
 
 
 def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> None:

@@ -31,7 +31,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from ..images.decoding import MAX_PIXELS, MAX_SIDE
+from ..images.formats import MAX_PIXELS, MAX_SIDE
 
 MAGIC, VERSION, VERSION_WITH_CONDITION, VERSION_WITH_TILES = b"smalti\0", 1, 2, 3
 NO_CONDITION = bytes(8)

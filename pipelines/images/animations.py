@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,21 +14,24 @@ from PIL.GifImagePlugin import getdata
 
 from ..config import UserError
 
-ANIMATIONS = (".gif", ".mp4")
+MP4 = ".mp4"
+ANIMATIONS = (".gif", MP4)
 MILLISECONDS = 150  # that a frame is shown
 MIN_SIDE = 128  # of an MP4: players show smaller ones badly, or not at all
+QUALITY = 5  # of an MP4: the constant rate factor of H.264, from 0 (exact) to 51
 COLOURS = 256  # of a GIF
 
 
-def require_video(key: str) -> None:
-    """Raise a `UserError` that names the `key` if MP4 cannot be written."""
-    if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
-        raise UserError(f'{key}: MP4 needs the packages imageio and imageio-ffmpeg: pip install "smalti[video]"')
+def require_video(key: str | None = None) -> None:
+    """Raise a `UserError`, which begins with the `key`, if MP4 can be neither read nor written."""
+    if find_spec("av") is None:
+        prefix = "" if key is None else f"{key}: "
+        raise UserError(f'{prefix}MP4 needs the package av: pip install "smalti[video]"')
 
 
 def write_animation(frames: np.ndarray, path: Path) -> None:
     """Write uint8 frames (T, H, W, 1 or 3) as GIF or MP4, in place; for use under temporary names."""
-    if path.suffix.lower() == ".mp4":
+    if path.suffix.lower() == MP4:
         write_mp4(frames, path)
     else:
         path.write_bytes(gif_bytes(frames))
@@ -58,11 +61,15 @@ def gif_bytes(frames: np.ndarray) -> bytes:
 def write_mp4(frames: np.ndarray, path: Path) -> None:
     """Write an MP4 that every player shows (H.264, yuv420p), which needs even sides: small frames are enlarged by
     repeating their pixels, and an odd side gets one more pixel."""
-    import imageio.v2 as imageio
+    import av
 
     scale = max(1, -(-MIN_SIDE // min(frames.shape[1:3])))
     frames = frames.repeat(scale, 1).repeat(scale, 2)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
     frames = frames.repeat(3, 3) if frames.shape[3] == 1 else frames
-    options: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 1, "quality": 9}
-    imageio.mimwrite(path, list(frames), format="FFMPEG", fps=1000 / MILLISECONDS, **options)
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=Fraction(1000, MILLISECONDS), options={"crf": str(QUALITY)})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        file.mux(stream.encode())

@@ -28,23 +28,27 @@ from tokenizer.spec import ImageSpec
 from ..columns import FORMATS, guess_format, is_empty
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
+from .checking import SameSize, check_bad, decode_all
 from .clip_files import find_clips
 from .crops import CropImages
-from .dataset import DataConfig, ImageDataset, Indices, check_bad
-from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
+from .dataset import Epochs, ImageDataset
 from .folder import (
     SHEETS,
     are_disjoint,
-    describe_nameless,
-    files_below,
+    find_sheets,
+    full_path,
     holds_files,
     image_paths,
+    list_rows,
     natural_key,
     normalize_path,
-    read_sheet,
 )
+from .formats import NO_IMAGE, Payload, Pixels, try_decode
+from .settings import DataConfig
+from .sources import Source
+from .splits import Part
 from .tables import read_payload
-from .tiles import PLACE
+from .views import PLACE
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 CELLS = 1024  # cells of a table that are read at a time
@@ -270,28 +274,24 @@ class Sheets:
 
     def __init__(self, config: DataConfig, paths: list[str], table: str | None, wanted: set[str]) -> None:
         root = config.path or Path()
-        sheets = [Path(table).expanduser()] if table else files_below(root)
-        self.files = sorted(path for path in sheets if table or path.name in SHEETS)
+        self.files = [Path(table).expanduser()] if table else find_sheets(root)
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
         find = image_paths if config.frames is None else find_clips
         known = {full_path(path) for path in find(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
-        for sheet in self.files:
-            folder = root if table else sheet.parent
-            for row in read_sheet(sheet, "table" if table else "data.source"):
-                name = row.get(f"{config.image_column}_file_name", row.get("file_name"))
-                if None in row:
-                    raise ValueError(f"{sheet}: a row has more cells than columns: {row}")
-                if not isinstance(name, str) or not name:
-                    raise ValueError(describe_nameless(sheet, row))
-                if (path := full_path(folder / name)) in found:
-                    raise ValueError(f"{sheet}: two rows have the file_name {name}")
-                if table and path not in known:
-                    raise ValueError(f"{sheet}: lists {path}, which is no image in {root}")
-                self.names |= dict.fromkeys(row)
-                found[path] = folder, {key: row[key] for key in row.keys() & wanted}
+        images = [f"{config.image_column}_file_name", "file_name"]
+        places = (root, "table") if table else (None, "data.source")
+        for sheet, folder, image, _, cells in list_rows(self.files, images, *places):
+            if None in cells:
+                raise ValueError(f"{sheet}: a row has more cells than columns: {cells}")
+            if image in found:
+                raise ValueError(f"{sheet}: two rows have the file_name {os.path.relpath(image, folder)}")
+            if table and image not in known:
+                raise ValueError(f"{sheet}: lists {image}, which is no image in {root}")
+            self.names |= dict.fromkeys(cells)
+            found[image] = folder, {key: cells[key] for key in cells.keys() & wanted}
         self.paths = [full_path(path) for path in paths]
         if not found:
             raise ValueError(f"{self.files[0]} has no rows")
@@ -328,11 +328,11 @@ def read_table(source: str, images: list[ImageDataset], column: str, is_picture:
     import datasets
 
     parts, starts = [], np.cumsum([0, *map(len, images)])
-    for rows, positions in (each.origin for each in images):
-        if rows.table is None:
+    for origin, positions in (each.origin for each in images):
+        if origin.table is None:
             raise ValueError(f"{source} has no columns; parquet files, Hub data sets and folders of images may")
-        find_column(rows.table.features, column, source)
-        parts.append(rows.table.select_columns([column]).select(positions))
+        find_column(origin.table.features, column, source)
+        parts.append(origin.table.select_columns([column]).select(positions))
     table = datasets.concatenate_datasets(parts)
     feature, open_cell = table.features[column], None
     if is_picture or isinstance(feature, datasets.Image) or isinstance(feature, dict) and "bytes" in feature:
@@ -344,8 +344,8 @@ def read_table(source: str, images: list[ImageDataset], column: str, is_picture:
 
     def name(row: int) -> str:
         part = int(np.searchsorted(starts, row, "right")) - 1
-        rows, positions = images[part].origin
-        return f"{source}: {rows.name(int(positions[row - starts[part]]))}"
+        origin, positions = images[part].origin
+        return f"{source}: {origin.name(int(positions[row - starts[part]]))}"
 
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, or of a class
     return Cells(len(table), lambda rows: table[list(rows)][column], name, names, open_cell)
@@ -393,12 +393,7 @@ def file_cells(paths: list[str | None]) -> Cells:
 
 
 def paths_of(images: Iterable[ImageDataset]) -> list[str]:
-    return [(rows.paths or [])[at] for rows, positions in (each.origin for each in images) for at in positions]
-
-
-def full_path(path: Path | str) -> str:
-    """Return a path in the one form in which it is looked up."""
-    return normalize_path(os.path.abspath(path))
+    return [(source.paths or [])[at] for source, positions in (each.origin for each in images) for at in positions]
 
 
 # Images -------------------------------------------------------------------------------------------
@@ -412,12 +407,10 @@ class AttributeImages(ImageDataset):
         self,
         config: DataConfig,
         spec: ImageSpec,
-        rows: Rows,
-        positions: NDArray[np.int64],
+        part: Part,
         missing: NDArray[np.bool_],
     ) -> None:
-        config = config.model_copy(update={"binarize": None})
-        super().__init__(config, rows, Decoded(positions, None, []), None, [])
+        super().__init__(config.model_copy(update={"binarize": None}), part)
         self.spec = spec
         down, right = (side / other for side, other in zip(spec.size, config.spec.size, strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
@@ -426,12 +419,9 @@ class AttributeImages(ImageDataset):
         images = zip(indices, super().decode(indices, spec), strict=True)
         return [np.zeros(spec.shape, np.uint8) if self.missing[index] else image for index, image in images]
 
-    def raw_batch(
-        self, indices: Indices, epochs: NDArray[np.int64] | int, seed: int, *, augment: bool = True
-    ) -> tuple[Tensor, ...]:
-        """Return the arguments of `prepare`, as for the images that these belong to."""
-        pixels, *changes = super().raw_batch(indices, epochs, seed, augment=augment)
-        return pixels, *(each * self._scale for each in changes)
+    def _draw_changes(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> Tensor | None:
+        changes = super()._draw_changes(rows, epochs, seed)
+        return None if changes is None else changes * self._scale
 
 
 def load_pictures(
@@ -453,13 +443,14 @@ def load_pictures(
         return [open_cell(cell) if cell else None for cell in cells.read(rows)]
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer))
-    rows, every = Rows(cells.size, read, cells.name, None), np.arange(cells.size)
-    bad = decode_all(rows, every, tokenizer.spec, 0, together).bad
-    check_bad([([image for image in bad if image.reason != NO_IMAGE], rows.size)], config)
+    pictures, every, spec = Source(cells.size, read, cells.name), np.arange(cells.size), tokenizer.spec
+    memory = SameSize(cells.size, 0, spec)
+    _, bad = decode_all(pictures, every, partial(try_decode, spec=spec), memory, together)
+    check_bad([([image for image in bad if image.reason != NO_IMAGE], cells.size)], config)
     missing = np.isin(every, [image.row for image in bad])
     parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])
     images = {
-        split: AttributeImages(config, tokenizer.spec, rows, part, missing[part])
+        split: AttributeImages(config, spec, Part(pictures, part, every.astype(np.uint64)), missing[part])
         for split, part in zip(splits, parts, strict=True)
     }
     column = GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint())

@@ -1,9 +1,11 @@
-"""Clips and volumes: folders of frames, arrays, animations and TIFF volumes, cut into windows of consecutive frames."""
+"""Clips and volumes: folders of frames, arrays, animations, TIFF volumes and MP4, cut into windows of consecutive
+frames."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -12,41 +14,45 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from tokenizer.spec import Array, ImageSpec
+from tokenizer.spec import Array
 
 from ..config import UserError, is_first_process, tell
-from .arrays import PARSING, decode_array, read_npz, read_page
-from .decoding import (
+from .animations import MP4, require_video
+from .folder import ARRAY_SUFFIXES, SUFFIXES, files_below, image_paths, natural_key, open_folder, suffix_of
+from .formats import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    PARSING,
     WORKERS,
     Payload,
-    Pixels,
-    Rows,
-    SplitRows,
     Window,
     open_image,
-    pixels_of,
     read_file,
+    read_npz,
+    read_page,
     require_plain_page,
     require_small_tiles,
 )
-from .folder import ARRAY_SUFFIXES, SUFFIXES, image_paths, natural_key, open_folder, suffix_of
+from .sources import Source, SourceSplits
 
 if TYPE_CHECKING:
-    from .dataset import DataConfig
+    from .settings import DataConfig
 
 ALWAYS_CLIPS = {".gif", *ARRAY_SUFFIXES}
 """Suffixes of files that are clips, whatever the other files of their folder are."""
 MAYBE_CLIPS = {".png", ".webp", ".tif", ".tiff"}
 STILLS = SUFFIXES - ALWAYS_CLIPS
 OPEN_CLIPS = 2 * WORKERS  # at a time, for each split
+FrameKeys = Sequence[int] | NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class WindowRows(Rows):
-    """A split whose rows are windows of clips. `paths` are those of their clips; a clip that cannot be read, or is too
+@dataclass(frozen=True, eq=False)
+class WindowSource(Source):
+    """Windows of clips. `paths` are those of their clips; a clip that cannot be read, or is too
     short, is one row."""
 
     starts: Sequence[int] = ()
@@ -58,20 +64,20 @@ class WindowRows(Rows):
 # Finding clips
 
 
-def open_clips(root: Path, config: DataConfig) -> SplitRows:
+def open_clips(root: Path, config: DataConfig) -> SourceSplits:
     """Return the splits of a folder of clips, as windows of `config.frames` frames. Classes come from sheets, which
     list files or folders of clips, and otherwise from the folders above the clips. Raises `UserError`."""
     splits = open_folder(root, config, find_separate_clips)
 
-    def open_split(open_rows: Callable[[], Rows]) -> Rows:
-        rows = open_rows()
-        windows = cut_windows(rows.paths or [], config.frames or 1, rows.labels)
-        if rows.objects is None:
+    def open_split(open_whole: Callable[[], Source]) -> Source:
+        clips = open_whole()
+        windows = cut_windows(clips.paths or [], config.frames or 1, clips.labels)
+        if clips.objects is None:
             return windows
-        objects = dict(zip(rows.paths or [], rows.objects, strict=True))
+        objects = dict(zip(clips.paths or [], clips.objects, strict=True))
         return replace(windows, objects=[objects[path] for path in windows.paths or []])
 
-    return {name: partial(open_split, rows) for name, rows in splits.items()}
+    return {name: partial(open_split, clips) for name, clips in splits.items()}
 
 
 def find_separate_clips(folder: Path) -> list[str]:
@@ -89,10 +95,12 @@ def find_separate_clips(folder: Path) -> list[str]:
 def find_clips(folder: Path) -> list[str]:
     """Return the clips of a folder: files of several frames, and folders of image files, which may be `folder` itself.
     In a folder whose first PNG, WEBP or TIFF has several frames, each file is a clip."""
+    hidden = len(folder.parts)
+    videos = [path for path in files_below(folder) if path.suffix.lower() == MP4]
     beside: dict[str, list[str]] = {}
     for path in image_paths(folder):
         beside.setdefault(os.path.dirname(path), []).append(path)
-    found = list[str]()
+    found = [str(path) for path in videos if not any(part.startswith(".") for part in path.parts[hidden:])]
     for parent, paths in beside.items():
         found += [path for path in paths if suffix_of(path) in ALWAYS_CLIPS]
         stills = [path for path in paths if suffix_of(path) in STILLS]
@@ -112,23 +120,28 @@ def has_several_frames(path: str) -> bool:
 # Cutting clips into windows
 
 
-def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) -> WindowRows:
+def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) -> WindowSource:
     """Return the consecutive windows of each clip, from its start; frames left over are not used. labels: of each
     clip."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        found = list(pool.map(count_frames, paths))
-    places, problems = list[tuple[int, int]](), dict[int, str]()
-    for number, count in enumerate(found):
-        if isinstance(count, str) or count < frames:
-            few = f"{count} frame{'s'[: count != 1]}, fewer than data.frames={frames}"
-            problems[number] = count if isinstance(count, str) else few
-            places.append((number, 0))
+        found = list(pool.map(find_frames, paths))
+    places, keys, problems = list[tuple[int, int]](), dict[int, FrameKeys](), dict[int, str]()
+    for number, frame_keys in enumerate(found):
+        if isinstance(frame_keys, str):
+            problems[number] = frame_keys
+        elif (count := len(frame_keys)) < frames:
+            problems[number] = f"{count} frame{'s'[: count != 1]}, fewer than data.frames={frames}"
         else:
-            places += [(number, start) for start in range(0, count - frames + 1, frames)]
-    open_clip = lru_cache(OPEN_CLIPS)(lambda number: Clip(paths[number]))  # neighbouring windows share one
+            keys[number] = frame_keys
+        last = len(keys.get(number, range(frames))) - frames  # a bad clip is one row
+        places += [(number, start) for start in range(0, last + 1, frames)]
+
+    @lru_cache(OPEN_CLIPS)  # neighbouring windows share one
+    def open_numbered(number: int) -> Clip:
+        return open_clip(paths[number], keys[number])
 
     def read_frame(number: int, index: int, deep: bool) -> Array | Image.Image:
-        return open_clip(number).read(index, deep)
+        return open_numbered(number).read(index, deep)
 
     def read(wanted: Sequence[int]) -> list[Payload]:
         some = [places[row] for row in wanted]
@@ -138,7 +151,7 @@ def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) 
         number, start = places[row]
         return paths[number] if number in problems else f"{paths[number]}[{start}:{start + frames}]"
 
-    return WindowRows(
+    return WindowSource(
         len(places),
         read,
         name,
@@ -146,34 +159,34 @@ def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) 
         None,
         [paths[number] for number, _ in places],
         starts=[start for _, start in places],
-        counts=[count for count in found if isinstance(count, int)],
+        counts=[len(frame_keys) for frame_keys in found if not isinstance(frame_keys, str)],
     )
 
 
-def count_frames(path: str) -> int | str:
-    """Return the number of frames of a clip, or the reason why it cannot be read."""
+def find_frames(path: str) -> FrameKeys | str:
+    """Return `Clip.frame_keys` of a clip, or the reason why it cannot be read."""
     try:
-        return len(Clip(path))
+        return open_clip(path).frame_keys
     except Exception as error:  # Pillow raises almost anything for damaged files
         return str(error) or type(error).__name__
 
 
-def report_windows(splits: Sequence[Rows], frames: int) -> None:
+def report_windows(sources: Sequence[Source], frames: int) -> None:
     """Print one line about the clips of all splits."""
-    counts = [count for rows in splits if isinstance(rows, WindowRows) for count in rows.counts]
+    counts = [count for source in sources if isinstance(source, WindowSource) for count in source.counts]
     windows, rest = sum(count // frames for count in counts), sum(count % frames for count in counts if count >= frames)
     unused = f"; {rest:,} frames at the ends of clips are not used" if rest else ""
     if is_first_process():
         tell(f"data.frames: {len(counts):,} clips, {windows:,} windows of {frames} frames{unused}")
 
 
-def split_windows(rows: Rows, frames: int) -> Rows:
-    """Return the single frames of a split's windows: row `frames * window + k` is frame k of a window."""
-    assert isinstance(rows, WindowRows) and rows.paths is not None
-    paths, starts = rows.paths, rows.starts
+def split_windows(source: Source, frames: int) -> Source:
+    """Return the single frames of windows: row `frames * window + k` is frame k of a window."""
+    assert isinstance(source, WindowSource) and source.paths is not None
+    paths, starts = source.paths, source.starts
 
     def read(wanted: Sequence[int]) -> list[Payload]:
-        windows = rows.read([row // frames for row in wanted])
+        windows = source.payloads([row // frames for row in wanted])
         return [
             window.frame(row % frames) if isinstance(window, Window) else window
             for row, window in zip(wanted, windows, strict=True)
@@ -185,87 +198,151 @@ def split_windows(rows: Rows, frames: int) -> Rows:
     def repeat(values: list[Any] | None) -> list[Any] | None:
         return None if values is None else [value for value in values for _ in range(frames)]
 
-    return Rows(rows.size * frames, read, name, repeat(rows.labels), None, repeat(paths))
+    return Source(source.size * frames, read, name, repeat(source.labels), paths=repeat(paths))
 
 
 # Reading frames
 
 
-class Clip:
-    """The frames of a folder of images, of an array, or of a file of several frames. Several threads may read them.
+class Clip(ABC):
+    """The frames of a clip. Several threads may read them.
 
-    Raises `ValueError`, and whatever Pillow raises, for a clip that cannot be opened."""
+    frame_keys: by what each frame is found: its number or, in a video, its time. A subclass opens a path, and raises
+    `ValueError`, or whatever Pillow raises, if that fails."""
 
-    def __init__(self, path: str) -> None:
-        self._files = list[str]()
-        self._array: Array | None = None
-        self._image: Image.Image | None = None
-        self._lock = Lock()
-        if os.path.isdir(path):
-            names = [name for name in os.listdir(path) if suffix_of(name) in STILLS and not name.startswith(".")]
-            self._files = [os.path.join(path, name) for name in sorted(names, key=natural_key)]
-            self._size = open_image(Path(self._files[0]), deep=True).size
-        elif suffix_of(path) in ARRAY_SUFFIXES:
-            self._array = read_volume(Path(path))
-        else:
-            self._image = open_image(Path(path), deep=True)
-            self._size = self._image.size
+    frame_keys: FrameKeys
 
     def __len__(self) -> int:
-        if self._array is not None:
-            return len(self._array)
-        return len(self._files) or getattr(self._image, "n_frames", 1)
+        return len(self.frame_keys)
 
+    @abstractmethod
     def read(self, index: int, deep: bool) -> Array | Image.Image:
         """Return one frame: an array (H, W), (H, W, C) or (C, H, W) of the values as stored if the clip is an array or
         `deep`, otherwise a picture, which is to be converted to 8 bits. Raises `ValueError` for a frame of another size
         than the first, and for a TIFF that has no 8-bit form."""
-        if self._array is not None:
-            return np.asarray(self._array[index])
-        if self._image is None:
-            image = open_image(Path(self._files[index]), deep=True)
-            if getattr(image, "n_frames", 1) > 1:
-                raise ValueError("a file of several frames among single ones")
-            return self._page(image, deep)
+
+
+def open_clip(path: str, frame_keys: FrameKeys | None = None) -> Clip:
+    """Open a clip. frame_keys: those found before, so that a video need not be searched again."""
+    if os.path.isdir(path):
+        return FolderClip(path)
+    if suffix_of(path) in ARRAY_SUFFIXES:
+        return ArrayClip(path)
+    return VideoClip(path, frame_keys) if suffix_of(path) == MP4 else AnimationClip(path)
+
+
+class FolderClip(Clip):
+    """A folder of image files."""
+
+    def __init__(self, path: str) -> None:
+        names = [name for name in os.listdir(path) if suffix_of(name) in STILLS and not name.startswith(".")]
+        self._files = [Path(path, name) for name in sorted(names, key=natural_key)]
+        self._size = open_image(self._files[0], deep=True).size
+        self.frame_keys = range(len(names))
+
+    def read(self, index: int, deep: bool) -> Array | Image.Image:
+        image = open_image(self._files[index], deep=True)
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError("a file of several frames among single ones")
+        return convert_frame(image, self._size, deep)
+
+
+class AnimationClip(Clip):
+    """A GIF, PNG, WEBP or TIFF of several frames."""
+
+    def __init__(self, path: str) -> None:
+        self._image, self._lock = open_image(Path(path), deep=True), Lock()
+        self._size = self._image.size
+        self.frame_keys = range(getattr(self._image, "n_frames", 1))
+
+    def read(self, index: int, deep: bool) -> Array | Image.Image:
         with self._lock:
             self._image.seek(index)
-            return self._page(self._image, deep)
-
-    def _page(self, image: Image.Image, deep: bool) -> Array | Image.Image:
-        """Return the current frame of a file."""
-        if image.size != self._size:
-            found, first = (" x ".join(map(str, size)) for size in (image.size, self._size))
-            raise ValueError(f"{found} pixels, unlike the first of its clip, {first}")
-        if isinstance(image, TiffImageFile):
-            require_small_tiles(image)
-            if not deep:
-                require_plain_page(image)
-        return read_page(image) if deep else ImageOps.exif_transpose(image)
+            return convert_frame(self._image, self._size, deep)
 
 
-def read_volume(path: Path) -> Array:
-    """Return the array of a clip, (T, H, W), (T, H, W, C) or (T, C, H, W); a `.npy` file is mapped, not read. Raises
-    `ValueError`."""
-    if suffix_of(str(path)) == ".npz":
-        array = read_npz(read_file(path))
-    elif not path.is_file():  # mapping a pipe may never end
-        raise ValueError("missing, or not a regular file")
-    else:
-        with PARSING:
-            array = np.load(path, mmap_mode="r")  # objects are refused by default
-    if array.ndim not in (3, 4) or not array.size:
-        raise ValueError(f"shape {array.shape}; a clip needs (T, H, W), (T, H, W, C) or (T, C, H, W)")
-    return array
+class ArrayClip(Clip):
+    """An array (T, H, W), (T, H, W, C) or (T, C, H, W); a `.npy` file is mapped, not read."""
+
+    def __init__(self, path: str) -> None:
+        if suffix_of(path) == ".npz":
+            array = read_npz(read_file(Path(path)))
+        else:
+            require_file(path)
+            with PARSING:
+                array = np.load(path, mmap_mode="r")  # objects are refused by default
+        if array.ndim not in (3, 4) or not array.size:
+            raise ValueError(f"shape {array.shape}; a clip needs (T, H, W), (T, H, W, C) or (T, C, H, W)")
+        self._array = array
+        self.frame_keys = range(len(array))
+
+    def read(self, index: int, deep: bool) -> Array | Image.Image:
+        return np.asarray(self._array[index])
 
 
-def decode_window(window: Window, spec: ImageSpec) -> Pixels:
-    """Return the frames of a window in one array `spec.shape`, each resized and cropped as images are. Raises
-    `ValueError`, which names the frame."""
-    parts = []
-    for index in range(window.start, window.start + window.frames):
+class VideoClip(Clip):
+    """An MP4. Its frames are found by their times, which need not be regular: the decoder goes on from the last frame,
+    or begins at the key frame before. `frame_keys` are both times, (T, 2)."""
+
+    def __init__(self, path: str, frame_keys: FrameKeys | None = None) -> None:
+        require_video()
+        require_file(path)
+        import av
+
         try:
-            frame = window.read(index, not spec.is_picture)
-            parts.append(decode_array(frame, spec) if isinstance(frame, np.ndarray) else pixels_of(frame, spec))
-        except Exception as error:  # Pillow raises almost anything for damaged files
-            raise ValueError(f"frame {index}: {str(error) or type(error).__name__}") from error
-    return np.stack(parts).reshape(spec.shape)
+            self._file, self._lock = av.open(path, format="mp4"), Lock()  # other formats may name other files
+        except av.FFmpegError as error:
+            raise ValueError(f"not an MP4, or damaged: {error.strerror}") from error
+        if not self._file.streams.video:
+            raise ValueError("no video in this file")
+        self._stream, self._next = self._file.streams.video[0], -1
+        self._stream.codec_context.thread_count = 1  # clips are decoded side by side
+        self._size = width, height = self._stream.width, self._stream.height
+        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
+        self._times = self._find_times() if frame_keys is None else np.asarray(frame_keys)
+        self.frame_keys = self._times
+
+    def _find_times(self) -> NDArray[np.int64]:
+        packets = (packet for packet in self._file.demux(self._stream) if packet.pts is not None)
+        found = np.array([(packet.pts, packet.is_keyframe, packet.is_discard) for packet in packets], np.int64)
+        if not len(found) or not found[:, 1].any():
+            raise ValueError("no frames in this video")
+        times, key_times = np.sort(found[found[:, 2] == 0, 0]), np.sort(found[found[:, 1] == 1, 0])
+        return np.stack([times, key_times[np.searchsorted(key_times, times, "right").clip(1) - 1]], 1)
+
+    def read(self, index: int, deep: bool) -> Array | Image.Image:
+        with self._lock:
+            (time, key_time), following, self._next = self._times[index].tolist(), self._next, -1
+            if index != following:
+                self._file.seek(key_time, stream=self._stream)
+                self._frames: Iterator[Any] = self._file.decode(self._stream)
+            frame = next((frame for frame in self._frames if frame.pts >= time), None)
+            if frame is None or frame.pts != time:
+                raise ValueError("cannot be decoded")
+            require_size((frame.width, frame.height), self._size)
+            values = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            self._next = index + 1
+        return values if deep else Image.fromarray(values)
+
+
+def convert_frame(image: Image.Image, size: tuple[int, int], deep: bool) -> Array | Image.Image:
+    """Return the current frame of a file as `Clip.read` does. size: (W, H) of the clip's first frame."""
+    require_size(image.size, size)
+    if isinstance(image, TiffImageFile):
+        require_small_tiles(image)
+        if not deep:
+            require_plain_page(image)
+    return read_page(image) if deep else ImageOps.exif_transpose(image)
+
+
+def require_size(size: tuple[int, int], first: tuple[int, int]) -> None:
+    """Raise `ValueError` for a frame whose size (W, H) is not that of the first of its clip."""
+    if size != first:
+        raise ValueError("{} x {} pixels, unlike the first of its clip, {} x {}".format(*size, *first))
+
+
+def require_file(path: str) -> None:
+    """Raise `ValueError` for what is not a regular file: reading a pipe may never end."""
+    if not os.path.isfile(path):
+        raise ValueError("missing, or not a regular file")

@@ -17,8 +17,8 @@ from tokenizer.spec import to_float
 
 from ..config import is_first_process, tell
 from ..shuffling import random_rows
-from .dataset import ImageDataset, Splits, is_stream
-from .decoding import CHUNK
+from .dataset import ImageDataset, Splits
+from .formats import CHUNK
 
 HELD_OUT, TRAIN = 200, 2000
 """Number of images that are compared; in training, the images next to the held-out ones are added."""
@@ -35,7 +35,7 @@ def warn_about_duplicates(splits: Splits) -> None:
     """Print one line if many held-out images have near duplicates in training."""
     config = splits.train.config
     # Streams have no random access, and crops of near duplicates show different places.
-    if not is_first_process() or is_stream(config) or config.crop is not None:
+    if not is_first_process() or config.is_stream or config.crop is not None:
         return
     rows, twins = find_duplicates(splits)
     count = min(HELD_OUT, len(splits.held_out))
@@ -80,6 +80,7 @@ def find_duplicates(splits: Splits) -> tuple[NDArray[np.int64], NDArray[np.int64
 def shrink(images: ImageDataset, rows: NDArray[np.int64]) -> Tensor:
     """Return images as few pixels of equal contrast, (B, C * SIDE * SIDE)."""
     parts = (to_float(images.pixels(rows[start : start + CHUNK])) for start in range(0, len(rows), CHUNK))
+    parts = (part.movedim(-3, 1).flatten(2, -2) for part in parts)  # the frames of a clip below one another
     pixels = torch.cat([F.adaptive_avg_pool2d(part, SIDE).flatten(1) for part in parts])
     pixels = pixels - pixels.mean(1, keepdim=True)
     return (pixels / (pixels.norm(dim=1, keepdim=True) + FLAT)).round(decimals=3)  # blank images become equal

@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process, tell
-from .decoding import LABEL, Payload, Rows, SplitRows
+from .sources import IMAGE, LABEL, Source, SourceSplits, of_files
 
 if TYPE_CHECKING:
-    from .dataset import DataConfig
+    from .settings import DataConfig
 
 MAX_DEPTH = 100  # nested folders
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -138,7 +138,7 @@ def holds_files(folder: Path) -> bool:
 # Splits and classes
 
 
-def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> SplitRows:
+def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> SourceSplits:
     """Return the splits of a folder of images: its folders named after splits, if any. Classes come from sheets, if
     there are any, and otherwise from folder names. find: what finds the images of a split. Raises `UserError` for a
     sheet beside the splits."""
@@ -150,7 +150,7 @@ def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> Spl
             f"data.source: {root / beside[0]}: a sheet lists the images of its own folder; put one into each split: "
             f"{', '.join(folders)}"
         )
-    open_split = sheet_rows if with_sheets else folder_rows
+    open_split = sheet_source if with_sheets else folder_source
     return {name: partial(open_split, folder, config, find) for name, folder in folders.items()}
 
 
@@ -195,29 +195,20 @@ def holds_classes(folder: Path) -> bool:
     return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 
 
-def folder_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
+def folder_source(folder: Path, config: DataConfig, find: Find) -> Source:
     """Return a split whose top-level folders are classes. Raises `UserError` if it has no images."""
     paths = find(folder)
     if not paths:
         raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES | ARRAY_SUFFIXES))})")
     if config.label_column is None:
-        return file_rows(paths, None)
+        return of_files(paths)
     start = len(os.path.join(folder, ""))
     inner = [path[start:].split(os.sep) for path in paths]
     labels = [parts[0] if len(parts) > 1 + config.clips else None for parts in inner]
     if all(label is None for label in labels):
-        return file_rows(paths, None)
+        return of_files(paths)
     report_merged_classes(folder, inner)
-    return file_rows(paths, labels)
-
-
-def file_rows(paths: list[str], labels: list[Any] | None) -> Rows:
-    """Return the rows of image files."""
-
-    def read(rows: Sequence[int]) -> list[Payload]:
-        return [Path(paths[row]) for row in rows]
-
-    return Rows(len(paths), read, paths.__getitem__, labels, paths=paths)
+    return of_files(paths, labels)
 
 
 def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
@@ -236,27 +227,66 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
 # Sheets
 
 
-def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
+class SheetRow(NamedTuple):
+    """A row of a sheet: the folder to which its paths are relative, the path of its image, those of its other files,
+    such as masks in `mask_file_name`, and all cells."""
+
+    sheet: Path
+    folder: Path
+    image: str
+    others: set[str]
+    cells: dict[str, Any]
+
+
+def list_rows(
+    sheets: Sequence[Path], image_columns: Sequence[str], folder: Path | None = None, key: str = "data.source"
+) -> Iterator[SheetRow]:
+    """Yield the rows of sheets, with full paths. image_columns: those that may name the image; the first that does
+    counts. folder: to which paths are relative; None: that of each sheet. key: the setting that names the sheets.
+    Raises `ValueError` for a row without an image, and `UserError` for a sheet that cannot be read."""
+    for sheet in sheets:
+        base = folder or sheet.parent
+        for cells in read_sheet(sheet, key):
+            files = {
+                name: full_path(base / value)
+                for name, value in cells.items()
+                if name and name.endswith("file_name") and isinstance(value, str) and value
+            }
+            named = next((name for name in image_columns if name in files), None)
+            if named is None:
+                if "file_name" in cells or sheet.suffix == ".jsonl":  # whose rows need not have the same columns
+                    raise ValueError(f"{sheet}: a row has no file_name: {cells}")
+                raise ValueError(f"{sheet} has no column file_name; it has {', '.join(map(str, cells))}")
+            yield SheetRow(sheet, base, files.pop(named), set(files.values()), cells)
+
+
+def find_sheets(folder: Path) -> list[Path]:
+    """Return the sheets below a folder."""
+    return sorted(path for path in files_below(folder) if path.name in SHEETS)
+
+
+def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
     """Return the images listed in the sheets below `folder`, as one split. Raises `UserError` for images without a row,
     and for rows without an image in the folder."""
-    sheets = sorted(path for path in files_below(folder) if path.name in SHEETS)
-    found = {normalize_path(path): path for path in find(folder)}
-    listed, others, columns, objects = dict[str, Any](), set[str](), dict[str, None](), dict[str, Any]()
-    for sheet in sheets:
-        for row in read_sheet(sheet):
-            columns |= dict.fromkeys(row)
-            image, further = files_in_row(sheet, row, config.image_column)
-            objects[image] = row.get(str(config.group))
+    sheets, found = find_sheets(folder), {full_path(path): path for path in find(folder)}
+    rows, others, columns = dict[str, dict[str, Any]](), set[str](), dict[str, None]()
+    label, group = config.label_column, config.group
+    own = "file_name" if config.image_column == IMAGE else f"{config.image_column}_file_name"
+    try:
+        for sheet, _, image, further, cells in list_rows(sheets, [f"{config.image_column}_file_name", own]):
+            columns |= dict.fromkeys(cells)
             if image not in found:
-                raise UserError(one_line(f"data.source: {sheet}: lists {image}, which is not an image in {folder}"))
-            label = row.get(str(config.label_column))
-            if listed.setdefault(image, label) != label:
-                raise UserError(
-                    one_line(f"data.source: {sheet}: {image} has two classes, {listed[image]!r} and {label!r}")
-                )
+                raise ValueError(f"{sheet}: lists {image}, which is not an image in {folder}")
+            before = rows.setdefault(image, cells)
+            if label is not None and before.get(label) != cells.get(label):
+                classes = f"{before.get(label)!r} and {cells.get(label)!r}"
+                raise ValueError(f"{sheet}: {image} has two classes, {classes}")
+            rows[image] = {name: cells.get(name) for name in (label, group) if name is not None}
             others |= further
-    paths = [path for key, path in found.items() if key in listed]
-    missing = [path for key, path in found.items() if key not in listed and key not in others]
+    except ValueError as error:
+        raise UserError(one_line(f"data.source: {error}")) from error
+    paths = [path for key, path in found.items() if key in rows]
+    missing = [path for key, path in found.items() if key not in rows and key not in others]
     if missing or not paths:
         name = sheets[0].relative_to(folder) if sheets else "a sheet (metadata.jsonl or metadata.csv) like other splits"
         count = f"{len(missing):,} of {len(found):,} images have no row" if missing else "no images have a row"
@@ -265,17 +295,17 @@ def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
             f"data.source: {folder}: {count} in {name}{first}; add rows, move the images elsewhere, or remove all "
             "sheets to use folders as classes"
         )
-    if config.label_column is None or config.label_column not in columns:
-        report_missing_classes(sheets[0], list(columns), config.label_column)
-        labels = None
+    listed = [rows[key] for key in found if key in rows]
+    labels: list[Any] | None = None
+    objects: list[str] | None = None
+    if label is None or label not in columns:
+        report_missing_classes(sheets[0], list(columns), label)
     else:
-        labels = [listed[normalize_path(path)] for path in paths]
+        labels = [cells[label] for cells in listed]
         labels = parse_labels(labels) if sheets[0].suffix == ".csv" else labels
-    found_rows = file_rows(paths, labels)
-    if config.group is None or config.group not in columns:  # cells without a header are in the column None
-        return found_rows
-    cells = [objects[normalize_path(path)] for path in paths]
-    return replace(found_rows, objects=name_objects(cells, paths.__getitem__, str(sheets[0]), str(config.group)))
+    if group is not None and group in columns:
+        objects = name_objects([cells[group] for cells in listed], paths.__getitem__, str(sheets[0]), group)
+    return replace(of_files(paths, labels), objects=objects)
 
 
 def name_objects(cells: list[Any], name: Callable[[int], str], table: str, column: str) -> list[str]:
@@ -321,26 +351,6 @@ def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]
         raise UserError(one_line(f"{key}: {sheet} cannot be read: {error}")) from error
 
 
-def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, set[str]]:
-    """Return the path of a row's image, and the paths of other files, such as masks in `mask_file_name`. Raises
-    `UserError` for a row without an image."""
-    named = {
-        key.removesuffix("file_name").rstrip("_") or "image": normalize_path(os.path.normpath(sheet.parent / value))
-        for key, value in row.items()
-        if key and key.endswith("file_name") and isinstance(value, str) and value
-    }
-    if image_column not in named:
-        raise UserError(one_line(f"data.source: {describe_nameless(sheet, row)}"))
-    return named.pop(image_column), set(named.values())
-
-
-def describe_nameless(sheet: Path, row: dict[str, Any]) -> str:
-    """Describe a row that names no image: its sheet lacks the column, or its cell is empty."""
-    if "file_name" in row or sheet.suffix == ".jsonl":  # whose rows need not have the same columns
-        return f"{sheet}: a row has no file_name: {row}"
-    return f"{sheet} has no column file_name; it has {', '.join(map(str, row))}"
-
-
 def parse_labels(labels: list[Any]) -> list[Any]:
     """Convert the labels of a CSV file to whole numbers if all are numbers; an empty cell means no label."""
     labels = [None if label == "" else label for label in labels]
@@ -353,3 +363,8 @@ def parse_labels(labels: list[Any]) -> list[Any]:
 def normalize_path(path: str) -> str:
     """Return a path in Unicode form NFC; some file systems decompose accented letters."""
     return unicodedata.normalize("NFC", path)
+
+
+def full_path(path: Path | str) -> str:
+    """Return a path in the one form in which it is looked up."""
+    return normalize_path(os.path.abspath(path))

@@ -17,8 +17,7 @@ from torch import Tensor
 from tokenizer.spec import ImageSpec, to_float
 
 from ..files import atomic_file
-from .arrays import decode_array
-from .decoding import pixels_of
+from .formats import decode_image
 
 ARRAYS = (np.uint8, np.float16, np.float32, np.float64)
 INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not user code
@@ -113,7 +112,7 @@ def convert_image(image: Any, spec: ImageSpec) -> Tensor:
     if not is_single(image, spec) and not (isinstance(image, Tensor) and tuple(image.shape) == spec.shape):
         refuse(image, spec)
     if isinstance(image, Image.Image):
-        return torch.from_numpy((pixels_of if spec.is_picture else decode_array)(image, spec).copy())
+        return torch.from_numpy(decode_image(image, spec).copy())
     return convert_values(image, spec)
 
 

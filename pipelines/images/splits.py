@@ -28,10 +28,10 @@ from tokenizer.model import SPLITS
 from ..config import UserError, is_first_process, tell
 from ..files import validate
 from ..shuffling import splitmix64
-from .decoding import Rows, SplitRows, hash_names
+from .sources import Source, SourceSplits, hash_names
 
 if TYPE_CHECKING:
-    from .dataset import DataConfig
+    from .settings import DataConfig
 
 SPLITS_KEY, FORMAT_VERSION = "splits", 1
 """The key among the facts about a model."""
@@ -232,16 +232,16 @@ class Units(NamedTuple):
     hashes: Hashes
 
 
-def hash_units(rows: Rows, config: DataConfig, by: NamedBy | None = None) -> Units:
-    """Return the units of the rows of a split. by: where the names came from earlier; None chooses. Raises `UserError`
-    if there are no such names."""
+def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) -> Units:
+    """Return the units of the images of a source. by: where the names came from earlier; None chooses. Raises
+    `UserError` if there are no such names."""
     if by == "position":
-        numbers = number_groups(rows.paths, config)
-        numbers = np.arange(rows.size) if numbers is None else numbers
+        numbers = number_groups(source.paths, config)
+        numbers = np.arange(source.size) if numbers is None else numbers
         return Units(unit_of(config), by, splitmix64(numbers.astype(np.uint64)))
     if config.group is not None:
-        column = rows.objects if by != "expression" else None
-        if column is None and rows.paths is None:
+        column = source.objects if by != "expression" else None
+        if column is None and source.paths is None:
             raise UserError(
                 f"data.group: needs a folder of images, or a column of this name in their table (got {config.group!r})"
             )
@@ -250,29 +250,29 @@ def hash_units(rows: Rows, config: DataConfig, by: NamedBy | None = None) -> Uni
                 f"data.group: images of {config.source} lack the column {config.group!r}, which names the objects in "
                 "training"
             )
-        names = column if column is not None else find_objects(paths_within(rows.paths or [], config), config.group)
+        names = column if column is not None else find_objects(paths_within(source.paths or [], config), config.group)
         return Units("object", "expression" if column is None else "column", hash_names(names))
-    if rows.paths is not None:
+    if source.paths is not None:
         if config.key is not None:
             raise UserError(f"data.key: names rows of tables; the images of {config.source} are known by their paths")
-        paths = paths_within(rows.paths, config)
+        paths = paths_within(source.paths, config)
         return Units(unit_of(config), "path", hash_names(map(os.path.dirname, paths) if config.clips else paths))
     if config.clips or config.frames is not None:
         number_groups(None, config)  # raises
-    if rows.identity is None:
+    if source.identity is None:
         raise UserError(f"data.source: the images of {config.source} have no names to divide them by")
-    if config.key is not None and rows.identity.by != "column":
+    if config.key is not None and source.identity.by != "column":
         raise UserError(
-            f"data.key: names rows of tables; the images of {config.source} are known by their {rows.identity.by}"
+            f"data.key: names rows of tables; the images of {config.source} are known by their {source.identity.by}"
         )
-    return Units("shard" if rows.identity.by == "path" else "image", rows.identity.by, rows.identity.hashes())
+    return Units("shard" if source.identity.by == "path" else "image", source.identity.by, source.identity.hashes())
 
 
-def hash_images(rows: Rows, units: Units, config: DataConfig) -> Hashes:
+def hash_images(source: Source, units: Units, config: DataConfig) -> Hashes:
     """Return the hash of each image, for the choice of some of them."""
     if units.by == "position" or units.unit == "image":
         return units.hashes
-    return hash_names(paths_within(rows.paths, config)) if rows.identity is None else rows.identity.hashes()
+    return hash_names(paths_within(source.paths, config)) if source.identity is None else source.identity.hashes()
 
 
 def unit_of(config: DataConfig) -> Unit:
@@ -303,9 +303,9 @@ def name_shards(files: list[str], config: DataConfig) -> list[str]:
 
 
 class Part(NamedTuple):
-    """Some rows of a split, and the hash of the unit of every row."""
+    """Some images of a source, and the hash of the unit of each of its images."""
 
-    rows: Rows
+    source: Source
     positions: Positions
     units: Hashes
 
@@ -322,21 +322,21 @@ class Division:
 
 
 def choose_splits(
-    splits: SplitRows, config: DataConfig, inherited: Inherited | None = None, quiet: bool = False
+    splits: SourceSplits, config: DataConfig, inherited: Inherited | None = None, quiet: bool = False
 ) -> Division:
     """Divide a source into `train`, `held_out` and, if any, `validation`. inherited: the division of training. quiet:
     do not print notes about splits. Raises `UserError`."""
     require_split(splits, config)
     rule = None if inherited is None else inherited.rule
     facts, note = (None if rule == "position" else rule), None if inherited is None else inherited.note
-    rows = splits[config.split]()
-    is_stream = rows.identity is not None and rows.identity.by == "path"
+    source = splits[config.split]()
+    is_stream = source.identity is not None and source.identity.by == "path"
     by: NamedBy | None = "position" if rule == "position" else None
     if facts is not None and inherited is not None and inherited.refusal is None:
         by = facts.by
-    units = hash_units(rows, config, by)
+    units = hash_units(source, config, by)
     if units.by != "column":
-        rows = replace(rows, objects=None)  # an expression finds them
+        source = replace(source, objects=None)  # an expression finds them
     if facts is not None and inherited is not None:
         facts, note = compare_source(facts, inherited, units, splits, config)
     own = choose_held_out(splits, config) if facts is None else facts.held_out_split
@@ -350,7 +350,7 @@ def choose_splits(
     if facts is None:
         distinct = np.unique(units.hashes)
         wanted = 0 if own is not None else max(1, round(len(distinct) * config.held_out_fraction))
-        validation = count_validation_units(len(distinct), rows.size, config.validation_fraction, is_stream)
+        validation = count_validation_units(len(distinct), source.size, config.validation_fraction, is_stream)
         thresholds = find_thresholds(distinct, wanted, validation)
         if is_stream and wanted + validation >= len(distinct):
             raise UserError(
@@ -361,25 +361,25 @@ def choose_splits(
         thresholds = facts.thresholds
     below, above = is_below(units.hashes, thresholds[0]), ~is_below(units.hashes, thresholds[1])
     chosen = {"train": ~below & ~above, "validation": above & ~below, "held_out": below}
-    parts = {name: Part(rows, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
+    parts = {name: Part(source, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
     limit = None if is_stream else config.limit
-    images = {id(rows): units.hashes if limit is None else hash_images(rows, units, config)}
+    images = {source: units.hashes if limit is None else hash_images(source, units, config)}
     if other is not None and theirs is not None:
         other = other if units.by == "column" else replace(other, objects=None)
         parts["held_out"] = Part(other, np.arange(other.size), theirs.hashes)
-        images[id(other)] = theirs.hashes if limit is None else hash_images(other, theirs, config)
+        images[other] = theirs.hashes if limit is None else hash_images(other, theirs, config)
     require_images(parts, facts, units, config, own)
     parts = {name: part for name, part in parts.items() if len(part.positions)}
     now = None if units.by == "position" else describe_parts(parts, units, own, thresholds)
     if facts is not None and now is not None and inherited is not None:
         is_known = inherited.same_source or facts.sample
         note = describe_change(facts, now, units, config) if is_known else describe_unknown(now, config)
-    limited = {name: limit_part(part, images[id(part.rows)], units.by, limit) for name, part in parts.items()}
+    limited = {name: limit_part(part, images[part.source], units.by, limit) for name, part in parts.items()}
     return Division(limited, now, note, own is None)
 
 
 def compare_source(
-    facts: SplitFacts, inherited: Inherited, units: Units, splits: SplitRows, config: DataConfig
+    facts: SplitFacts, inherited: Inherited, units: Units, splits: SourceSplits, config: DataConfig
 ) -> tuple[SplitFacts | None, str | None]:
     """Return the facts of an earlier division if they divide this source, too, or else None and what is not known then.
     Raises `UserError` if they should, but cannot."""
@@ -466,7 +466,7 @@ def shares_units(facts: SplitFacts, units: Units) -> bool:
     return bool(set(facts.sample) & {f"{value:016x}" for value in splitmix64(units.hashes).tolist()})
 
 
-def can_divide(facts: SplitFacts, units: Units, splits: SplitRows) -> bool:
+def can_divide(facts: SplitFacts, units: Units, splits: SourceSplits) -> bool:
     """Whether a division leaves images to train on and to hold out."""
     below, start = facts.thresholds
     train = ~is_below(units.hashes, below) & is_below(units.hashes, start)
@@ -503,11 +503,11 @@ def require_images(
                 f"data: the {before.units:,} {facts.unit}s of {config.source} that were {was} are gone; put them back, "
                 "use other images (data.source=FOLDER), or begin a new run"
             )
-        rows, kind = parts["train"].rows, None if units.unit == "image" else units.unit
+        source, kind = parts["train"].source, None if units.unit == "image" else units.unit
         whole = f"; whole {kind}s are held out, and it has {len(np.unique(units.hashes))}" if kind else ""
-        if units.unit == "image" and len(np.unique(units.hashes)) == 1 < rows.size:
-            whole = f"; all {rows.size} images are the same{' in data.key' if units.by == 'column' else ''}"
-        raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{whole})")
+        if units.unit == "image" and len(np.unique(units.hashes)) == 1 < source.size:
+            whole = f"; all {source.size} images are the same{' in data.key' if units.by == 'column' else ''}"
+        raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {source.size}{whole})")
 
 
 def describe_unknown(now: SplitFacts, config: DataConfig) -> str:

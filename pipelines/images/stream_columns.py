@@ -19,8 +19,9 @@ from ..columns import FORMATS, guess_format
 from ..config import UserError
 from ..tokens.meta import label_column
 from .attributes import CELLS, AttributeSource, Cells, list_cells, report_kind
-from .dataset import DataConfig, describe_label, is_label, number_labels
-from .decoding import Rows
+from .classes import describe_label, is_label, number_labels
+from .settings import DataConfig
+from .sources import Source
 from .streaming import names_in, read_files, require_classes
 from .tables import Sample, suffix_of
 
@@ -163,12 +164,12 @@ def number_classes(
             raise UserError(f"data.label_column: no image of {data.source} has a {data.label_column!r}")
         return {}, {}
     parts = [
-        Rows(len(found), lambda rows: [], list(found.values()).__getitem__, list(found), list(classes) or None)
+        Source(len(found), lambda rows: [], list(found.values()).__getitem__, list(found), list(classes) or None)
         for found in labels.values()
     ]
     numbers, names = number_labels(parts)
     ids = dict[Any, int]()
-    for part, several in zip(parts, numbers, strict=True):
+    for part, several in numbers.items():
         ids |= dict(zip(part.labels or [], [] if several is None else several.tolist(), strict=True))
     return ids, label_column(names)
 

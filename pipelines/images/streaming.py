@@ -23,10 +23,13 @@ from torch import Tensor
 from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process, tell
-from .augment import draw_changes
-from .dataset import WITHOUT, DataConfig, ImageDataset, Indices, list_bad, require_plain_data
-from .decoding import BadImage, Decoded, Identity, Payload, Rows, decode_in_threads, hash_names
+from .checking import BadImage, list_bad
+from .classes import WITHOUT
+from .dataset import Epochs, ImageDataset, Indices
+from .formats import Payload, decode_in_threads
 from .hub import describe_error
+from .settings import DataConfig, require_plain_data
+from .sources import Identity, Source, hash_names
 from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards, number_groups
 from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
 
@@ -39,8 +42,10 @@ def open_stream(
 ) -> tuple[Division, StreamedImages]:
     """Return up to 2,000 images of each split (with `stream`, except the training split), and the stream of training
     images. inherited: the division of training. Raises `UserError`."""
+    if config.crop is not None:
+        raise UserError("data.crop: needs random access; data.streaming=false copies the images to the disk")
     shards = divide_files(config, inherited)
-    files = {name: [part.rows.name(k) for k in part.positions.tolist()] for name, part in shards.parts.items()}
+    files = {name: [part.source.name(k) for k in part.positions.tolist()] for name, part in shards.parts.items()}
     classes = names_in(files["train"][0], config.label_column)
     for part in files.values():  # the other shards are checked when they are read
         require_classes(part[0], classes, config)
@@ -52,8 +57,8 @@ def open_stream(
     parts = dict[str, Part]()
     for name in files:
         if name != "train" or not stream:
-            rows = read_some(files[name], config, classes)
-            parts[name] = Part(rows, np.arange(rows.size), np.arange(rows.size, dtype=np.uint64))
+            some = read_some(files[name], config, classes)
+            parts[name] = Part(some, np.arange(some.size), np.arange(some.size, dtype=np.uint64))
     return replace(shards, parts=parts), StreamedImages(config, files["train"])
 
 
@@ -68,11 +73,11 @@ def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Divi
     if config.key is not None:
         raise UserError("data.key: with data.streaming, whole shards are held out; set one of them to null or false")
 
-    def open_split(files: list[str]) -> Rows:
+    def open_split(files: list[str]) -> Source:
         if strange := [file for file in sorted(files) if suffix_of(file) not in (".parquet", ".tar")]:
             raise UserError(f"data.source: {strange[0]}: data.streaming reads only .parquet and .tar; set it to false")
         identity = Identity("path", lambda: hash_names(name_shards(sorted(files), config)))
-        return Rows(len(files), lambda rows: [], sorted(files).__getitem__, None, identity=identity)
+        return Source(len(files), lambda rows: [], sorted(files).__getitem__, identity=identity)
 
     return choose_splits({name: partial(open_split, files) for name, files in splits.items()}, config, inherited)
 
@@ -133,7 +138,7 @@ def shuffled(
     return images.shuffle(seed=seed, buffer_size=window)
 
 
-def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) -> Rows:
+def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) -> Source:
     """Return up to 2,000 images of shards, in memory. Raises `UserError` if there are no images."""
     names, labels, payloads = list[str](), list[Any](), list[Payload]()
     images = islice(shuffled(files, config, 0, MIXED, classes), MOST)
@@ -145,7 +150,7 @@ def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) ->
     if not names:
         raise UserError(f"data.source: {config.source}: no images in {files[0]}")
     some = None if all(label is None for label in labels) else labels
-    return Rows(
+    return Source(
         len(names), lambda rows: [payloads[row] for row in rows], names.__getitem__, some, list(classes) or None
     )
 
@@ -158,9 +163,9 @@ class StreamedImages(ImageDataset):
     """
 
     def __init__(self, config: DataConfig, files: list[str]) -> None:
-        rows = Rows(0, lambda rows: [], str, None)
-        super().__init__(config, rows, Decoded(np.empty(0, np.int64), None, []), None, [])
-        self._files, self._config = files, config
+        nothing = Part(Source(0, lambda rows: [], str), np.empty(0, np.int64), np.empty(0, np.uint64))
+        super().__init__(config, nothing)
+        self._files = files
         self._stream: Iterator[dict[str, Any]] | None = None
         self._next, self._seen, self._skipped = 0, 0, 0
         self._bad_names = set[str]()  # images recur in each epoch, but are listed once
@@ -178,36 +183,30 @@ class StreamedImages(ImageDataset):
 
     def examples(self, count: int, seed: int) -> Tensor:
         """Return the first `count` images of the stream; training sees them again."""
-        stream = iter(shuffled(self._files, self._config, seed, min(self._config.shuffle_window, count)))
+        stream = iter(shuffled(self._files, self.config, seed, min(self.config.shuffle_window, count)))
         return self.prepare(self._take(stream, count))
 
     def names(self, indices: Indices) -> list[str]:
         """Raise `UserError`."""
         raise self._access_error()
 
-    def pixels(self, indices: Indices) -> Tensor:
-        """Return this process's next images. Raises `UserError` for positions that do not increase."""
-        wanted = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
-        with self._lock:
-            if not len(wanted) or self._stream is None or wanted[0] < self._next or (np.diff(wanted) <= 0).any():
-                raise self._access_error()
-            self._next = int(wanted[-1]) + 1
-            return self._take(self._stream, len(wanted))
+    def _rows_of(self, indices: Indices) -> NDArray[np.int64]:
+        return np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
 
-    def raw_batch(
-        self, indices: Indices, epochs: NDArray[np.int64] | int, seed: int, *, augment: bool = True
-    ) -> tuple[Tensor, ...]:
-        """See `ImageDataset.raw_batch`."""
-        pixels = self.pixels(indices)
-        changes = draw_changes(np.asarray(indices), epochs, self._augment, seed) if augment else None
-        return (pixels,) if changes is None else (pixels, changes)
+    def _read(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> Tensor:
+        """Return this process's next images. Raises `UserError` for positions that do not increase."""
+        with self._lock:
+            if not len(rows) or self._stream is None or rows[0] < self._next or (np.diff(rows) <= 0).any():
+                raise self._access_error()
+            self._next = int(rows[-1]) + 1
+            return self._take(self._stream, len(rows))
 
     def _images(self, seed: int) -> Iterator[dict[str, Any]]:
         """Yield this process's images endlessly, in a new order each epoch."""
         from datasets.distributed import split_dataset_by_node
 
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        images = shuffled(self._files, self._config, seed, self._config.shuffle_window)
+        images = shuffled(self._files, self.config, seed, self.config.shuffle_window)
         images = split_dataset_by_node(images, rank, world)
         for epoch in count():
             images.set_epoch(epoch)
@@ -216,7 +215,7 @@ class StreamedImages(ImageDataset):
                 yield image
                 empty = False
             if empty:
-                raise UserError(f"data.streaming: {self._config.source} has fewer images to train on than processes")
+                raise UserError(f"data.streaming: {self.config.source} has fewer images to train on than processes")
 
     def _take(self, stream: Iterator[dict[str, Any]], count: int) -> Tensor:
         """Return the next good images of a stream, uint8 (count, C, H, W), or fewer at its end."""
@@ -226,7 +225,7 @@ class StreamedImages(ImageDataset):
             checked = zip(images, chunk, strict=True)
             good += [i for i, e in checked if self._is_good(i, e["name"]) and not isinstance(i, str)]
         if not good:
-            raise UserError(f"data.source: {self._config.source}: none of the training images can be decoded")
+            raise UserError(f"data.source: {self.config.source}: none of the training images can be decoded")
         return torch.from_numpy(np.stack(good))
 
     def _is_good(self, image: NDArray[np.uint8] | str, name: str) -> bool:
@@ -235,7 +234,7 @@ class StreamedImages(ImageDataset):
         self._seen += 1
         if not isinstance(image, str):
             return True
-        if self._config.on_error == "fail":
+        if self.config.on_error == "fail":
             raise UserError(one_line(f"{name}: {image} (data.on_error=skip skips such images)"))
         if not self.bad:
             tell(one_line(f"warning: {name}: {image}; such images are skipped"))
@@ -243,7 +242,7 @@ class StreamedImages(ImageDataset):
             self._bad_names.add(name)
             self.bad.append(BadImage(name, self._seen - 1, image))
         self._skipped += 1
-        allowed = self._config.max_bad_fraction
+        allowed = self.config.max_bad_fraction
         if self._skipped > allowed * max(FEW, self._seen) and allowed < 1:
             raise UserError(
                 f"{self._skipped} of {self._seen} images so far cannot be decoded, more than "

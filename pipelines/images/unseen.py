@@ -12,8 +12,9 @@ import numpy as np
 from tokenizer.config import show_value
 
 from ..config import UserError
-from .dataset import DataConfig, is_stream, open_source
+from .loading import divide_source, open_source
 from .origin import resolve_source
+from .settings import DataConfig
 from .splits import Inherited, choose_held_out, choose_splits
 
 SPLIT_SETTINGS = (
@@ -55,7 +56,7 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
     before, splits = trained.model_copy(update={"source": config.source}), open_source(config)
     found = choose_held_out(splits, config)
     name = found if part == "held_out" and found is not None else config.split
-    if is_stream(config) or is_stream(before) or (config.frames is None) != (before.frames is None):
+    if config.is_stream or before.is_stream or (config.frames is None) != (before.frames is None):
         return int(name == before.split), 0
     try:
         learned = choose_splits(splits, before, Inherited("position"), quiet=True).parts["train"].positions
@@ -80,13 +81,13 @@ def find_parts(files: Sequence[Path], trained: DataConfig | None, inherited: Inh
         return [None] * len(files)
     everything = trained.model_copy(update={"limit": None})
     try:
-        parts = choose_splits(open_source(everything), everything, inherited, quiet=True).parts
+        parts = divide_source(everything, inherited, quiet=True).parts
     except UserError:  # the source has changed
         return [None] * len(files)
     known = {
-        os.path.realpath(part.rows.paths[position]): name
+        os.path.realpath(part.source.paths[position]): name
         for name, part in parts.items()
-        if part.rows.paths is not None
+        if part.source.paths is not None
         for position in part.positions.tolist()
     }
     return [known.get(path) for path in paths]

@@ -32,7 +32,7 @@ from tokenizer.files import (
 
 from ..files import FieldError, Text, Whole, validate
 from ..frequencies import FREQUENCIES, Frequencies
-from ..images.dataset import is_printable
+from ..images.classes import is_printable
 from ..images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
 from .shards import map_shard, open_columns, shard_names, stored_grid
 

@@ -27,12 +27,9 @@ def trained():
 @pytest.fixture(scope="session")
 def fresh(trained):
     """Statistics of normal images used in neither training nor calibration."""
-    from givens.stripes import stripes
+    from givens.stripes import statistics_of, stripes
 
-    from pipelines.anomaly.image_statistics import measure
-
-    batch = trained.to_images(stripes(1500, seed=11))
-    return measure(trained, batch, trained.read_given(count=len(batch))).statistics
+    return statistics_of(trained, stripes(1500, seed=11))
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_imports_follow_the_data_and_nothing_unpickles(package: str) -> None:
     assert len(files) > 10 and not {name: wrong for name, wrong in found.items() if wrong}
 
 
-@pytest.mark.parametrize("package", ["tokenizer", "prior"])
+@pytest.mark.parametrize("package", ["tokenizer", "prior", "pipelines/images"])
 def test_modules_of_a_package_import_one_another_in_one_direction(package: str) -> None:
     """Also inside functions. What type checkers alone read does not count, nor does the package itself, which lists
     what users import."""

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from pipelines.config.command import parse
-from pipelines.images import tables
+from pipelines.images import loading
 from pipelines.metrics.codebook import CodebookUse
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.meta import label_column
@@ -34,7 +34,7 @@ from prior.given import Given
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-DIGITS = functools.cache(tables.digits)  # parsed once for all runs
+DIGITS = functools.cache(loading.open_digits)  # parsed once for all runs
 CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # metrics that differ between equal runs
 
 MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # options of `accelerate launch`
@@ -80,7 +80,7 @@ def train_tokenizer(out: Path, charts: bool = False, **more: Any) -> Path:
     """Train in this process. `charts`: draw the chart of the codebook, which is slow."""
     argv = tokenizer_arguments(out, **more)
     drawn = nullcontext() if charts else patch.object(CodebookUse, "picture", blank)
-    with drawn, patch.object(tables, "digits", DIGITS):
+    with drawn, patch.object(loading, "open_digits", DIGITS):
         return run_tokenizer(parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description=None))
 
 

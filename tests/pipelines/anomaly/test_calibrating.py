@@ -9,27 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from givens.stripes import SIZE, constant, stripes, uniform
+from givens.stripes import SIZE, constant, statistics_of, stripes, uniform
 from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
-from pipelines.anomaly.calibrating import calibrate, halve
-from pipelines.anomaly.conformal import p_values_of
-from pipelines.anomaly.distances import CalibrationError
+from pipelines.anomaly.calibrating import calibrate, divide_objects, worst_of_objects
+from pipelines.anomaly.calibration import Calibration, digest_of
+from pipelines.anomaly.conformal import cross_bound, p_values_of
+from pipelines.anomaly.distances import CalibrationError, Distance
 from pipelines.anomaly.healing import heal
-from pipelines.anomaly.scores import FITTED, anomaly_score, p_value_of, score_of
+from pipelines.anomaly.scores import FITTED, anomaly_score, log_statistics, p_values_by, score_tiles
 
 
-@pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "typicality", "reconstruction"])
+@pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "top_bits", "typicality", "reconstruction"])
 def test_p_values_of_normal_images_are_uniform(trained, fresh, method):
-    found = score_of(method, fresh, trained.calibration)
+    found = score_tiles(method, fresh, trained.calibration.fits)
     fitted = trained.calibration.scores[method]
-    scores, normal = np.sort(found.numpy()), fitted.values
+    scores, normal = np.sort(found[0]), fitted.values
     every = np.sort(np.concatenate([scores, normal]))
     n, m = len(normal), len(scores)
     distance = np.abs(np.searchsorted(normal, every, "right") / n - np.searchsorted(scores, every, "right") / m).max()
     assert distance < 1.95 * math.sqrt((n + m) / (n * m))  # two-sample Kolmogorov-Smirnov, p = 0.001
-    p = p_value_of(method, found, trained.calibration).numpy()
+    p = p_values_by(method, found, trained.calibration).numpy()
     assert p.min() >= 1 / (n + 1) and p.max() <= 1
     rank = math.floor(0.05 * (n + 1))
     chance = np.random.default_rng(0)  # Beta over calibrations, binomial over images given a calibration
@@ -50,7 +51,7 @@ def test_p_values_count_ties_against_detection_and_fall_with_the_score(trained):
     normal, tie = torch.from_numpy(fitted.values), fitted.tie
     expected = (1 + (normal + tie >= scores[:, None]).sum(1)) / (len(normal) + 1)
     torch.testing.assert_close(p, expected.double())
-    tied = p_value_of("joint", normal[-1:], trained.calibration)
+    tied = p_values_by("joint", fitted.values[None, -1:], trained.calibration)
     assert float(tied) == pytest.approx(2 / (len(normal) + 1))
 
 
@@ -87,7 +88,7 @@ def test_a_calibration_depends_on_the_normal_images_only(trained):
 def test_what_is_fitted_depends_on_one_half_only(trained, stride):
     """Healing and maps of new images use it, for which images that gave the scores would not be new."""
     pipe, normal = ImagePipeline(trained.tokenizer, trained.prior), stripes(60, seed=2)
-    other, scoring = normal.clone(), halve(np.arange(60), 60, 0).scoring
+    other, scoring = normal.clone(), divide_objects(np.arange(60), 60, 0)[0].scoring
     other[scoring] = uniform(len(scoring))
     one, two = (calibrate(pipe, images, stride=stride) for images in (normal, other))
     assert np.abs(one.scores["nll"].values - two.scores["nll"].values).max() > 1
@@ -124,7 +125,7 @@ def test_images_of_the_calibration_are_recognised(trained, recwarn):
     mine, others = stripes(60, seed=2), stripes(30, seed=3)
     calibrate(pipe, mine)
     mixed = torch.cat([others, mine[40:], mine[:1]])
-    known = pipe.calibration.includes(mixed.movedim(1, -1).numpy())
+    known = pipe.calibration.find_used([digest_of(image) for image in mixed.movedim(1, -1).numpy()])
     assert known.tolist() == [False] * 30 + [True] * 21
     for method, p_values in (("nll", False), ("reconstruction", False)):
         anomaly_score(pipe, mixed, method, p_values=p_values)
@@ -241,3 +242,117 @@ def test_bad_groups_are_refused(trained):
         calibrate(pipe, stripes(80), groups=["a"])
     with pytest.raises(ValueError, match=r"needs at least 38 objects \(got 20\)"):
         calibrate(pipe, stripes(80), groups=[str(number // 4) for number in range(80)])
+
+
+# Folds --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folded(trained):
+    """A pipeline that is calibrated with five folds of objects, and its images and their objects."""
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    images, names = photographed(24, 3, seed=3)
+    calibrate(pipe, images, groups=names, folds=5)
+    return pipe, images, names
+
+
+def test_every_object_is_scored_by_what_was_fitted_without_its_fold(folded):
+    pipe, images, names = folded
+    found, numbers = pipe.calibration, np.unique(names, return_inverse=True)[1]
+    statistics, parts = statistics_of(pipe, images), divide_objects(numbers, 24, 0, 5)
+    assert sorted(len({numbers[row] for row in part.scoring}) for part in parts) == [4, 5, 5, 5, 5]
+    assert not any({*numbers[part.fitting]} & {*numbers[part.scoring]} for part in parts)
+    for method, each in found.scores.items():
+        assert each.threshold is None and len(each.values) == 24
+        np.testing.assert_array_equal(np.sort(np.concatenate(found.normal_scores(method))), each.values)
+        for part, fold in zip(parts, found.folds, strict=True):
+            own = {name: rows[part.scoring] for name, rows in statistics.items()}
+            scores = worst_of_objects(score_tiles(method, own, [fold.fitted])[0], part.owners)
+            np.testing.assert_allclose(fold.scores[method], np.sort(scores), atol=1.01 * each.tie)
+
+
+def test_what_is_fitted_depends_on_the_other_folds_only(folded):
+    pipe, images, names = folded
+    numbers = np.unique(names, return_inverse=True)[1]
+    part, other = divide_objects(numbers, 24, 0, 5)[2], images.clone()
+    other[part.scoring] = uniform(len(part.scoring))
+    one, two = pipe.calibration, calibrate(ImagePipeline(pipe.tokenizer, pipe.prior), other, groups=names, folds=5)
+    pairs = zip(one.folds, two.folds, strict=True)
+    same = [first.fitted.model_dump_json() == second.fitted.model_dump_json() for first, second in pairs]
+    assert same == [False, False, True, False, False]
+
+
+def test_p_values_of_folds_pool_the_ranks_and_scores_are_means(folded, tmp_path):
+    pipe, _, _ = folded
+    pipe.save_pretrained(tmp_path / "pipe")
+    loaded, new = ImagePipeline.from_pretrained(tmp_path / "pipe"), torch.cat([stripes(20, seed=77), uniform(4)])
+    assert loaded.calibration.to_json() == pipe.calibration.to_json() and loaded.calibration.fitted is None
+    found = statistics_of(pipe, new)
+    for method in pipe.calibration.scores:
+        scores, p = anomaly_score(loaded, new, method), anomaly_score(loaded, new, method, p_values=True)
+        each = np.stack([score_tiles(method, found, [fold.fitted])[0] for fold in pipe.calibration.folds])
+        np.testing.assert_allclose(scores, each.mean(0))
+        tie, higher = pipe.calibration.scores[method].tie, 0
+        for own, fold in zip(each, pipe.calibration.folds, strict=True):
+            higher = higher + (fold.scores[method] + tie >= own[:, None]).sum(1)
+        np.testing.assert_allclose(p, (1 + higher) / 25)
+    assert (anomaly_score(loaded, uniform(4), p_values=True) <= 0.05).all()
+    assert pipe.calibration.bound == cross_bound(0.05, 24, 5) and f"{pipe.calibration.bound:.1%}"[:-1] in repr(
+        pipe.calibration
+    )
+    assert heal(loaded, new[:2], draws=1).images.shape == (2, 1, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("stride", [None, 8])
+def test_maps_of_folds_are_means_and_have_no_threshold(stride):
+    torch.manual_seed(0)
+    pipe = make_pipeline(prior="masked", size=(SIZE, SIZE), labels=[])
+    calibrate(pipe, stripes(24, seed=3), folds=4, stride=stride)
+    found, new = pipe.calibration, stripes(3, seed=8)
+    assert "hidden" in found.scores and "map" not in found.scores and len(found.map_references) == 4
+    maps, parts = pipe.anomaly_map(new, method="combined", stride=stride), []
+    hidden = pipe.anomaly_score(new, "hidden", stride=stride, p_values=True)
+    assert hidden.shape == (3,) and len(found.scores["hidden"].values) == 24
+    for fold in found.folds:
+        scores = {name: each.model_copy(update={"threshold": 0.0}) for name, each in found.scores.items()}
+        own = {"fitted": fold.fitted, "maps": fold.maps, "folds": None, "scores": scores}
+        pipe.calibration = found.model_copy(update=own)
+        parts.append(pipe.anomaly_map(new, method="combined", stride=stride))
+    for number in range(3):
+        torch.testing.assert_close(maps[number], torch.stack([part[number] for part in parts]).mean(0))
+
+
+def test_what_folds_cannot_promise_is_refused_in_one_line(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    for count, options, message in (
+        (60, {"folds": 0}, "folds: must be from 1 to 8"),
+        (60, {"folds": 9}, "folds: must be from 1 to 8"),
+        (200, {"folds": 5, "confidence": 0.9}, "confidence: can be promised with folds=1 only"),
+        (18, {"folds": 5}, r"needs at least 19 images \(got 18\)"),
+        (10_001, {"folds": 5}, "with folds can use at most 10,000 images"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            calibrate(pipe, stripes(1).expand(count, -1, -1, -1), **options)
+        assert "\n" not in str(caught.value) and pipe.calibration is None
+
+
+# Statistics of 0.3 --------------------------------------------------------------------------------
+
+
+def test_a_calibration_of_0_3_has_its_own_statistics(trained):
+    """All but `top_bits`, which its file does not name."""
+    images, fitted = stripes(60, seed=9), trained.calibration.fitted
+    assert fitted.names == ["token_bits", "error", "top_bits"]
+    found = statistics_of(trained, images)
+    old = fitted.model_copy(update={"names": None, "statistics": Distance.fit(log_statistics(found, None))})
+    assert len(old.statistics.mean) == 2 and "names" not in old.model_dump_json()
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    scores = {name: each for name, each in trained.calibration.scores.items() if name != "top_bits"}
+    pipe.calibration = trained.calibration.model_copy(update={"fitted": old, "scores": scores})
+    pipe.calibration = Calibration.from_dict(json.loads(pipe.calibration.to_json()), Path("calibration.json"))
+    bits = np.stack([np.log(found["token_bits"].numpy() + 1), np.log(found["error"].numpy() + 2 / 255)], 1)
+    far, near = old.statistics.of(bits), old.features.of(found["features"].numpy())
+    np.testing.assert_array_equal(anomaly_score(pipe, images), near + np.maximum(0, far - 1))
+    with pytest.raises(CalibrationError, match="calibrated without top_bits: run"):
+        anomaly_score(pipe, images, "top_bits", p_values=True)
+    assert anomaly_score(pipe, images, "top_bits").shape == (60,)

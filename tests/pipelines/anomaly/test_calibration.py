@@ -12,7 +12,16 @@ import torch
 from givens.stripes import constant, stripes, uniform
 
 from pipelines import ImagePipeline
-from pipelines.anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration, Fitted, NormalScores
+from pipelines.anomaly.calibration import (
+    MAX_CALIBRATION_BYTES,
+    MAX_FOLDED,
+    MAX_FOLDS,
+    Calibration,
+    Fitted,
+    Fold,
+    MapReference,
+    NormalScores,
+)
 from pipelines.anomaly.distances import Distance, round_digits
 from pipelines.anomaly.scores import METHODS, anomaly_score
 from tokenizer.files import FormatError, parse_json
@@ -73,10 +82,43 @@ def test_a_damaged_calibration_is_one_line_that_names_the_field(trained, path, v
         Calibration.from_dict(whole, file)
 
 
+@pytest.fixture(scope="module")
+def folded(trained):
+    """A calibration with three folds."""
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    return pipe.calibrate(stripes(30, seed=2), folds=3)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("folds", "del", "fitted"),
+        ("folds", lambda folds: folds[:1], "folds"),
+        ("folds.1.fitted.statistics.mean", lambda mean: mean[1:], "folds.1.fitted.statistics.whitener"),
+        ("folds.1.scores.nll", "del", "folds.1"),
+        ("folds.1.scores.nll", [], "folds.1.scores.nll"),
+        ("scores.nll.threshold", 1.0, "scores.nll.threshold"),
+        ("confidence", 0.9, "confidence"),
+    ],
+)
+def test_damaged_folds_are_one_line_that_names_the_field(folded, path, value, field):
+    whole = json.loads(folded.to_json())
+    *parents, last = path.split(".")
+    data = whole
+    for parent in parents:
+        data = data[int(parent) if isinstance(data, list) else parent]
+    if value == "del":
+        del data[last]
+    else:
+        data[last] = value(data[last]) if callable(value) else value
+    with pytest.raises(FormatError, match=f"^{re.escape(f'calibration.json: {field}: ')}[^\\n]+$"):
+        Calibration.from_dict(whole, Path("calibration.json"))
+
+
 def test_a_calibration_of_many_images_can_be_read_again(trained):
     """With 1,000 points of 128 features, 2,000 scores and the digests of 50,000 images."""
     chance = np.random.default_rng(0)
-    scores = NormalScores(values=1e6 + np.sort(chance.normal(size=2000)), tie=1e-3, threshold=1e6)
+    scores = NormalScores(values=1e6 + np.sort(chance.normal(size=2000)).round(3), tie=1e-3, threshold=1e6)
     features = Distance.fit(chance.normal(size=(2000, 128)), 1000)
     large = trained.calibration.model_copy(
         update={
@@ -88,5 +130,22 @@ def test_a_calibration_of_many_images_can_be_read_again(trained):
         }
     )
     text, file = large.to_json(), Path("calibration.json")
+    assert len(text) < MAX_CALIBRATION_BYTES
+    assert Calibration.from_dict(parse_json(text.encode(), file), file).to_json() == text
+    share = Distance.fit(chance.normal(size=(200, 128)), 100)
+    points = np.round(chance.normal(size=(400, 21)), 3)
+    maps = {"response_mean": np.zeros(21), "response_deviation": np.ones(21), "pixel_mean": np.zeros(2)}
+    maps |= {"pixel_deviation": np.ones(2), "image_mean": np.zeros(3), "image_deviation": np.ones(3)}
+    fitted = Fitted(typical_bits=1.0, statistics=large.fitted.statistics, features=share)
+    fold = Fold(
+        fitted=fitted,
+        maps=MapReference(codes=round_digits(chance.random(1024)), points=points, **maps),
+        scores=dict.fromkeys(METHODS, scores.values[:200]),
+    )
+    digests = [f"{number:016x}" for number in range(MAX_FOLDED)]
+    whole = {"threshold": None}
+    update = {"fitted": None, "folds": [fold] * MAX_FOLDS, "digests": digests, "object_digests": digests}
+    update["scores"] = {name: each.model_copy(update=whole) for name, each in large.scores.items()}
+    text = large.model_copy(update=update).to_json()
     assert len(text) < MAX_CALIBRATION_BYTES
     assert Calibration.from_dict(parse_json(text.encode(), file), file).to_json() == text

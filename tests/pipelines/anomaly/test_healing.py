@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from givens.stripes import SIZE, constant, planted, stripes
-from small import PLACED, PRIORS, make_tokenizer
+from small import PLACED, PRIORS
 from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.healing import anomaly_map, find_patches, heal
+from pipelines.anomaly.examine import Examination
+from pipelines.anomaly.healing import anomaly_map, heal
 from pipelines.anomaly.scores import anomaly_score
 
 
@@ -44,8 +45,8 @@ def test_every_prior_has_scores_and_healing_and_a_map_if_tokens_have_a_place(tok
 
 @pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_token_spreads_over_its_own_patch(tokenizer):
-    made = make_tokenizer(tokenizer, (8, 12), 3)
-    rows, columns = find_patches(made)
+    pipe = make_pipeline(tokenizer, channels=3, size=(8, 12), labels=[])
+    made, (rows, columns) = pipe.tokenizer, Examination.open(pipe, pixels_for(pipe, 1)).patches
     places = (1, *made.spec.shape[:-3], *made.spec.size)
     for index in range(0, len(made.grid), 5):
         patch = (rows[:, index, None] * columns[None, :, index]) > 0

@@ -1,6 +1,6 @@
 """Anomaly scores: larger is more anomalous, and every method fits its formula.
 
-Covers: pipelines/anomaly/image_statistics.py.
+Covers: pipelines/anomaly/examine.py.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ import numpy as np
 import pytest
 import torch
 from givens.stripes import constant, planted, stripes, uniform
+from givens.stripes import statistics_of as statistics
 from small import TOKENIZERS, make_prior
 from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.image_statistics import measure
-from pipelines.anomaly.scores import METHODS, anomaly_score, list_methods, log_statistics, score_of
-
-
-def statistics(pipe, images, labels=None, *, condition=None, batch_size=256):
-    batch = pipe.to_images(images)
-    return measure(pipe, batch, pipe.read_given(labels, condition, len(batch)), batch_size).statistics
+from pipelines.anomaly.examine import Examination
+from pipelines.anomaly.scores import METHODS, anomaly_score, list_methods, log_statistics, score_tiles
 
 
 def auroc(pipe, normal, anomalous, method="joint"):
@@ -47,9 +43,12 @@ def test_statistics_do_not_depend_on_the_batch(tokenizer, channels):
         torch.testing.assert_close(values, apart[name], rtol=1e-5, atol=1e-5)
     nats = pipe.prior.log_prob(pipe.encode(images)).double()
     torch.testing.assert_close(together["token_bits"] * math.log(2), -nats, rtol=1e-5, atol=1e-5)
-    measured = measure(pipe, pipe.to_images(images), pipe.read_given(count=7), batch_size=3)
-    torch.testing.assert_close(measured.surprise.sum(1).double(), together["token_bits"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(measured.error.mean(), together["error"].mean(), rtol=1e-5, atol=1e-5)
+    for number, each in enumerate(Examination.open(pipe, images, batch_size=3).examine(["statistics", "error"])):
+        surprise = each.rows["surprise"].double()
+        torch.testing.assert_close(surprise.sum(), together["token_bits"][number], rtol=1e-5, atol=1e-5)
+        top = surprise.sort().values[:, -max(1, round(surprise.shape[1] / 20)) :].mean()
+        torch.testing.assert_close(top, together["top_bits"][number], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(each.error.mean(), together["error"][number], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "least"), [("joint", 0.95), ("nll", 0.6)])
@@ -101,7 +100,9 @@ def test_statistics_are_given_the_condition_of_each_image(prior):
             torch.testing.assert_close(values, apart[name], rtol=1e-4, atol=1e-4)
         bits = -pipe.log_prob(images, condition=condition).double() / math.log(2)
         torch.testing.assert_close(together["token_bits"], bits, rtol=1e-5, atol=1e-5)
-        assert (together["token_bits"] - statistics(pipe, images, [0, 1, 2, 0, 1])["token_bits"]).abs().min() > 1e-4
+        assert (
+            together["token_bits"] - statistics(pipe, images, labels=[0, 1, 2, 0, 1])["token_bits"]
+        ).abs().min() > 1e-4
         given = pipe.read_given(condition=condition)
         given = given.without(set(given.names) - background.columns.keys())
         behind = -background.log_prob(pipe.encode(images), condition=given) / math.log(2)
@@ -112,13 +113,17 @@ def test_statistics_are_given_the_condition_of_each_image(prior):
 
 def test_methods_fit_their_formulas(likely):
     found, fitted = statistics(likely, torch.cat([stripes(40, seed=3), constant()])), likely.calibration.fitted
-    score = {method: score_of(method, found, likely.calibration) for method in list_methods(found)}
+    score = {
+        method: torch.from_numpy(score_tiles(method, found, likely.calibration.fits)[0])
+        for method in list_methods(likely)
+    }
     assert torch.equal(score["nll"], found["token_bits"] + found["pixel_bits"]) and found["pixel_bits"].min() > 100
     assert torch.equal(score["reconstruction"], found["error"])
+    assert torch.equal(score["top_bits"], found["top_bits"])
     assert torch.equal(score["typicality"], (score["nll"] - fitted.typical_bits).abs())
-    far = fitted.statistics.of(log_statistics(found))
+    far = fitted.statistics.of(log_statistics(found, fitted.names))
     inside = far <= 1
-    assert inside[:40].mean() > 0.8 and inside[40:].mean() < 0.1
+    assert inside[:40].mean() > 0.75 and inside[40:].mean() < 0.1
     np.testing.assert_array_equal(score["joint"][inside], score["neighbours"][inside])
     np.testing.assert_allclose(score["joint"][~inside], (score["neighbours"] + far - 1)[~inside])
 
@@ -126,7 +131,10 @@ def test_methods_fit_their_formulas(likely):
 def test_the_scale_of_distances_fits_new_images(trained):
     """It would not if images were their own neighbours."""
     found, fitted = statistics(trained, stripes(600, seed=5)), trained.calibration.fitted
-    for distances in (fitted.features.of(found["features"].numpy()), fitted.statistics.of(log_statistics(found))):
+    for distances in (
+        fitted.features.of(found["features"].numpy()),
+        fitted.statistics.of(log_statistics(found, fitted.names)),
+    ):
         assert 0 < (distances > 1).mean() < 0.06
 
 
@@ -135,7 +143,7 @@ def test_a_prior_without_layers_has_no_neighbours():
     images = torch.randint(0, 256, (60, *pipe.tokenizer.image_shape), dtype=torch.uint8)
     calibration = calibrate(pipe, images[20:])
     assert calibration.fitted.features is None and "neighbours" not in calibration.scores
-    distance = calibration.fitted.statistics.of(log_statistics(statistics(pipe, images[:20])))
+    distance = calibration.fitted.statistics.of(log_statistics(statistics(pipe, images[:20]), calibration.fitted.names))
     np.testing.assert_array_equal(anomaly_score(pipe, images[:20]), distance)
     with pytest.raises(CalibrationError, match="neighbours"):
         anomaly_score(pipe, images, "neighbours")

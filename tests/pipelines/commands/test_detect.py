@@ -160,6 +160,27 @@ def test_the_remedy_for_too_few_images_works(world, tmp_path, capsys, options):
         )
 
 
+def test_folds_use_all_images_and_print_what_is_guaranteed(world, tmp_path, capsys):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    verb = f"pipeline={tmp_path}/pipe"
+    assert "folds=1 only" in fails(capsys, "calibrate", verb, "folds=5", "confidence=0.9")
+    assert "folds" in fails(capsys, "calibrate", verb, "folds=9")
+    main(["calibrate", verb, "folds=5", "data.limit=60"])  # 30 images: two halves would need 38
+    fitted = ImagePipeline.from_pretrained(tmp_path / "pipe").calibration
+    bound, printed = f"guaranteed is at most {100 * fitted.bound:.1f} %", capsys.readouterr().out
+    assert f"p-values: about 5 % of new normal images have p <= 0.05; {bound}" in printed
+    assert len(fitted.scores["joint"].values) == fitted.count == 30
+    given = [verb, f"images=[{world}/noise, {world}/fresh]", f"out={tmp_path}/found"]
+    assert "fdr: holds for a calibration with folds=1, this one has folds=5" in fails(
+        capsys, "detect", *given, "fdr=0.1"
+    )
+    main(["detect", *given])
+    assert bound in capsys.readouterr().out
+    rows = rows_of(tmp_path / "found/scores.csv")
+    assert [row["flagged"] == "1" for row in rows] == [float(row["p_value"]) <= 0.05 for row in rows]
+    assert all(row["flagged"] == "1" for row in rows[:12])
+
+
 def test_other_images_of_calibrated_objects_are_not_new(world, tmp_path, capsys):
     """Under any path, with data.group; the same pixels are not new without it, too."""
     images, noise = stripes(60, seed=31), stripes(60, seed=32)

@@ -22,7 +22,7 @@ from pipelines.__main__ import main
 from pipelines.anomaly import scores
 from pipelines.anomaly.scores import anomaly_score
 from pipelines.anomaly.sheets import reduce_map, reduce_mask
-from pipelines.commands import detect
+from pipelines.images import views
 from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
 
@@ -113,13 +113,23 @@ def test_the_area_is_that_above_the_threshold_of_the_map(world, tmp_path, capsys
     assert count and f"in {count} of 30 images" in capsys.readouterr().out
 
 
+def test_folds_have_maps_but_flag_no_regions(world, tmp_path, capsys):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    main(["calibrate", f"pipeline={tmp_path}/pipe", "tile=true", "stride=16", "folds=2"])
+    assert "left out: thresholds of regions (they need folds=1, not folds=2)" in capsys.readouterr().out
+    given = [f"images={world}/new", "tile=true", "stride=16", "num_shown=1", "method=hidden"]
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", *given])
+    assert "not flagged: with folds=2, the map has no threshold" in capsys.readouterr().out
+    assert "area" not in rows_of(tmp_path / "found/scores.csv")[0]
+
+
 def test_maps_are_computed_only_where_they_are_used(world, tmp_path, monkeypatch):
-    made, own = [], detect.map_calibrated
-    monkeypatch.setattr(detect, "map_calibrated", lambda *given: made.append(1) or own(*given))
+    made, own = [], scores.map_image
+    monkeypatch.setattr(scores, "map_image", lambda *given: made.append(1) or own(*given))
     given = [f"pipeline={world}/pipe", f"images={world}/new", "tile=true", "num_shown=1", f"out={tmp_path}/found"]
     for more, expected in (("method=nll", 0), ("map=bits", 0), ("map=hidden", 1), ("method=hidden", 1)):
         main(["detect", *given, more, "overwrite=true"])
-        assert len(made) == expected and ("area" in rows_of(tmp_path / "found/scores.csv")[0]) == bool(expected)
+        assert bool(made) == bool(expected) and ("area" in rows_of(tmp_path / "found/scores.csv")[0]) == bool(expected)
         made.clear()
 
 
@@ -131,7 +141,7 @@ def test_the_default_is_held_out_images_at_their_own_size(world, tmp_path, capsy
 
 
 def test_few_images_are_in_memory_at_a_time(world, tmp_path, monkeypatch):
-    most, alive, real = [0], [], scores.load_image
+    most, alive, real = [0], [], views.read_image
 
     def load(*arguments):
         image = real(*arguments)
@@ -139,7 +149,7 @@ def test_few_images_are_in_memory_at_a_time(world, tmp_path, monkeypatch):
         most[0] = max(most[0], len(alive))
         return image
 
-    monkeypatch.setattr(scores, "load_image", load)
+    monkeypatch.setattr(views, "read_image", load)
     main(["detect", f"pipeline={world}/pipe", f"images={world}/new", f"out={tmp_path}/found", "tile=true"])
     assert 1 <= most[0] <= 3
 

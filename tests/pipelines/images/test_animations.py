@@ -13,12 +13,12 @@ from PIL import Image
 
 from pipelines.config import UserError
 from pipelines.images.animations import MILLISECONDS, MIN_SIDE, gif_bytes, require_video, write_animation
-from pipelines.images.clip_files import Clip
+from pipelines.images.clip_files import open_clip
 
 
 def read_clip(path, mode="RGB"):
     """The frames of a file as the data set reads them."""
-    clip = Clip(str(path))
+    clip = open_clip(str(path))
     return np.stack([np.asarray(clip.read(k, deep=False).convert(mode)) for k in range(len(clip))])
 
 
@@ -52,17 +52,17 @@ def test_a_gif_of_many_colours_has_near_ones_and_does_not_flicker(tmp_path):
     assert np.array_equal(found[0, 8:], found[1, 8:]) and np.array_equal(found[1, 8:], found[3, 8:])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(5, 8), (3, 201), (150, 131)])
-def test_an_mp4_plays_at_any_size(tmp_path, size):
-    imageio = pytest.importorskip("imageio.v2")
-    pytest.importorskip("imageio_ffmpeg")
-    clip = np.full((3, *size, 1), 200, np.uint8)
-    clip[1] = 30
+def test_an_mp4_is_read_again_at_any_size(tmp_path, size, channels):
+    pytest.importorskip("av")
+    clip = np.full((3, *size, channels), 200, np.uint8)
+    clip[1], clip[..., -1] = 30, clip[..., -1] // 2
     write_animation(clip, tmp_path / "it.mp4")
-    frames = imageio.mimread(tmp_path / "it.mp4", memtest=False)
-    assert len(frames) == 3 and min(frames[0].shape[:2]) >= MIN_SIDE
-    assert all(side % 2 == 0 for side in frames[0].shape[:2])
-    assert [round(float(np.mean(frame)), -1) for frame in frames] == [200, 30, 200]
+    frames = read_clip(tmp_path / "it.mp4")
+    assert len(frames) == 3 and min(frames.shape[1:3]) >= MIN_SIDE and not any(side % 2 for side in frames.shape[1:3])
+    assert np.abs(frames.mean((1, 2)) - clip.mean((1, 2))).max() < 3
+    assert np.abs(frames.astype(int) - clip[:, :1, :1]).max() < 6
 
 
 def test_mp4_needs_an_extra_which_the_error_names(monkeypatch):

@@ -14,23 +14,22 @@ import torch
 from command import fails
 from hypothesis import given
 from hypothesis import strategies as st
-from optional import Late, needs_tifffile
+from optional import Late
 from PIL import Image
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline, evaluate, generate, train_prior, train_tokenizer
 from pipelines.__main__ import main
 from pipelines.config import UserError
-from pipelines.images import DataConfig, load_images
-from pipelines.images.arrays import Values, decode_array, values_of
-from pipelines.images.decoding import try_decode
-from pipelines.images.pictures import convert_images, to_images
+from pipelines.images import DataConfig, formats, load_images
+from pipelines.images.formats import decode_array, try_decode
+from pipelines.images.pictures import to_images
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
-from tokenizer.spec import to_uint8
+from tokenizer.spec import ImageSpec, to_uint8
 
-FULL = Values("uint16", 0.0, 65535.0)
 tifffile = Late("tifffile")
+DEEP = {"dtype": "uint16", "low": 0.0, "high": 65535.0}
 
 
 def blobs(count, seed=0, channels=6, side=16):
@@ -85,41 +84,41 @@ def png(array):
 def test_whole_numbers_come_back_exactly(dtype, low, width, seed):
     most = int(np.iinfo(dtype).max)
     low %= most
-    values = Values(dtype, low, min(low + width, most))
-    array = np.random.default_rng(seed).integers(low, values.high + 1, (3, 5, 2)).astype(dtype)
-    unit = values.to_unit(array)
-    assert unit.dtype == np.float32 and np.abs(unit).max() <= 1
-    found = values.from_unit(unit)
+    spec = ImageSpec(2, 3, 5, dtype=dtype, low=low, high=min(low + width, most))
+    array = np.random.default_rng(seed).integers(low, spec.high + 1, (3, 5, 2)).astype(dtype)
+    unit = spec.to_unit(np.moveaxis(array, -1, 0))
+    assert unit.dtype == torch.float32 and unit.abs().max() <= 1
+    found = spec.from_unit(unit, "np")
     assert found.dtype == array.dtype and np.array_equal(found, array)
 
 
 def test_each_of_65536_values_comes_back_exactly():
-    for low, high in [(0, 65535), (0, 1), (65534, 65535), (7, 10_000), (1, 65535), (30_000, 31_000)]:
-        values, array = Values("uint16", low, high), np.arange(low, high + 1, dtype=np.uint16)
-        assert np.array_equal(values.from_unit(values.to_unit(array)), array)
     every = np.arange(65536, dtype=np.uint16)
-    clipped = Values("uint16", 500, 900)
-    assert np.array_equal(clipped.from_unit(clipped.to_unit(every)), every.clip(500, 900))
+    for low, high in [(0, 65535), (0, 1), (65534, 65535), (7, 10_000), (1, 65535), (30_000, 31_000)]:
+        spec = ImageSpec(1, 256, 256, dtype="uint16", low=low, high=high)
+        unit = spec.to_unit(every.reshape(1, 256, 256))
+        assert np.array_equal(spec.from_unit(unit, "np").ravel(), every.clip(low, high))
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(0, 2**32))
 def test_floats_come_back_up_to_rounding(low, width, seed):
-    values = Values("float32", low, low + width)
+    spec = ImageSpec(2, 3, 5, dtype="float32", low=low, high=low + width)
     array = np.random.default_rng(seed).uniform(low, low + width, (3, 5, 2)).astype(np.float32)
     rounding = np.finfo(np.float32).eps * (width + abs(low))
-    assert np.abs(values.from_unit(values.to_unit(array)) - array.clip(low, low + width)).max() <= rounding
+    found = spec.from_unit(spec.to_unit(np.moveaxis(array, -1, 0)), "np")
+    assert np.abs(found - array.clip(low, low + width)).max() <= rounding
 
 
-@pytest.mark.parametrize("values", [FULL, Values("float32", -3.0, 5.0), Values("uint8", 10.0, 200.0)])
+@pytest.mark.parametrize("values", [("uint16", 0.0, 65535.0), ("float32", -3.0, 5.0), ("uint8", 10.0, 200.0)])
 def test_arrays_come_back_through_to_images(values):
-    rng = np.random.default_rng(0)
-    array = rng.uniform(values.low, values.high, (4, 7, 5, 6)).astype(values.dtype)
-    images = to_images(array, (6, 7, 5), values)
+    spec = ImageSpec(6, 7, 5, 1, *values)
+    array = np.random.default_rng(0).uniform(spec.low, spec.high, (4, 7, 5, 6)).astype(spec.dtype)
+    images = to_images(array, spec)
     assert images.shape == (4, 6, 7, 5) and images.dtype == torch.float32 and float(images.abs().max()) <= 1
-    found = convert_images(images, "np", values)
-    assert found.dtype == array.dtype and np.allclose(found, array, rtol=0, atol=1e-6 if values.dtype[0] == "f" else 0)
-    assert torch.equal(to_images(list(array), (6, 7, 5), values), images)
-    assert torch.equal(to_images(images, (6, 7, 5), values), images)
+    found = spec.from_unit(images, "np")
+    assert found.dtype == array.dtype and np.allclose(found, array, rtol=0, atol=1e-6 if spec.dtype[0] == "f" else 0)
+    assert torch.equal(to_images(list(array), spec), images)
+    assert torch.equal(to_images(images, spec), images)
 
 
 def test_other_types_are_refused_in_one_line():
@@ -130,30 +129,35 @@ def test_other_types_are_refused_in_one_line():
         (np.zeros((4, 4, 5), np.uint16), "shape"),
     ]:
         with pytest.raises(ValueError, match=reason) as caught:
-            to_images(array, (6, 4, 4), FULL)
+            to_images(array, ImageSpec(6, 4, 4, **DEEP))
         assert "\n" not in str(caught.value)
 
 
 # Files
 
 
+def spec_of(dtype, *shape):
+    return ImageSpec(*shape) if dtype == "uint8" else ImageSpec(*shape, dtype=dtype, low=0.0, high=250.0)
+
+
 @pytest.mark.parametrize("kind", ["npy", "npz", "first", "tiff"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_every_format_gives_the_same_values(kind, dtype):
     array = (blobs(1)[0] / 25).astype(dtype)
-    values = None if dtype == "uint8" else Values(dtype, 0.0, 250.0)
+    spec = spec_of(dtype, 6, 16, 16)
     first = np.ascontiguousarray(array.transpose(2, 0, 1))
     data = {"npy": npy(array), "npz": npz(a=array, b=array[:2]), "first": npy(first), "tiff": tiff(first)}[kind]
-    found = try_decode(data, (6, 16, 16), values=values)
+    found = try_decode(data, spec)
     assert not isinstance(found, str), found
-    expected = first if values is None else values.to_unit(first)
+    expected = first if spec.is_bytes else spec.scale(first)
     assert found.dtype == expected.dtype and np.array_equal(found, expected)
 
 
 def test_grey_of_16_bits_keeps_them():
     array = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     for data in (png(array), tiff([array])):
-        assert np.array_equal(FULL.from_unit(decode_array(data, (1, 64, 64), FULL))[0], array)
+        spec = ImageSpec(1, 64, 64, **DEEP)
+        assert np.array_equal(decode_array(data, spec), spec.scale(array[None]))
 
 
 def deep_png(array):
@@ -172,22 +176,22 @@ def deep_png(array):
 def test_colours_of_16_bits_keep_them(channels, tmp_path):
     array = np.random.default_rng(channels).integers(0, 65536, (9, channels + 2, channels)).astype(np.uint16)
     data = deep_png(array)
-    found = try_decode(data, (channels, 9, channels + 2), values=FULL)
-    assert np.array_equal(FULL.from_unit(found), np.moveaxis(array, -1, 0))
-    assert isinstance(try_decode(data[:70], (channels, 9, channels + 2), values=FULL), str)
+    spec = ImageSpec(channels, 9, channels + 2, **DEEP)
+    assert np.array_equal(spec.from_unit(torch.from_numpy(try_decode(data, spec)), "np"), array)
+    assert isinstance(try_decode(data[:70], spec), str)
     for number in range(12):
         (tmp_path / f"{number}.png").write_bytes(data)
     shape = {"channels": channels, "image_size": 9}
-    assert load_images(data_of(tmp_path, **shape)).train.values == ("uint16", array.min(), array.max())
+    assert values_of(load_images(data_of(tmp_path, **shape)).train) == ("uint16", array.min(), array.max())
     if channels in (1, 3):
-        assert load_images(data_of(tmp_path, dtype="uint8", **shape)).train.values is None
+        assert load_images(data_of(tmp_path, dtype="uint8", **shape)).train.spec.is_bytes
 
 
 def test_grey_pages_are_channels():
     pages = np.random.default_rng(0).integers(0, 256, (3, 8, 9)).astype(np.uint8)
-    assert np.array_equal(try_decode(tiff(pages), (3, 8, 9)), pages)
+    assert np.array_equal(try_decode(tiff(pages), ImageSpec(3, 8, 9)), pages)
     for data, channels in [(tiff(pages), 1), (tiff(pages[:2]), 3), (tiff([*pages, pages[0]]), 3)]:
-        found = try_decode(data, (channels, 8, 9))
+        found = try_decode(data, ImageSpec(channels, 8, 9))
         assert isinstance(found, str) and "several pages" in found
 
 
@@ -204,7 +208,6 @@ LAYOUTS = {
 }
 
 
-@needs_tifffile
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("channels", [3, 6])
@@ -214,72 +217,117 @@ def test_every_layout_of_a_tiff_gives_the_same_values(layout, dtype, channels):
     file = io.BytesIO()
     first = options.get("planarconfig") != "contig"
     tifffile.imwrite(file, planes if first else array, **options)
-    values = None if dtype == "uint8" else Values(dtype, 0.0, 250.0)
-    found = try_decode(file.getvalue(), (channels, 18, 19), values=values)
+    spec = spec_of(dtype, channels, 18, 19)
+    found = try_decode(file.getvalue(), spec)
     assert not isinstance(found, str), found
-    assert np.array_equal(found, planes if values is None else values.to_unit(planes))
+    assert np.array_equal(found, planes if spec.is_bytes else spec.scale(planes))
 
 
-@needs_tifffile
-def test_bad_tiffs_give_one_line(monkeypatch, capsys):
+def test_bad_tiffs_give_one_line(capsys):
     array, file, turned = np.ones((8, 9, 6), np.uint16), io.BytesIO(), io.BytesIO()
     tifffile.imwrite(file, array, photometric="minisblack", planarconfig="contig")
     tags = [(274, "H", 1, 6, True)]
     tifffile.imwrite(turned, array, photometric="minisblack", planarconfig="contig", extratags=tags, metadata=None)
     data = file.getvalue()
     for bad, channels, reason in [(data[:300], 6, ""), (turned.getvalue(), 6, "rotated"), (data, 5, "data.channels")]:
-        found = try_decode(bad, (channels, 8, 9), values=FULL)
+        found = try_decode(bad, ImageSpec(channels, 8, 9, **DEEP))
         assert isinstance(found, str) and reason in found and found and "\n" not in found
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("pipelines.images.arrays.find_spec", lambda name: None)
-    assert try_decode(data, (6, 8, 9), values=FULL).endswith('pip install "smalti[tiff]"')
 
 
-@needs_tifffile
-def test_colours_of_16_bits_in_a_tiff_need_tifffile(monkeypatch, tmp_path):
+def test_colours_of_16_bits_in_a_tiff_keep_them(tmp_path):
     array = np.random.default_rng(0).integers(0, 65536, (8, 8, 3)).astype(np.uint16)
     for number in range(12):
         tifffile.imwrite(tmp_path / f"{number}.tif", array, photometric="rgb")
     shape = {"channels": 3, "image_size": 8}
-    assert load_images(data_of(tmp_path, **shape)).train.values == ("uint16", array.min(), array.max())
-    monkeypatch.setattr("pipelines.images.arrays.find_spec", lambda name: None)
+    assert values_of(load_images(data_of(tmp_path, **shape)).train) == ("uint16", array.min(), array.max())
+    assert load_images(data_of(tmp_path, dtype="uint8", **shape)).train.spec.is_bytes
+
+
+def compressed_tiff(compression, segment=b""):
+    """A TIFF of 16-bit colours that Pillow does not read; its single part is replaced by `segment`, unless empty."""
+    file = io.BytesIO()
+    array = np.arange(8 * 8 * 3, dtype=np.uint16).reshape(8, 8, 3)
+    tifffile.imwrite(file, array, photometric="rgb", compression="zlib", metadata=None)
+    data = bytearray(file.getvalue())
+    with tifffile.TiffFile(io.BytesIO(data)) as found:
+        tags = found.pages[0].tags
+        for name, value, form in [
+            ("Compression", {"zlib": 8, "lzw": 5}[compression], "<H"),
+            ("StripOffsets", len(data) if segment else found.pages[0].dataoffsets[0], "<I"),
+            ("StripByteCounts", len(segment) or found.pages[0].databytecounts[0], "<I"),
+        ]:
+            struct.pack_into(form, data, tags[name].valueoffset, value)
+    return bytes(data) + segment, array
+
+
+@pytest.mark.parametrize("codecs", [True, False])
+def test_a_part_of_a_tiff_that_holds_more_than_its_pixels_is_not_inflated(codecs, monkeypatch):
+    if codecs:
+        pytest.importorskip("imagecodecs")
+    else:
+        monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    spec, (data, array) = ImageSpec(3, 8, 8, **DEEP), compressed_tiff("zlib")
+    assert np.array_equal(try_decode(data, spec), spec.scale(np.moveaxis(array, -1, 0)))
+    data, _ = compressed_tiff("zlib", zlib.compress(bytes(2**27)))
+    inflated, inflate = [], zlib.decompress
+    monkeypatch.setattr(zlib, "decompress", lambda *given: inflated.append(given) or inflate(*given))
+    found = try_decode(data, spec)
+    assert isinstance(found, str) and "\n" not in found and not inflated
+    assert codecs or "holds more than its pixels" in found
+
+
+def test_a_tiff_whose_codec_is_missing_names_the_extra(tmp_path, monkeypatch):
+    data, _ = compressed_tiff("lzw")
+    for number in range(12):
+        (tmp_path / f"{number}.tif").write_bytes(data)
+
+    def asarray(page):
+        raise ValueError(f"{page.compression!r} requires the 'imagecodecs' package")  # the words of tifffile
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", asarray)
+    line = try_decode(data, ImageSpec(3, 8, 8, **DEEP))
+    assert "LZW" in line and line.endswith('pip install "smalti[tiff]"')
     with pytest.raises(UserError, match=r"data.dtype: .*smalti\[tiff\].*data.dtype=uint8 reads 8 bits"):
-        load_images(data_of(tmp_path, **shape))
-    assert load_images(data_of(tmp_path, dtype="uint8", **shape)).train.values is None
+        load_images(data_of(tmp_path, channels=3, image_size=8))
 
 
 def test_channels_are_resized_alike():
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
     six = npy(np.concatenate([image, image[..., ::-1]], axis=2))
-    found, expected = try_decode(six, (6, 12, 12)), try_decode(png(image), (3, 12, 12))
+    found, expected = try_decode(six, ImageSpec(6, 12, 12)), try_decode(png(image), ImageSpec(3, 12, 12))
     assert np.array_equal(found[:3], expected) and np.array_equal(found[3:], expected[::-1])
-    deep = decode_array(npy(image.astype(np.uint16)), (3, 12, 12), Values("uint16", 0.0, 255.0))
+    deep = decode_array(npy(image.astype(np.uint16)), ImageSpec(3, 12, 12, dtype="uint16", high=255.0))
     assert np.abs((deep + 1) * 127.5 - expected).max() <= 1.5  # without rounding between the two passes
 
 
 BAD = {
-    "NaN": (npy(np.full((8, 8, 6), np.nan, np.float32)), Values("float32", 0.0, 1.0), "NaN"),
-    "channels": (npy(np.zeros((8, 8, 5), np.uint16)), FULL, "data.channels=6 needs"),
-    "axes": (npy(np.zeros((2, 8, 8, 6), np.uint16)), FULL, "shape (2, 8, 8, 6)"),
-    "type": (npy(np.zeros((8, 8, 6), np.int32)), FULL, "int32; convert them"),
-    "8 bits": (npy(np.zeros((8, 8, 6), np.uint8)), FULL, "uint8, not uint16"),
-    "objects": (npy(np.array([{}], dtype=object)), FULL, "Python objects"),
-    "short": (npy(np.zeros((8, 8, 6), np.uint16))[:200], FULL, "too short"),
-    "zip": (b"PK\x03\x04 nothing", FULL, "damaged .npz"),
-    "empty": (npz(), FULL, "npz"),
-    "picture": (png(np.zeros((8, 8, 3), np.uint8)), FULL, "data.channels=6 needs"),
-    "pages": (tiff([np.zeros((8, 8), np.uint16), np.zeros((4, 4), np.uint16)]), FULL, "pages differ"),
+    "NaN": (npy(np.full((8, 8, 6), np.nan, np.float32)), {"dtype": "float32", "low": 0.0, "high": 1.0}, "NaN"),
+    "channels": (npy(np.zeros((8, 8, 5), np.uint16)), DEEP, "data.channels=6 needs"),
+    "axes": (npy(np.zeros((2, 8, 8, 6), np.uint16)), DEEP, "shape (2, 8, 8, 6)"),
+    "type": (npy(np.zeros((8, 8, 6), np.int32)), DEEP, "int32; convert them"),
+    "8 bits": (npy(np.zeros((8, 8, 6), np.uint8)), DEEP, "uint8, not uint16"),
+    "objects": (npy(np.array([{}], dtype=object)), DEEP, "Python objects"),
+    "short": (npy(np.zeros((8, 8, 6), np.uint16))[:200], DEEP, "too short"),
+    "zip": (b"PK\x03\x04 nothing", DEEP, "damaged .npz"),
+    "empty": (npz(), DEEP, "npz"),
+    "picture": (png(np.zeros((8, 8, 3), np.uint8)), DEEP, "data.channels=6 needs"),
+    "pages": (tiff([np.zeros((8, 8), np.uint16), np.zeros((4, 4), np.uint16)]), DEEP, "pages differ"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_give_one_line(name):
     data, values, reason = BAD[name]
-    found = try_decode(data, (6, 8, 8), values=values)
+    found = try_decode(data, ImageSpec(6, 8, 8, **values))
     assert isinstance(found, str) and reason in found and "\n" not in found
 
 
 # Data sets
+
+
+def values_of(images):
+    return images.spec.dtype, images.spec.low, images.spec.high
 
 
 def data_of(folder, **more):
@@ -291,11 +339,10 @@ def test_range_is_measured_on_training_images(tmp_path, capsys):
     images = load_images(data_of(write_arrays(tmp_path / "a", arrays)))
     rows = images.train.origin[1]
     low, high = int(arrays[rows].min()), int(arrays[rows].max())
-    assert images.train.values == images.held_out.values == ("uint16", low, high)
+    assert values_of(images.train) == values_of(images.held_out) == ("uint16", low, high)
     assert f"uint16 from {low} to {high}" in capsys.readouterr().err
     batch = images.train.batch([0, 1])
-    expected = images.train.values.to_unit(arrays[rows[:2]])
-    assert torch.equal(batch, torch.from_numpy(expected).movedim(-1, 1))
+    assert torch.equal(batch, images.train.spec.to_unit(arrays[rows[:2]]).movedim(-1, 1))
     lazy = load_images(data_of(tmp_path / "a", cache_mb=0))
     assert torch.equal(lazy.train.batch([0, 1]), batch)
 
@@ -342,9 +389,9 @@ def test_tables_hold_arrays(kind, tmp_path):
         table.to_parquet(tmp_path / "train.parquet")
     images = load_images(data_of(tmp_path, **more))
     rows = images.train.origin[1]
-    assert images.train.values == ("uint16", arrays[rows].min(), arrays[rows].max())
-    expected = np.moveaxis(images.train.values.to_unit(arrays[rows]), -1, 1)
-    assert np.array_equal(images.train.pixels(range(len(rows))).numpy(), expected)
+    assert values_of(images.train) == ("uint16", arrays[rows].min(), arrays[rows].max())
+    expected = images.train.spec.to_unit(arrays[rows]).movedim(-1, 1)
+    assert torch.equal(images.train.pixels(range(len(rows))), expected)
     with pytest.raises(UserError, match="data.channels=5"):
         load_images(data_of(tmp_path, channels=5, **more))
     with pytest.raises(UserError, match="data.streaming"):
@@ -358,7 +405,7 @@ def test_images_of_another_type_do_not_change_the_range(tmp_path):
     images = load_images(data_of(folder, on_error="skip", validation_fraction=0))
     rows = images.train.origin[1]
     assert len(images.train.bad) + len(images.held_out.bad) == 2 and images.train.bad
-    assert images.train.values == ("uint16", blobs(240)[rows].min(), blobs(240)[rows].max())
+    assert values_of(images.train) == ("uint16", blobs(240)[rows].min(), blobs(240)[rows].max())
 
 
 def test_arrays_beside_pictures_are_no_images(tmp_path):
@@ -366,7 +413,7 @@ def test_arrays_beside_pictures_are_no_images(tmp_path):
     for number in range(12):
         Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
     images = load_images(DataConfig(source=str(tmp_path), image_size=8))
-    assert sum(map(len, images.by_name().values())) == 12 and images.train.values is None
+    assert sum(map(len, images.by_name().values())) == 12 and images.train.spec.is_bytes
 
 
 def test_settings_of_8_bits_are_not_written():
@@ -413,8 +460,8 @@ def run(tmp_path_factory):
 
 def test_all_stages_use_the_measured_range(run):
     pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(240)
-    assert pipe.values.dtype == "uint16" and pipe.tokenizer.image_shape == (6, 16, 16)
-    assert arrays.min() <= pipe.values.low < pipe.values.high <= arrays.max()
+    assert pipe.spec.dtype == "uint16" and pipe.spec.shape == (6, 16, 16)
+    assert arrays.min() <= pipe.spec.low < pipe.spec.high <= arrays.max()
     found = pipe.reconstruct(arrays, output_type="np")
     assert found.dtype == np.uint16 and found.shape == arrays.shape
     error = np.abs(found.astype(float) - arrays).mean()
@@ -453,11 +500,11 @@ def test_evaluation_and_detection_run(run):
     pipeline = f"pipeline={run / 'prior'}"
     figures = evaluate.main([pipeline, "num_images=16", "feature_steps=0", f"out={run / 'evaluation'}"])
     pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(240)
-    data = load_images(data_of(run / "images", range=(pipe.values.low, pipe.values.high)))
+    data = load_images(data_of(run / "images", range=(pipe.spec.low, pipe.spec.high)))
     arrays = arrays[data.held_out.origin[1]]
     error = pipe.reconstruct(arrays, output_type="np").astype(float) - arrays
-    span = pipe.values.high - pipe.values.low
-    clipped = arrays.clip(pipe.values.low, pipe.values.high) - arrays
+    span = pipe.spec.high - pipe.spec.low
+    clipped = arrays.clip(pipe.spec.low, pipe.spec.high) - arrays
     assert np.abs(clipped).max() <= 0.02 * span  # held-out values may lie beyond the measured range
     by_hand = 10 * np.log10(span**2 / np.square(error - clipped).mean((1, 2, 3)))
     assert figures["psnr"] == pytest.approx(by_hand.mean(), abs=0.02)
@@ -498,4 +545,4 @@ def test_verbs_for_pictures_say_so(run, capsys):
     assert "Inception takes images with 1 or 3 channels (these have 6)" in line
     with pytest.raises(ValueError, match="lossless compression needs"):
         ImagePipeline.from_pretrained(run / "prior").compress(blobs(2), lossless=True)
-    assert values_of(Tokenizer.from_pretrained(run / "tok" / "tokenizer")).dtype == "uint16"
+    assert Tokenizer.from_pretrained(run / "tok" / "tokenizer").spec.dtype == "uint16"

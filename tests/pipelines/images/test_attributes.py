@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sys
 import tracemalloc
@@ -466,6 +467,32 @@ def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
     with pytest.raises(UserError, match=f"^attributes.x: {table}:? .*{words}") as caught:
         load(source, {"x": "x"}, table)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.sparse
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"file_name": None, "x": 1}, "a row has no file_name"),
+        ({"file_name": "", "x": 1}, "a row has no file_name"),
+        ({"file_name": 3, "x": 1}, "a row has no file_name"),
+        ({"file_name": "other.png", "x": 1}, "lists .*other.png"),
+        ({"file_name": "../images", "x": 1}, "lists .*images"),
+        (["000.png"], "cannot be read: a line is not a JSON object"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_table_and_a_sheet_of_the_folder_refuse_the_same_rows(tmp_path, row, words):
+    source = write_files(tmp_path / "images")
+    line = row if row == "{" else json.dumps(row)
+    lines = "".join(f"{json.dumps(each)}\n" for each in rows_of({"x": [1] * 20})) + line
+    (table := tmp_path / "t.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=f"^attributes.x: .*{words}|^table: .*{words}") as of_table:
+        load(source, {"x": "x"}, table)
+    (tmp_path / "images/metadata.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=f"^data.source: .*{words}") as of_sheet:
+        load_images(DataConfig(source=str(source), image_size=12))
+    assert "\n" not in str(of_table.value) + str(of_sheet.value)
 
 
 def test_a_table_without_rows_says_so(tmp_path):

@@ -1,6 +1,6 @@
 """Damaged and hostile images among good ones, in folders, sheets, parquet and tar files, copied and streamed.
 
-Covers: pipelines/images/decoding.py.
+Covers: pipelines/images/checking.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from givens.images import BAD, Row, config, identities, load, rows_of, write_image, write_shards, write_table
 
 from pipelines.config import UserError
-from pipelines.images import crops, decoding, load_images
-from pipelines.images.dataset import BAD_IMAGES, list_bad
-from pipelines.images.decoding import BadImage
+from pipelines.images import checking, crops, dataset, load_images
+from pipelines.images.checking import BAD_IMAGES, BadImage, Memory, list_bad
+from pipelines.images.sources import Source
 
 GOOD = 40
 KINDS = ["folder", "sheet", "parquet", "tar", "parquet stream", "tar stream"]
@@ -123,7 +123,7 @@ def test_too_many_bad_images_end_a_stream(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pipes_broken_links_and_huge_files_are_bad_images(tmp_path, monkeypatch, streaming):
     """Reading a pipe never ends, and a file may be larger than memory."""
-    monkeypatch.setattr("pipelines.images.decoding.MAX_FILE", 2000)
+    monkeypatch.setattr("pipelines.images.formats.MAX_FILE", 2000)
     for key, data, _ in rows_of(8):
         write_image(tmp_path / f"{key}.png", data)
     os.mkfifo(tmp_path / "fifo.png")
@@ -182,25 +182,55 @@ def test_processes_share_the_check_of_images_that_they_do_not_keep(tmp_path, mon
     """Each image is decoded by one process, or by all if they keep it; all processes list all bad images."""
     write_source(tmp_path, "folder", "text")
     data = config(tmp_path, on_error="skip", max_bad_fraction=1, cache_mb=cache_mb, crop=crop, **OPTIONS)
-    alone, checked, group = load_images(data), list[int](), Group(size)
-    if crop is None:
-        decode_rows = decoding.decode_rows
-        monkeypatch.setattr(decoding, "decode_rows", lambda *given: checked.extend(given[2]) or decode_rows(*given))
-    else:
-        read_whole = crops.read_whole
-        monkeypatch.setattr(crops, "read_whole", lambda *given: checked.append(given[1]) or read_whole(*given))
-    for module in (decoding, crops):
-        monkeypatch.setattr(module, "CHUNK", 3)
-        monkeypatch.setattr(module, "dist", group)
-    for splits in group.run(lambda: load_images(data, together=True)):
+    alone, checked, group = load_images(data), list[Path](), Group(size)
+    decode = dataset.try_decode
+    for module in (dataset, crops):
+        monkeypatch.setattr(
+            module, "try_decode", lambda *given, **more: checked.append(given[0]) or decode(*given, **more)
+        )
+    monkeypatch.setattr(checking, "CHUNK", 3)
+    monkeypatch.setattr(checking, "dist", group)
+    processes = group.run(lambda: load_images(data, together=True))
+    once = GOOD + 3 + 4
+    assert len(checked) == (size * once if cache_mb else once) and len(set(checked)) == once
+    for splits in processes:
         for name, part in splits.by_name().items():
             other = alone.by_name()[name]
-            assert part.bad == other.bad and np.array_equal(part._positions, other._positions)
-            if crop is None:  # crops that are not kept would be decoded again, and counted
-                assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
-    once = GOOD + 3 + 4
-    parts = 3 if crop else 0  # until an image does not fit, all processes decode: the first chunk of each part
-    assert size * once * bool(cache_mb) <= len(checked) <= (size * once if cache_mb else once + (size - 1) * 3 * parts)
+            assert part.bad == other.bad and part.names(range(len(part))) == other.names(range(len(other)))
+            assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
+
+
+@pytest.mark.parametrize("room", [0, 1000, 5000, 10**6])
+def test_images_at_their_own_size_are_held_by_all_processes_or_checked_by_one(monkeypatch, room):
+    """The first images that fit in the room are in memory, whoever decodes the others, and whatever is bad."""
+    group, checked = Group(3), list[int]()
+    monkeypatch.setattr(checking, "CHUNK", 4)
+    monkeypatch.setattr(checking, "AHEAD", 2)
+    monkeypatch.setattr(checking, "dist", group)
+    sides = [10 + k % 7 for k in range(60)]
+    source = Source(60, lambda rows: list(rows), "image {}".format)
+
+    def decode(k: int) -> Any:
+        checked.append(k)
+        return "bad" if k % 9 == 5 else np.full((1, sides[k], sides[k]), k, np.uint8)
+
+    def check() -> tuple[list[int], list[int], list[int | None]]:
+        memory = Memory(60, room)
+        good, bad = checking.decode_all(source, np.arange(60), decode, memory, together=True)
+        return (
+            good.tolist(),
+            [each.row for each in bad],
+            [None if i is None else int(i[0, 0, 0]) for i in memory.images],
+        )
+
+    (good, bad, held), *others = group.run(check)
+    assert all(other == (good, bad, held) for other in others)
+    assert bad == [k for k in range(60) if k % 9 == 5] and sorted({*good, *bad}) == list(range(60))
+    sizes = np.cumsum([sides[k] ** 2 for k in good])
+    count = int((sizes <= room).sum())
+    assert held == [*good[:count], *[None] * (len(good) - count)]
+    beyond = 60 - good[count - 1] if 0 < count < len(good) else 60 if not count else 0
+    assert len(checked) <= 3 * 60 - 2 * beyond + 2 * 4 * 4  # a few tasks are begun before the memory is full
 
 
 def test_names_are_escaped_and_a_list_that_cannot_be_written_is_a_warning(tmp_path, capsys):

@@ -20,15 +20,17 @@ from pipelines.__main__ import main
 from pipelines.commands.detect import DetectConfig, find_images
 from pipelines.config import UserError
 from pipelines.images import DataConfig, clip_files, load_images
+from pipelines.images.animations import write_animation
 from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
-from pipelines.images.decoding import try_decode
-from pipelines.options import read_clips
+from pipelines.images.formats import try_decode
+from pipelines.images.views import View
+from pipelines.options import open_files, read_files
 from pipelines.tokens import load_tokens
 from tokenizer import Tokenizer
 from tokenizer.frame_by_frame import FrameByFrame
-from tokenizer.spec import to_float
+from tokenizer.spec import ImageSpec, to_float
 
 SIDE = 16
 KINDS = ["folder", "gif", "webp", "png", "tiff", "npy", "npz"]
@@ -103,9 +105,9 @@ def test_windows_are_the_consecutive_frames_of_each_clip(tmp_path, kind, capsys)
     )
     expected = {(name, start) for name, clip in known.items() for start in range(0, len(clip) - 3, 4)}
     assert {clip_and_start(name) for name in found} == expected
-    for name, strip in found.items():
+    for name, window in found.items():
         clip, start = clip_and_start(name)
-        assert np.array_equal(strip, known[clip][start : start + 4].reshape(1, 4 * SIDE, SIDE))
+        assert np.array_equal(window, known[clip][start : start + 4, None])
 
 
 @settings(deadline=None, max_examples=15)
@@ -119,10 +121,9 @@ def test_each_split_has_whole_clips_and_frames_divide_like_windows(tmp_path_fact
     owners, count = {}, 0
     for split, part in windows.by_name().items():
         apart = single.by_name()[split]
-        assert apart.image_shape == (1, SIDE, SIDE) and len(apart) == frames * len(part)
-        strips, names = part.pixels(range(len(part))), part.names(range(len(part)))
-        expected = strips.unflatten(2, (frames, SIDE)).transpose(1, 2).flatten(0, 1)
-        assert torch.equal(apart.pixels(range(len(apart))), expected)
+        assert apart.spec.shape == (1, SIDE, SIDE) and len(apart) == frames * len(part)
+        clips, names = part.pixels(range(len(part))), part.names(range(len(part)))
+        assert torch.equal(apart.pixels(range(len(apart))), clips.flatten(0, 1))
         wanted = [(clip, start + k) for clip, start in map(clip_and_start, names) for k in range(frames)]
         assert list(map(clip_and_start, apart.names(range(len(apart))))) == wanted
         count += len(part)
@@ -184,10 +185,9 @@ def test_folders_of_splits(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "gif", "npy"])
 def test_frames_are_resized_like_images_one_by_one(tmp_path, kind):
     known = write_clips(tmp_path, [4] * 4, kind, lambda length, seed: blob(length, seed, 24))
-    for name, strip in by_name(load(tmp_path, image_size=(10, 8), held_out_fraction=0.5)).items():
+    for name, window in by_name(load(tmp_path, image_size=(10, 8), held_out_fraction=0.5)).items():
         frames = known[clip_and_start(name)[0]]
-        expected = [try_decode(frame, (1, 10, 8)) for frame in frames]
-        assert np.array_equal(strip, np.concatenate(expected, axis=1))
+        assert np.array_equal(window, [try_decode(frame, ImageSpec(1, 10, 8)) for frame in frames])
 
 
 def test_a_clip_is_opened_once_for_all_its_windows(tmp_path, monkeypatch):
@@ -196,6 +196,76 @@ def test_a_clip_is_opened_once_for_all_its_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_files, "open_image", lambda path, **deep: opened.append(path) or original(path, **deep))
     load(tmp_path, 2)
     assert len(opened) <= 2 * 6 + 3  # once to count the frames, once to read them; chunks of windows may share a clip
+
+
+# MP4
+
+
+def write_videos(folder, lengths, name=None):
+    """Write bright and dark frames as MP4, which is inexact; return their grey levels by name."""
+    folder.mkdir(exist_ok=True)
+    found = {}
+    for number, length in enumerate(lengths):
+        found[f"clip{number:02d}"] = levels = np.random.default_rng(number).permutation(np.linspace(10, 245, length))
+        frames = np.broadcast_to(levels[:, None, None, None], (length, 128, 128, 1)).round().astype(np.uint8)
+        write_animation(frames, folder / (name or f"clip{number:02d}.mp4"))
+    return found
+
+
+def test_an_mp4_is_cut_into_windows_and_read_in_any_order(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("av")
+    known, seeks = write_videos(tmp_path, [12, 4, 9, 8, 40]), []
+    (tmp_path / ".hidden").mkdir()
+    write_videos(tmp_path / ".hidden", [4])
+    (tmp_path / "bad.MP4").write_bytes((tmp_path / "clip03.mp4").read_bytes()[:300])
+    with pytest.raises(UserError, match="bad.MP4: not an MP4, or damaged: Invalid data"):
+        load(tmp_path)
+    (tmp_path / "bad.MP4").unlink()
+    splits = load(tmp_path)
+    assert "5 clips, 18 windows of 4 frames; 1 frames" in capsys.readouterr().err
+    for name, window in by_name(splits).items():
+        clip, at = clip_and_start(name)
+        assert np.abs(window.mean((1, 2, 3)) - known[clip][at : at + 4]).max() < 3
+    lazy = load(tmp_path, cache_mb=0).train
+    order = np.random.default_rng(0).permutation(len(lazy))
+    find_times = clip_files.VideoClip._find_times
+    monkeypatch.setattr(clip_files.VideoClip, "_find_times", lambda clip: seeks.append(clip) or find_times(clip))
+    assert torch.equal(lazy.pixels(order), splits.train.pixels(order)) and not seeks
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_each_frame_of_an_mp4_is_found_whatever_its_time(tmp_path, codec):
+    """Frames at irregular times, which are stored in another order, in groups that refer to one another."""
+    av = pytest.importorskip("av")
+    gaps, levels = np.random.default_rng(0).integers(1, 9, 60), np.arange(60) * 4
+    with av.open(str(tmp_path / "it.mp4"), "w") as file:
+        options = (
+            {"x264-params": "open-gop=1:bframes=3:keyint=7:min-keyint=4"}
+            if codec == "libx264"
+            else {"qmin": "1", "qmax": "1"}
+        )
+        stream = file.add_stream(codec, rate=10, options=options)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        if codec == "mpeg4":
+            stream.codec_context.gop_size, stream.codec_context.max_b_frames = 7, 2
+        for time, level in zip(gaps.cumsum(), levels, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), level, np.uint8), "rgb24")
+            frame.pts = int(time)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    clip = clip_files.open_clip(str(tmp_path / "it.mp4"))
+    assert len(clip) == 60
+    for index in [*range(60), *np.random.default_rng(1).permutation(60)]:
+        frame = clip.read(int(index), deep=True)
+        assert frame.shape == (32, 48, 3) and abs(frame.mean() - levels[index]) < 2, index
+
+
+def test_an_mp4_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "it.mp4").write_bytes(b"")
+    monkeypatch.setattr("pipelines.images.animations.find_spec", lambda name: None)
+    spec = ImageSpec(1, SIDE, SIDE, 4)
+    with pytest.raises(UserError, match=r'^images: [^\n]*it.mp4: MP4 needs [^\n]*pip install "smalti\[video\]"$'):
+        read_files(open_files([str(tmp_path)], spec), [0], spec)
 
 
 # More than 8 bits
@@ -211,12 +281,12 @@ def test_deep_clips_keep_their_type_and_the_measured_range(tmp_path, kind, dtype
         pytest.skip("PNG holds no floats")
     known = write_clips(tmp_path, [2, 2, 2, 6, 6, 5, 9], kind, make)
     splits = load(tmp_path, on_error="skip", max_bad_fraction=0.5, validation_fraction=0)  # three are too short
-    values = splits.train.values
+    spec = splits.train.spec
     used = [known[clip][at : at + 4] for clip, at in map(clip_and_start, splits.train.names(range(len(splits.train))))]
-    assert values == (dtype, np.min(used), np.max(used))
-    for name, strip in by_name(splits).items():
+    assert (spec.dtype, spec.low, spec.high) == (dtype, np.min(used), np.max(used))
+    for name, window in by_name(splits).items():
         clip, at = clip_and_start(name)
-        assert np.array_equal(strip, values.to_unit(known[clip][at : at + 4]).reshape(1, 4 * SIDE, SIDE))
+        assert np.array_equal(window, spec.scale(known[clip][at : at + 4, None]))
 
 
 @pytest.mark.parametrize("channels", [3, 6])
@@ -228,10 +298,9 @@ def test_arrays_have_channels_first_or_last(tmp_path, channels, last):
 
     known = write_clips(tmp_path, [4] * 5, "npy", make)
     splits = load(tmp_path, channels=channels)
-    for name, strip in by_name(splits).items():
+    for name, window in by_name(splits).items():
         frames = known[clip_and_start(name)[0]]
-        frames = np.moveaxis(frames, -1, 1) if last else frames
-        assert np.array_equal(strip, splits.train.values.to_unit(np.concatenate(frames, axis=1)))
+        assert np.array_equal(window, splits.train.spec.scale(np.moveaxis(frames, -1, 1) if last else frames))
 
 
 def test_a_declared_range_that_clips_is_reported(tmp_path, capsys):
@@ -247,13 +316,12 @@ def test_augmentation_moves_each_frame_and_all_alike():
     """Frames of one value each stay that: nothing of a neighbour moves in."""
     config = AugmentConfig(flip=True, shift=5, rotate=30, zoom=0.3)
     changes = draw_changes(np.arange(8), 0, config, 0)
-    flat = torch.tensor([0, 90, 180, 255], dtype=torch.uint8)[None, None, :, None, None].expand(8, 1, 4, SIDE, SIDE)
-    strips = flat.reshape(8, 1, 4 * SIDE, SIDE)
-    assert torch.allclose(prepare_images(strips, changes, config, 4), to_float(strips), atol=1e-6)
+    flat = torch.tensor([0, 90, 180, 255], dtype=torch.uint8)[:, None, None, None].expand(8, 4, 1, SIDE, SIDE)
+    assert torch.allclose(prepare_images(flat, changes, config), to_float(flat), atol=1e-6)
     frames = torch.from_numpy(np.stack([blob(1, seed) for seed in range(8)]))
-    moved = prepare_images(frames.repeat(1, 4, 1, 1).reshape(8, 1, 4 * SIDE, SIDE), changes, config, 4)
+    moved = prepare_images(frames[:, None].expand(8, 4, 1, SIDE, SIDE), changes, config)
     alone = prepare_images(frames, changes, config)
-    assert torch.equal(moved, alone.repeat(1, 1, 4, 1))
+    assert torch.equal(moved, alone[:, None].expand_as(moved))
 
 
 def test_variants_of_clips_are_made_with_the_number_of_frames(tmp_path):
@@ -374,16 +442,19 @@ def test_a_table_lists_folders_of_frames(tmp_path):
 # Files that a verb takes
 
 
-def test_read_clips_returns_windows_of_files_and_folders(tmp_path):
+def test_windows_of_files_and_folders_are_read(tmp_path):
     known = write_clips(tmp_path, [9, 4], "gif")
     write_clip(tmp_path / "more", blob(5, 7), "folder")
-    strips, names = read_clips(sorted(tmp_path.iterdir()), (1, 4 * SIDE, SIDE), 4)
+    spec = ImageSpec(1, SIDE, SIDE, 4)
+    source = open_files(sorted(map(str, tmp_path.iterdir())), spec)
+    clips, names = read_files(source, range(source.size), spec), [source.name(row) for row in range(source.size)]
     assert [name.removeprefix(f"{tmp_path}/") for name in names] == [
         "clip00.gif[0:4]", "clip00.gif[4:8]", "clip01.gif[0:4]", "more[0:4]"
     ]  # fmt: skip
-    assert np.array_equal(strips[1, 0], known["clip00"][4:8].reshape(-1, SIDE))
+    assert np.array_equal(clips[1, :, 0], known["clip00"][4:8])
+    longer = ImageSpec(1, SIDE, SIDE, 8)
     with pytest.raises(UserError, match="images: .*more: 5 frames, fewer than"):
-        read_clips([tmp_path / "more"], (1, 8 * SIDE, SIDE), 8)
+        read_files(open_files([str(tmp_path / "more")], longer), [0], longer)
 
 
 # All stages
@@ -412,7 +483,7 @@ def run(request, tmp_path_factory):
 
 def test_the_tokenizer_is_one_of_frames(run):
     tokenizer = Tokenizer.from_pretrained(run / "tok" / "tokenizer")
-    assert (tokenizer.frames, tokenizer.image_shape, tokenizer.grid.shape) == (1, (1, SIDE, SIDE), (4, 4))
+    assert (tokenizer.spec.frames, tokenizer.spec.shape, tokenizer.grid.shape) == (1, (1, SIDE, SIDE), (4, 4))
     preview = Image.open(next((run / "tok" / "previews").glob("reconstructions-*60.png")))
     assert preview.height < 6 * 64  # two rows of frames and two of reconstructions, not strips
 
@@ -436,12 +507,12 @@ def test_encode_wraps_the_tokenizer_and_keeps_the_splits(run, capsys):
 
 def test_the_pipeline_draws_clips(run):
     pipe = ImagePipeline.from_pretrained(run / "prior")
-    assert pipe.prior.grid.shape == (4, 4, 4) and pipe.tokenizer.image_shape == (1, 4 * SIDE, SIDE)
+    assert pipe.prior.grid.shape == (4, 4, 4) and pipe.spec.shape == (4, 1, SIDE, SIDE)
     out = pipe(2, seed=0, output_type="pt")
     assert out.images.shape == (2, 4, 1, SIDE, SIDE) and out.tokens.shape == (2, 4, 4, 4)
     values = pipe(2, seed=0, output_type="np").images
     assert values.shape == (2, 4, SIDE, SIDE, 1)
-    assert values.dtype == (np.uint8 if pipe.values is None else np.float32)
+    assert values.dtype == (np.uint8 if pipe.spec.is_bytes else np.float32)
 
 
 def test_evaluation_and_inspection_run(run, capsys):
@@ -467,8 +538,9 @@ def test_another_size_or_number_of_frames_is_refused(run, tmp_path, capsys):
 def test_detection_does_not_take_stills_for_strips(run, tmp_path):
     Image.new("L", (SIDE, 4 * SIDE)).save(tmp_path / "strip.png")
     config = DetectConfig(pipeline=str(run / "prior"), images=str(tmp_path / "strip.png"))
+    pipe = ImagePipeline.from_pretrained(run / "prior")
     with pytest.raises(UserError, match=r"^images: [^\n]*strip.png: 1 frame, fewer than data.frames=4$"):
-        find_images(config, ImagePipeline.from_pretrained(run / "prior"))
+        find_images(config, pipe, View.of(pipe.spec, None))
 
 
 def test_tokenizers_without_a_grid_are_refused_before_training(run, tmp_path, capsys):

@@ -14,6 +14,7 @@ from givens.images import ALL, config, write_folder
 
 from pipelines.images import DataConfig, ImageDataset, load_images
 from pipelines.images.dataset import warn_about_colour
+from pipelines.images.settings import OPTIONAL
 from tokenizer.spec import to_float, to_uint8
 
 ROOT = Path(__file__).parents[3]
@@ -83,6 +84,20 @@ def test_colour_images_that_become_grey_are_reported(tmp_path, capsys, shape, wa
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(pydantic.ValidationError):
         DataConfig(**wrong)
+
+
+SET = {"clips": True, "frames": 4, "group": "a", "key": "id", "dtype": "uint8", "range": (0.0, 9.0), "show": (2, 1, 0)}
+SET |= {"crop": "random", "crops_per_image": 3, "binarize": "drawn"}
+
+
+@pytest.mark.parametrize("key", OPTIONAL)
+def test_settings_that_0_3_began_without_are_written_only_if_they_are_set(key):
+    others = {"crops_per_image": {"crop": "random"}, "show": {"channels": 4}}
+    used = DataConfig(**{key: SET[key], **others.get(key, {})})
+    written = used.model_dump(mode="json")
+    assert DataConfig.model_validate(written) == used
+    assert OPTIONAL.keys() & written == {key, *others.get(key, {})} - {"channels"}
+    assert "held_out" in written and not OPTIONAL.keys() & DataConfig().model_dump().keys()  # null, but not optional
 
 
 def test_pillows_limits_stay_in_force():

@@ -31,7 +31,7 @@ from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
-from pipelines.images.decoding import hash_names
+from pipelines.images.sources import hash_names
 from pipelines.images.splits import (
     Inherited,
     SplitFacts,
@@ -257,7 +257,7 @@ def test_shards_are_divided_by_name_without_their_number(tmp_path):
         write_shards(tmp_path / str(count), "tar", rows_of(2 * count, size=12), count)
         found = divide_files(config(tmp_path / str(count), streaming=True, validation_fraction=0.2), inherited)
         names = {
-            name: {os.path.basename(part.rows.name(k)).partition("-of-")[0] for k in part.positions.tolist()}
+            name: {os.path.basename(part.source.name(k)).partition("-of-")[0] for k in part.positions.tolist()}
             for name, part in found.parts.items()
         }
         return found, names
@@ -735,12 +735,6 @@ def test_an_object_may_be_a_folder_within_the_source(tmp_path):
         for part, images in splits.by_name().items()
     }
     assert len(names["held_out"]) == 3 and len(names["train"]) == 7 and not names["train"] & names["held_out"]
-
-
-def test_settings_without_groups_are_written_as_before():
-    assert not {"group", "clips"} & set(DataConfig().model_dump())
-    assert DataConfig(group="a").model_dump()["group"] == "a" and "clips" not in DataConfig(group="a").model_dump()
-    assert "held_out" in DataConfig().model_dump()  # other settings are written even when they are null
 
 
 def test_bad_groups_are_one_line(tmp_path):

@@ -125,7 +125,7 @@ def test_whole_shards_are_held_out(tmp_path, kind):
 def test_without_training_the_first_images_have_random_access(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "MOST", 20)
     write_shards(tmp_path, "tar", rows_of(60), 4)
-    splits = load_images(stream(tmp_path).train._config)
+    splits = load_images(stream(tmp_path).train.config)
     assert len(splits.train) == 20 and len(splits.held_out) == 15
     assert splits.train.labels.tolist() == [k % 3 for k in identities(splits.train.pixels(range(20)))]
     assert "including train" in capsys.readouterr().err
@@ -220,7 +220,7 @@ def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
         assert identities(train.pixels(range(18))) == train._positions.tolist() and train.labels is not None
         found = list(
             streaming.read_files(
-                [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train._config
+                [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train.config
             )
         )
         assert [sample["data"] for sample in found] == [data for _, data, _ in rows_of(20)]

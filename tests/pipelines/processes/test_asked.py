@@ -11,7 +11,7 @@ from accelerate.utils.dataclasses import DistributedType
 from launch import free_port, metrics, output_of, start, tokenizer_arguments, train_tokenizer
 
 from pipelines.config import UserError
-from pipelines.images import tables
+from pipelines.images import loading
 from pipelines.processes.launch import REFUSED
 
 
@@ -49,7 +49,7 @@ def test_unsupported_options_are_refused_before_images_are_read(variable: str, t
         raise AssertionError("images were read")
 
     monkeypatch.setenv(variable, "true")
-    monkeypatch.setattr(tables, "digits", read)
+    monkeypatch.setattr(loading, "open_digits", read)
     with pytest.raises(UserError, match="--use_fsdp --fsdp_version 2"):
         train_tokenizer(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ from pipelines import encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images, tables
+from pipelines.images import load_images, loading
 from pipelines.images.attributes import load_attributes
 from pipelines.job import work_folder
 from pipelines.provenance import read_data_settings
@@ -65,7 +65,7 @@ def interrupt(monkeypatch, *arguments, after=4, **options):
 @pytest.fixture(autouse=True)
 def digits_parsed_once(monkeypatch):
     """Parsing the digits takes a second."""
-    monkeypatch.setattr(tables, "digits", DIGITS_ONCE)
+    monkeypatch.setattr(loading, "open_digits", DIGITS_ONCE)
 
 
 def encoded(tokenizer, out, data, **options):

@@ -11,6 +11,7 @@ from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
+from pipelines.anomaly.examine import Examination
 from pipelines.images import DataConfig
 
 SIZE = 16
@@ -74,6 +75,12 @@ def trained_on_stripes() -> ImagePipeline:
     pipe = ImagePipeline(tokenizer, prior)
     calibrate(pipe, stripes(1000, seed=2))
     return pipe
+
+
+def statistics_of(pipe, images, **options):
+    """Return the statistics of images of the model's size, by name."""
+    rows = [each.statistics for each in Examination.open(pipe, images, **options).examine(["statistics"])]
+    return {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
 
 
 def write_set(root, shape=(8, 12), channels=1, per_class=20, classes=2):

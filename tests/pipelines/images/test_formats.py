@@ -1,4 +1,15 @@
-"""Decoding: formats, grey and colour, transparency, 16 bits, CMYK, orientation, animations, size."""
+"""Decoding: formats, grey and colour, transparency, 16 bits, CMYK, orientation, animations, size.
+
+Covers: pipelines/images/formats.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +19,15 @@ from ordinary import as_others
 from PIL import Image
 
 from pipelines.images import load_images
-from pipelines.images.arrays import Values, guess_type, read_values
-from pipelines.images.decoding import WEB_FORMATS, pixels_of, try_decode
+from pipelines.images.clip_files import cut_windows
 from pipelines.images.folder import READ_SUFFIXES
+from pipelines.images.formats import OWN_SIZE, WEB_FORMATS, decode_image, guess_type, read_values, try_decode
+from tokenizer.spec import ImageSpec
 
 
 def decode(data, channels=1, size=(12, 12)):
     """The pixels of an encoded image; a message is an error."""
-    pixels = try_decode(data, (channels, *size))
+    pixels = try_decode(data, ImageSpec(channels, *size))
     assert not isinstance(pixels, str), pixels
     return pixels
 
@@ -56,7 +68,7 @@ def test_sixteen_bits_are_scaled_to_eight(format):
     ],
 )
 def test_a_tiff_of_several_pages_or_without_a_known_white_is_refused_with_a_remedy(image, options, reason):
-    assert reason in try_decode(encoded(image, "TIFF", **options), (1, 12, 12))
+    assert reason in try_decode(encoded(image, "TIFF", **options), ImageSpec(1, 12, 12))
 
 
 def test_every_suffix_of_a_training_image_is_decoded_and_uploads_may_be_web_formats():
@@ -64,7 +76,7 @@ def test_every_suffix_of_a_training_image_is_decoded_and_uploads_may_be_web_form
         format = Image.registered_extensions()[suffix]
         data = encoded(GREY, format)
         assert decode(data).shape == (1, 12, 12)
-        assert isinstance(try_decode(data, (1, 12, 12), WEB_FORMATS), str) == (format in ("TIFF", "PPM"))
+        assert isinstance(try_decode(data, ImageSpec(1, 12, 12), WEB_FORMATS), str) == (format in ("TIFF", "PPM"))
 
 
 WIDE = [1023, 65_535]
@@ -104,9 +116,9 @@ def test_white_of_a_ppm_is_white_and_its_greys_are_in_proportion(magic, white):
 @pytest.mark.parametrize("white", WIDE)
 def test_a_pgm_of_more_than_eight_bits_is_read_as_sixteen_bits_like_a_png(magic, white):
     pixels = np.random.default_rng(0).integers(0, white + 1, (12, 12))
-    data, values = ppm(magic, pixels, white), Values("uint16", 0, 65_535)
+    data, spec = ppm(magic, pixels, white), ImageSpec(1, 12, 12, dtype="uint16", high=65_535)
     assert guess_type(data, 1) == "uint16"
-    assert np.array_equal(read_values(data, 1, values)[0], np.rint(pixels / white * 65_535))
+    assert np.array_equal(read_values(data, spec)[0], np.rint(pixels / white * 65_535))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +132,7 @@ def test_a_pgm_of_more_than_eight_bits_is_read_as_sixteen_bits_like_a_png(magic,
     ],
 )
 def test_a_damaged_or_unusual_ppm_is_refused_in_one_line(data, reason):
-    found = try_decode(data, (3, 12, 12))
+    found = try_decode(data, ImageSpec(3, 12, 12))
     assert isinstance(found, str) and reason in found and "\n" not in found
 
 
@@ -142,7 +154,7 @@ def test_transparency_is_composited_on_white(mode):
         image = Image.new("LA" if mode == "LA" else "RGBA", (12, 12), (*colour, 255))
         image.paste((*colour, 0), (0, 0, 6, 12))
         image = image.quantize(2, method=Image.Quantize.FASTOCTREE) if mode == "quantized" else image
-    for pixels in (decode(encoded(image), 3), pixels_of(image, (3, 12, 12))):
+    for pixels in (decode(encoded(image), 3), decode_image(image, ImageSpec(3, 12, 12))):
         assert (pixels[:, :, :6] == 255).all()
         assert np.abs(pixels[:, 5, 9].astype(int) - (colour if len(colour) == 3 else colour * 3)).max() < 10
 
@@ -175,7 +187,7 @@ def test_an_animation_gives_its_first_frame(format):
 
 def test_images_of_up_to_64_megapixels_are_read():
     for side, read in ((7_100, True), (8_200, False)):
-        found = try_decode(encoded(Image.new("1", (side, side), 1)), (1, 12, 12))
+        found = try_decode(encoded(Image.new("1", (side, side), 1)), ImageSpec(1, 12, 12))
         assert (found == 255).all() if read else "the limit is" in found
 
 
@@ -202,12 +214,59 @@ def test_white_is_white_in_every_mode_of_pillow(mode, channels):
         for way in {"La": ["LA"], "RGBa": ["RGBA"], "PA": ["P"], "HSV": ["RGB"], "YCbCr": ["RGB"]}.get(mode, []):
             white = white.convert(way)
         image = white.convert(mode)
-    assert image.mode == mode and (pixels_of(image, (channels, 3, 5)) >= 254).all()
+    assert image.mode == mode and (decode_image(image, ImageSpec(channels, 3, 5)) >= 254).all()
 
 
 def test_an_unreadable_file_is_distinguished_from_a_missing_one(tmp_path):
     write_image(tmp_path / "a.png", GREY)
     (tmp_path / "a.png").chmod(0)
     with as_others():
-        assert "Permission denied" in try_decode(tmp_path / "a.png", (1, 12, 12))
-    assert "missing" in try_decode(tmp_path / "b.png", (1, 12, 12))
+        assert "Permission denied" in try_decode(tmp_path / "a.png", ImageSpec(1, 12, 12))
+    assert "missing" in try_decode(tmp_path / "b.png", ImageSpec(1, 12, 12))
+
+
+# Files whose pixels were recorded with release 0.3
+
+FILES = Path(__file__).parents[2] / "fixtures" / "formats.zip"
+"""Images of 9 x 11 pixels and clips of four frames in each format, also damaged ones."""
+RECORDED = json.loads(FILES.with_suffix(".json").read_text())
+"""For each file and reading, the hash of the pixels; what is refused is left out."""
+GREY_SPEC, COLOUR_SPEC = ImageSpec(1, 9, 11), ImageSpec(3, 9, 11)
+UINT16, FLOATS = {"dtype": "uint16", "low": 100.0, "high": 60_000.0}, {"dtype": "float32", "high": 200.0}
+READINGS = {
+    "grey": (GREY_SPEC, None),
+    "colour": (COLOUR_SPEC, None),
+    "small": (COLOUR_SPEC.at(6, 5), None),
+    "large": (COLOUR_SPEC.at(14, 20), None),
+    "own size": (COLOUR_SPEC, OWN_SIZE),
+    "enlarged": (COLOUR_SPEC, (20, 31)),
+    "six": (replace(GREY_SPEC, channels=6), None),
+    **{f"{channels} of uint16": (ImageSpec(channels, 9, 11, **UINT16), None) for channels in (1, 2, 3, 4, 6)},
+    "small of uint16": (ImageSpec(6, 5, 7, **UINT16), None),
+    "enlarged of uint16": (ImageSpec(6, 9, 11, **UINT16), (20, 12)),
+    "grey floats": (ImageSpec(1, 9, 11, **FLOATS), None),
+    "six floats": (ImageSpec(6, 5, 7, **FLOATS), None),
+}
+CLIP_READINGS = ["grey", "colour", "small", "1 of uint16", "3 of uint16", "grey floats"]
+
+
+def hash_pixels(found):
+    return None if isinstance(found, str) else hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest()[:12]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", RECORDED)
+def test_pixels_are_those_of_release_0_3(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(zipfile.ZipFile(FILES).read(name))
+    readings = {key: (path, *READINGS[key]) for key in READINGS}
+    if name.startswith(("clip", "cut_clip")):
+        windows = cut_windows([str(path)], 2)
+        readings = {
+            f"{key}, window {row}": (windows.payloads([row])[0], replace(READINGS[key][0], frames=2), None)
+            for key in CLIP_READINGS
+            for row in range(windows.size)
+        }
+    found = {key: try_decode(payload, spec, least=least) for key, (payload, spec, least) in readings.items()}
+    assert {key: hash_pixels(pixels) for key, pixels in found.items() if hash_pixels(pixels)} == RECORDED[name]
+    assert not any("\n" in pixels for pixels in found.values() if isinstance(pixels, str))

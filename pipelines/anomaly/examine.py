@@ -1,0 +1,269 @@
+"""The evidence that anomaly scores, maps and calibrations read: the one place where they run the models of a pipeline.
+
+A whole image is one tile. One pass over a source and a view yields what is found in each image: statistics of its
+tiles, the surprise of their tokens, filter responses, and a digest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prior.given import Given
+from tokenizer.spec import to_float
+
+from ..images.views import LazyImages, Size, Tile, View, as_lazy, check_places, cut, give_places, paste, read_image
+from .calibration import digest_of, digest_of_pixels
+from .filters import filter_responses
+from .hidden import hidden_bits
+
+if TYPE_CHECKING:
+    from ..image_pipeline import Condition, ImagePipeline, Label
+
+MAX_FEATURES, MAX_SIDE = 128, 64
+MAX_HELD = 256 << 20
+"""Bytes of evidence that a calibration holds; images beyond are examined again for each use."""
+TOP_SHARE = 0.05
+"""Share of the tokens whose bits `top_bits` averages."""
+STATISTICS = ("token_bits", "error", "top_bits", "pixel_bits", "background_bits", "features")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found in image `number`, of `size` (H, W).
+
+    `rows` has a row for each of the n tiles, on the CPU: always `tokens`, `(n, *grid.shape)`, and as wanted
+    - statistics, float64 `(n,)`: `token_bits` under the prior, given what is given; `top_bits`, the mean bits of the
+      most surprising 5 % of the tokens; `pixel_bits` given the tokens, if the tokenizer has a likelihood; `error`, the
+      mean over pixels of |x - decode(encode(x))|, from 0 to 2; `background_bits`, token bits under the background
+      prior, if any; `features` `(n, d)`, the prior's middle layer averaged over positions (at most 128 evenly spaced
+      channels), if the prior has layers;
+    - `surprise`, the bits of each token, `(n, N)`, which comes with statistics and bits, too;
+    - bits: if the tokenizer has a likelihood also `pixels`, the base-2 logarithms of the probabilities of pixels given
+      the tokens, `(n, h, w)`;
+    - hidden: the bits of each token while its block is hidden, `(n, *grid.shape)`.
+    `error` is the mean of |x - decode(encode(x))| over tiles and channels, `(h, w)`, reduced to at most 64 pixels a
+    side, and `responses` are those of filters, `(rows, columns, d)`. Both are empty unless wanted.
+    """
+
+    number: int
+    size: Size
+    digest: str
+    tiles: list[Tile]
+    rows: dict[str, Tensor]
+    error: Tensor
+    responses: Tensor
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """The rows of statistics by name."""
+        return {name: self.rows[name] for name in STATISTICS if name in self.rows}
+
+    @property
+    def nbytes(self) -> int:
+        """The size in memory."""
+        return sum(each.nbytes for each in (*self.rows.values(), self.error, self.responses))
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The images of a source, what is given of them, and the view by which the models of a pipeline see them."""
+
+    pipeline: ImagePipeline
+    source: LazyImages
+    given: Given
+    view: View
+    batch_size: int = 256
+
+    @classmethod
+    def open(
+        cls,
+        pipeline: ImagePipeline,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        condition: Condition = None,
+        stride: int | None = None,
+        batch_size: int = 256,
+        marginal: str | None = None,
+    ) -> Examination:
+        """Read the arguments of a public method. Raises `ValueError`."""
+        view = View.of(pipeline.spec, stride)
+        source = pipeline.list_images(images) if view.is_tiled else as_lazy(pipeline.to_images(images))
+        given = pipeline.read_given(labels, condition, len(source), marginal=marginal)
+        return cls(pipeline, source, check_places(given) if view.is_tiled else given, view, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def select(self, rows: Sequence[int]) -> Examination:
+        """Return the examination of the images `rows`."""
+        return Examination(self.pipeline, self.source.select(rows), self.given[rows], self.view, self.batch_size)
+
+    def read(self, number: int) -> Tensor:
+        """Read an image `(C, H, W)`, uint8 or float in [-1, 1]. Raises `ValueError` for one smaller than a tile."""
+        return read_image(self.source, number, self.view)
+
+    def digest(self, image: Tensor) -> str:
+        """Identify an image `(C, H, W)`, as calibrations do: as the models see it, so after `binarize`. That of a whole
+        one is of the type of the pipeline's images, that of a tiled one always of 8 bits."""
+        if self.view.is_tiled:
+            return digest_of_pixels(image)
+        return digest_of(self.pipeline.convert_images(to_float(image)[None], "np")[0])
+
+    def examine(
+        self, want: Collection[str], numbers: Sequence[int] | None = None, most: int | None = None
+    ) -> Iterator[Evidence]:
+        """Yield the evidence of all images, or of those in `numbers`. want: some of `statistics`, `error`, `surprise`,
+        `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread."""
+        some = self if numbers is None else self.select(numbers)
+        facts, parts = dict[int, tuple[Size, str, Tensor]](), dict[int, list[tuple[list[Tile], dict[str, Tensor]]]]()
+
+        done = iter(self.pipeline.with_bar(range(len(some)), "scoring", "image"))
+
+        def read(number: int) -> Tensor:
+            image = some.source.read(next(done))  # the same number
+            responses = torch.empty(0)
+            if "responses" in want:
+                responses = filter_responses(to_float(image).to(self.pipeline.device)).cpu()
+            facts[number] = (image.shape[-2], image.shape[-1]), self.digest(image), responses
+            return image
+
+        def finish(number: int) -> Evidence:
+            several, (size, digest, responses) = parts.pop(number), facts.pop(number)
+            tiles = [tile for some_tiles, _ in several for tile in some_tiles]
+            rows = {name: torch.cat([part[name] for _, part in several]) for name in several[0][1]}
+            errors = rows.pop("errors", torch.empty(0))
+            error = reduce_error(errors.sum(0) / len(tiles)) if len(errors) else errors
+            own = number if numbers is None else int(numbers[number])
+            return Evidence(own, size, digest, tiles, rows, error, responses)
+
+        mixed = "hidden" not in want or "statistics" in want or not self.view.is_tiled  # as in 0.3, to the bit
+        source = LazyImages(some.source.names, read)
+        for batch, tiles in cut(source, self.view, self.batch_size, most=most, mixed=mixed):
+            found = some.measure(batch.to(self.pipeline.device), tiles, want)
+            for number, group in groupby(range(len(tiles)), key=lambda row: tiles[row].image):
+                at = list(group)
+                part = {name: rows[at[0] : at[-1] + 1] for name, rows in found.items()}
+                if "errors" in part:
+                    part["errors"] = part["errors"].sum(0, keepdim=True)
+                parts.setdefault(number, []).append(([tiles[row] for row in at], part))
+            for number in [number for number in parts if number < tiles[-1].image]:
+                yield finish(number)
+        for number in [*parts, *done]:  # which closes the bar
+            yield finish(number)
+
+    @torch.no_grad()
+    def measure(self, batch: Tensor, tiles: Sequence[Tile], want: Collection[str]) -> dict[str, Tensor]:
+        """Run the models on tiles `(B, C, h, w)` in [-1, 1]; return the rows of `Evidence`, on the CPU."""
+        pipeline, prior = self.pipeline, self.pipeline.prior
+        placed = give_places(self.given, tiles)
+        own = placed if self.view.is_tiled else self.given[torch.tensor([tile.image for tile in tiles])]
+        tokens = pipeline.encode_batch(batch)
+        found = {"tokens": tokens}
+        if {"statistics", "bits", "surprise"} & {*want}:
+            log_probs = prior.token_log_probs(tokens, condition=own).flatten(1)
+            found["surprise"] = -log_probs / math.log(2)
+        if "statistics" in want:
+            found |= self.measure_statistics(batch, tokens, log_probs, own)
+        if "statistics" in want or "error" in want:
+            errors = (pipeline.decode_batch(tokens) - batch).abs().mean(-3).cpu().double()
+            found["error"] = errors.flatten(1).mean(1)
+            if "error" in want:
+                found["errors"] = errors
+        if "bits" in want and pipeline.tokenizer.has_likelihood:
+            found["pixels"] = pipeline.tokenizer.pixel_log_probs(batch, tokens).sum(-3) / math.log(2)
+        if "hidden" in want:
+            found["hidden"] = hidden_bits(prior, tokens, placed)
+        return {name: rows.cpu() for name, rows in found.items()}
+
+    def measure_statistics(self, batch: Tensor, tokens: Tensor, log_probs: Tensor, given: Given) -> dict[str, Tensor]:
+        """Return the statistics of tiles, but for `error`; see `Evidence`. log_probs: of tokens, `(B, N)`."""
+        pipeline = self.pipeline
+        token_bits = bits(log_probs)
+        top = token_bits.topk(max(1, round(TOP_SHARE * token_bits.shape[1])), 1).values
+        found = {"token_bits": token_bits.sum(1), "top_bits": top.mean(1)}
+        if (pixels := pipeline.tokenizer.pixel_log_prob(batch, tokens)) is not None:
+            found["pixel_bits"] = bits(pixels)
+        if (background := pipeline.background) is not None:
+            less = given.without(set(given.columns) - background.columns.keys())
+            found["background_bits"] = bits(background.token_log_probs(tokens, condition=less).flatten(1)).sum(1)
+        if pipeline.prior.feature_layers:
+            features = pipeline.prior.features(tokens, condition=given).mean(1).cpu().double()
+            found["features"] = features[:, :: -(-features.shape[1] // MAX_FEATURES)]
+        return found
+
+    # Maps
+
+    @cached_property
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """The weights that spread a token's bits over the rows `(h, N)`, of clips `(T * h, N)`, and columns `(w, N)` of
+        a tile, each summing to one per token. The pixels of a token are those that `known_tokens` requires for it.
+        Raises `ValueError` unless tokens are `placed`."""
+        tokenizer, spec = self.pipeline.tokenizer, self.pipeline.spec
+        height, width = spec.frames * spec.height, spec.width
+        along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
+        along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
+        masks = (each.reshape(-1, *spec.shape[:-3], *spec.size) for each in (along_rows, along_columns))
+        rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in masks)
+        return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
+
+    def spread(self, values: Tensor, size: Size, pixels: Tensor | None = None) -> Tensor:
+        """Spread a value of each token of the tiles of an image, `(n, N)`, evenly over its pixels, and return the map
+        `(H, W)`, of clips `(T, H, W)`, in which a pixel has the mean of its tiles. pixels: to subtract, `(n, h, w)`."""
+        (rows, columns), spec = self.patches, self.pipeline.spec
+
+        def parts() -> Iterator[Tensor]:
+            for number, part in enumerate(values.to(rows.device).split(self.batch_size)):
+                heat = (part[:, None] * rows.to(part)) @ columns.to(part).T  # (B, h, N) @ (N, w)
+                heat = heat.view(-1, *spec.shape[:-3], *spec.size)
+                if pixels is not None:
+                    heat = heat - pixels[number * self.batch_size :][: len(part)].to(heat.device)
+                yield heat
+
+        (found,) = paste(parts(), [size], self.view, "mean")
+        return found
+
+    def map_bits(self, evidence: Evidence) -> Tensor:
+        """Return the bits of each pixel, `(H, W)`, of evidence with `bits`."""
+        return self.spread(evidence.rows["surprise"], evidence.size, evidence.rows.get("pixels"))
+
+
+class HeldEvidence:
+    """Evidence of an examination; that of the images `again` is held up to `MAX_HELD` bytes, so that each of them is
+    examined once."""
+
+    def __init__(self, examination: Examination, want: Collection[str], again: Collection[int]) -> None:
+        self._examination, self._want, self._again = examination, want, again
+        self._held, self._room = dict[int, Evidence](), MAX_HELD
+
+    def of(self, numbers: Sequence[int]) -> Iterator[Evidence]:
+        """Yield the evidence of all tiles of the images `numbers`, first of those that are held."""
+        held = [self._held[number] for number in numbers if number in self._held]
+        missing = [number for number in numbers if number not in self._held]
+        yield from held
+        if missing:
+            for evidence in self._examination.examine(self._want, missing):
+                if evidence.number in self._again and evidence.nbytes <= self._room:
+                    self._room -= evidence.nbytes
+                    self._held[evidence.number] = evidence
+                yield evidence
+
+
+def bits(nats: Tensor) -> Tensor:
+    """Convert log-probabilities to bits, float64 on the CPU."""
+    return -nats.cpu().double() / math.log(2)
+
+
+def reduce_error(error: Tensor) -> Tensor:
+    """Reduce an error map `(H, W)`, of clips `(T, H, W)` with frames below one another, to at most 64 pixels a side."""
+    strip = error.flatten(0, -2)
+    height, width = (min(side, MAX_SIDE) for side in strip.shape)
+    return F.adaptive_avg_pool2d(strip[None], (height, width))[0]

@@ -1,0 +1,532 @@
+"""Decode images and frames to pixels: known formats of limited size, upright, on white, resized and cropped.
+
+An image of 8 bits with 1 or 3 channels is a picture, which Pillow reads and converts to grey or RGB. All others are
+arrays of the values as stored: NumPy's files, 16-bit PNG, and TIFF. Values keep their type while they are read, resized
+and cropped; then `ImageSpec` maps their range to [-1, 1].
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+from typing import Any, get_args
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLESPERPIXEL,
+    TILELENGTH,
+    TILEWIDTH,
+    TiffImageFile,
+)
+
+from tokenizer.spec import Array, ImageSpec, ValueType, name_type, require_finite
+
+from ..config import UserError
+
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""Formats that browsers show; uploads must have one of them."""
+FORMATS = (*WEB_FORMATS, "TIFF", "PPM")
+"""PPM is the family: PBM, PGM, PNM and PPM."""
+MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
+MAX_FILE = 256 << 20  # bytes of an encoded image
+CHUNK = 64  # images that a thread reads and decodes at a time
+WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Threads that read and decode, mostly without holding the GIL."""
+NO_IMAGE = "no image"
+"""Why a row without an image cannot be decoded."""
+NUMPY, ZIP = b"\x93NUMPY", b"PK"
+"""The first bytes of `.npy` and `.npz` files."""
+PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PARSING = Lock()
+"""Held while the header of an array is parsed, because Python 3.11 may fail if two threads parse at once."""
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+WHITE_IS_ZERO, SEPARATE = 0, 2  # values of PHOTOMETRIC_INTERPRETATION and PLANAR_CONFIGURATION
+COLOURS = (1, 2, 5)
+"""Values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks."""
+DEFLATE, HARMLESS = (8, 32946, 50013), 2**16
+"""Values of the compression of a TIFF that are zlib, and the bytes that inflate to 64 MiB at most."""
+OWN_SIZE = (1, 1)
+"""The value of `least` with which images stay at their own size."""
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it prints lines about damaged files
+
+Single = bytes | Path | Array | str | None
+"""An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
+Pixels = Array
+"""uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
+
+
+class Unsupported(ValueError):
+    """Pillow cannot read the values of an image, or not all of them."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive frames of a clip. `read(index, deep)` returns a frame of the clip: its values as stored if `deep`, or
+    a picture, unless the clip is an array."""
+
+    read: Callable[[int, bool], Array | Image.Image]
+    start: int
+    frames: int
+
+    def frame(self, k: int) -> Window:
+        """Return frame k of the window."""
+        return Window(self.read, self.start + k, 1)
+
+    def values(self) -> Iterator[Array]:
+        """Yield the values of each frame as stored."""
+        return (np.asarray(self.read(index, True)) for index in range(self.start, self.start + self.frames))
+
+    def decode(self, spec: ImageSpec) -> Pixels:
+        """Return the frames in one array `spec.shape`, each resized and cropped as images are. Raises `ValueError`,
+        which names the frame."""
+        parts = []
+        for index in range(self.start, self.start + self.frames):
+            try:
+                frame = self.read(index, not spec.is_picture)
+                if isinstance(frame, Image.Image):
+                    parts.append(decode_picture(frame, spec))
+                else:
+                    parts.append(decode_array(frame, spec))
+            except Exception as error:  # Pillow raises almost anything for damaged files
+                raise ValueError(f"frame {index}: {str(error) or type(error).__name__}") from error
+        return np.stack(parts).reshape(spec.shape)
+
+
+Payload = Single | Window
+
+
+# From payloads to pixels
+
+
+def try_decode(
+    payload: Payload, spec: ImageSpec, formats: tuple[str, ...] = FORMATS, *, least: tuple[int, int] | None = None
+) -> Pixels | str:
+    """Return what `decode_image` does, or the reason why the image cannot be decoded."""
+    try:
+        return decode_image(payload, spec, formats, least=least)
+    except Exception as error:  # Pillow raises almost anything for damaged files
+        return str(error) or type(error).__name__
+
+
+def decode_in_threads(payloads: Sequence[Payload], spec: ImageSpec) -> list[Pixels | str]:
+    """Return what `try_decode` does of each payload."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(partial(try_decode, spec=spec), payloads))
+
+
+def decode_image(
+    payload: Payload | Image.Image,
+    spec: ImageSpec,
+    formats: tuple[str, ...] = FORMATS,
+    *,
+    least: tuple[int, int] | None = None,
+) -> Pixels:
+    """Return the pixels `spec.shape` of an image or a clip: resized and cropped at the centre, upright, on white, the
+    first frame of an animation.
+
+    least: return an image (C, H, W) at its own size instead, enlarged until its sides (height, width) are at least
+    these. Raises `ValueError` for a wrong type, number of channels or size, and for values that are not finite, and
+    whatever Pillow raises for damaged files."""
+    if isinstance(payload, Window):
+        if least is not None:
+            raise ValueError("a clip, which is not cut into tiles")
+        return payload.decode(spec)
+    picture = open_picture(payload, spec, formats)
+    return decode_array(payload, spec, least) if picture is None else decode_picture(picture, spec, least)
+
+
+def open_picture(payload: Single | Image.Image, spec: ImageSpec, formats: tuple[str, ...]) -> Image.Image | None:
+    """Open an image that becomes 8-bit grey or RGB; return None for what is read as an array, in all `FORMATS`."""
+    if formats == FORMATS and (not spec.is_picture or is_array(payload)):
+        return None
+    if isinstance(payload, Image.Image):
+        return payload
+    if isinstance(payload, np.ndarray):
+        return Image.fromarray(payload)
+    try:
+        image = open_image(payload, formats, deep=True)
+    except Unsupported:
+        if formats == FORMATS:
+            return None
+        raise
+    if isinstance(image, TiffImageFile):
+        if spec.channels > 1 and getattr(image, "n_frames", 1) == spec.channels:
+            return None
+        require_plain_tiff(image)
+    return image
+
+
+def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> Pixels:
+    """Return the pixels (C, H, W) of the current frame of an image in grey or RGB; see `decode_image`. Raises
+    `ValueError` for an empty image."""
+    if not (image.width and image.height):
+        raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
+    image = flatten(ImageOps.exif_transpose(image)).convert("L" if spec.channels == 1 else "RGB")
+    height, width = spec.size if least is None else enlarged_size((image.height, image.width), least)
+    if image.size != (width, height):
+        resize = ImageOps.fit if least is None else Image.Image.resize
+        image = resize(image, (width, height), Image.Resampling.LANCZOS)
+    return channels_first(np.asarray(image), spec.channels)
+
+
+def decode_array(payload: Single | Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> Pixels:
+    """Return the values (C, H, W) of an image or a frame, each channel resized by itself; see `decode_image`."""
+    array = read_values(payload, spec)
+    size = spec.size if least is None else enlarged_size((array.shape[1], array.shape[2]), least)
+    array = fit_array(array, *size)
+    return array if spec.is_bytes else spec.scale(array)
+
+
+def enlarged_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest (height, width) of these proportions that is at least `least` and at least `size`."""
+    scale = max(least[0] / size[0], least[1] / size[1])
+    return size if scale <= 1 else (max(least[0], round(size[0] * scale)), max(least[1], round(size[1] * scale)))
+
+
+def fit_array(array: Array, height: int, width: int) -> Array:
+    """Resize and crop (C, H, W) as images are, each channel by itself: uint8, or else float32. An array of the right
+    size is unchanged."""
+    if array.shape[1:] == (height, width):
+        return array
+    planes = array if array.dtype == np.uint8 else array.astype(np.float32)
+    return np.stack(
+        [
+            np.asarray(ImageOps.fit(Image.fromarray(plane), (width, height), Image.Resampling.LANCZOS))
+            for plane in np.ascontiguousarray(planes)
+        ]
+    )
+
+
+def channels_first(array: Array, channels: int) -> Array:
+    """Return an array (H, W), (H, W, C) or (C, H, W) as (C, H, W); C is the last axis if both would do."""
+    if array.ndim == 2 and channels == 1 and array.size:
+        return array[None]
+    if array.ndim == 3 and array.size and channels in (array.shape[-1], array.shape[0]):
+        return np.moveaxis(array, -1, 0) if array.shape[-1] == channels else array
+    raise ValueError(f"shape {array.shape}; data.channels={channels} needs (H, W, {channels}) or ({channels}, H, W)")
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Return the image with 8 bits per channel and no transparency: scale 16-bit grey, composite alpha on white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if isinstance(clear := image.info.get("transparency"), int):  # one grey level of a PNG is transparent
+            values = np.where(values == clear, 65535, values)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "LAB":
+        return image.convert("RGB")  # the only conversion of LAB that Pillow supports
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
+
+
+# Opening pictures
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file. Raises `ValueError` if it is missing, unreadable, too large, or not a regular file
+    (reading a pipe may never end)."""
+    try:
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            if found.st_size > MAX_FILE:
+                raise ValueError(f"larger than {MAX_FILE} bytes")
+            return path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    raise ValueError("missing, or not a regular file")
+
+
+def open_image(
+    payload: bytes | Path | str | None, formats: tuple[str, ...] = FORMATS, *, deep: bool = False
+) -> Image.Image:
+    """Open an image of a known format and limited size. deep: also a TIFF with several pages or of another depth.
+    Raises `ValueError`, and whatever Pillow raises."""
+    data = read_file(payload) if isinstance(payload, Path) else payload
+    if isinstance(data, str):
+        raise ValueError(data)
+    if not data:
+        raise ValueError(NO_IMAGE if data is None else "the file is empty")
+    if len(data) > MAX_FILE:
+        raise ValueError(f"larger than {MAX_FILE} bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except (Image.UnidentifiedImageError, KeyError):  # the message contains a memory address, or a number
+        raise Unsupported(f"not an image in one of the formats {', '.join(formats)}") from None
+    width, height = image.size  # from the header: a file of 20 kB can claim 1 GB of pixels
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
+    if image.format == "PPM" and image.mode not in ("1", "L", "I", "RGB"):  # floats, and inventions of Pillow
+        raise ValueError(f"a PPM of mode {image.mode}, not black and white, grey or RGB; convert it to PNG")
+    if isinstance(image, TiffImageFile):
+        require_small_tiles(image)
+        if not deep:
+            require_plain_tiff(image)
+    return image
+
+
+def require_plain_tiff(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF with several pages, and like `require_plain_page`."""
+    if getattr(image, "is_animated", False):
+        raise ValueError("a TIFF with several pages; save each page as a separate file, or set data.channels")
+    require_plain_page(image)
+
+
+def require_plain_page(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF whose values have no fixed black and white: 12 or 32 bits, signed values, floats;
+    and for planes of 16 bits, which Pillow reads as noise."""
+    bits = {int(depth) for depth in image.tag_v2.get(BITSPERSAMPLE, (1,))}
+    inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    planes = len(image.getbands()) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and 16 in bits
+    if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted or planes:
+        raise ValueError("a TIFF whose values are not 8 or 16 bits from black to white; convert it to PNG")
+
+
+def require_small_tiles(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF with tiles too large to decode."""
+    width, height = (int(image.tag_v2.get(side, 0)) for side in (TILEWIDTH, TILELENGTH))
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ValueError(
+            f"tiles of {width} x {height}; the limit is {MAX_PIXELS} pixels in total and {MAX_SIDE} per side"
+        )
+
+
+# Reading arrays
+
+
+def is_array(payload: Payload | Image.Image) -> bool:
+    """Whether an encoded image is a `.npy` or `.npz` file, or an array other than 8-bit grey."""
+    if isinstance(payload, np.ndarray):
+        return payload.ndim != 2 or payload.dtype != np.uint8
+    if isinstance(payload, Path):
+        return payload.suffix.lower() in (".npy", ".npz")
+    return isinstance(payload, bytes) and payload.startswith((NUMPY, ZIP))
+
+
+def read_values(payload: Single | Image.Image, spec: ImageSpec) -> Array:
+    """Return the values (C, H, W) of an image as stored. Raises `ValueError` as `decode_array` does."""
+    array = channels_first(read_array(payload, spec.channels), spec.channels)
+    found = name_type(array.dtype)
+    if found not in get_args(ValueType):
+        raise ValueError(f"its values are {found}; convert them to uint8, uint16 or floats")
+    if found != spec.dtype:
+        raise ValueError(f"its values are {found}, not {spec.dtype} (data.dtype)")
+    if max(array.shape[1:]) > MAX_SIDE or array[0].size > MAX_PIXELS:
+        raise ValueError(f"{array.shape[2]} x {array.shape[1]} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
+    require_finite(array)
+    return array
+
+
+def read_array(payload: Single | Image.Image, channels: int) -> Array:
+    """Return the values of an encoded image as stored: (H, W), (H, W, C) or (C, H, W)."""
+    if isinstance(payload, np.ndarray):
+        return payload
+    if isinstance(payload, Image.Image):
+        return read_pages(payload, channels)
+    data = read_file(payload) if isinstance(payload, Path) else payload
+    if isinstance(data, bytes) and data.startswith(NUMPY):
+        return read_npy(data)
+    if isinstance(data, bytes) and data.startswith(ZIP):
+        return read_npz(data)
+    if isinstance(payload, Path) and is_array(payload):
+        raise ValueError("not a file of NumPy's format")
+    if data is None:
+        raise ValueError(NO_IMAGE)
+    try:
+        return read_pages(open_image(data, deep=True), channels)
+    except Unsupported:
+        if isinstance(data, bytes) and data.startswith(PNG):
+            return read_png(data)
+        if isinstance(data, bytes) and data.startswith(TIFF):
+            return read_tiff(data, channels)
+        raise
+
+
+def read_npy(data: bytes) -> Array:
+    """Parse a `.npy` file. Raises `ValueError` for objects, and for a file that is shorter than its header says."""
+    file = io.BytesIO(data)
+    version = npy.read_magic(file)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    with PARSING:
+        shape, by_column, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, which may hold code and is not read")
+    if (count := int(np.prod(shape, dtype=object))) * dtype.itemsize > len(data) - file.tell():
+        raise ValueError(f"the file is too short for its array of shape {shape}")
+    values = np.frombuffer(data, dtype, count, file.tell())
+    return values.reshape(shape, order="F" if by_column else "C").copy()
+
+
+def read_npz(data: bytes) -> Array:
+    """Parse the first array of a `.npz` file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+            if not names:
+                raise ValueError("no array in this .npz file")
+            with archive.open(names[0]) as file:
+                content = file.read(MAX_FILE + 1)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"damaged .npz file: {error}") from error
+    if len(content) > MAX_FILE:
+        raise ValueError(f"larger than {MAX_FILE} bytes")
+    return read_npy(content)
+
+
+def read_pages(image: Image.Image, channels: int) -> Array:
+    """Return an image's values, (H, W) or (H, W, C); the pages of a TIFF one after the other, as channels."""
+    pages = [read_page(image)]
+    while isinstance(image, TiffImageFile) and len(pages) <= channels:
+        try:
+            image.seek(len(pages))
+        except EOFError:
+            break
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"a page of {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
+        pages.append(read_page(image))
+    return join_pages(pages)
+
+
+def join_pages(pages: list[Array]) -> Array:
+    """Return the pages of a TIFF as channels of one array. Raises `ValueError` if they differ."""
+    if len({(page.shape, page.dtype) for page in pages}) > 1:
+        raise ValueError("a TIFF whose pages differ in size or type")
+    return pages[0] if len(pages) == 1 else np.concatenate([np.atleast_3d(page) for page in pages], axis=2)
+
+
+def read_png(data: bytes) -> Array:
+    """Return the values (H, W, C) of a PNG of 16-bit colours."""
+    import torch
+    from torchvision.io import decode_png
+
+    found = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
+    return np.moveaxis(found.numpy(), 0, -1)
+
+
+def read_tiff(data: bytes, channels: int) -> Array:
+    """Return the values of a TIFF that Pillow does not read, (H, W) or (H, W, C), as `read_pages` does. Raises
+    `UserError` if that takes another package, and `ValueError` for more than `channels` of them or a limit exceeded."""
+    import tifffile  # imported here, because few images need it
+
+    pages, count = list[Array](), 0
+    with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+        every: Any = file.pages  # TiffPage, as keyframes are not used
+        for page in every:
+            count += page.samplesperpixel * page.imagedepth
+            if count > channels:
+                raise ValueError(f"a TIFF of {count} or more channels, not {channels} (data.channels)")
+            width, height = max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength)
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
+            if page.photometric not in COLOURS or page.tags.valueof("Orientation", default=1) != 1:
+                raise ValueError("a TIFF that is rotated, or whose values are not grey, RGB or inks; convert it")
+            sizes = page.databytecounts
+            if len(sizes) < math.prod(page.chunked) or 0 in sizes:  # tifffile would fill in zeros
+                raise ValueError("a TIFF of which a part is missing")
+            array = read_segments(data, page)
+            pages.append(np.moveaxis(array, 0, -1) if page.axes == "SYX" else array)
+    if not pages:
+        raise ValueError("a TIFF without pages")
+    return join_pages(pages)
+
+
+def read_segments(data: bytes, page: Any) -> Array:
+    """Return the values of a page of tifffile. Raises `UserError` if its compression needs another package, and
+    `ValueError` for parts that hold more than their pixels."""
+    if page.compression in DEFLATE and find_spec("imagecodecs") is None:  # without it, tifffile inflates all of a part
+        most = math.prod(page.chunks) * page.dtype.itemsize
+        for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+            part = data[start : start + size] if size > HARMLESS else b""
+            if len(zlib.decompressobj().decompress(part, most + 1)) > most:
+                raise ValueError("a TIFF of which a part holds more than its pixels")
+    try:
+        return page.asarray()
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ValueError) and "imagecodecs" not in str(error):
+            raise
+        codec = getattr(page.compression, "name", page.compression)
+        raise UserError(f'a TIFF whose compression ({codec}) needs codecs: pip install "smalti[tiff]"') from error
+
+
+def read_page(image: Image.Image) -> Array:
+    """Return the values of an image's current page, upright, without conversion to 8 bits. Raises `Unsupported` if
+    Pillow does not read them all."""
+    if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        raise ValueError("a TIFF whose values go from white to black; convert it")
+    if is_reduced(image):
+        if image.format == "PNG":
+            image.load()  # which reports damage in plainer words than torchvision
+        raise Unsupported("colours of 16 bits, or more channels than Pillow reads; save them as .npy")
+    upright = ImageOps.exif_transpose(image)
+    if image.mode in ("1", "P", "PA"):
+        upright = upright.convert({"1": "L", "P": "RGB", "PA": "RGBA"}[image.mode])
+    array = np.asarray(upright)
+    return array.astype(np.uint16) if image.mode == "I" and image.format in ("PNG", "PPM") else array
+
+
+def is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow reads the values of an opened image as 8 bits although they have more, or only some channels."""
+    deep = image.mode in DEEP_MODES
+    if isinstance(image, TiffImageFile):
+        samples, bits = image.tag_v2.get(SAMPLESPERPIXEL, 1), max(image.tag_v2.get(BITSPERSAMPLE, (1,)))
+        return samples > len(image.getbands()) or (bits > 8 and not deep)
+    return not deep and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+# Type and range of a data set
+
+
+def guess_type(payload: Payload, channels: int) -> ValueType | None:
+    """Return the type of an image, or of a clip, if it is more than 8 bits and not converted to 8, as grey PNG of 16
+    bits is if RGB is wanted; None for 8 bits, and for what cannot be read. Raises `UserError` if that takes another
+    package."""
+    try:
+        if isinstance(payload, Window):
+            array = np.asarray(payload.read(payload.start, True))
+            found = "uint8" if channels == 3 and array.ndim == 2 else name_type(array.dtype)
+        else:
+            array = read_array(payload, channels)
+            found = name_type((array if is_array(payload) else channels_first(array, channels)).dtype)
+    except UserError as error:
+        raise UserError(f"data.dtype: the first training image: {error}; data.dtype=uint8 reads 8 bits") from error
+    except Exception:  # decoding reports it
+        return None
+    return found if found in ("uint16", "float32") else None  # type: ignore[return-value]
+
+
+def clipped_share(payload: Payload, spec: ImageSpec) -> float:
+    """Return the share of an image's values that lie beyond the range; 0 if it cannot be read."""
+    array = good_values(payload, spec.channels, spec.dtype)
+    return 0.0 if array is None else float(((array < spec.low) | (array > spec.high)).mean())
+
+
+def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | None:
+    """Return the values of an image or a window, (frames, C, H, W); None for another type, NaN, and what cannot be
+    read."""
+    try:
+        frames = payload.values() if isinstance(payload, Window) else [read_array(payload, channels)]
+        array = np.stack([channels_first(frame, channels) for frame in frames])
+        require_finite(array)
+    except Exception:  # decoding reports it
+        return None
+    return array if name_type(array.dtype) == dtype else None
