@@ -283,7 +283,8 @@ class Sheets:
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         images = [f"{config.image_column}_file_name", "file_name"]
         places = (root, "table") if table else (None, "data.source")
-        for sheet, folder, image, _, cells in list_rows(self.files, images, *places):
+        for sheet, image, _, cells in list_rows(self.files, images, *places):
+            folder = root if table else sheet.parent
             if None in cells:
                 raise ValueError(f"{sheet}: a row has more cells than columns: {cells}")
             if image in found:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tokenizer.files import one_line
 
@@ -227,28 +227,17 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
 # Sheets
 
 
-class SheetRow(NamedTuple):
-    """A row of a sheet: the folder to which its paths are relative, the path of its image, those of its other files,
-    such as masks in `mask_file_name`, and all cells."""
-
-    sheet: Path
-    folder: Path
-    image: str
-    others: set[str]
-    cells: dict[str, Any]
-
-
 def list_rows(
     sheets: Sequence[Path], image_columns: Sequence[str], folder: Path | None = None, key: str = "data.source"
-) -> Iterator[SheetRow]:
-    """Yield the rows of sheets, with full paths. image_columns: those that may name the image; the first that does
-    counts. folder: to which paths are relative; None: that of each sheet. key: the setting that names the sheets.
-    Raises `ValueError` for a row without an image, and `UserError` for a sheet that cannot be read."""
+) -> Iterator[tuple[Path, str, set[str], dict[str, Any]]]:
+    """Yield for each row of the sheets its sheet, the full path of its image, those of its other files, such as masks
+    in `mask_file_name`, and all cells. image_columns: those that may name the image; the first that does counts.
+    folder: to which paths are relative; None: that of each sheet. key: the setting that names the sheets. Raises
+    `ValueError` for a row without an image, and `UserError` for a sheet that cannot be read."""
     for sheet in sheets:
-        base = folder or sheet.parent
         for cells in read_sheet(sheet, key):
             files = {
-                name: full_path(base / value)
+                name: full_path((folder or sheet.parent) / value)
                 for name, value in cells.items()
                 if name and name.endswith("file_name") and isinstance(value, str) and value
             }
@@ -257,7 +246,7 @@ def list_rows(
                 if "file_name" in cells or sheet.suffix == ".jsonl":  # whose rows need not have the same columns
                     raise ValueError(f"{sheet}: a row has no file_name: {cells}")
                 raise ValueError(f"{sheet} has no column file_name; it has {', '.join(map(str, cells))}")
-            yield SheetRow(sheet, base, files.pop(named), set(files.values()), cells)
+            yield sheet, files.pop(named), set(files.values()), cells
 
 
 def find_sheets(folder: Path) -> list[Path]:
@@ -273,7 +262,7 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
     label, group = config.label_column, config.group
     own = "file_name" if config.image_column == IMAGE else f"{config.image_column}_file_name"
     try:
-        for sheet, _, image, further, cells in list_rows(sheets, [f"{config.image_column}_file_name", own]):
+        for sheet, image, further, cells in list_rows(sheets, [f"{config.image_column}_file_name", own]):
             columns |= dict.fromkeys(cells)
             if image not in found:
                 raise ValueError(f"{sheet}: lists {image}, which is not an image in {folder}")

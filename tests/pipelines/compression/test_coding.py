@@ -35,6 +35,7 @@ from prior import Prior
 from prior.columns import GridColumn
 from tokenizer import TokenGrid
 from tokenizer.base import LikelihoodError
+from tokenizer.spec import ImageSpec
 
 pytest.importorskip("constriction")
 
@@ -728,9 +729,9 @@ def deep_png():
     ids=["another mode", "alpha", "transparent grey", "transparent colour", "16 bits"],
 )
 def test_lossless_refuses_what_8_bits_cannot_hold(image, channels):
-    assert exact_pixels(image(), (channels, 3, 5), False).shape == (channels, 3, 5)
+    assert exact_pixels(image(), ImageSpec(channels, 3, 5), False).shape == (channels, 3, 5)
     with pytest.raises(ValueError):
-        exact_pixels(image(), (channels, 3, 5), True)
+        exact_pixels(image(), ImageSpec(channels, 3, 5), True)
 
 
 def test_images_are_turned_upright_and_not_resized():
@@ -738,9 +739,9 @@ def test_images_are_turned_upright_and_not_resized():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     turned, other = (Image.open(io.BytesIO(encoded(stored, exif=exif))) for stored in (np.rot90(pixels), pixels))
-    assert np.array_equal(exact_pixels(turned, (1, 3, 5), True)[0], pixels)
+    assert np.array_equal(exact_pixels(turned, ImageSpec(1, 3, 5), True)[0], pixels)
     with pytest.raises(ValueError, match="5 x 3"):
-        exact_pixels(other, (1, 3, 5), False)
+        exact_pixels(other, ImageSpec(1, 3, 5), False)
     for images in ([Image.new("L", (9, 8)), torch.zeros(1, 8, 8, dtype=torch.uint8)], torch.zeros(1, 3, 8, 8)):
         with pytest.raises(ValueError):
             compressed(pipeline_of("bytes"), images)

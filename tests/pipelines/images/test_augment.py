@@ -54,10 +54,11 @@ def test_each_seed_and_epoch_augments_differently(pixels):
 
 def test_a_data_set_augments_its_batches_on_request(tmp_path):
     write_folder(tmp_path, count=10)
-    train = load_images(config(tmp_path, augment={"flip": True})).train
+    train = load_images(config(tmp_path, augment=ALL)).train
     indices, epochs = np.array([7, 2, 2, 0]), np.array([3, 1, 2, 3])
     raw, changes = train.raw_batch(indices, epochs, 5)
     assert raw.dtype == torch.uint8 and torch.equal(raw, train.pixels(indices))
+    assert torch.equal(changes, draw_changes(indices, epochs, train.config.augment, 5))
     alone = [train.batch([i], seed=5, epoch=int(e), augment=True) for i, e in zip(indices, epochs, strict=True)]
     assert torch.equal(train.prepare(raw, changes), torch.cat(alone))
     assert torch.equal(train.batch(indices), to_float(raw))

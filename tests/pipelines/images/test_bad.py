@@ -207,7 +207,7 @@ def test_images_at_their_own_size_are_held_by_all_processes_or_checked_by_one(mo
     monkeypatch.setattr(checking, "CHUNK", 4)
     monkeypatch.setattr(checking, "AHEAD", 2)
     monkeypatch.setattr(checking, "dist", group)
-    sides = [10 + k % 7 for k in range(60)]
+    sides = [4 if k % 2 else 16 for k in range(60)]  # a small one would fit after a large one that does not
     source = Source(60, lambda rows: list(rows), "image {}".format)
 
     def decode(k: int) -> Any:
