@@ -194,9 +194,7 @@ def load_tokenizer(config: EncodeConfig) -> Tokenizer:
     """Load the tokenizer; with `data.frames`, one of images is wrapped so that it encodes clips frame by frame. Raises
     `ConfigError` for one that cannot."""
     tokenizer: Tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
-    if config.data.frames is None or tokenizer.spec.frames > 1:
-        return tokenizer
-    return FrameByFrame.wrap(tokenizer, config.data.frames)
+    return FrameByFrame.wrap(tokenizer, config.data.spec.frames)
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:

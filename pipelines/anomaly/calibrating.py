@@ -28,7 +28,7 @@ from .calibration import (
 )
 from .conformal import Floats, least_scores, round_scores, round_to, threshold
 from .distances import Distance, round_digits
-from .examine import Evidence, Examination, HeldEvidence
+from .examine import STATISTICS, Evidence, Examination, HeldEvidence
 from .hidden import mean_of_codes
 from .maps import MAPPED, MAX_POINTS, Roles, fit_maps, has_maps
 from .scores import TOGETHER, list_methods, log_statistics, score_images, total_bits
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from ..image_pipeline import Condition, ImagePipeline, Label
 
 MAX_SCORES, MAX_NEIGHBOURS, MAX_POSITIONS = 2000, 1000, 4096  # bounds on the size of the file
-MAX_TILES = 10_000
-"""Tiles that are used for fitting, which bounds memory."""
+MAX_TILES, MAX_MEASURED = 10_000, 2_000
+"""Tiles that give the mean bits of each id, and of these, tiles that give statistics; all images have at least one."""
 
 
 def calibrate(
@@ -74,8 +74,8 @@ def calibrate(
     but only `Calibration.bound` is guaranteed, which is larger (25 % for 49 objects at 5 %). There are no thresholds,
     neither of images nor of regions.
 
-    stride: take images of any size, as `anomaly_map` does. Their tiles are used for fitting (at most 10,000, evenly
-    spread), and the score of an image is the maximum of those of its tiles.
+    stride: take images of any size, as `anomaly_map` does. Their tiles are used for fitting (evenly spread ones, at
+    most 2,000 for scores and 10,000 for maps), and the score of an image is the maximum of those of its tiles.
 
     An image is examined once, while the evidence that is used again takes at most 256 MB; with folds, all is used
     again. Raises `ValueError` for too few images, and for more than 50,000 (with folds 10,000).
@@ -208,20 +208,23 @@ class NormalImages:
         again = set(every if len(parts) > 1 else [])
         if mapped:
             again |= {number for part in parts for role in Roles.choose(part.fitting) for number in role}
-        self._held = HeldEvidence(examination, self._want, again)
-        most = max(1, MAX_TILES // len(every))
-        self._collect(self._held.of(sorted(again)), most)
+        most, measured = (max(1, limit // len(every)) for limit in (MAX_TILES, MAX_MEASURED))
+        self._held = HeldEvidence(examination, self._want, again, measured if len(parts) == 1 else None)
+        self._collect(self._held.of(sorted(again)), most, measured)
         if others := sorted({*every} - again):
             want = [each for each in self._want if each != "responses"]
-            self._collect(examination.examine(want, others, most), most)
+            self._collect(examination.examine(want, others, most, measured), most, measured)
 
-    def _collect(self, several: Iterable[Evidence], most: int) -> None:
+    def _collect(self, several: Iterable[Evidence], most: int, measured: int) -> None:
         for evidence in several:
             self._identify(evidence.number, evidence.digest, evidence.size)
-            chosen = torch.from_numpy(spread(len(evidence.tiles), most))
-            used = (name for name in evidence.rows if self._mapped or name != "tokens")
-            self.rows[evidence.number] = {name: evidence.rows[name][chosen] for name in used}
-            self.error, self.num_tiles = self.error + len(chosen) * evidence.error, self.num_tiles + len(chosen)
+            own = self.rows[evidence.number] = dict[str, Tensor]()
+            for name, rows in evidence.rows.items():
+                limit = most if name in ("hidden", "tokens") else measured
+                if self._mapped or name != "tokens":
+                    own[name] = rows[torch.from_numpy(spread(len(rows), limit))]
+            count = len(own["error"])
+            self.error, self.num_tiles = self.error + count * evidence.error, self.num_tiles + count
 
     def _identify(self, number: int, digest: str, size: tuple[int, int]) -> None:
         self.digests[number] = digest
@@ -233,8 +236,9 @@ class NormalImages:
         chance = np.random.default_rng(self._seed)
         place = np.concatenate([chance.permutation(len(rows["error"])) for rows in some])
         mixed = torch.from_numpy(np.argsort(place, kind="stable"))  # so that the first ones are of all images
-        found = {name: torch.cat([rows[name] for rows in some])[mixed] for name in some[0]}
-        fitted = fit_reference(found, MAX_NEIGHBOURS // parts)
+        found = {name: torch.cat([rows[name] for rows in some]) for name in some[0]}
+        measured = {name: rows[mixed] for name, rows in found.items() if name in STATISTICS}
+        fitted = fit_reference(measured, MAX_NEIGHBOURS // parts)
         if not self._mapped:
             return fitted, None
         codes = mean_of_codes(found["hidden"], found["tokens"], self._examination.pipeline.prior.grid.vocab_size)

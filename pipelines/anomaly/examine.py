@@ -21,6 +21,7 @@ from prior.given import Given
 from tokenizer.spec import to_float
 
 from ..images.views import LazyImages, Size, Tile, View, as_lazy, check_places, cut, give_places, paste, read_image
+from ..shuffling import spread
 from .calibration import digest_of, digest_of_pixels
 from .filters import filter_responses
 from .hidden import hidden_bits
@@ -33,6 +34,8 @@ MAX_HELD = 256 << 20
 """Bytes of evidence that a calibration holds; images beyond are examined again for each use."""
 TOP_SHARE = 0.05
 """Share of the tokens whose bits `top_bits` averages."""
+Part = tuple[list[Tile], dict[str, Tensor]]
+"""Some tiles of an image, and their rows."""
 STATISTICS = ("token_bits", "error", "top_bits", "pixel_bits", "background_bits", "features")
 
 
@@ -40,7 +43,8 @@ STATISTICS = ("token_bits", "error", "top_bits", "pixel_bits", "background_bits"
 class Evidence:
     """What was found in image `number`, of `size` (H, W).
 
-    `rows` has a row for each of the n tiles, on the CPU: always `tokens`, `(n, *grid.shape)`, and as wanted
+    `rows` has a row for each of the n tiles, on the CPU: always `tokens`, `(n, *grid.shape)`, and as wanted (statistics
+    and surprise perhaps of fewer tiles)
     - statistics, float64 `(n,)`: `token_bits` under the prior, given what is given; `top_bits`, the mean bits of the
       most surprising 5 % of the tokens; `pixel_bits` given the tokens, if the tokenizer has a likelihood; `error`, the
       mean over pixels of |x - decode(encode(x))|, from 0 to 2; `background_bits`, token bits under the background
@@ -119,70 +123,87 @@ class Examination:
         return digest_of(self.pipeline.convert_images(to_float(image)[None], "np")[0])
 
     def examine(
-        self, want: Collection[str], numbers: Sequence[int] | None = None, most: int | None = None
+        self,
+        want: Collection[str],
+        numbers: Sequence[int] | None = None,
+        most: int | None = None,
+        measured: int | None = None,
     ) -> Iterator[Evidence]:
         """Yield the evidence of all images, or of those in `numbers`. want: some of `statistics`, `error`, `surprise`,
-        `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread."""
+        `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread; measured: and
+        of these at most so many for statistics, which take far longer than what is hidden."""
         some = self if numbers is None else self.select(numbers)
-        facts, parts = dict[int, tuple[Size, str, Tensor]](), dict[int, list[tuple[list[Tile], dict[str, Tensor]]]]()
-
+        facts, parts = dict[int, tuple[Size, str, Tensor, set[int]]](), dict[int, list[Part]]()
         done = iter(self.pipeline.with_bar(range(len(some)), "scoring", "image"))
 
         def read(number: int) -> Tensor:
             image = some.source.read(next(done))  # the same number
-            responses = torch.empty(0)
+            responses, size = torch.empty(0), (image.shape[-2], image.shape[-1])
             if "responses" in want:
                 responses = filter_responses(to_float(image).to(self.pipeline.device)).cpu()
-            facts[number] = (image.shape[-2], image.shape[-1]), self.digest(image), responses
+            count = len(spread(len(self.view.tiles(number, size)), most))
+            facts[number] = size, self.digest(image), responses, {*spread(count, measured).tolist()}
             return image
 
         def finish(number: int) -> Evidence:
-            several, (size, digest, responses) = parts.pop(number), facts.pop(number)
-            tiles = [tile for some_tiles, _ in several for tile in some_tiles]
-            rows = {name: torch.cat([part[name] for _, part in several]) for name in several[0][1]}
+            several, (size, digest, responses, _) = parts.pop(number), facts.pop(number)
+            names = dict.fromkeys(name for _, part in several for name in part)
+            rows = {name: torch.cat([part[name] for _, part in several if name in part]) for name in names}
             errors = rows.pop("errors", torch.empty(0))
-            error = reduce_error(errors.sum(0) / len(tiles)) if len(errors) else errors
+            error = reduce_error(errors.sum(0) / len(rows["error"])) if len(errors) else errors
             own = number if numbers is None else int(numbers[number])
-            return Evidence(own, size, digest, tiles, rows, error, responses)
+            return Evidence(own, size, digest, [tile for tiles, _ in several for tile in tiles], rows, error, responses)
 
         mixed = "hidden" not in want or "statistics" in want or not self.view.is_tiled  # as in 0.3, to the bit
         source = LazyImages(some.source.names, read)
         for batch, tiles in cut(source, self.view, self.batch_size, most=most, mixed=mixed):
-            found = some.measure(batch.to(self.pipeline.device), tiles, want)
-            for number, group in groupby(range(len(tiles)), key=lambda row: tiles[row].image):
-                at = list(group)
-                part = {name: rows[at[0] : at[-1] + 1] for name, rows in found.items()}
+            owners, chosen = [tile.image for tile in tiles], list[list[int]]()
+            groups = [(number, [*group]) for number, group in groupby(range(len(tiles)), owners.__getitem__)]
+            for number, at in groups:
+                before = sum(len(earlier) for earlier, _ in parts.get(number, []))
+                chosen.append([row for row in at if before + row - at[0] in facts[number][3]])
+            first, batch = 0, batch.to(self.pipeline.device)
+            every, few = some.measure(batch, tiles, want, [row for own in chosen for row in own])
+            for (number, at), own in zip(groups, chosen, strict=True):
+                part = {name: rows[at[0] : at[-1] + 1] for name, rows in every.items()}
+                if own:
+                    part |= {name: rows[first : first + len(own)] for name, rows in few.items()}
                 if "errors" in part:
                     part["errors"] = part["errors"].sum(0, keepdim=True)
-                parts.setdefault(number, []).append(([tiles[row] for row in at], part))
-            for number in [number for number in parts if number < tiles[-1].image]:
+                first += len(own)
+                parts.setdefault(number, []).append((tiles[at[0] : at[-1] + 1], part))
+            for number in [number for number in parts if number < owners[-1]]:
                 yield finish(number)
         for number in [*parts, *done]:  # which closes the bar
             yield finish(number)
 
     @torch.no_grad()
-    def measure(self, batch: Tensor, tiles: Sequence[Tile], want: Collection[str]) -> dict[str, Tensor]:
-        """Run the models on tiles `(B, C, h, w)` in [-1, 1]; return the rows of `Evidence`, on the CPU."""
-        pipeline, prior = self.pipeline, self.pipeline.prior
+    def measure(
+        self, batch: Tensor, tiles: Sequence[Tile], want: Collection[str], chosen: Sequence[int]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the models on tiles `(B, C, h, w)` in [-1, 1]; return the rows of `Evidence`, on the CPU, of every tile,
+        and those of the `chosen` ones."""
+        pipeline, prior, every, few = self.pipeline, self.pipeline.prior, dict[str, Tensor](), dict[str, Tensor]()
         placed = give_places(self.given, tiles)
         own = placed if self.view.is_tiled else self.given[torch.tensor([tile.image for tile in tiles])]
-        tokens = pipeline.encode_batch(batch)
-        found = {"tokens": tokens}
-        if {"statistics", "bits", "surprise"} & {*want}:
-            log_probs = prior.token_log_probs(tokens, condition=own).flatten(1)
-            found["surprise"] = -log_probs / math.log(2)
-        if "statistics" in want:
-            found |= self.measure_statistics(batch, tokens, log_probs, own)
-        if "statistics" in want or "error" in want:
-            errors = (pipeline.decode_batch(tokens) - batch).abs().mean(-3).cpu().double()
-            found["error"] = errors.flatten(1).mean(1)
-            if "error" in want:
-                found["errors"] = errors
-        if "bits" in want and pipeline.tokenizer.has_likelihood:
-            found["pixels"] = pipeline.tokenizer.pixel_log_probs(batch, tokens).sum(-3) / math.log(2)
+        every["tokens"] = tokens = pipeline.encode_batch(batch)
         if "hidden" in want:
-            found["hidden"] = hidden_bits(prior, tokens, placed)
-        return {name: rows.cpu() for name, rows in found.items()}
+            every["hidden"] = hidden_bits(prior, tokens, placed)
+        if "bits" in want and pipeline.tokenizer.has_likelihood:
+            every["pixels"] = pipeline.tokenizer.pixel_log_probs(batch, tokens).sum(-3) / math.log(2)
+        if 0 < len(chosen) < len(tiles):
+            batch, tokens, own = batch[chosen], tokens[chosen], own[chosen]
+        if chosen and {"statistics", "bits", "surprise"} & {*want}:
+            log_probs = prior.token_log_probs(tokens, condition=own).flatten(1)
+            few["surprise"] = -log_probs / math.log(2)
+        if chosen and "statistics" in want:
+            few |= self.measure_statistics(batch, tokens, log_probs, own)
+            errors = (pipeline.decode_batch(tokens) - batch).abs().mean(-3).cpu().double()
+            few["error"] = errors.flatten(1).mean(1)
+            if "error" in want:
+                few["errors"] = errors
+        every, few = ({name: rows.cpu() for name, rows in each.items()} for each in (every, few))
+        return every, few
 
     def measure_statistics(self, batch: Tensor, tokens: Tensor, log_probs: Tensor, given: Given) -> dict[str, Tensor]:
         """Return the statistics of tiles, but for `error`; see `Evidence`. log_probs: of tokens, `(B, N)`."""
@@ -240,8 +261,11 @@ class HeldEvidence:
     """Evidence of an examination; that of the images `again` is held up to `MAX_HELD` bytes, so that each of them is
     examined once."""
 
-    def __init__(self, examination: Examination, want: Collection[str], again: Collection[int]) -> None:
-        self._examination, self._want, self._again = examination, want, again
+    def __init__(
+        self, examination: Examination, want: Collection[str], again: Collection[int], measured: int | None
+    ) -> None:
+        """measured: number of tiles of the images `again` that have statistics; of others, all have."""
+        self._examination, self._want, self._again, self._measured = examination, want, again, measured
         self._held, self._room = dict[int, Evidence](), MAX_HELD
 
     def of(self, numbers: Sequence[int]) -> Iterator[Evidence]:
@@ -249,8 +273,9 @@ class HeldEvidence:
         held = [self._held[number] for number in numbers if number in self._held]
         missing = [number for number in numbers if number not in self._held]
         yield from held
-        if missing:
-            for evidence in self._examination.examine(self._want, missing):
+        for some, measured in ((self._again, self._measured), ({*missing} - {*self._again}, None)):
+            wanted = [number for number in missing if number in some]
+            for evidence in self._examination.examine(self._want, wanted, measured=measured) if wanted else ():
                 if evidence.number in self._again and evidence.nbytes <= self._room:
                     self._room -= evidence.nbytes
                     self._held[evidence.number] = evidence

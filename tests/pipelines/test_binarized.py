@@ -142,7 +142,7 @@ def test_images_are_cut_at_mid_grey_or_drawn_by_fixed_seeds(source):
     assert not torch.equal(to_uint8(random.batch(range(12), epoch=1)), first)
     assert torch.equal(random.grey().pixels(range(12)), pixels)
     for images, how in ((cut, "threshold"), (random, "drawn")):  # at their own size, which has no row of pixels
-        assert torch.equal(torch.stack([images.whole_images([k]).load(0) for k in range(12)]), binarize(pixels, how))
+        assert torch.equal(torch.stack([images.whole_images([k]).read(0) for k in range(12)]), binarize(pixels, how))
 
 
 def test_preloaded_images_are_drawn_like_the_others(source):

@@ -18,6 +18,7 @@ from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.calibration import Calibration
 from pipelines.anomaly.distances import CalibrationError
+from pipelines.anomaly.examine import Examination
 from pipelines.anomaly.healing import anomaly_map
 from pipelines.anomaly.scores import anomaly_score, score_tiles
 from pipelines.commands.reconstruct import main as reconstruct_verb
@@ -238,6 +239,24 @@ def test_a_calibration_does_not_depend_on_the_batch_and_reads_each_image_once(tr
     assert isinstance(one, Calibration) and one.digests == other.digests
     for method, scores in one.scores.items():
         np.testing.assert_allclose(other.scores[method].values, scores.values, rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_some_tiles_are_of_evenly_spread_ones(trained):
+    images = larger(3, seed=35)
+    every, some = (
+        list(
+            Examination.open(trained, images, stride=9, batch_size=size).examine(
+                ["statistics", "error", "hidden"], **more
+            )
+        )
+        for size, more in ((256, {}), (5, {"measured": 3}))
+    )
+    for whole, few in zip(every, some, strict=True):
+        assert (len(whole.tiles), len(few.rows["hidden"]), len(few.rows["error"])) == (12, 12, 3)
+        torch.testing.assert_close(few.rows["hidden"], whole.rows["hidden"], rtol=1e-4, atol=1e-4)
+        for name, rows in whole.statistics.items():
+            torch.testing.assert_close(few.rows[name], rows[[0, 5, 11]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(few.error.mean(), few.rows["error"].mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_arrays_of_more_bits_and_channels_keep_their_size():
