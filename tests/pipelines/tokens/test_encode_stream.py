@@ -490,8 +490,7 @@ def test_what_a_stream_cannot_follow_is_refused_before_the_work(tokenizer, sourc
         ("damaged", "{path}: cannot be read"),
     ],
 )
-@pytest.mark.parametrize("world", [1, 2])
-def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, monkeypatch, changes, message, world):
+def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, changes, message):
     for number in range(7):
         write_columns(tmp_path / "data" / f"train-{number}.parquet", [number])
     path = tmp_path / "data" / "train-5.parquet"
@@ -508,7 +507,7 @@ def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, monkeypatch, cha
         write_columns(path, [5], **changes)
     settings = config(tokenizer, tmp_path / "tokens", tmp_path / "data", attributes={"age": "age", "view": "view"})
     with pytest.raises(UserError) as caught:
-        run_together(monkeypatch, world, settings)
+        run(settings)
     assert str(caught.value).startswith(message.replace("{path}", str(path))) and "\n" not in str(caught.value)
 
 
