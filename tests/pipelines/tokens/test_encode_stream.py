@@ -33,6 +33,7 @@ from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, stream_columns, streaming
+from pipelines.images.attributes import AttributeSource
 from pipelines.job import work_folder
 from pipelines.tokens import TokenDataset, load_tokens
 from tokenizer import Tokenizer
@@ -276,6 +277,17 @@ def test_the_first_pass_reads_no_image(tmp_path, monkeypatch, kind):
     found = list(streaming.read_files([str(next(tmp_path.iterdir()))], settings, with_images=False))
     assert [(sample["data"], int(sample["label"])) for sample in found] == [(None, k % 3) for k in range(6)]
     assert columns == ([["label"]] if kind == "parquet" else []) and sizes == ([1] * 6 if kind == "tar" else [])
+
+
+def test_a_shard_of_many_rows_is_summarised_in_parts(tmp_path):
+    """Of more rows than are held at a time."""
+    path = write_columns(tmp_path / "train-0.parquet", [*range(3)] * 400)
+    shard = stream_columns.Input("train", str(path), "train.safetensors", 0)
+    age = stream_columns.StreamedColumn("age", AttributeSource(), (), "number")
+    scan = stream_columns.scan_shard(shard, config(path, path, path).data, [age], ("cat", "dog", "eel"))
+    column = stream_columns.join_column(age, [shard], [scan])
+    assert scan.images == 1200 > stream_columns.CELLS and list(scan.labels) == [0, 1, 2]
+    assert np.allclose([column.mean, column.std], [[1.75], [0.5]]) and (column.low, column.high) == ([1.25], [2.25])
 
 
 # Processes and kills
