@@ -33,6 +33,7 @@ from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, stream_columns, streaming
+from pipelines.images.attributes import AttributeSource
 from pipelines.job import work_folder
 from pipelines.tokens import TokenDataset, load_tokens
 from tokenizer import Tokenizer
@@ -278,6 +279,18 @@ def test_the_first_pass_reads_no_image(tmp_path, monkeypatch, kind):
     assert columns == ([["label"]] if kind == "parquet" else []) and sizes == ([1] * 6 if kind == "tar" else [])
 
 
+def test_a_shard_of_many_rows_is_summarised_in_parts(tmp_path):
+    """Of more rows than are held at a time."""
+    path = write_columns(tmp_path / "train-0.parquet", [1] * 1100 + [2] * 100)
+    shard = stream_columns.Input("train", str(path), "train.safetensors", 0)
+    age = stream_columns.StreamedColumn("age", AttributeSource(), (), "number")
+    scan = stream_columns.scan_shard(shard, config(path, path, path).data, [age], ("cat", "dog", "eel"))
+    column = stream_columns.join_column(age, [shard], [scan])
+    assert scan.images == 1200 > stream_columns.CELLS and list(scan.labels) == [1, 2]
+    assert np.allclose([column.mean, column.std], [[1.25 + 1 / 12], [np.sqrt(11) / 12]])
+    assert (column.low, column.high) == ([1.25], [2.25])
+
+
 # Processes and kills
 
 
@@ -490,8 +503,7 @@ def test_what_a_stream_cannot_follow_is_refused_before_the_work(tokenizer, sourc
         ("damaged", "{path}: cannot be read"),
     ],
 )
-@pytest.mark.parametrize("world", [1, 2])
-def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, monkeypatch, changes, message, world):
+def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, changes, message):
     for number in range(7):
         write_columns(tmp_path / "data" / f"train-{number}.parquet", [number])
     path = tmp_path / "data" / "train-5.parquet"
@@ -508,7 +520,7 @@ def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, monkeypatch, cha
         write_columns(path, [5], **changes)
     settings = config(tokenizer, tmp_path / "tokens", tmp_path / "data", attributes={"age": "age", "view": "view"})
     with pytest.raises(UserError) as caught:
-        run_together(monkeypatch, world, settings)
+        run(settings)
     assert str(caught.value).startswith(message.replace("{path}", str(path))) and "\n" not in str(caught.value)
 
 
