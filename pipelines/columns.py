@@ -700,11 +700,11 @@ class GridFormat(ColumnFormat[GridColumn]):
         return [picture]
 
     def read_fields(self, values: Sequence[Any]) -> Any:
-        from .app.served import as_picture, picked_image
+        from .app.served import picked_image
 
         assert self.tokenizer is not None  # otherwise there is no field
         try:
-            return as_picture(picked_image(values[0], self.tokenizer.spec)[0])
+            return picked_image(values[0], self.tokenizer.spec)[0].movedim(-3, -1).numpy()
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 

@@ -111,7 +111,7 @@ def complete(
         there, original = (each.repeat_interleave(draws, 0) for each in (known.unsqueeze(-3), batch))
         decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=settings.get("progress", True))
         images = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
-    return type(made).of(images, drawn, made.class_names, made.frames)
+    return type(made).of(images, drawn, made.class_names, made.axes)
 
 
 def encode_visible(
@@ -222,9 +222,12 @@ def find_known_pixels(known: Any, mask: Any, images: Any, batch: Tensor, frames:
     """Return the known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`. batch: `images` as a tensor `(B, ..., C, H,
     W)`. frames: see `complete`. Raises `TypeError` unless exactly one of `known`, `mask` and `frames` is given,
     `ValueError` for another shape, type or number of frames."""
-    if [known is None, mask is None, frames is None].count(False) != 1:
-        others = ", or frames (keep these from the start)" if batch.ndim > 4 or frames is not None else ""
-        raise TypeError(f"give either known (True = keep this pixel) or mask (white = redraw it){others}")
+    areas = (known, mask, frames)
+    if [area is None for area in areas].count(False) != 1:
+        raise TypeError(
+            "give either known (True = keep this pixel), mask (white = redraw it) or, of clips, frames (keep these "
+            "from the start)"
+        )
     if frames is not None:
         return find_first_frames(frames, batch)
     return check_known_pixels(known, batch) if mask is None else ~find_hidden_pixels(mask, images, batch)
@@ -234,8 +237,8 @@ def find_first_frames(frames: Any, batch: Tensor) -> Tensor:
     """Return where clips `batch` `(B, T, C, H, W)` have one of the first `frames`, bool `(B, T, H, W)`."""
     if batch.ndim == 4:
         raise ValueError("frames: this pipeline makes images, not clips; use mask or known")
-    total = batch.shape[1]
-    if not 1 <= (first := whole_number("frames", frames)) < total:
+    first, total = whole_number("frames", frames), batch.shape[1]
+    if not 1 <= first < total:
         raise ValueError(f"frames: keep from 1 to {total - 1} of the {total} frames (got {frames})")
     known = torch.zeros_like(batch[:, :, 0], dtype=torch.bool)
     known[:, :first] = True

@@ -89,6 +89,7 @@ class EncodeConfig(Config):
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer out=runs/digits_tokens",
         "tokenizer=runs/photos out=runs/photos_tokens data.on_error=skip",
+        "tokenizer=runs/shards out=runs/shards_tokens data.streaming=true data.on_error=skip",
         "tokenizer=runs/faces out=runs/faces_tokens table=faces.csv attributes.age=age attributes.tags=tags",
         "tokenizer=runs/emoji out=runs/emoji_tokens attributes.outline.images=outlines "
         "attributes.outline.tokenizer=runs/outlines",
@@ -116,7 +117,10 @@ class EncodeConfig(Config):
         0, ge=0, le=1000, description="extra variants of each training image, augmented as in data.augment"
     )
     rows_per_shard: int | None = Field(
-        None, ge=1, description="rows per file; null: 1,024 to 4,096, and at most 16 files for a small split"
+        None,
+        ge=1,
+        description="rows per file; null: 1,024 to 4,096, and at most 16 files for a small split; of streams, the rows "
+        "of each shard",
     )
     batch_size: int = Field(256, ge=1, description="images per batch on each process")
     seed: int = Field(0, ge=0, description="seed of the augmentations, and of random crops")
@@ -190,9 +194,7 @@ def load_tokenizer(config: EncodeConfig) -> Tokenizer:
     """Load the tokenizer; with `data.frames`, one of images is wrapped so that it encodes clips frame by frame. Raises
     `ConfigError` for one that cannot."""
     tokenizer: Tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
-    if config.data.frames is None or tokenizer.spec.frames > 1:
-        return tokenizer
-    return FrameByFrame.wrap(tokenizer, config.data.frames)
+    return FrameByFrame.wrap(tokenizer, config.data.spec.frames)
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:

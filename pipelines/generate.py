@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import io
 import json
 import os
 import time
@@ -39,7 +38,7 @@ from .files import Output, atomic_file, lock_output, replace_file, require_apart
 from .image_pipeline import NO_TEXT, ImagePipeline, equal_batches
 from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.grids import class_grid
-from .images.pictures import SUFFIXES, png_bytes, to_images, write_picture
+from .images.pictures import SUFFIXES, npy_bytes, png_bytes, to_images, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .options import DEVICE, UsesPipeline
 from .processes.launch import join_group
@@ -225,11 +224,12 @@ def describe_job(request: Request, suffix: str) -> dict[str, Any]:
 def choose_suffix(config: GenerateConfig, spec: ImageSpec | None) -> str:
     """Return the suffix of one file per image; in a work folder, of one that keeps every value. spec: None if the
     pipeline is not loaded yet."""
-    if spec is None or (spec.frames == 1 and spec.is_picture):
-        return FILES[0]
-    if spec.frames == 1 or Path(config.out).suffix:
+    suffix = FILES[0] if spec is None else spec.shown_suffix
+    if suffix == FILES[0]:
+        return suffix
+    if Path(config.out).suffix:
         return ".npy"
-    return f".{config.format or ('gif' if spec.is_picture else 'npy')}"
+    return f".{config.format}" if config.format else suffix
 
 
 def make_images(
@@ -406,12 +406,6 @@ class ImageFolder:
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # it contains files of the user
             self.folder.rmdir()
-
-
-def npy_bytes(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, image)
-    return file.getvalue()
 
 
 def write_npz(

@@ -77,16 +77,16 @@ class Output(NamedTuple):
 
 
 class PipelineOutput(Output):
-    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it. frames: the number of frames of each
-    image."""
+    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it. axes: the number of axes of an image:
+    3, or 4 with frames."""
 
-    frames = 1
+    axes = 3
 
     @classmethod
-    def of(cls, images: Any, tokens: Tensor, class_names: list[str] | None, frames: int) -> PipelineOutput:
-        """Return the result for images, or clips, with this number of frames."""
+    def of(cls, images: Any, tokens: Tensor, class_names: list[str] | None, axes: int) -> PipelineOutput:
+        """Return the result for images, or clips, with this number of axes."""
         found = cls(images, tokens, class_names)
-        found.frames = frames
+        found.axes = axes
         return found
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ class PipelineOutput(Output):
         while isinstance(first, list):
             counts.append(len(first))
             first = first[0]
-        clips = f"clips of {counts.pop()} " if self.frames > 1 else ""
+        clips = "".join(f"clips of {counts.pop()} " for _ in range(3, self.axes))
         return f"{' x '.join(map(str, counts))} {clips}PIL of {first.width} x {first.height}"
 
     def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
@@ -125,10 +125,9 @@ class PipelineOutput(Output):
             pixels = stack_pictures(images) if isinstance(images, list) else images
         if pixels.dtype != np.uint8 or pixels.shape[-1] not in (1, 3):
             raise ValueError(f'grid: shows images of output_type="pil" or "pt" (got arrays of {pixels.dtype})')
-        image = pixels.shape[-4:] if self.frames > 1 else pixels.shape[-3:]
-        draws = pixels.shape[1] if pixels.ndim > 1 + len(image) else None
+        draws = pixels.shape[1] if pixels.ndim > 1 + self.axes else None
         names = self.class_names if draws is None else None
-        pixels = pixels.reshape(-1, *image)
+        pixels = pixels.reshape(-1, *pixels.shape[-self.axes :])
         return Image.fromarray(class_grid(pixels, names, columns or draws, captions=labels))
 
 
@@ -305,7 +304,7 @@ class ImagePipeline:
         options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
         images = drawn if output_type == LATENT else self.decode(drawn, **options)
         names = self.class_names(given.rows[LABEL]) if LABEL in given.rows else None
-        return PipelineOutput.of(images, drawn, names, self.frames)
+        return PipelineOutput.of(images, drawn, names, len(self.spec.shape))
 
     def choose_sampler(
         self, settings: dict[str, Any], given: Collection[str], decoding: DecodingOptions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,7 @@ DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
 UNKNOWN = "whether images were added or removed since training, which would move others, is not known"
 REMOVE = "; remove or replace this file, then run the command again"
+NO_TILES = "tile: clips are not cut into tiles"
 Named = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
 
@@ -87,8 +89,8 @@ class UsesImages(UsesPipeline):
         `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
         training."""
         check_shape(self.data, pipeline.tokenizer)
-        if whole and self.data.frames is not None:
-            raise UserError("tile: clips are not cut into tiles")
+        if whole:
+            refuse_clips(pipeline.spec, NO_TILES)
         data = self.data.without_crop() if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
         splits = load_images(data, inherited=inherited, check=check and not whole, together=together)
@@ -194,20 +196,24 @@ def choose_images(
     named: Named, most: int, spec: ImageSpec, held_out: Callable[[], ImageDataset]
 ) -> tuple[Tensor, list[str]]:
     """Load the images that a user named, as `ImageDataset.pixels` returns them, and return them with their names: files
-    (of clips also folders of frames, cut into windows), up to `most` evenly spread files of folders, or indices of
+    (of clips also folders of frames), up to `most` evenly spread files of folders or windows of clips, or indices of
     held-out images; by default `most` held-out images. Raises `UserError`."""
     paths, indices = split_named_images(named)
     if paths:
         source = open_files(paths, spec)
-        chosen = list(range(source.size))
-        if spec.frames > 1 or any(Path(path).is_dir() for path in paths):
-            chosen = spread(source.size, most).tolist()
+        chosen = spread(source.size, most if source.size > len(paths) else None).tolist()
         return read_files(source, chosen, spec), [source.name(row) for row in chosen]
     images = held_out()
     if outside := [index for index in indices if not 0 <= index < len(images)]:
         raise UserError(f"images: indices of the held-out split go from 0 to {len(images) - 1} (got {outside[0]})")
     chosen = indices or spread(len(images), most).tolist()
     return images.pixels(chosen), images.names(chosen)
+
+
+def refuse_clips(spec: ImageSpec, problem: str) -> None:
+    """Raise `UserError` with this problem if images are clips."""
+    if spec.frames > 1:
+        raise UserError(problem)
 
 
 def require_pictures(spec: ImageSpec, verb: str) -> None:
@@ -219,33 +225,30 @@ def require_pictures(spec: ImageSpec, verb: str) -> None:
         )
 
 
-def find_files(paths: list[str], frames: int = 1) -> list[Path]:
-    """Return the image files, or for several `frames` the clips (files, and folders of frames), among `paths` and in
-    the folders among them, sorted by name within each folder. Raises `UserError` for a path that does not exist, and if
-    there are none."""
-    find, files = image_paths if frames == 1 else find_clips, list[Path]()
+def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> Source:
+    """Return the images of the first `most` image files, or the windows of the first `most` clips (files, and folders
+    of frames), among `paths` and in the folders among them, sorted by name within each folder. Raises `UserError` for a
+    path that does not exist, and if there are none."""
+    find: Callable[[Path], list[str]] = image_paths
+    open_rows: Callable[[list[str]], Source] = of_files
+    if spec.frames > 1:
+        find, open_rows = find_clips, partial(cut_windows, frames=spec.frames)
+    files = list[Path]()
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"images: no such file or folder: {path}")
         files += sorted(map(Path, find(path))) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"images: no {'images' if frames == 1 else 'clips'} in {', '.join(paths)}")
-    return files
-
-
-def open_files(paths: list[str], spec: ImageSpec) -> Source:
-    """Return the images of `find_files`, or the windows of the clips. Raises `UserError`."""
-    files = [str(file) for file in find_files(paths, spec.frames)]
-    return of_files(files) if spec.frames == 1 else cut_windows(files, spec.frames)
+        raise UserError(f"images: no {spec.noun}s in {', '.join(paths)}")
+    return open_rows([str(file) for file in files[:most]])
 
 
 def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:
     """Read some images of a source, resized and cropped, as `ImageDataset.pixels` returns them. Raises `UserError` with
     a line for each of the first ten that cannot be decoded."""
     decoded = decode_in_threads(source.payloads(rows), spec)
-    hint = REMOVE if spec.frames == 1 else ""
     found = zip(rows, decoded, strict=True)
-    refuse_files([f"images: {source.name(row)}: {reason}{hint}" for row, reason in found if isinstance(reason, str)])
+    refuse_files([f"images: {source.name(row)}: {reason}{REMOVE}" for row, reason in found if isinstance(reason, str)])
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
 
 

@@ -152,7 +152,7 @@ def compute_position_vectors(
             found.append(code_shares(tokens, pipeline.tokenizer.grid.vocab_size)[:, None])
         else:
             cells = images if source == "pixels" else look_up_vectors(pipeline, tokens)
-            found.append(cells.flatten(2).transpose(1, 2).float())
+            found.append(cells.movedim(len(pipeline.spec.shape) - 2, -1).flatten(1, -2).float())
     return found
 
 
@@ -164,7 +164,7 @@ def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 def look_up_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
-    """Return the quantizer's vectors of tokens, `(B, dim, *spatial)`; without a quantizer, their decoded colours."""
+    """Return the quantizer's vectors of tokens, `(B, ..., dim, *spatial)`; without a quantizer, decoded colours."""
     if isinstance(pipeline.tokenizer, FrameByFrame):
         quantizer = getattr(pipeline.tokenizer.tokenizer, "quantizer", None)
         if quantizer is not None:

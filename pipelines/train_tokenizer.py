@@ -119,8 +119,8 @@ class TokenizerTask(Task):
             raise UserError("model.kind: choose the tokenizer of a frame; encode makes it one of clips (data.frames)")
         model = model_config(config.model, (height, width), channels, config.data)  # raises before images are decoded
         require_two_levels(config.data, config.model["kind"], getattr(model, "levels", 0))
-        if config.data.frames is not None:
-            FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)  # as `encode` will
+        if config.data.frames is not None:  # as `encode` will
+            FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)
         inherited = find_division(config)
         self.images = load_images(config.data, inherited=inherited, together=True, stream=True, single_frames=True)
         self.divided = self.images.facts

@@ -98,9 +98,12 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         self.grid = TokenGrid((config.frames, *grid.shape), grid.vocab_size, channels=grid.channels)
 
     @classmethod
-    def wrap(cls, tokenizer: Tokenizer, frames: int) -> FrameByFrame:
+    def wrap(cls, tokenizer: Tokenizer, frames: int) -> Tokenizer:
         """Return a tokenizer of clips with this number of frames, each of which `tokenizer` encodes; the two share
-        their weights. Raises `ConfigError` for a tokenizer with another kind of grid."""
+        their weights. A tokenizer of clips, and one for a single frame, stay as they are. Raises `ConfigError` for a
+        tokenizer with another kind of grid."""
+        if frames == 1 or tokenizer.spec.frames > 1:
+            return tokenizer
         facts = {name: getattr(tokenizer.config, name) for name in FACTS if hasattr(tokenizer.config, name)}
         height, width = tokenizer.config.image_size
         facts["image_size"] = (frames * height, width)

@@ -71,6 +71,18 @@ class ImageSpec:
     def noun(self) -> str:
         return "image" if self.frames == 1 else "clip"
 
+    @property
+    def shown_suffix(self) -> str:
+        """The suffix of a file that shows one image or clip, or holds its values if no picture does."""
+        if not self.is_picture:
+            return ".npy"
+        return ".png" if self.frames == 1 else ".gif"
+
+    @property
+    def exact_suffix(self) -> str:
+        """The suffix of a file that holds every value of one image or clip: a GIF has 256 levels for all channels."""
+        return ".npy" if self.shown_suffix == ".gif" and self.channels > 1 else self.shown_suffix
+
     def at(self, height: int, width: int) -> ImageSpec:
         """Return the spec of images of another size."""
         return replace(self, height=height, width=width)
@@ -140,14 +152,14 @@ class ImageSpec:
         """Raise `ValueError`, which begins with the setting to change, unless `other` has the same size, frames, type
         and range; which channels pictures show may differ. whose: owner of these images, such as "pipeline"."""
         if other.frames != self.frames:
-            theirs = f"clips of {self.frames} frames" if self.frames > 1 else "single images"
-            needed, got = (None if frames == 1 else frames for frames in (self.frames, other.frames))
-            raise ValueError(f"frames: the {whose} takes {theirs}; set data.frames={needed or 'null'} (got {got})")
-        ours, theirs_ = (spec.frame.shape for spec in (self, other))
-        if theirs_ != ours:
+            needed, got = ("null" if each.frames == 1 else each.frames for each in (self, other))
+            of = "".join(f" of {count} frames" for count in self.shape[:-3])
+            raise ValueError(f"frames: the {whose} takes {self.noun}s{of}; set data.frames={needed} (got {got})")
+        ours, theirs = (spec.frame.shape for spec in (self, other))
+        if theirs != ours:
             raise ValueError(
                 f"image_size, data.channels: the {whose}'s {'images' if self.frames == 1 else 'frames'} are {ours} "
-                f"(channels, height, width), these are {theirs_}"
+                f"(channels, height, width), these are {theirs}"
             )
         if self.is_bytes and not other.is_bytes:
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
-from PIL import Image
+import numpy as np
 
 from prior import Prior
 from prior.columns import LABEL
@@ -131,17 +131,20 @@ def format_arguments(arguments: Mapping[str, Any]) -> str:
 
 
 def format_condition(condition: dict[str, Any]) -> str:
-    """Format a condition as Python source, in which pictures are files."""
+    """Format a condition as Python source, in which pixels (..., H, W, C) are files."""
     values = {
-        name: f'Image.open("{name}.png")' if isinstance(value, Image.Image) else repr(value)
+        name: format_open(name, value.shape[:-3], value.shape[-1]) if isinstance(value, np.ndarray) else repr(value)
         for name, value in condition.items()
     }
     return "{" + ", ".join(f"{name!r}: {value}" for name, value in values.items()) + "}"
 
 
-def import_pictures(arguments: dict[str, Any]) -> list[str]:
-    pictures = any(isinstance(value, Image.Image) for value in arguments.get("condition", {}).values())
-    return ["from PIL import Image"] * pictures
+def format_open(name: str, frames: tuple[int, ...], channels: int) -> str:
+    """Return Python code that opens a picture, or a clip of (T,) frames, as a pipeline takes it."""
+    opened, mode = f'Image.open("{name}.png")', "L" if channels == 1 else "RGB"
+    for count in frames:
+        opened = f'np.stack([frame.convert("{mode}") for frame in ImageSequence.Iterator({opened})][:{count}])'
+    return opened
 
 
 def make_class_menu(pipeline: ImagePipeline, several: bool) -> gr.Dropdown | gr.State:

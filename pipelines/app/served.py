@@ -12,16 +12,20 @@ from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from tokenizer.files import one_line
-from tokenizer.spec import ImageSpec
+from tokenizer.spec import ImageSpec, draw_pictures
 
 from ..config import UserError
 from ..image_pipeline import ImagePipeline
+from ..images.animations import animated_png
 from ..images.dataset import ImageDataset
-from ..images.formats import WEB_FORMATS, open_image, try_decode
+from ..images.formats import MAX_PIXELS, WEB_FORMATS, Payload, open_image, try_decode
+from ..options import open_files
 
 REPORT_SECONDS = 0.4  # minimum time between progress reports, because each one updates the page
 BROKEN = "Something went wrong on the server; see its log."
@@ -54,9 +58,17 @@ class Served:
         return self.pipeline.spec
 
     def code(self, *lines: str) -> str:
-        """Return Python code that loads the pipeline, followed by `lines`."""
-        head = ["from pipelines import ImagePipeline", "", f"pipe = ImagePipeline.from_pretrained({self.name!r})"]
-        return "\n".join([*head, *lines])
+        """Return Python code that loads the pipeline, followed by `lines`, with the imports that they need."""
+        text = "\n".join(lines)
+        names = [name for name in ("Image", "ImageSequence") if f"{name}." in text]
+        imports = ["import numpy as np"] * ("np." in text) + [f"from PIL import {', '.join(names)}"] * bool(names)
+        head = [
+            *imports,
+            "from pipelines import ImagePipeline",
+            "",
+            f"pipe = ImagePipeline.from_pretrained({self.name!r})",
+        ]
+        return "\n".join([*head, text]) if lines else "\n".join(head)
 
     def handler(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """Return an event handler that calls `work(served, step, *values)` and shows errors in one line."""
@@ -102,7 +114,7 @@ def report_tokens(step: Step) -> Any:
     return report
 
 
-# Images that visitors upload
+# Images and clips that visitors upload
 
 
 def picked_files(picked: Picked, most: int) -> list[Path]:
@@ -115,26 +127,50 @@ def picked_files(picked: Picked, most: int) -> list[Path]:
 
 
 def picked_image(picked: Picked, spec: ImageSpec) -> Tensor:
-    """Read the image, uint8 `(1, C, H, W)`, resized and cropped. Raises `ValueError` for a file that is not
-    an image, and, before decoding, for one with too many pixels."""
+    """Read the image, or the first frames of the clip, uint8 `(1, *spec.shape)`, resized and cropped. Raises
+    `ValueError` for a file that is none, and, before decoding, for one with too many pixels."""
     (file,) = picked_files(picked, 1)
-    pixels = try_decode(file, spec, WEB_FORMATS)
+    try:
+        pixels = try_decode(list_payloads(file, spec)[0], spec, WEB_FORMATS)
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        pixels = str(error)
     if isinstance(pixels, str):
-        raise ValueError(f"the image cannot be read: {pixels}")
+        raise ValueError(f"the {spec.noun} cannot be read: {pixels}")
     return torch.from_numpy(pixels.copy())[None]
 
 
-def picked_images(picked: Picked, most: int) -> list[Image.Image]:
-    """Open up to `most` images of any size without decoding them. Raises `ValueError`."""
-    images = []
+def picked_images(picked: Picked, most: int, spec: ImageSpec) -> list[Payload]:
+    """Open up to `most` images, or clips in all files, without decoding them. Raises `ValueError`."""
+    payloads = list[Payload]()
     for number, file in enumerate(picked_files(picked, most), 1):
         try:
-            images.append(open_image(file, WEB_FORMATS))
-        except Exception as error:  # damaged files make Pillow raise almost anything
-            raise ValueError(f"image {number} cannot be read: {error}") from error
-    return images
+            payloads += list_payloads(file, spec)
+        except Exception as error:  # as in `picked_image`
+            raise ValueError(f"{spec.noun} {number} cannot be read: {error}") from error
+    if len(payloads) > most:
+        raise ValueError(f"{len(payloads)} {spec.noun}s; the limit is {most}")
+    return payloads
 
 
-def as_picture(pixels: Tensor) -> Image.Image:
-    """Convert uint8 `(C, H, W)` to a PIL image."""
-    return Image.fromarray(pixels.movedim(0, -1).squeeze(-1).cpu().numpy())
+def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
+    """Return the image of a file, or the windows of a clip, not decoded. Raises `ValueError` for a file in another
+    format or with too many pixels in a window, and whatever Pillow raises."""
+    image = open_image(file, WEB_FORMATS)
+    sides = *spec.shape[:-3], *image.size
+    if math.prod(sides) > MAX_PIXELS:
+        raise ValueError(f"{' x '.join(map(str, sides))} pixels; the limit is {MAX_PIXELS}")
+    source = open_files([str(file)], spec)
+    payloads = source.payloads(range(source.size))
+    for payload in payloads:
+        if isinstance(payload, str):
+            raise ValueError(payload)
+    return payloads
+
+
+def as_shown(image: Tensor | PILImage | list[PILImage]) -> PILImage | str:
+    """Return what a gallery shows of an image, uint8 `(..., C, H, W)` or PIL; of a clip, the path of an animated
+    PNG."""
+    found = draw_pictures(image.movedim(-3, -1).cpu().numpy()) if isinstance(image, Tensor) else image
+    if not isinstance(found, list):
+        return found
+    return save_bytes_to_cache(animated_png(found), "clip.png", get_upload_folder())

@@ -84,19 +84,15 @@ def run(config: CompleteConfig) -> dict[str, float]:
     out = Output(
         config.out, [config.pipeline, config.mask, None if files else config.data.path, *files], config.overwrite
     )
-    if config.frames is None:
-        out.check_file(SUFFIXES)
     with lock_output(config.out):
         pipeline = config.load_pipeline()
         require_pictures(pipeline.spec, "complete")
-        known = (
-            read_mask(config.mask or MASK, pipeline) if config.frames is None else keep_frames(config, out, pipeline)
-        )
-        spec = pipeline.spec
+        area = (Masked if pipeline.frames == 1 else FirstFrames)(config, out, pipeline)
+        known, spec = area.known, pipeline.spec
         images, names = choose_images(
             config.images, config.num_images, spec, lambda: config.load_images(pipeline).held_out
         )
-        if files and spec.frames == 1:
+        if files:
             warn_about_sizes(names, spec)
         truth = pipeline.binarize(to_float(images))
         given = config.read_condition(pipeline, len(truth), names).given
@@ -122,12 +118,8 @@ def run(config: CompleteConfig) -> dict[str, float]:
             figures["conditional_log_prob"] = float(log_probs.cpu().double().mean())
         except ConditionError as error:
             refusal = str(error)
-        if spec.frames > 1:
-            write_clips(config, out, spec.picture(torch.cat([truth[:, None], drawn], 1)))
-        else:
-            with out.file() as path:
-                write_picture(draw_sheet(truth, drawn, known), path)
-    print(format_report(config, pipeline, known, figures, refusal))
+        area.write(truth, drawn)
+    print(format_report(config, pipeline, area, figures, refusal))
     return figures
 
 
@@ -152,29 +144,75 @@ def find_size(name: str) -> tuple[int, int] | None:
         return None
 
 
-def keep_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeline) -> Tensor:
-    """Return the known pixels of a clip whose first `config.frames` frames stay, bool `(T, H, W)`. Raises `UserError`
-    for another number, a mask, or images that are no clips, and for an output of another kind."""
-    if config.mask is not None:
-        raise UserError("mask: is that of images; of clips, frames gives the part to keep")
-    try:
-        known = find_first_frames(config.frames, torch.empty(1, *pipeline.spec.shape))[0]
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
-    if not out.path.suffix:
-        out.check_files([SHEET])
-    else:
-        out.check_file((*SUFFIXES, *ANIMATIONS))
-    if out.path.suffix.lower() == ".mp4":
-        require_video("out")
-    return known
+class Masked:
+    """The area of images to fill in, and the sheet of its completions. known: the other pixels, bool `(H, W)`. Raises
+    `UserError` for settings of clips, and for a mask that cannot be read."""
+
+    def __init__(self, config: CompleteConfig, out: Output, pipeline: ImagePipeline) -> None:
+        self.out, self.name = out, config.mask or MASK
+        if config.frames is not None:
+            raise UserError("frames: this pipeline makes images, not clips; use mask")
+        out.check_file(SUFFIXES)
+        self.known = read_mask(self.name, pipeline)
+        self.sheet = f"{config.out}: original, masked, {config.draws} completions"
+
+    def write(self, truth: Tensor, drawn: Tensor) -> None:
+        """Write the sheet of images `(B, C, H, W)` and their completions `(B, draws, C, H, W)`."""
+        with self.out.file() as path:
+            write_picture(draw_sheet(truth, drawn, self.known), path)
+
+
+class FirstFrames:
+    """The frames of clips to redraw, and the files of their completions. known: the pixels of the others, bool `(T, H,
+    W)`. Raises `UserError` for another number of frames, a mask, and an output of another kind."""
+
+    def __init__(self, config: CompleteConfig, out: Output, pipeline: ImagePipeline) -> None:
+        self.out, self.spec, self.first = out, pipeline.spec, config.frames
+        total = self.spec.frames
+        if config.mask is not None:
+            raise UserError("mask: is that of images; of clips, frames gives the part to keep")
+        if config.frames is None:
+            raise UserError(f"frames: give the number of frames to keep, from 1 to {total - 1}; these are clips")
+        try:
+            self.known = find_first_frames(config.frames, torch.empty(1, *self.spec.shape))[0]
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        if not out.path.suffix:
+            out.check_files([SHEET])
+        else:
+            out.check_file((*SUFFIXES, *ANIMATIONS))
+        if out.path.suffix.lower() == ".mp4":
+            require_video("out")
+        self.name = f"after {config.frames} of {total} frames"
+        place = config.out if out.path.suffix else f"{config.out}/{SHEET}"
+        self.sheet = f"{place}: original, {count_of(config.draws, 'completion')} with drawn frames in orange"
+
+    def write(self, truth: Tensor, drawn: Tensor) -> None:
+        """Write clips `(B, T, C, H, W)` and their completions `(B, draws, T, C, H, W)`: a still sheet with a row for
+        each, a moving one, or a folder."""
+        pixels = self.spec.picture(torch.cat([truth[:, None], drawn], 1))
+        count, each, frames = pixels.shape[:3]
+        redrawn = (np.arange(each)[:, None] > 0) & ~self.known.flatten(1).all(1).numpy()
+        redrawn = np.broadcast_to(redrawn, (count, each, frames))
+        sheet = frame_cells(pixels.reshape(-1, *pixels.shape[2:]), redrawn.reshape(-1, frames))
+        if not self.out.path.suffix:
+            with self.out.files() as folder:
+                write_picture(sheet, folder / SHEET)
+                for clip in range(count):
+                    for draw in range(1, each):
+                        write_animation(pixels[clip, draw], folder / f"{clip:05d}_{draw - 1}.gif")
+            return
+        with self.out.file() as path:
+            if path.suffix.lower() in ANIMATIONS:
+                moving = [frame_cells(pixels[:, :, t], redrawn[:, :, t]) for t in range(frames)]
+                write_animation(np.stack(moving), path)
+            else:
+                write_picture(sheet, path)
 
 
 def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
     """Make or read a mask, and return the known pixels, bool `(H, W)`. Raises `UserError`."""
     spec, path = pipeline.spec, Path(name)
-    if spec.frames > 1:
-        raise UserError(f"frames: give the number of frames to keep, from 1 to {spec.frames - 1}; these are clips")
     try:
         if path.suffix.lower() not in SUFFIXES:
             return make_mask(name, spec, pipeline.prior.grid.shape)
@@ -213,28 +251,6 @@ def draw_sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
     return grid_picture(to_uint8(rows.flatten(0, 1)).movedim(1, -1).numpy(), draws + 2)
 
 
-def write_clips(config: CompleteConfig, out: Output, pixels: np.ndarray) -> None:
-    """Write the output of clips (B, 1 + draws, T, H, W, C), each the original and its completions: a still sheet with a
-    row for each, a moving one, or a folder."""
-    count, each, frames = pixels.shape[:3]
-    redrawn = (np.arange(each)[:, None] > 0) & (np.arange(frames) >= (config.frames or 0))
-    redrawn = np.broadcast_to(redrawn, (count, each, frames))
-    sheet = frame_cells(pixels.reshape(-1, *pixels.shape[2:]), redrawn.reshape(-1, frames))
-    if not out.path.suffix:
-        with out.files() as folder:
-            write_picture(sheet, folder / SHEET)
-            for clip in range(count):
-                for draw in range(1, each):
-                    write_animation(pixels[clip, draw], folder / f"{clip:05d}_{draw - 1}.gif")
-        return
-    with out.file() as path:
-        if path.suffix.lower() in ANIMATIONS:
-            moving = [frame_cells(pixels[:, :, t], redrawn[:, :, t]) for t in range(frames)]
-            write_animation(np.stack(moving), path)
-        else:
-            write_picture(sheet, path)
-
-
 def frame_cells(cells: np.ndarray, redrawn: np.ndarray) -> np.ndarray:
     """Draw uint8 `cells` (rows, columns, H, W, C) in one picture (H, W, 3), with a frame around each: orange for those
     that are `redrawn` (rows, columns), grey for the others. Small ones are enlarged."""
@@ -248,28 +264,23 @@ def frame_cells(cells: np.ndarray, redrawn: np.ndarray) -> np.ndarray:
 
 
 def format_report(
-    config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float], refusal: str
+    config: CompleteConfig, pipeline: ImagePipeline, area: Masked | FirstFrames, figures: dict[str, float], refusal: str
 ) -> str:
     """Format the figures and what the completions were conditioned on. refusal: why log p is not available."""
-    keep = pipeline.tokenizer.known_tokens(known[None]).flatten(1).to(pipeline.device)
+    keep = pipeline.tokenizer.known_tokens(area.known[None]).flatten(1).to(pipeline.device)
     hidden = int((~keep).sum())
     score = f"not available ({refusal})"
     if not refusal:
         nats = figures["conditional_log_prob"]
         score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean over images)"
-    share, best = float((~known).double().mean()), figures["best_pixel_error"]
-    what, sheet = config.mask or MASK, f"{config.out}: original, masked, {config.draws} completions"
-    if config.frames is not None:
-        what = f"after {config.frames} of {pipeline.frames} frames"
-        place = config.out if Path(config.out).suffix else f"{config.out}/sheet.png"
-        sheet = f"{place}: original, {count_of(config.draws, 'completion')} with drawn frames in orange"
+    share, best = float((~area.known).double().mean()), figures["best_pixel_error"]
     rows = [
-        ("masked", f"{what}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
+        ("masked", f"{area.name}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
         ("conditioned on", describe_context(pipeline.prior, keep)),
         ("log p of the original", score),
         ("pixel error", f"{figures['pixel_error']:.1f} of 255 in the masked area, best of {config.draws}: {best:.1f}"),
         ("  reconstruction", f"{figures['tokenizer_pixel_error']:.1f}"),
-        ("sheet", sheet),
+        ("sheet", area.sheet),
     ]
     return table(rows)
 

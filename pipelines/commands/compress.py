@@ -1,18 +1,20 @@
-"""Compress a folder of images into one small file of tokens, or with lossless=true of every pixel.
+"""Compress a folder of images, or clips, into one small file of tokens, or with lossless=true of every pixel.
 
 The file decodes to the same tokens on any machine; with lossless=true to the same pixels, otherwise to pixels that may
 differ by one grey level. Without a label, the file stores the likeliest class of each image if that shortens it, which
-takes longer; condition.label=null skips this.
+takes longer; condition.label=null skips this. Clips are cut into windows of the pipeline's frames.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -21,16 +23,25 @@ from prior.columns import LABEL
 from tokenizer.base import LikelihoodError
 from tokenizer.spec import ImageSpec, to_float
 
-from ..compression.coding import chunk_images, exact_pixels, sizes_of, whole_image, write_images, write_tiles
+from ..compression.coding import (
+    chunk_images,
+    read_exact,
+    restored_suffix,
+    sizes_of,
+    whole_image,
+    write_images,
+    write_tiles,
+)
 from ..compression.container import StreamError
 from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of
 from ..files import Output, lock_output
+from ..images.clip_files import WindowSource
 from ..images.formats import open_image
-from ..images.sources import of_files
+from ..images.sources import Source
 from ..images.views import LazyImages
-from ..options import REMOVE, UsesPipeline, find_files, read_files, require_pictures
+from ..options import NO_TILES, REMOVE, UsesPipeline, open_files, read_files, refuse_clips, require_pictures
 
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
@@ -39,7 +50,9 @@ class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
     often = "pipeline images out overwrite condition.NAME conditions lossless resize tile device"
 
-    images: str = Field(description="folder of images of the pipeline's size, or one image; file names are kept")
+    images: str = Field(
+        description="folder of images, or of clips, of the pipeline's size, or one of them; file names are kept"
+    )
     out: str = Field(
         "images.smalti", description="file to write; decompressing requires the same pipeline and condition"
     )
@@ -60,27 +73,34 @@ def run(config: CompressConfig) -> Path:
     if config.tile and config.resize:
         raise UserError("tile: keeps the size of images, which resize=true changes; give one of them")
     root = Path(config.images)
-    paths = find_files([config.images])
-    names = [name_restored(path.relative_to(root if root.is_dir() else root.parent)) for path in paths]
     out = Output(config.out, [config.pipeline, root], config.overwrite)
     out.check_file()
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "compress")
-    keys = config.read_condition(pipeline, len(paths), [str(path) for path in paths])
+    if config.tile:
+        refuse_clips(pipeline.spec, NO_TILES)
     size, spec, shape = chunk_images(pipeline), pipeline.spec, pipeline.spec.shape
+    source = open_files([config.images], spec)
+    paths, count = source.paths or [], source.size
+    names = name_restored(paths, root, restored_suffix(pipeline, config.lossless))
+    lengths = source.counts if isinstance(source, WindowSource) else ()
+    if rest := sum(length % spec.frames for length in lengths if length >= spec.frames):
+        ends = count_of(rest, "frame")
+        tell(f"images: {ends} at the ends of clips are left out; {spec.frames} in a row are compressed together")
+    keys = config.read_condition(pipeline, count, paths)
 
     def parts() -> Iterator[Tensor]:
-        for first in range(0, len(paths), size):
-            images = [read_image(path, spec, config) for path in paths[first : first + size]]
+        for first in range(0, count, size):
+            images = [read_image(source, row, spec, config) for row in range(first, min(first + size, count))]
             yield torch.stack(images).to(pipeline.device)
 
     def read_whole(number: int) -> Tensor:
         try:
-            return whole_image(open_image(paths[number]), shape[0], config.lossless)
+            return whole_image(open_image(Path(paths[number])), shape[0], config.lossless)
         except Exception as error:  # as in `read_image`
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
-    whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * len(paths)
+    whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * count
     if config.tile:
         try:
             sizes = sizes_of(whole, shape)
@@ -99,34 +119,49 @@ def run(config: CompressConfig) -> Path:
                 written = write_images(pipeline, file, parts(), given, **options)
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
-    before, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began
-    bits = 8 * written / (shape[0] * sum(height * width for height, width in sizes))
+    before, seconds = sum(map(count_bytes, dict.fromkeys(paths))), time.monotonic() - began
+    bits = 8 * written / (np.prod(shape[:-2]) * sum(height * width for height, width in sizes))
     what = "every pixel" if config.lossless else "tokens, which decompress to reconstructions"
     print(
-        f"{config.out}: {count_of(len(paths), 'image')}, {written:,} bytes (before: {before:,}), "
-        f"{written / len(paths):.1f} per image, {bits:.3f} bits per dim\n"
-        f"kept: {what}; {len(paths) / seconds:,.1f} images per second"
+        f"{config.out}: {count_of(count, spec.noun)}, {written:,} bytes (before: {before:,}), "
+        f"{written / count:.1f} per {spec.noun}, {bits:.3f} bits per dim\n"
+        f"kept: {what}; {count / seconds:,.1f} {spec.noun}s per second"
     )
     return out.path
 
 
-def name_restored(path: Path) -> str:
-    """Return the name of the PNG file for the decompressed image."""
-    name = path.as_posix()
-    return name if path.suffix.lower() == ".png" else f"{name}.png"
+def name_restored(paths: list[str], root: Path, suffix: str) -> list[str]:
+    """Return the names of the files for the decompressed images below `root`. paths: the file of each; windows of the
+    same clip are numbered."""
+    names, counts, numbers = list[str](), Counter(paths), Counter[str]()
+    for path in paths:
+        name = Path(path).relative_to(root if root.is_dir() and Path(path) != root else root.parent).as_posix()
+        if counts[path] == 1:
+            names.append(name if name.lower().endswith(suffix) else name + suffix)
+        else:
+            names.append(f"{name.removesuffix(suffix)}_{numbers[path]:05d}{suffix}")
+            numbers[path] += 1
+    return names
 
 
-def read_image(path: Path, spec: ImageSpec, config: CompressConfig) -> Tensor:
-    """Read an image, float `(C, H, W)`. Raises `UserError` for an unsupported mode, or for another size without
-    `resize`."""
+def count_bytes(path: str) -> int:
+    """Return the size of a file, or of the files of a folder."""
+    parts = Path(path).iterdir() if Path(path).is_dir() else [Path(path)]
+    return sum(part.stat().st_size for part in parts)
+
+
+def read_image(source: Source, row: int, spec: ImageSpec, config: CompressConfig) -> Tensor:
+    """Read an image, or a clip, float `spec.shape`. Raises `UserError` for an unsupported mode, or for another size
+    without `resize`."""
     if config.resize:
-        return to_float(read_files(of_files([str(path)]), [0], spec)[0])
+        return to_float(read_files(source, [row], spec)[0])
     try:
-        return to_float(exact_pixels(open_image(path), spec, config.lossless))
+        (payload,) = source.payloads([row])
+        return to_float(read_exact(payload, spec, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything
-        hint = "; resize=true resizes and crops images, tile=true cuts them into tiles"
+        hint = "; resize=true resizes and crops images, tile=true cuts images into tiles"
         hint = hint if "pixels" in str(error) else REMOVE
-        raise UserError(f"images: {path}: {error}{hint}") from error
+        raise UserError(f"images: {source.name(row)}: {error}{hint}") from error
 
 
 main = partial(run_command, CompressConfig, run, verb="compress", description=__doc__)

@@ -1,7 +1,8 @@
-"""Decompress a file written by `smalti compress` into a folder of images.
+"""Decompress a file written by `smalti compress` into a folder of images or clips.
 
 The tokens, and the pixels of a lossless file, are exactly those that were compressed; otherwise the command fails.
-Pixels of other files are decoded from the tokens and may differ by one grey level between machines.
+Pixels of other files are decoded from the tokens and may differ by one grey level between machines. Images become PNG
+files, clips GIF files; lossless clips in colour become `.npy` files (T, H, W, C), because GIF has only 256 colours.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from pydantic import Field
 from prior.given import Given
 from tokenizer.files import atomic_folder
 
-from ..compression.coding import read_images
+from ..compression.coding import read_images, restored_suffix
 from ..compression.container import StreamError, read_stream
 from ..condition_keys import UsesCondition
 from ..config import UserError, run_command
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images.folder import is_image_name
+from ..images.animations import gif_bytes
+from ..images.folder import ARRAY_SUFFIXES, SUFFIXES, suffix_of
+from ..images.pictures import npy_bytes, png_bytes
 from ..options import UsesPipeline, require_pictures
+
+ENCODERS = {".png": png_bytes, ".gif": gif_bytes, ".npy": npy_bytes}
 
 
 class DecompressConfig(UsesCondition, UsesPipeline):
@@ -31,7 +36,7 @@ class DecompressConfig(UsesCondition, UsesPipeline):
     examples = ("pipeline=runs/gpt_digits/pipeline stream=my-images.smalti out=my-images-again",)
 
     stream: str = Field(description="file that `smalti compress` wrote with the same pipeline")
-    out: str = Field("decompressed", description="new or empty folder for the PNG files; on errors nothing is written")
+    out: str = Field("decompressed", description="new or empty folder for the files; on errors nothing is written")
     batch_size: int | None = Field(
         None, ge=1, description="images decoded at a time; does not affect the tokens; default: a whole chunk"
     )
@@ -51,25 +56,34 @@ def run(config: DecompressConfig) -> Path:
     try:
         with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
             header, _ = read_stream(data)
-            names = [short if is_image_name(short := name.removesuffix(".png")) else name for name in header.names]
+            suffix = restored_suffix(pipeline, header.lossless)
+            names = [name_compressed(name, suffix) for name in header.names]
             given = config.read_condition(pipeline, header.images, names or None).given
             count = write_folder(pipeline, data, folder, given, config.batch_size)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
-    print(f"{config.out}: {count_of(count, 'image')}")
+    print(f"{config.out}: {count_of(count, pipeline.spec.noun)}")
     return out.path
 
 
+def name_compressed(name: str, suffix: str) -> str:
+    """Return the name of the file that was compressed, given that of the restored file, which may have one more
+    suffix."""
+    short = name.removesuffix(suffix)
+    return short if suffix_of(short) in {*SUFFIXES, *ARRAY_SUFFIXES} else name
+
+
 def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, given: Given, batch_size: int | None) -> int:
-    """Write the images of a stream as PNG files, named as stored or numbered; return the number of images."""
+    """Write the images of a stream as files, named as stored or numbered; return the number of images."""
     header, parts = read_images(pipeline, data, condition=given, batch_size=batch_size)
-    names = iter(header.names or map("{:08d}.png".format, range(header.images)))
+    suffix = restored_suffix(pipeline, header.lossless)
+    names = iter(header.names or [f"{number:08d}{suffix}" for number in range(header.images)])
     for images in parts:
-        for image in pipeline.convert_images(images, "pil"):
+        for image in pipeline.convert_images(images, "np"):
             path = folder / next(names)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as file:  # "x": on a case-insensitive file system, never overwrite another image
-                image.save(file, "png")
+                file.write(ENCODERS[suffix](image))
     return header.images
 
 

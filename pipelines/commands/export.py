@@ -13,7 +13,7 @@ from tokenizer.spec import to_float
 from ..config import Config, UserError, run_command
 from ..exports import EXPORT, SUFFIXES, ExportError, Format, export_tokenizer
 from ..files import Output, lock_output
-from ..options import find_files, open_files, read_files, require_pictures
+from ..options import open_files, read_files, require_pictures
 from ..provenance import TokenizerFolder, find_protected_folder, tokenizer_folder
 
 MOST = 32  # images used for the check
@@ -43,13 +43,11 @@ def run(config: ExportConfig) -> Path:
     for a tokenizer that cannot be exported or whose files return other results."""
     out = Output(config.out, [find_protected_folder(config.tokenizer), *([config.images] if config.images else [])])
     out.check_folder(EXPORT)
-    files = find_files([config.images])[:MOST] if config.images else []
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
-    if files:
-        require_pictures(tokenizer.spec, "images")
     images = None
-    if files:
-        source = open_files([str(file) for file in files], tokenizer.spec)
+    if config.images:
+        require_pictures(tokenizer.spec, "images")
+        source = open_files([config.images], tokenizer.spec, MOST)
         images = to_float(read_files(source, range(source.size), tokenizer.spec))
     try:
         with lock_output(config.out), out.errors():

@@ -29,9 +29,9 @@ from prior.sampling import progress_bar
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
-from tokenizer.spec import ImageSpec
+from tokenizer.spec import Array, ImageSpec
 
-from ..images.formats import OWN_SIZE, decode_image
+from ..images.formats import FORMATS, OWN_SIZE, Payload, Window, decode_image, open_image, read_values
 from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_image
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
@@ -53,15 +53,51 @@ PIXEL_IMAGES = 16
 # Images
 
 
+def read_exact(payload: Payload, spec: ImageSpec, lossless: bool, formats: tuple[str, ...] = FORMATS) -> Tensor:
+    """Read an encoded image, or a window of a clip, uint8 `spec.shape`; see `exact_pixels`. Raises `ValueError`, and
+    whatever Pillow raises for damaged files."""
+    if isinstance(payload, Window):
+        return torch.stack([read_frame(payload, k, spec.frame, lossless) for k in range(payload.frames)])
+    if isinstance(payload, np.ndarray):
+        raise ValueError("an array, not a file")
+    return exact_pixels(open_image(payload, formats), spec, lossless)
+
+
+def read_frame(window: Window, k: int, spec: ImageSpec, lossless: bool) -> Tensor:
+    """Read frame k of a window, uint8 `(C, H, W)`. Raises `ValueError`, which names the frame of the clip."""
+    try:
+        frame = window.read(window.start + k, lossless)
+        if not isinstance(frame, np.ndarray):
+            return exact_pixels(frame, spec, lossless)
+        pixels = read_values(match_channels(frame, spec.channels), spec)
+        check_size(pixels.shape[2], pixels.shape[1], spec)
+    except Exception as error:  # as in `read_exact`
+        raise ValueError(f"frame {window.start + k}: {error}") from error
+    return torch.from_numpy(pixels.copy())
+
+
+def match_channels(frame: Array, channels: int) -> Array:
+    """Return a grey frame (H, W) in colour, or a coloured one (H, W, 3) in grey if that is exact: in a GIF, both may be
+    of either kind. Others are unchanged."""
+    if frame.ndim == 2 and channels == 3:
+        return np.stack([frame] * 3, -1)
+    is_grey = frame.shape[2:] == (3,) and channels == 1 and bool((frame == frame[..., :1]).all())
+    return frame[..., 0] if is_grey else frame
+
+
+def check_size(width: int, height: int, spec: ImageSpec) -> None:
+    if (width, height) != (spec.width, spec.height):
+        found = f"{width} x {height}"
+        raise ValueError(f"the pipeline's images are {spec.width} x {spec.height} pixels, this one is {found}")
+
+
 def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
     """Convert an image, or a frame, that has this size when upright to uint8 `(C, H, W)`. Raises `ValueError` for
     another size and, if lossless, for content that 8 bits per channel cannot represent: another mode, a transparent
     colour, or 16 bits per channel, which Pillow silently reduces to 8."""
     problem = find_inexact(image, spec.channels) if lossless else None
     upright = ImageOps.exif_transpose(image)
-    if upright.size != (spec.width, spec.height):
-        found = f"{upright.width} x {upright.height}"
-        raise ValueError(f"the pipeline's images are {spec.width} x {spec.height} pixels, this one is {found}")
+    check_size(*upright.size, spec)
     if problem:
         raise ValueError(problem)
     return torch.from_numpy(decode_image(upright, spec).copy())
@@ -264,6 +300,13 @@ def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
 def stored_shape(spec: ImageSpec) -> tuple[int, int, int]:
     """Return (C, H, W) as a stream has it: the frames of a clip below one another."""
     return spec.channels, spec.frames * spec.height, spec.width
+
+
+def restored_suffix(pipeline: ImagePipeline, lossless: bool) -> str:
+    """Return the suffix of a file with a decompressed image or clip. lossless: as in the header; streams of reversible
+    tokenizers are exact in any case."""
+    spec = pipeline.spec
+    return spec.exact_suffix if lossless or pipeline.tokenizer.reversible else spec.shown_suffix
 
 
 # Streams

@@ -1,9 +1,10 @@
-"""Write clips as files: GIF, MP4 and `.npy`."""
+"""Write clips as files: GIF, animated PNG and MP4."""
 
 from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +59,15 @@ def gif_bytes(frames: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def animated_png(frames: Sequence[Image.Image]) -> bytes:
+    """Encode frames as an animated PNG that repeats and keeps every value, which browsers show. Equal frames stay
+    apart, as in `gif_bytes`: Pillow merges only those that are blended in the same way."""
+    file, ways = io.BytesIO(), [k % 2 for k in range(len(frames))]
+    first, *rest = frames
+    first.save(file, "PNG", save_all=True, append_images=rest, duration=MILLISECONDS, loop=0, blend=ways)
+    return file.getvalue()
+
+
 def write_mp4(frames: np.ndarray, path: Path) -> None:
     """Write an MP4 that every player shows (H.264, yuv420p), which needs even sides: small frames are enlarged by
     repeating their pixels, and an odd side gets one more pixel."""
@@ -66,7 +76,7 @@ def write_mp4(frames: np.ndarray, path: Path) -> None:
     scale = max(1, -(-MIN_SIDE // min(frames.shape[1:3])))
     frames = frames.repeat(scale, 1).repeat(scale, 2)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
-    frames = frames.repeat(3, 3) if frames.shape[3] == 1 else frames
+    frames = frames.repeat(3 // frames.shape[3], 3)  # grey as RGB
     with av.open(str(path), "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=Fraction(1000, MILLISECONDS), options={"crf": str(QUALITY)})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"

@@ -4,6 +4,7 @@ frames."""
 from __future__ import annotations
 
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,11 @@ from ..config import UserError, is_first_process, tell
 from .animations import MP4, require_video
 from .folder import ARRAY_SUFFIXES, SUFFIXES, files_below, image_paths, natural_key, open_folder, suffix_of
 from .formats import (
-    MAX_PIXELS,
-    MAX_SIDE,
     PARSING,
     WORKERS,
     Payload,
     Window,
+    check_size,
     open_image,
     read_file,
     read_npz,
@@ -95,18 +95,21 @@ def find_separate_clips(folder: Path) -> list[str]:
 def find_clips(folder: Path) -> list[str]:
     """Return the clips of a folder: files of several frames, and folders of image files, which may be `folder` itself.
     In a folder whose first PNG, WEBP or TIFF has several frames, each file is a clip."""
-    hidden = len(folder.parts)
-    videos = [path for path in files_below(folder) if path.suffix.lower() == MP4]
     beside: dict[str, list[str]] = {}
     for path in image_paths(folder):
         beside.setdefault(os.path.dirname(path), []).append(path)
-    found = [str(path) for path in videos if not any(part.startswith(".") for part in path.parts[hidden:])]
+    found = [str(path) for path in files_below(folder) if is_video(path.relative_to(folder))]
     for parent, paths in beside.items():
         found += [path for path in paths if suffix_of(path) in ALWAYS_CLIPS]
         stills = [path for path in paths if suffix_of(path) in STILLS]
         if stills:
             found += stills if has_several_frames(min(stills, key=natural_key)) else [parent]
     return sorted(found, key=os.fsencode)
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is an MP4, and not hidden."""
+    return path.suffix.lower() == MP4 and not any(part.startswith(".") for part in path.parts)
 
 
 def has_several_frames(path: str) -> bool:
@@ -218,17 +221,17 @@ class Clip(ABC):
     @abstractmethod
     def read(self, index: int, deep: bool) -> Array | Image.Image:
         """Return one frame: an array (H, W), (H, W, C) or (C, H, W) of the values as stored if the clip is an array or
-        `deep`, otherwise a picture, which is to be converted to 8 bits. Raises `ValueError` for a frame of another size
-        than the first, and for a TIFF that has no 8-bit form."""
+        `deep`, otherwise an upright picture, which is to be converted to 8 bits. Raises `ValueError` for a frame of
+        another size than the first, and for a TIFF that has no 8-bit form."""
 
 
 def open_clip(path: str, frame_keys: FrameKeys | None = None) -> Clip:
-    """Open a clip. frame_keys: those found before, so that a video need not be searched again."""
+    """Open a clip. frame_keys: those found before, so that a file need not be searched again."""
     if os.path.isdir(path):
         return FolderClip(path)
     if suffix_of(path) in ARRAY_SUFFIXES:
         return ArrayClip(path)
-    return VideoClip(path, frame_keys) if suffix_of(path) == MP4 else AnimationClip(path)
+    return (VideoClip if suffix_of(path) == MP4 else AnimationClip)(path, frame_keys)
 
 
 class FolderClip(Clip):
@@ -250,10 +253,10 @@ class FolderClip(Clip):
 class AnimationClip(Clip):
     """A GIF, PNG, WEBP or TIFF of several frames."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, frame_keys: FrameKeys | None = None) -> None:
         self._image, self._lock = open_image(Path(path), deep=True), Lock()
         self._size = self._image.size
-        self.frame_keys = range(getattr(self._image, "n_frames", 1))
+        self.frame_keys = range(getattr(self._image, "n_frames", 1)) if frame_keys is None else frame_keys
 
     def read(self, index: int, deep: bool) -> Array | Image.Image:
         with self._lock:
@@ -293,13 +296,13 @@ class VideoClip(Clip):
             self._file, self._lock = av.open(path, format="mp4"), Lock()  # other formats may name other files
         except av.FFmpegError as error:
             raise ValueError(f"not an MP4, or damaged: {error.strerror}") from error
+        weakref.finalize(self, self._file.close)  # which a garbage collection would do late
         if not self._file.streams.video:
             raise ValueError("no video in this file")
         self._stream, self._next = self._file.streams.video[0], -1
         self._stream.codec_context.thread_count = 1  # clips are decoded side by side
-        self._size = width, height = self._stream.width, self._stream.height
-        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
+        self._size = self._stream.width, self._stream.height
+        check_size(*self._size)
         self._times = self._find_times() if frame_keys is None else np.asarray(frame_keys)
         self.frame_keys = self._times
 

@@ -79,7 +79,7 @@ class Unsupported(ValueError):
 @dataclass(frozen=True)
 class Window:
     """Consecutive frames of a clip. `read(index, deep)` returns a frame of the clip: its values as stored if `deep`, or
-    a picture, unless the clip is an array."""
+    an upright picture, unless the clip is an array."""
 
     read: Callable[[int, bool], Array | Image.Image]
     start: int
@@ -96,10 +96,10 @@ class Window:
     def decode(self, spec: ImageSpec) -> Pixels:
         """Return the frames in one array `spec.shape`, each resized and cropped as images are. Raises `ValueError`,
         which names the frame."""
-        parts = []
+        parts, deep = [], not spec.is_picture
         for index in range(self.start, self.start + self.frames):
             try:
-                frame = self.read(index, not spec.is_picture)
+                frame = self.read(index, deep)
                 if isinstance(frame, Image.Image):
                     parts.append(decode_picture(frame, spec))
                 else:
@@ -148,8 +148,9 @@ def decode_image(
         if least is not None:
             raise ValueError("a clip, which is not cut into tiles")
         return payload.decode(spec)
-    picture = open_picture(payload, spec, formats)
-    return decode_array(payload, spec, least) if picture is None else decode_picture(picture, spec, least)
+    if (picture := open_picture(payload, spec, formats)) is not None:
+        return decode_picture(ImageOps.exif_transpose(picture), spec, least)
+    return decode_array(payload, spec, least)
 
 
 def open_picture(payload: Single | Image.Image, spec: ImageSpec, formats: tuple[str, ...]) -> Image.Image | None:
@@ -174,11 +175,11 @@ def open_picture(payload: Single | Image.Image, spec: ImageSpec, formats: tuple[
 
 
 def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> Pixels:
-    """Return the pixels (C, H, W) of the current frame of an image in grey or RGB; see `decode_image`. Raises
-    `ValueError` for an empty image."""
+    """Return the pixels (C, H, W) of an upright picture in grey or RGB; see `decode_image`. Raises `ValueError` for an
+    empty one."""
     if not (image.width and image.height):
         raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
-    image = flatten(ImageOps.exif_transpose(image)).convert("L" if spec.channels == 1 else "RGB")
+    image = flatten(image).convert("L" if spec.channels == 1 else "RGB")
     height, width = spec.size if least is None else enlarged_size((image.height, image.width), least)
     if image.size != (width, height):
         resize = ImageOps.fit if least is None else Image.Image.resize
@@ -219,7 +220,7 @@ def channels_first(array: Array, channels: int) -> Array:
     if array.ndim == 2 and channels == 1 and array.size:
         return array[None]
     if array.ndim == 3 and array.size and channels in (array.shape[-1], array.shape[0]):
-        return np.moveaxis(array, -1, 0) if array.shape[-1] == channels else array
+        return array.transpose(2, 0, 1) if array.shape[-1] == channels else array
     raise ValueError(f"shape {array.shape}; data.channels={channels} needs (H, W, {channels}) or ({channels}, H, W)")
 
 
@@ -273,9 +274,7 @@ def open_image(
         image = Image.open(io.BytesIO(data), formats=formats)
     except (Image.UnidentifiedImageError, KeyError):  # the message contains a memory address, or a number
         raise Unsupported(f"not an image in one of the formats {', '.join(formats)}") from None
-    width, height = image.size  # from the header: a file of 20 kB can claim 1 GB of pixels
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
+    check_size(*image.size)  # from the header: a file of 20 kB can claim 1 GB of pixels
     if image.format == "PPM" and image.mode not in ("1", "L", "I", "RGB"):  # floats, and inventions of Pillow
         raise ValueError(f"a PPM of mode {image.mode}, not black and white, grey or RGB; convert it to PNG")
     if isinstance(image, TiffImageFile):
@@ -283,6 +282,12 @@ def open_image(
         if not deep:
             require_plain_tiff(image)
     return image
+
+
+def check_size(width: int, height: int, what: str = "") -> None:
+    """Raise `ValueError` for more pixels than are decoded. what: of what they are, such as "a page of "."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(f"{what}{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
 
 
 def require_plain_tiff(image: TiffImageFile) -> None:
@@ -305,10 +310,7 @@ def require_plain_page(image: TiffImageFile) -> None:
 def require_small_tiles(image: TiffImageFile) -> None:
     """Raise `ValueError` for a TIFF with tiles too large to decode."""
     width, height = (int(image.tag_v2.get(side, 0)) for side in (TILEWIDTH, TILELENGTH))
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(
-            f"tiles of {width} x {height}; the limit is {MAX_PIXELS} pixels in total and {MAX_SIDE} per side"
-        )
+    check_size(width, height, "tiles of ")
 
 
 # Reading arrays
@@ -331,8 +333,7 @@ def read_values(payload: Single | Image.Image, spec: ImageSpec) -> Array:
         raise ValueError(f"its values are {found}; convert them to uint8, uint16 or floats")
     if found != spec.dtype:
         raise ValueError(f"its values are {found}, not {spec.dtype} (data.dtype)")
-    if max(array.shape[1:]) > MAX_SIDE or array[0].size > MAX_PIXELS:
-        raise ValueError(f"{array.shape[2]} x {array.shape[1]} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
+    check_size(array.shape[2], array.shape[1])
     require_finite(array)
     return array
 
@@ -401,8 +402,7 @@ def read_pages(image: Image.Image, channels: int) -> Array:
             image.seek(len(pages))
         except EOFError:
             break
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"a page of {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
+        check_size(*image.size, "a page of ")
         pages.append(read_page(image))
     return join_pages(pages)
 
@@ -435,9 +435,7 @@ def read_tiff(data: bytes, channels: int) -> Array:
             count += page.samplesperpixel * page.imagedepth
             if count > channels:
                 raise ValueError(f"a TIFF of {count} or more channels, not {channels} (data.channels)")
-            width, height = max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength)
-            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
+            check_size(max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength))
             if page.photometric not in COLOURS or page.tags.valueof("Orientation", default=1) != 1:
                 raise ValueError("a TIFF that is rotated, or whose values are not grey, RGB or inks; convert it")
             sizes = page.databytecounts
@@ -453,12 +451,12 @@ def read_tiff(data: bytes, channels: int) -> Array:
 def read_segments(data: bytes, page: Any) -> Array:
     """Return the values of a page of tifffile. Raises `UserError` if its compression needs another package, and
     `ValueError` for parts that hold more than their pixels."""
-    if page.compression in DEFLATE and find_spec("imagecodecs") is None:  # without it, tifffile inflates all of a part
-        most = math.prod(page.chunks) * page.dtype.itemsize
-        for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
-            part = data[start : start + size] if size > HARMLESS else b""
-            if len(zlib.decompressobj().decompress(part, most + 1)) > most:
-                raise ValueError("a TIFF of which a part holds more than its pixels")
+    most, parts = math.prod(page.chunks) * page.dtype.itemsize, zip(page.dataoffsets, page.databytecounts, strict=True)
+    for start, size in parts if page.compression in DEFLATE else ():
+        if size <= HARMLESS or find_spec("imagecodecs"):  # without it, tifffile inflates all of a part
+            continue
+        if len(zlib.decompressobj().decompress(data[start : start + size], most + 1)) > most:
+            raise ValueError("a TIFF of which a part holds more than its pixels")
     try:
         return page.asarray()
     except (ImportError, ValueError) as error:

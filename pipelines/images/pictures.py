@@ -57,6 +57,13 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def npy_bytes(values: np.ndarray) -> bytes:
+    """Encode an array as `.npy`."""
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
 def to_images(images: Any, spec: ImageSpec) -> Tensor:
     """Convert anything that `as_batch` accepts to float images `(B, *spec.shape)` in [-1, 1]. Warns once about floats
     that look like [0, 1]; raises `ValueError` for another size, type or range."""
@@ -139,9 +146,9 @@ def refuse(images: Any, spec: ImageSpec) -> NoReturn:
     arrays = [("B", *single) for single in array_shapes(spec)] + array_shapes(spec)
     forms = ", ".join(f"({', '.join(map(str, form))})" for form in arrays)
     tensors, kind = ", ".join(map(str, spec.shape)), "uint8" if spec.is_bytes else spec.dtype
-    pictures = "PIL images" if spec.frames == 1 else f"clips: lists of lists of {spec.frames} PIL images"
+    pictures = "".join(f"lists of {frames} frames, as " for frames in spec.shape[:-3]) + "PIL images"
     raise ValueError(
-        f"images must be {pictures}, {kind} or float tensors of shape (B, {tensors}), {kind} or float "
+        f"{spec.noun}s must be {pictures}, {kind} or float tensors of shape (B, {tensors}), {kind} or float "
         f"arrays of shape {forms}, or a list of single {spec.noun}s; got {describe_type(images)}"
     )
 

@@ -47,8 +47,8 @@ class DataConfig(Config):
     streaming: bool = Field(
         default=False,
         description="read shards (parquet, .tar) in sequence, for data that does not fit on the disk: shuffling is "
-        "approximate and images are not checked first; for a folder of image files, only the check is "
-        "skipped",
+        "approximate, whole shards are held out and become files of tokens, and images are not checked first; for a "
+        "folder of image files, only the check is skipped",
     )
     shuffle_window: int = Field(
         default=10_000,

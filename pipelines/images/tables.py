@@ -366,7 +366,7 @@ def read_parquet(
                 if absent := [name for name in some if name not in names]:
                     raise UserError(one_line(f"{setting}: {file} has no column {absent[0]!r}; there are {names}"))
             wanted = {*([image] if with_images else []), *(name for name in names if name == label), *columns}
-            size = 64 if with_images else 4096
+            size = 64 if with_images else 1024
             batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=size, columns=sorted(wanted)))
             for values in chain.from_iterable(batches) if wanted else repeat({}, table.metadata.num_rows):
                 value = values.get(image) if with_images else None

@@ -26,7 +26,7 @@ from ..config import UserError
 from ..images import ImageDataset, Splits
 from ..processes.group import ProcessGroup
 from .frechet import Moments, distance, moments_of_parts
-from .quality import AT_A_TIME, LEAST, shuffled
+from .quality import AT_A_TIME, LEAST, shuffled, stack_frames
 from .samples import Samples
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -49,8 +49,9 @@ class Inception:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and logits, on the CPU, of images `(B, C, H, W)` in [-1, 1]; grey is repeated to RGB."""
-        features, logits = self.net(to_uint8(images).expand(-1, 3, -1, -1).to(self.device))
+        """Return features and logits, on the CPU, of images `(B, ..., C, H, W)` in [-1, 1]; grey is repeated to
+        RGB."""
+        features, logits = self.net(to_uint8(stack_frames(images)).expand(-1, 3, -1, -1).to(self.device))
         return features.cpu(), logits.cpu()
 
     def moments(

@@ -33,7 +33,7 @@ NEIGHBOURS = 3  # of precision and recall
 
 
 class Classifier(nn.Module):
-    """Images `(B, C, H, W)` in [-1, 1] of any size -> features `(B, 64)` -> logits `(B, classes)`."""
+    """Images `(B, ..., C, H, W)` in [-1, 1] of any size -> features `(B, 64)` -> logits `(B, classes)`."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -44,6 +44,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the last layer's inputs before the nonlinearity: closer to Gaussian, and without dead units."""
+        images = stack_frames(images)
         side = max(images.shape[2:])
         if side > LONGEST_SIDE:
             size = [max(4, n * LONGEST_SIDE // side) for n in images.shape[2:]]
@@ -130,6 +131,11 @@ def accuracy(net: Classifier, images: ImageDataset) -> float:
     return float(torch.cat(right).double().mean())
 
 
+def stack_frames(images: Tensor) -> Tensor:
+    """Return images `(B, ..., C, H, W)` as `(B, C, H', W)` for networks of images: frames lie below one another."""
+    return images.movedim(-3, 1).flatten(2, -2)
+
+
 def shuffled(count: int) -> Tensor:
     """Return a fixed random permutation of `count` positions: its first n are a fair sample."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
@@ -139,13 +145,13 @@ def shuffled(count: int) -> Tensor:
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Return the structural similarity of each pair of images `(B, C, H, W)` in [-1, 1], `(B,)`, at most 1: the mean
-    over channels and over Gaussian windows within the image (11 x 11, sigma 1.5; the largest odd size that fits smaller
-    images).
+    """Return the structural similarity of each pair of images `(B, ..., C, H, W)` in [-1, 1], `(B,)`, at most 1: the
+    mean over channels and over Gaussian windows within the image (11 x 11, sigma 1.5; the largest odd size that fits
+    smaller images).
 
     Computed in float64: variances are differences of mean squares, which cancel where an image is flat.
     """
-    kind, images, others = images.dtype, in_finest(images), in_finest(others)
+    kind, (images, others) = images.dtype, (in_finest(stack_frames(each)) for each in (images, others))
     channels, size = images.shape[1], min(11, *images.shape[2:])
     size -= 1 - size % 2
     offsets = torch.arange(size, dtype=images.dtype, device=images.device) - size // 2

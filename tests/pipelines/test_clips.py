@@ -28,7 +28,7 @@ def make_clips(kind="vqvae", prior="gpt", channels=3, sizes=None, labels=LABELS,
 
 def pixels_for(pipe, count=4):
     """Random uint8 clips `(B, T, C, H, W)`."""
-    return torch.randint(0, 256, (count, T, pipe.tokenizer.image_shape[0], H, W), dtype=torch.uint8)
+    return torch.randint(0, 256, (count, T, pipe.spec.channels, H, W), dtype=torch.uint8)
 
 
 def as_pil(clips):
@@ -50,8 +50,6 @@ FORMS = {
     "list of lists of arrays": lambda clips: [list(clip.movedim(1, -1).numpy()) for clip in clips],
     "list of tensors": list,
     "list of arrays": lambda clips: list(clips.movedim(2, -1).numpy()),
-    "strips": lambda clips: torch.cat(clips.unbind(1), 2),
-    "array of strips": lambda clips: torch.cat(clips.unbind(1), 2).movedim(1, -1).numpy(),
 }
 
 
@@ -63,7 +61,7 @@ def test_every_form_of_clips_has_the_tokens_of_its_frames(form, channels):
     expected = torch.stack([pipe.tokenizer.tokenizer.encode(clip / 127.5 - 1) for clip in clips])
     assert pipe.frames == T and torch.equal(pipe.encode(FORMS[form](clips)), expected)
     one = FORMS[form](clips[:1])
-    one = one if isinstance(one, list) or form == "strips" else one[0]
+    one = one if isinstance(one, list) else one[0]
     assert torch.equal(pipe.encode(one), expected[:1])
     if channels == 1 and form in ("array", "list of arrays"):
         grey = clips[:, :, 0].numpy()
@@ -116,7 +114,7 @@ def test_pictures_show_clips_as_strips():
         assert drawn.grid().height > 2 * T * H and "clips" in repr(drawn) or kind != "pil"
     assert len(sizes) == len(shown) == 1
     out = pipe(4, seed=0)
-    assert repr(out) == "ClipOutput(images: 4 clips of 3 PIL of 12 x 8, tokens: (4, 3, 2, 3), class_names: None)"
+    assert repr(out) == "PipelineOutput(images: 4 clips of 3 PIL of 12 x 8, tokens: (4, 3, 2, 3), class_names: None)"
     strip = np.asarray(out.grid(columns=4).resize((2 + 4 * 62, out.grid(columns=4).height)))[2:-2, 2:62]
     expected = np.concatenate([np.asarray(frame) for frame in out.images[0]]).repeat(5, 0).repeat(5, 1)
     assert np.array_equal(strip, expected)
@@ -132,6 +130,7 @@ WRONG = {
     "lists of too few frames": lambda clips: [clip[:2] for clip in as_pil(clips)],
     "an array of too few": lambda clips: clips[:, :2].movedim(2, -1).numpy(),
     "single images": lambda clips: clips[:, 0],
+    "frames below one another": lambda clips: torch.cat(clips.unbind(1), 2),
     "an image": lambda clips: as_pil(clips)[0][0],
     "a list of images": lambda clips: as_pil(clips)[0],
     "a list of frames": lambda clips: list(clips[0]),
@@ -184,7 +183,7 @@ def test_clips_continue_from_their_first_frames(prior, more, kept):
     assert not torch.equal(one.tokens[:, 0], one.tokens[:, 1])
     known = torch.zeros(T, H, W, dtype=torch.bool)
     known[:kept] = True
-    for how in ({"known": known}, {"mask": ~known.expand(4, -1, -1, -1)}, {"known": known.flatten(0, 1)}):
+    for how in ({"known": known}, {"mask": ~known.expand(4, -1, -1, -1)}):
         assert torch.equal(pipe.complete(clips, draws=2, seed=0, output_type="latent", **how).tokens, one.tokens)
     pil = pipe.complete(as_pil(clips), frames=kept, seed=0)
     plain = pipe.complete(clips, frames=kept, seed=0, output_type="np")
@@ -213,7 +212,7 @@ def test_paint_does_not_cross_from_frame_to_frame():
     other[:, 0] = 255 - other[:, 0]
     both = [pipe.complete(each, known, seed=0, output_type="latent").tokens[:, 2] for each in (clips, other)]
     assert torch.equal(*both)
-    keep = known.flatten(0, 1).expand(2, -1, -1)
+    keep = known.expand(2, -1, -1, -1)
     one, two = (encode_visible(pipe, pipe.to_images(each), keep)[0] for each in (clips, other))
     assert torch.equal(one[:, 1], two[:, 1])
 
@@ -229,7 +228,7 @@ BAD = [
     ({"known": torch.ones(H, W).bool()}, ValueError, "shape"),
     ({"mask": torch.ones(2, T, H, W).bool()}, ValueError, "shape"),
     ({"mask": Image.new("L", (W, H))}, ValueError, "pictures"),
-    ({"known": [Image.new("L", (W, H))]}, ValueError, "pictures"),
+    ({"known": [Image.new("L", (W, H))]}, ValueError, "picture"),
 ]
 
 
@@ -271,10 +270,9 @@ def test_maps_scores_and_vectors_of_clips():
     healed = pipe.heal(clips[:2], draws=2)
     assert healed.images.shape == (2, T, 3, H, W) and healed.difference.shape == (2, T, H, W)
     assert torch.equal(pipe.decode(healed.tokens, output_type="pt"), healed.images)
-    strips = torch.cat(clips.unbind(1), 2)
     for layer in (None, "codes", "pixels", "embeddings"):
         vectors = pipe.embed(clips[:6], layer=layer)
-        torch.testing.assert_close(vectors, pipe.embed(strips[:6] / 127.5 - 1, layer=layer))
+        torch.testing.assert_close(vectors, pipe.embed(clips[:6] / 127.5 - 1, layer=layer))
         torch.testing.assert_close(vectors, pipe.embed(as_pil(clips[:6]), layer=layer))
         assert pipe.nearest(clips[:3], vectors, layer=layer)[0].flatten().tolist() == [0, 1, 2]
     codes = pipe.tokenizer.tokenizer.quantizer.lookup(pipe.encode(clips[:1])[0])
@@ -329,7 +327,7 @@ def test_a_clip_may_be_the_condition_of_a_clip():
     clips = torch.randint(0, 256, (2, T, 1, H, W), dtype=torch.uint8)
     outs = [
         pipe(2, condition={"before": form}, seed=0).tokens
-        for form in (clips, list(clips), other.encode(torch.cat(clips.unbind(1), 2) / 127.5 - 1))
+        for form in (clips, list(clips), other.encode(clips / 127.5 - 1))
     ]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
     one = pipe(2, condition={"before": clips[0]}, seed=0).tokens

@@ -140,7 +140,7 @@ def test_pools(tokenizer, source, pool):
     else:
         quantizer = getattr(pipe.tokenizer, "quantizer", None)
         codes = pipe.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
-    cells = {"prior": normal, "pixels": scaled.flatten(2).mT, "embeddings": codes.flatten(2).mT}[source]
+    cells = {"prior": normal, "pixels": scaled.movedim(-3, 1).flatten(2).mT, "embeddings": codes.flatten(2).mT}[source]
     want = {"mean": cells.mean(1), "flatten": cells.flatten(1), "last": cells[:, -1]}[pool]
     assert torch.allclose(found, want, atol=1e-3)
 

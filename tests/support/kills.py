@@ -275,9 +275,9 @@ def make_case(stage: str, processes: int, folder: Path, steps: int, sharded: boo
 
 
 def make_verb_cases(folder: Path) -> list[Case]:
-    """A new token dataset, one that replaces another, and generated images in both formats."""
+    """A new token dataset, one that replaces another, one of a stream, and generated images in both formats."""
     import torch
-    from givens.images import write_folder
+    from givens.images import rows_of, write_folder, write_shards
     from small_pipelines import make_pipeline
 
     for split, count in (("train", 30), ("test", 10)):
@@ -288,10 +288,13 @@ def make_verb_cases(folder: Path) -> list[Case]:
     pipe.save_pretrained(folder / "pipeline")
     common = [f"tokenizer={folder / 'tokenizer'}", f"data.source={folder / 'images'}", "data.image_size=8"]
     encode = [*common, "data.augment.rotate=8", "augmentations=1", "batch_size=4", "rows_per_shard=6"]
+    shards = write_shards(folder / "shards", "parquet", rows_of(60), 10)
+    stream = [*common[::2], f"data.source={shards}", "data.streaming=true", *encode[3:-1], "attributes.number=label"]
     generate = [f"pipeline={folder / 'pipeline'}", "batch_size=4", "num_images=60"]
     return [
         Case("encode, new", "encode", folder / "new", encode),
         Case("encode, in place of another", "encode", folder / "again", encode, earlier=[*encode, "seed=1"]),
+        Case("encode, of a stream", "encode", folder / "stream", stream),
         Case("generate, folder", "generate", folder / "folder", generate),
         Case("generate, npz", "generate", folder / "npz", generate, suffix=".npz"),
     ]

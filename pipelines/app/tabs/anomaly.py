@@ -9,9 +9,9 @@ import gradio as gr
 
 from ...anomaly.calibration import Calibration
 from ...anomaly.scores import METHODS
-from ..controls import UNCONDITIONAL, format_arguments, make_class_menu, make_condition_fields, read_given
+from ..controls import UNCONDITIONAL, format_arguments, format_open, make_class_menu, make_condition_fields, read_given
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
-from ..served import Picked, Served, Step, as_picture, picked_image
+from ..served import Picked, Served, Step, as_shown, picked_image
 from .compare import draw_surprise
 
 
@@ -51,11 +51,10 @@ def score(served: Served, step: Step, picked: Picked, method: str, label: Any = 
         warnings.simplefilter("always")
         found = float(pipeline.anomaly_score(batch, method, **options))
         p_value = float(pipeline.anomaly_score(batch, method, p_values=True, **options))
-    images = [(as_picture(batch[0]), "image"), *draw_surprise(served, batch, **given)]
+    images = [(as_shown(batch[0]), served.spec.noun), *draw_surprise(served, batch, **given)]
     others = format_arguments(options)
     lines = [
-        "from PIL import Image",
-        'image = Image.open("image.png")',
+        f"image = {format_open('image', served.spec.shape[:-3], served.spec.channels)}",
         f"pipe.anomaly_score(image, {method!r}{others})",
         f"pipe.anomaly_score(image, {method!r}{others}, p_values=True)",
     ]

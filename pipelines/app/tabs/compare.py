@@ -6,18 +6,16 @@ import math
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from tokenizer.spec import to_uint8
 
 from ...anomaly.sheets import apply_colormap
-from ..controls import format_arguments, make_class_menu, make_condition_fields, read_given
+from ..controls import format_arguments, format_open, make_class_menu, make_condition_fields, read_given
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
-from ..served import Picked, Served, Step, as_picture, picked_image
+from ..served import Picked, Served, Step, as_shown, picked_image
 
 
 def build(served: Served, samples: Samples) -> None:
@@ -41,18 +39,18 @@ def compare(served: Served, step: Step, picked: Picked, label: Any, *fields: Any
     pipeline, batch = served.pipeline, picked_image(picked, served.spec)
     given = read_given(pipeline, label, fields)
     tokens = pipeline.encode(batch)
-    (again,) = pipeline.decode(tokens)
-    colors = color_tokens(tokens[0], pipeline.prior.grid.vocab_size)
+    again = to_uint8(pipeline.decode(tokens, output_type="pt").cpu())
+    lead = served.spec.shape[:-3]
+    frames = [color_tokens(ids, pipeline.prior.grid.vocab_size) for ids in tokens.flatten(0, len(lead))]
     images = [
-        (as_picture(batch[0]), "image"),
-        (again, "reconstruction"),
-        (as_picture(colors), f"its {tokens[0].numel()} tokens, one colour per id"),
+        (as_shown(batch[0]), served.spec.noun),
+        (as_shown(again[0]), "reconstruction"),
+        (as_shown(torch.stack(frames).unflatten(0, (1, *lead))[0]), f"its {tokens.numel()} tokens, one colour per id"),
         *draw_surprise(served, batch, **given),
     ]
     others = format_arguments(given)
     lines = [
-        "from PIL import Image",
-        'image = Image.open("image.png")',
+        f"image = {format_open('image', lead, served.spec.channels)}",
         "pipe.reconstruct(image)",
         f"pipe.log_prob(image{others})  # nats",
     ]
@@ -60,7 +58,7 @@ def compare(served: Served, step: Step, picked: Picked, label: Any, *fields: Any
 
 
 def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
-    """Draw the ids `(*grid.shape)` of an image, uint8 `(3, H, W)`, in a random colour per id. Levels and scales are
+    """Draw the ids of an image, or a frame, uint8 `(3, H, W)`, in a random colour per id. Levels and scales are
     stacked vertically, and a sequence of tokens is folded into a square."""
     palette = torch.randint(256, (3, vocab_size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     tokens = tokens.cpu()
@@ -71,7 +69,7 @@ def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
     return functional.pad(palette[:, tokens], (0, rest)).view(3, -1, width)
 
 
-def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Image.Image, str]]:
+def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Any, str]]:
     """Draw the bits per pixel, with a caption; empty if tokens have no position in the image."""
     tokenizer = served.pipeline.tokenizer
     if not tokenizer.placed or tokenizer.grid.scales:
@@ -79,17 +77,18 @@ def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Ima
     bits = served.pipeline.anomaly_map(batch, **given).cpu()
     low, high = min(0.0, float(bits.min())), float(bits.max())
     (picture,) = to_uint8(apply_colormap((bits - low) / max(high - low, 1e-6)))
-    return [(as_picture(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
+    return [(as_shown(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
 
 
-def figures(served: Served, batch: Tensor, again: Image.Image, given: dict[str, Any]) -> str:
-    """Format the figures of an image, given labels and a condition, in Markdown."""
+def figures(served: Served, batch: Tensor, again: Tensor, given: dict[str, Any]) -> str:
+    """Format the figures of an image and its reconstruction, both uint8 `(1, *spec.shape)`, given labels and a
+    condition, in Markdown."""
     pipeline = served.pipeline
     count = len(pipeline.prior.grid)
     bits = -float(pipeline.log_prob(batch, **given)) / math.log(2)
     about = "" if pipeline.prior.exact else " (estimated bound)"
-    error = np.asarray(as_picture(batch[0]), np.float64) - np.asarray(again, np.float64)
-    psnr = 10 * math.log10(255**2 / np.square(error).mean()) if error.any() else math.inf
+    error = (batch.double() - again).square().mean()
+    psnr = 10 * math.log10(255**2 / error) if error else math.inf
     lines = [
         f"- code length of the tokens: **{bits:.1f} bits, {bits / count:.2f} per token{about}**",
         f"- reconstruction: **PSNR {psnr:.1f} dB**",

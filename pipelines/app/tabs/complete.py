@@ -1,16 +1,18 @@
-"""The Complete tab: paint over part of an image and regenerate it."""
+"""The Complete tab: paint over part of an image and regenerate it, or continue a clip."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from .. import controls
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, make_run_buttons, on_click, zoom
-from ..served import Picked, Served, Step, as_picture, picked_image, report_tokens
+from ..served import Picked, Served, Step, as_shown, picked_image, report_tokens
 
 MOST_DRAWS = 16
 PAINT = "#FFF4E6D8"  # translucent white, with a tint that does not occur in grey images
@@ -19,27 +21,12 @@ TOOLBAR = 62  # height of the editor beyond its canvas, in screen pixels
 
 def build(served: Served, samples: Samples) -> None:
     """Build the tab."""
-    pipeline, (height, width) = served.pipeline, served.spec.size
-    most, times = min(MOST_DRAWS, served.max_images), zoom(width, "canvas")
+    pipeline, most = served.pipeline, min(MOST_DRAWS, served.max_images)
+    work, make_fields = (complete, make_editor) if served.pipeline.frames == 1 else (continue_clip, make_frames_field)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             image, picks = make_image_picker(served, "complete-image", samples)
-            editor = gr.ImageEditor(
-                elem_id="painting",
-                elem_classes="smalti",
-                label="Paint over the area to regenerate",
-                placeholder="Choose an image above",  # replaces gradio's hint to select a tool
-                canvas_size=(width * times, height * times),
-                height=height * times + TOOLBAR,
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=3 * times, colors=[PAINT], default_color=PAINT, color_mode="fixed"),
-                eraser=gr.Eraser(default_size=3 * times),
-                format="png",
-                buttons=[],
-            )
-            inverted = gr.Checkbox(False, label="Keep the painted area and regenerate the rest")
+            area = make_fields(served, image, picks)
         with gr.Column(scale=1, min_width=300):
             label = controls.make_class_menu(pipeline, several=False)
             fields = controls.make_condition_fields(served, "complete")
@@ -49,19 +36,46 @@ def build(served: Served, samples: Samples) -> None:
             settings = [*controls.make_sliders(pipeline), *fields]
             completed = make_gallery("completed", "medium")
             line = make_code_field(served)
+    on_click(served, buttons, work, [image, *area, label, draws, seed, *settings], [completed, line])
+
+
+def make_editor(served: Served, image: gr.Gallery, picks: Sequence[Any]) -> list[Any]:
+    """Make the fields for the area to regenerate. image: the picker; picks: the events that fill it."""
+    height, width = served.spec.size
+    times = zoom(width, "canvas")
+    editor = gr.ImageEditor(
+        elem_id="painting",
+        elem_classes="smalti",
+        label="Paint over the area to regenerate",
+        placeholder="Choose an image above",  # replaces gradio's hint to select a tool
+        canvas_size=(width * times, height * times),
+        height=height * times + TOOLBAR,
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=3 * times, colors=[PAINT], default_color=PAINT, color_mode="fixed"),
+        eraser=gr.Eraser(default_size=3 * times),
+        format="png",
+        buttons=[],
+    )
     for pick in picks:
         pick.then(served.handler(canvas), image, editor)
-    inputs = [image, editor, inverted, label, draws, seed, *settings]
-    on_click(served, buttons, complete, inputs, [completed, line])
+    return [editor, gr.Checkbox(False, label="Keep the painted area and regenerate the rest")]
+
+
+def make_frames_field(served: Served, image: gr.Gallery, picks: Sequence[Any]) -> list[Any]:
+    """Make the field for the frames of a clip to keep."""
+    last = served.pipeline.frames - 1
+    about = "from the start; the others are drawn anew"
+    return [gr.Slider(1, last, value=max(1, last // 4), step=1, label="Frames to keep", info=about)]
 
 
 def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
     """Enlarge the image for the editor, so that it can be painted on."""
     if not picked:
         return None
-    image = as_picture(picked_image(picked, served.spec)[0]).convert("RGB")
-    times = zoom(image.width, "canvas")
-    return np.asarray(image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST))
+    image, times = picked_image(picked, served.spec)[0], zoom(served.spec.width, "canvas")
+    return image.expand(3, -1, -1).movedim(0, -1).numpy().repeat(times, 0).repeat(times, 1)
 
 
 def painted(editor: Any, width: int, height: int) -> np.ndarray:
@@ -89,17 +103,46 @@ def complete(
     *values: Any,
 ) -> Any:
     """Return the mask and the completions with captions, and Python code."""
-    pipeline, (height, width) = served.pipeline, served.spec.size
+    height, width = served.spec.size
     pixels = picked_image(picked, served.spec)
     hidden = painted(editor, width, height) != bool(inverted)
-    arguments = {"draws": int(draws), **controls.sampling_arguments(pipeline, label, 1, seed, values)}
-    out = pipeline.complete(pixels, mask=hidden, **arguments, progress=False, callback_on_step_end=report_tokens(step))
-    found = out.images if int(draws) == 1 else out.images[0]
+    found, others = draw(served, step, pixels, {"mask": hidden}, label, draws, seed, values)
     lines = [
-        "from PIL import Image",
         "# the mask is the first picture above; the white area is regenerated",
         'image, mask = Image.open("image.png"), Image.open("mask.png")',
-        f"out = pipe.complete(image, mask=mask{controls.format_arguments(arguments)})",
+        f"out = pipe.complete(image, mask=mask{others})",
     ]
-    images = [(Image.fromarray(hidden), "mask"), *((image, f"completion {k}") for k, image in enumerate(found, 1))]
-    return images, served.code(*lines)
+    return [(Image.fromarray(hidden), "mask"), *found], served.code(*lines)
+
+
+def continue_clip(
+    served: Served, step: Step, picked: Picked, frames: Any, label: Any, draws: Any, seed: Any, *values: Any
+) -> Any:
+    """Return the clip and its completions with captions, and Python code."""
+    pixels = picked_image(picked, served.spec)
+    found, others = draw(served, step, pixels, {"frames": int(frames)}, label, draws, seed, values)
+    lines = [
+        f"clip = {controls.format_open('clip', served.spec.shape[:-3], served.spec.channels)}",
+        f"out = pipe.complete(clip, frames={int(frames)}{others})",
+    ]
+    return [(as_shown(pixels[0]), "clip"), *found], served.code(*lines)
+
+
+def draw(
+    served: Served,
+    step: Step,
+    pixels: Tensor,
+    area: dict[str, Any],
+    label: Any,
+    draws: Any,
+    seed: Any,
+    values: Sequence[Any],
+) -> tuple[list[tuple[Any, str]], str]:
+    """Return the completions of `pixels` `(1, *spec.shape)` with captions, and the arguments as Python source. area:
+    the argument that says what to redraw."""
+    arguments = {"draws": int(draws), **controls.sampling_arguments(served.pipeline, label, 1, seed, values)}
+    options: dict[str, Any] = {"progress": False, "callback_on_step_end": report_tokens(step)}
+    out = served.pipeline.complete(pixels, **area, **arguments, **options)
+    found = out.images if int(draws) == 1 else out.images[0]
+    shown = [(as_shown(image), f"completion {k}") for k, image in enumerate(found, 1)]
+    return shown, controls.format_arguments(arguments)

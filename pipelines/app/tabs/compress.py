@@ -9,13 +9,14 @@ from typing import Any
 import gradio as gr
 import torch
 
-from ...compression.coding import exact_pixels
+from ...compression.coding import read_exact
 from ...config.table import count_of
+from ...images.formats import WEB_FORMATS
 from ..parts import Samples, make_gallery, make_picker, on_click
-from ..served import Picked, Served, Step, picked_images
+from ..served import Picked, Served, Step, as_shown, picked_images
 
 STREAM = "images.smalti"
-LOSSY = "only the tokens are kept, so images decompress to reconstructions"
+LOSSY = "only the tokens are kept, which decompress to reconstructions"
 
 
 def build(served: Served, samples: Samples) -> None:
@@ -23,10 +24,12 @@ def build(served: Served, samples: Samples) -> None:
     if importlib.util.find_spec("constriction") is None:
         gr.Markdown('Compression needs the package constriction on the server: `pip install "smalti[compress]"`')
         return
-    tokenizer, (height, width) = served.pipeline.tokenizer, served.spec.size
+    tokenizer, noun, (height, width) = served.pipeline.tokenizer, served.spec.noun, served.spec.size
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            images = make_picker(served, "compress-images", f"Images of {width} x {height} pixels", height=200)
+            images = make_picker(
+                served, "compress-images", f"{noun.capitalize()}s of {width} x {height} pixels", height=200
+            )
             use = gr.Button("Use all samples", size="sm")
             can_keep = tokenizer.reversible or tokenizer.has_likelihood
             about = f"otherwise {LOSSY}"
@@ -48,19 +51,19 @@ def build(served: Served, samples: Samples) -> None:
 
 def compress(served: Served, step: Step, picked: Picked, lossless: Any) -> str:
     """Return a download link for the stream and its size, in HTML."""
-    images = picked_images(picked, served.max_images)
+    images, noun = picked_images(picked, served.max_images, served.spec), served.spec.noun
     batch = []
     for number, image in enumerate(images, 1):
-        step(number - 1, len(images), "images")
+        step(number - 1, len(images), f"{noun}s")
         try:
-            batch.append(exact_pixels(image, served.spec, bool(lossless)))
+            batch.append(read_exact(image, served.spec, bool(lossless), WEB_FORMATS))
         except Exception as error:  # damaged files make Pillow raise almost anything
-            raise ValueError(f"image {number}: {error}") from error
+            raise ValueError(f"{noun} {number}: {error}") from error
     data = served.pipeline.compress(torch.stack(batch), lossless=bool(lossless), progress=False)
     count = len(batch)
     kept = "every pixel is kept" if lossless else LOSSY
     facts = (
-        f"{count_of(count, 'image')}: {len(data):,} bytes, {len(data) / count:.1f} per image, "
+        f"{count_of(count, noun)}: {len(data):,} bytes, {len(data) / count:.1f} per {noun}, "
         f"{8 * len(data) / torch.stack(batch).numel():.3f} bits per dim; {kept}"
     )
     address = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
@@ -72,7 +75,6 @@ def decompress(served: Served, step: Step, data: bytes | None) -> Any:
     if not data:
         raise ValueError("choose a file first")
     images = served.pipeline.decompress(data, max_images=served.max_images, progress=False)
-    facts = (
-        f"{count_of(len(images), 'image')} from {len(data):,} bytes, {len(data) / max(1, len(images)):.1f} per image"
-    )
-    return facts, [(image, str(number)) for number, image in enumerate(images, 1)]
+    noun, each = served.spec.noun, len(data) / max(1, len(images))
+    facts = f"{count_of(len(images), noun)} from {len(data):,} bytes, {each:.1f} per {noun}"
+    return facts, [(as_shown(image), str(number)) for number, image in enumerate(images, 1)]

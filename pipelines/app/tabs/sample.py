@@ -10,7 +10,7 @@ import gradio as gr
 from ...config.table import count_of
 from .. import controls
 from ..parts import Samples, make_code_field, make_gallery, make_run_buttons, on_click
-from ..served import Served, Step, report_tokens
+from ..served import Served, Step, as_shown, report_tokens
 
 HINT = "Click a picture to use it in the other tabs."
 
@@ -22,7 +22,7 @@ def build(served: Served, page: gr.Blocks) -> Samples:
         with gr.Column(scale=1, min_width=280):
             classes = controls.make_class_menu(pipeline, several=True)
             fields = controls.make_condition_fields(served, "sample")
-            number = gr.Slider(1, most, value=min(16, most), step=1, label="Images")
+            number = gr.Slider(1, most, value=min(16, most), step=1, label=f"{served.spec.noun.capitalize()}s")
             seed = controls.make_seed_field()
             order = controls.make_order_menu(pipeline.prior)
             buttons = make_run_buttons("Sample")
@@ -56,9 +56,9 @@ def draw(served: Served, step: Step, classes: Any, number: Any, seed: Any, order
         arguments["order"] = order
     began = time.monotonic()
     out = pipeline(count, **arguments, progress=False, callback_on_step_end=report_tokens(step))
-    facts = f"{count_of(count, 'image')} in {time.monotonic() - began:.1f} s. {HINT}"
+    facts = f"{count_of(count, served.spec.noun)} in {time.monotonic() - began:.1f} s. {HINT}"
     labels = arguments["labels"] or [None] * count
     names = ["" if label is None else f"{label} · " for label in labels]
-    images = [(image, f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
+    images = [(as_shown(image), f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
     lines = [f"out = pipe({count}{controls.format_arguments(arguments)})", "out.images"]
-    return images, facts, served.code(*controls.import_pictures(arguments), *lines)
+    return images, facts, served.code(*lines)

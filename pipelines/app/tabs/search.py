@@ -13,7 +13,7 @@ from ...images.dataset import ImageDataset
 from ...representation import embed, nearest_neighbours
 from ...shuffling import random_rows
 from ..parts import Samples, make_gallery, make_image_picker, make_run_buttons, on_click
-from ..served import Picked, Served, Step, as_picture, picked_image
+from ..served import Picked, Served, Step, as_shown, picked_image
 
 AT_A_TIME = 64
 MOST_FOUND = 24
@@ -51,7 +51,10 @@ def build(served: Served, samples: Samples, train: ImageDataset) -> None:
             buttons = make_run_buttons("Search")
         with gr.Column(scale=2, min_width=300):
             found = make_gallery("found")
-            gr.Markdown(f"The nearest of {len(index.rows):,} training images, by features of the prior's middle layer.")
+            gr.Markdown(
+                f"The nearest of {len(index.rows):,} training {served.spec.noun}s, by features of the prior's middle "
+                "layer."
+            )
 
     on_click(served, buttons, partial(search, index), [image, number], [found])
 
@@ -66,4 +69,4 @@ def search(index: Index, served: Served, step: Step, picked: Picked, number: Any
         for row, distance in zip(rows.tolist(), distances[0].tolist(), strict=True)
     ]
     pixels = torch.cat([batch, index.train.pixels(rows)])
-    return list(zip(map(as_picture, pixels), ["query", *captions], strict=True))
+    return list(zip(map(as_shown, pixels), ["query", *captions], strict=True))

@@ -18,12 +18,16 @@ import pytest
 import torch
 from optional import Late, needs_digits, needs_gradio
 from PIL import Image
+from small import make_prior, make_tokenizer
 from small_pipelines import as_pil, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.calibrating import calibrate
+from pipelines.images.animations import gif_bytes
+from pipelines.images.clip_files import open_clip
 from pipelines.saving import list_shipped
+from tokenizer.frame_by_frame import FrameByFrame
 
 gr, page, parts, served_ = (
     Late(name) for name in ("gradio", *(f"pipelines.app.{x}" for x in ("page", "parts", "served")))
@@ -202,6 +206,157 @@ def test_a_stream_gives_the_same_images(served, picked):
             compress.decompress(served, quiet, wrong)
 
 
+# Clips
+
+T = 3
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def clips(request):
+    """A calibrated pipeline of clips."""
+    torch.manual_seed(0)
+    frames = make_tokenizer("vqvae", (8, 12), request.param, likelihood={"kind": "discretized_logistic"})
+    tokenizer = FrameByFrame.wrap(frames.eval(), T)
+    prior = make_prior("masked", grid=tokenizer.grid, num_classes=2, tokenizer=tokenizer.fingerprint())
+    pipe = ImagePipeline(tokenizer, prior, labels=["cat", "dog"])
+    calibrate(pipe, random_clips(pipe, 40))
+    return pipe
+
+
+def random_clips(pipe, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, *pipe.spec.shape), dtype=torch.uint8, generator=generator)
+
+
+def frames_of(path):
+    """The frames of a file, uint8 (T, H, W, C)."""
+    clip = open_clip(str(path))
+    return np.stack([np.atleast_3d(clip.read(k, True)) for k in range(len(clip))])
+
+
+def to_array(clips):
+    return clips.movedim(-3, -1).numpy()
+
+
+def test_sampled_clips_move_and_are_exact(clips, monkeypatch):
+    """Also where frames are equal; the files are those that the other tabs take."""
+    served = served_.Served(clips, "clips", max_images=8)
+    images, facts, code = sample.draw(served, quiet, [], 3, 5, "", *settings(clips))
+    expected = clips(3, ["cat", "dog", "cat"], seed=5, output_type="np").images
+    assert facts.startswith("3 clips in ") and [caption for _, caption in images][1] == "dog · seed 6"
+    for (path, _), clip in zip(images, expected, strict=True):
+        assert np.array_equal(frames_of(path), clip)
+        assert torch.equal(served_.picked_image([(path, None)], clips.spec)[0], torch.from_numpy(clip).movedim(-1, -3))
+    again = result_of(code, clips, monkeypatch).images
+    assert np.array_equal(np.stack([frames_of(served_.as_shown(one)) for one in again]), expected)
+    still = torch.full(clips.spec.shape, 7, dtype=torch.uint8)
+    assert np.array_equal(frames_of(served_.as_shown(still)), to_array(still))
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_clip_is_continued_from_its_first_frames(clips, draws, monkeypatch):
+    served = served_.Served(clips, "clips", max_images=8)
+    (clip,) = random_clips(clips, 1)
+    file = served_.as_shown(clip)
+    arguments = (2, 1, draws, 3, *settings(clips))
+    (shown, *found), code = complete.continue_clip(served, quiet, [(file, None)], *arguments)
+    expected = clips.complete(clip, frames=2, labels=1, draws=draws, seed=3, output_type="np").images.reshape(
+        draws, T, 8, 12, -1
+    )
+    assert np.array_equal(frames_of(shown[0]), to_array(clip))
+    assert np.array_equal(np.stack([frames_of(path) for path, _ in found]), expected)
+    assert (expected[:, :2] == to_array(clip)[:2]).all() and (expected[:, 2] != to_array(clip)[2]).any()
+    opened = Image.open(file)
+    again = result_of(code.replace('Image.open("clip.png")', "opened"), clips, monkeypatch, opened=opened)
+    assert np.array_equal(clips.complete(clip, frames=2, labels="dog", draws=draws, seed=3).tokens, again.tokens)
+
+
+def test_clips_are_compared_scored_and_searched(clips):
+    served = served_.Served(clips, "clips", train=Train(random_clips(clips, 20, seed=1)))
+    clip = served.train.images[13]
+    picked = [(served_.as_shown(clip), None)]
+    (image, again, tokens, bits), figures, code = compare.compare(served, quiet, picked, 0)
+    assert np.array_equal(frames_of(again[0]), clips.reconstruct(clip, output_type="np")[0])
+    ids, colours = clips.encode(clip)[0], frames_of(tokens[0])
+    assert colours.shape == (*clips.prior.grid.shape, 3) and (ids[0] != ids[2]).any()
+    assert all(
+        (colours[a] == colours[b]).all(-1).tolist() == (ids[a] == ids[b]).tolist() for a in (0, 1) for b in (1, 2)
+    )
+    heat = frames_of(bits[0])
+    assert heat.shape == (T, 8, 12, 3) and len({frame.tobytes() for frame in heat}) == T
+    assert "bits per dim" in figures and "ImageSequence" in code and "import numpy as np" in code
+    nats = float(clips.log_prob(clip, "cat"))
+    assert f"**{-nats / np.log(2):.1f} bits," in figures or not clips.prior.exact
+    method = next(iter(clips.calibration.scores))
+    facts, shown, _ = anomaly.score(served, quiet, picked, method)
+    assert f"score: **{float(clips.anomaly_score(clip, method)):.4g}**" in facts and len(shown) == 2
+    found = search.search(search.Index(served, served.train), served, quiet, picked, 2)
+    assert found[1][1].startswith("row 13, distance 0.000")
+    assert np.array_equal(frames_of(found[1][0]), to_array(clip))
+
+
+def test_streams_of_clips_come_back(clips):
+    """All windows of all files, exactly if lossless."""
+    pytest.importorskip("constriction")
+    served = served_.Served(clips, "clips", max_images=4)
+    some = random_clips(clips, 3)
+    long = served_.as_shown(torch.cat([*some[:2], some[0, :1]]))
+    picked = [(long, None), (served_.as_shown(some[2]), None)]
+    link = compress.compress(served, quiet, picked, True)
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", link)[1])
+    facts, found = compress.decompress(served, quiet, data)
+    assert np.array_equal(np.stack([frames_of(path) for path, _ in found]), to_array(some))
+    assert facts.startswith("3 clips from ") and "3 clips: " in link
+    served.max_images = 2
+    for work in (
+        lambda: compress.compress(served, quiet, picked, True),
+        lambda: compress.decompress(served, quiet, data),
+    ):
+        with pytest.raises(ValueError, match="3 (clips|images).*limit is 2"):
+            work()
+
+
+def test_visitors_bring_gif_and_animated_png_and_webp(clips, tmp_path, monkeypatch):
+    """What is no clip, too short or too large is one line, and large ones are not decoded."""
+    served = served_.Served(clips, "clips")
+    (clip,) = random_clips(clips, 1) // 64 * 64
+    pictures = [Image.fromarray(frame.squeeze()).convert("RGB") for frame in to_array(clip)]
+    (tmp_path / "a.gif").write_bytes(gif_bytes(to_array(clip)))
+    for name in ("a.png", "a.webp"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], lossless=True, duration=99)
+    for name in ("a.gif", "a.png", "a.webp"):
+        assert torch.equal(served_.picked_image([(str(tmp_path / name), None)], clips.spec)[0], clip), name
+    pictures[0].save(tmp_path / "still.png")
+    pictures[0].resize((9, 9)).save(tmp_path / "short.gif", save_all=True, append_images=[pictures[1]])
+    np.save(tmp_path / "a.npy", to_array(clip))
+    (tmp_path / "text.gif").write_text("no picture")
+    (tmp_path / "cut.gif").write_bytes((tmp_path / "a.gif").read_bytes()[:-200])
+    png(tmp_path / "bomb.png", 20_000)
+    loaded, load = [], Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda image: loaded.append(image.size) or load(image))
+    for name in ("still.png", "short.gif", "a.npy", "text.gif", "cut.gif", "bomb.png", "gone.gif"):
+        for work, values in ((compare.compare, [-1]), (compress.compress, [False]), (anomaly.score, ["joint"])):
+            with pytest.raises(gr.Error) as caught:
+                served.handler(work)(visitor(), quiet_progress, [(str(tmp_path / name), None)], *values)
+            assert caught.value.print_exception is False, name
+            assert "\n" not in caught.value.message and str(tmp_path) not in caught.value.message
+    assert not [size for size in loaded if max(size) > 1000]
+    monkeypatch.setattr("pipelines.app.served.MAX_PIXELS", T * 8 * 12 - 1)
+    with pytest.raises(ValueError, match="3 x 12 x 8 pixels; the limit is 287"):
+        served_.picked_image([(str(tmp_path / "a.gif"), None)], clips.spec)
+
+
+def test_a_page_of_clips(clips, monkeypatch):
+    """Painting makes way for the frames to keep."""
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")
+    built = page.build_page([served_.Served(clips, "a/b/c")])
+    blocks = [*built.blocks.values()]
+    assert not [block for block in blocks if isinstance(block, gr.ImageEditor)]
+    (kept,) = [block for block in blocks if getattr(block, "label", "") == "Frames to keep"]
+    assert (kept.minimum, kept.maximum) == (1, T - 1)
+    assert any("generates clips of 3 " in str(getattr(block, "value", "")) for block in blocks)
+
+
 def png(path, side, data=b""):
     """Write a file of a few bytes whose header claims `side` by `side` pixels."""
 
@@ -328,7 +483,7 @@ def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp
     for each in served:
         assert each.max_images == 3 and (each.train is not None) == (each.name == "digits")  # others are on the Hub
     digits = next(each for each in served if each.name == "digits")
-    assert digits.train is not None and digits.train.image_shape == digits.shape
+    assert digits.train is not None and digits.train.spec == digits.spec
     with pytest.raises(SystemExit):
         main(["app", "data.source=photos"])
     assert "error: data: " in capsys.readouterr().err

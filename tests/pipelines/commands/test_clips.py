@@ -1,6 +1,7 @@
 """The verbs write, continue, score and measure clips as files.
 
-Covers: pipelines/generate.py, pipelines/commands/complete.py, pipelines/commands/detect.py, pipelines/evaluate.py.
+Covers: pipelines/generate.py, pipelines/commands/complete.py, pipelines/commands/compress.py,
+pipelines/commands/decompress.py, pipelines/commands/detect.py, pipelines/evaluate.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from small_pipelines import make_pipeline
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.commands.complete import ORANGE
+from pipelines.images.animations import gif_bytes
 from pipelines.images.clip_files import open_clip
 from pipelines.metrics.likelihood import evaluate_frames
 from tokenizer.frame_by_frame import FrameByFrame
@@ -27,9 +29,9 @@ from tokenizer.frame_by_frame import FrameByFrame
 T, H, W = 3, 8, 12
 
 
-def make_clips(prior="gpt", channels=1, sizes=None, **config):
+def make_clips(prior="gpt", channels=1, sizes=None, kind="vqvae", **config):
     torch.manual_seed(0)
-    tokenizer = FrameByFrame.wrap(make_tokenizer("vqvae", (H, W), channels, **(sizes or {})).eval(), T)
+    tokenizer = FrameByFrame.wrap(make_tokenizer(kind, (H, W), channels, **(sizes or {})).eval(), T)
     config = {"grid": tokenizer.grid, "num_classes": 2, "tokenizer": tokenizer.fingerprint(), **config}
     return ImagePipeline(tokenizer, make_prior(prior, **config), labels=["cat", "dog"])
 
@@ -223,6 +225,109 @@ def test_a_clip_is_the_nearest_to_itself(folder, tmp_path, capsys):
     assert "dog/03.npy" in line.split(": ")[1] and line.endswith("0.000")
 
 
+# Streams
+
+
+def read_values(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path)
+    clip = open_clip(str(path))
+    return np.stack([np.asarray(clip.read(k, True)) for k in range(len(clip))]).reshape(len(clip), H, W, -1)
+
+
+@pytest.mark.parametrize("form", ["arrays", "pictures"])
+@pytest.mark.parametrize(
+    ("kind", "channels", "lossless"),
+    [("pixels", 1, False), ("pixels", 1, True), *(("vqvae", c, keep) for c in (1, 3) for keep in (False, True))],
+)
+def test_a_folder_of_clips_comes_back(tmp_path, capsys, kind, channels, lossless, form):
+    """With its names, windows numbered; every value if lossless, or else reconstructions, in 256 colours."""
+    pytest.importorskip("constriction")
+    sizes = {"levels": 256} if kind == "pixels" else {"likelihood": {"kind": "discretized_logistic"}}
+    pipe = make_clips("marginal", channels, sizes, kind=kind)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    clips = np.random.default_rng(1).integers(0, 256, (3, T, H, W, channels), dtype=np.uint8)
+    clips = clips if form == "arrays" else clips // 43 * 43  # 6 x 6 x 6 colours, which GIF keeps
+    long = np.concatenate([*clips[:2], clips[0, :2]])  # two windows, and two frames
+    (tmp_path / "in/of/one").mkdir(parents=True)
+    if form == "arrays":
+        np.save(tmp_path / "in/long.npy", long)
+        np.save(tmp_path / "in/of/one/a.npy", clips[2])
+    else:
+        (tmp_path / "in/long.gif").write_bytes(gif_bytes(long))
+        for number, frame in enumerate(clips[2]):
+            Image.fromarray(frame.squeeze()).save(tmp_path / f"in/of/one/{number}.png")
+    argv = [f"pipeline={tmp_path / 'pipeline'}", f"images={tmp_path / 'in'}", f"out={tmp_path / 'it.smalti'}"]
+    main(["compress", *argv, f"lossless={str(lossless).lower()}"])
+    out, err = capsys.readouterr()
+    assert "3 clips, " in out and "images: 2 frames at the ends of clips are left out" in out + err
+    main(["decompress", argv[0], f"stream={tmp_path / 'it.smalti'}", f"out={tmp_path / 'out'}"])
+    assert "out: 3 clips" in capsys.readouterr().out
+    exact = lossless or kind == "pixels"
+    suffix = ".npy" if exact and channels == 3 else ".gif"
+    first, last = ("long.npy", "of/one/a.npy") if form == "arrays" else ("long.gif", "of/one")
+    names = [f"{first.removesuffix(suffix)}_{number:05d}{suffix}" for number in (0, 1)]
+    names.append(last if last.endswith(suffix) else last + suffix)
+    found = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*.*")}
+    assert sorted(found) == sorted(names)
+    again = np.stack([read_values(found[name]) for name in names])
+    expected = clips if exact else pipe.reconstruct(clips, output_type="np")
+    assert np.abs(again.astype(int) - expected).max() <= (0 if exact or channels == 1 else 60)
+    stored = pipe.decompress((tmp_path / "it.smalti").read_bytes(), output_type="np")
+    assert np.array_equal(stored, expected)
+
+
+@pytest.mark.parametrize("lossless", ["true", "false"])
+def test_only_clips_of_the_size_are_compressed_or_resized_ones(tmp_path, capsys, lossless):
+    """Exact pixels: no clip of another size, none of other values than 8 bits, no colours in grey."""
+    pytest.importorskip("constriction")
+    pipe = make_clips("marginal", sizes={"levels": 256}, kind="pixels")
+    pipe.save_pretrained(tmp_path / "pipeline")
+    clip = np.random.default_rng(1).integers(0, 256, (T, H, W, 1), dtype=np.uint8)
+    argv = [f"pipeline={tmp_path / 'pipeline'}", f"out={tmp_path / 'it.smalti'}", f"lossless={lossless}"]
+
+    def refused(name: str) -> str:
+        line = fails(capsys, "compress", *argv, f"images={tmp_path / name}")
+        assert not (tmp_path / "it.smalti").exists() and name in line
+        return line
+
+    (tmp_path / "large.gif").write_bytes(gif_bytes(clip.repeat(2, 1)))
+    assert "frame 0: the pipeline's images are 12 x 8 pixels, this one is 12 x 16; resize=true" in refused("large.gif")
+    np.save(tmp_path / "large.npy", clip.repeat(2, 2))
+    assert "this one is 24 x 8" in refused("large.npy")
+    np.save(tmp_path / "deep.npy", clip.astype(np.uint16))
+    assert "its values are uint16, not uint8" in refused("deep.npy")
+    (tmp_path / "cut.gif").write_bytes(gif_bytes(clip)[:-60])
+    assert "remove or replace this file" in refused("cut.gif")
+    colours = np.concatenate([clip, 255 - clip, clip], -1)
+    (tmp_path / "colours.gif").write_bytes(gif_bytes(colours))
+    if lossless == "true":
+        assert "frame 0: shape (8, 12, 3)" in refused("colours.gif")
+    few = clip // 64 * 64  # with a palette of four greys, which Pillow reads as colours
+    (tmp_path / "few.gif").write_bytes(gif_bytes(few.repeat(3, -1)))
+    main(["compress", *argv, f"images={tmp_path / 'few.gif'}"])
+    assert np.array_equal(pipe.decompress((tmp_path / "it.smalti").read_bytes(), output_type="np")[0], few)
+    main(["compress", *argv, f"images={tmp_path / 'large.gif'}", "resize=true", "overwrite=true"])
+    assert len(pipe.decompress((tmp_path / "it.smalti").read_bytes())) == 1
+
+
+def test_streams_of_clips_take_rows_of_conditions(pipe, folder, tmp_path, capsys):
+    """All windows of a clip have the row of its file."""
+    pytest.importorskip("constriction")
+    save_clips(tmp_path / "in", 2)
+    (tmp_path / "rows.csv").write_text("file_name,label\n01.npy,dog\n00.npy,cat\n")
+    run = [f"pipeline={folder}", f"conditions={tmp_path / 'rows.csv'}"]
+    main(["compress", *run, f"images={tmp_path / 'in'}", f"out={tmp_path / 'it.smalti'}"])
+    main(["decompress", *run, f"stream={tmp_path / 'it.smalti'}", f"out={tmp_path / 'out'}"])
+    data = (tmp_path / "it.smalti").read_bytes()
+    clips = pipe.decompress(data, condition={"label": ["cat", "dog"]}, output_type="np")
+    assert np.array_equal(read_values(tmp_path / "out/cat/00.npy.gif"), clips[0])
+    (tmp_path / "rows.csv").write_text("file_name,label\n01.npy,cat\n00.npy,dog\n")
+    assert "another condition" in fails(
+        capsys, "decompress", *run, f"stream={tmp_path / 'it.smalti'}", f"out={tmp_path / 'new'}"
+    )
+
+
 BAD = {
     "no frames": (["complete"], "frames: give the number of frames to keep, from 1 to 2"),
     "none kept": (["complete", "frames=0"], "frames: keep from 1 to 2 of the 3 frames (got 0)"),
@@ -234,8 +339,9 @@ BAD = {
     "another suffix": (["complete", "frames=1", "out=it.txt"], "should end in"),
     "a format of a file": (["generate", "format=gif", "out=it.npz"], "format: is that of files in a folder"),
     "another format": (["generate", "format=avi", "out=new"], "format"),
-    "the app": (["app"], "app: takes images, not clips of 3 frames"),
-    "pictures": (["compress", "images=SHORT", "out=it.smalti"], "compress: takes images, not clips"),
+    "tiles": (["compress", "images=SHORT", "out=it.smalti", "tile=true"], "tile: clips are not cut into tiles"),
+    "a short one": (["compress", "images=SHORT", "out=it.smalti"], "2 frames, fewer than data.frames=3"),
+    "no clips to compress": (["compress", "images=EMPTY", "out=it.smalti"], "images: no clips in"),
 }
 
 
@@ -253,7 +359,8 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, case):
 def test_at_most_ten_bad_clips_are_listed(folder, tmp_path, capsys):
     save_clips(tmp_path / "short", 24, frames=T - 1)
     with pytest.raises(SystemExit) as stopped:
-        main(["complete", "frames=1", f"pipeline={folder}", f"images={tmp_path / 'short'}", f"out={tmp_path / 'out'}"])
+        run = ["complete", "frames=1", f"pipeline={folder}", f"images={tmp_path / 'short'}", "num_images=24"]
+        main([*run, f"out={tmp_path / 'out'}"])
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 11
     assert "2 frames, fewer than data.frames=3" in lines[0] and "and 14 more" in lines[-1]

@@ -153,6 +153,11 @@ def test_every_format_gives_the_same_values(kind, dtype):
     assert found.dtype == expected.dtype and np.array_equal(found, expected)
 
 
+def test_the_last_axis_is_the_channels_if_the_first_may_be_too():
+    array = np.arange(45, dtype=np.uint8).reshape(3, 5, 3)
+    assert np.array_equal(try_decode(npy(array), ImageSpec(3, 3, 5)), np.moveaxis(array, -1, 0))
+
+
 def test_grey_of_16_bits_keeps_them():
     array = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     for data in (png(array), tiff([array])):

@@ -5,7 +5,12 @@ Covers: pipelines/images/clip_files.py.
 
 from __future__ import annotations
 
+import gc
 import math
+import os
+import struct
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,6 +263,42 @@ def test_each_frame_of_an_mp4_is_found_whatever_its_time(tmp_path, codec):
     for index in [*range(60), *np.random.default_rng(1).permutation(60)]:
         frame = clip.read(int(index), deep=True)
         assert frame.shape == (32, 48, 3) and abs(frame.mean() - levels[index]) < 2, index
+    decoded, file = [], clip._file
+    decode = lambda stream: (decoded.append(frame) or frame for frame in file.decode(stream))  # noqa: E731
+    clip._file = SimpleNamespace(seek=file.seek, decode=decode)
+    assert [round(clip.read(index, deep=True).mean() / 4) for index in (3, 55)] == [3, 55]
+    assert len(decoded) < 30  # not all those before
+
+
+def test_an_mp4_is_upright_and_of_limited_size(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    frames = np.zeros((2, 128, 140, 1), np.uint8)
+    frames[:, :64] = 250
+    write_animation(frames, tmp_path / "it.mp4")
+    data = bytearray((tmp_path / "it.mp4").read_bytes())
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # clockwise
+    struct.pack_into(f"{len(turned)}s", data, data.index(b"tkhd") + 44, turned)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    frame = clip_files.open_clip(str(tmp_path / "turned.mp4")).read(1, deep=True)
+    assert frame.shape == (140, 128, 3) and frame[:, 70:].min() > 240 and frame[:, :60].max() < 10
+    monkeypatch.setattr("pipelines.images.formats.MAX_PIXELS", 128 * 140 - 1)
+    with pytest.raises(ValueError, match="140 x 128 pixels; the limit is"):
+        clip_files.open_clip(str(tmp_path / "it.mp4"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_few_mp4_are_open_at_a_time(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setattr(clip_files, "OPEN_CLIPS", 4)
+    write_videos(tmp_path, [4] * 12)
+    windows, before = clip_files.cut_windows(clip_files.find_clips(tmp_path), 2), os.listdir("/proc/self/fd")
+    gc.disable()
+    try:
+        for row in range(windows.size):
+            assert not isinstance(try_decode(windows.read([row])[0], ImageSpec(1, SIDE, SIDE, 2)), str)
+        assert len(os.listdir("/proc/self/fd")) <= len(before) + 4
+    finally:
+        gc.enable()
 
 
 def test_an_mp4_without_its_package_names_the_extra(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """`smalti encode` with `data.streaming`: its rows, columns, processes, kills, bad images and refusals.
 
-Covers: pipelines/encode_stream.py, and the summaries of pipelines/columns.py.
+Covers: pipelines/encode_stream.py, pipelines/images/stream_columns.py, and the summaries of pipelines/columns.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipelines import encode, encode_stream
 from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images, streaming
+from pipelines.images import load_images, stream_columns, streaming
 from pipelines.job import work_folder
 from pipelines.tokens import TokenDataset, load_tokens
 from tokenizer import Tokenizer
@@ -307,7 +307,7 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
     options = {"augmentations": 1, "data": AUGMENT, "attributes": ATTRIBUTES}
     run(config(tokenizer, tmp_path / "whole", source, **options))
     batches, read, real = list[None](), list[str](), encode_stream.StreamedShards._encode_batch
-    real_read = encode_stream.read_files
+    real_read = stream_columns.read_files
 
     def stop(*given: Any) -> Any:
         batches.append(None)
@@ -320,7 +320,7 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
         return real_read(files, *given, with_images=with_images, **options)
 
     monkeypatch.setattr(encode_stream.StreamedShards, "_encode_batch", stop)
-    monkeypatch.setattr(encode_stream, "read_files", read_files)
+    monkeypatch.setattr(stream_columns, "read_files", read_files)
     attempts, work = 0, work_folder(tmp_path / "parts", "encode")
     while not (tmp_path / "parts").exists():
         done = len(list(work.glob("[tv]*.safetensors")))
@@ -545,12 +545,11 @@ def test_more_shards_than_a_dataset_has_files_are_refused(tokenizer, source, tmp
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_is_held_out_as_in_the_training_of_its_tokenizer(tmp_path, capsys, kind):
-    """The shards of the tokenizer's run, although one is added, and with all settings of its images inherited."""
+    """With all settings of its images, and also after shards were added."""
     write_shards(tmp_path / "data", kind, rows_of(120), 12)
     settings = {"data__source": str(tmp_path / "data"), "data__image_size": 12, "data__streaming": True}
     model = train_tokenizer(tmp_path / "run", **settings, data__limit=None, data__shuffle_window=20, train__steps=2)
     held_out = json.loads((model / "splits.json").read_text())
-    write_shards(tmp_path / "more", kind, rows_of(10), 1)
     capsys.readouterr()
     encode.main([f"tokenizer={model}", f"out={tmp_path / 'tokens'}"])
     printed = capsys.readouterr()
@@ -561,7 +560,12 @@ def test_a_stream_is_held_out_as_in_the_training_of_its_tokenizer(tmp_path, caps
     run_folder = train_prior(tmp_path / "prior", tmp_path / "tokens", train__steps=2)
     assert len(losses(run_folder)) == 2
     assert json.loads((run_folder / "pipeline" / "splits.json").read_text()) == held_out
-    capsys.readouterr()
+    for path in write_shards(tmp_path / "more", kind, rows_of(120), 12).iterdir():
+        path.rename(tmp_path / "data" / path.name.replace("train-", "train-more-"))
+    encode.main([f"tokenizer={model}", f"out={tmp_path / 'grown'}"])
+    assert "has changed since training: 24 shards instead of 12" in capsys.readouterr().err
+    grown, rule = load_tokens(tmp_path / "grown").source["splits"], ("held_out_below", "validation_from")
+    assert [grown[key] for key in rule] == [held_out[key] for key in rule]
     encode.main([f"tokenizer={model}", f"out={tmp_path / 'copied'}", "data.streaming=false"])
     assert "the tokenizer was trained with data.streaming=true, which holds out whole shards" in capsys.readouterr().err
     copied = tmp_path / "copied" / "tokenizer"
