@@ -197,7 +197,7 @@ class NormalImages:
 
     def __init__(self, examination: Examination, parts: Sequence[Part], mapped: bool, seed: int) -> None:
         self._examination, self._seed, self._mapped = examination, seed, mapped
-        self._want = ["statistics", "error", *(MAPPED if mapped else ())]
+        self._want = ["digest", "statistics", "error", *(MAPPED if mapped else ())]
         self.digests, self.sizes = dict[int, str](), list[tuple[int, int]]()
         self.rows, self.error, self.num_tiles = dict[int, dict[str, Tensor]](), torch.zeros(()), 0
         every = sorted({number for part in parts for number in part.fitting})

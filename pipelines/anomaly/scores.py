@@ -99,7 +99,8 @@ def anomaly_score(
     if p_values or is_fitted:
         calibration = require_scores(calibration, method, given.terms, examination.view)
     references = calibration.references if calibration is not None and is_fitted else []
-    evidence = examination.examine(MAPPED if method in OF_MAPS else ["statistics"])
+    want = [*(MAPPED if method in OF_MAPS else ["statistics"]), *(["digest"] if p_values or is_fitted else [])]
+    evidence = examination.examine(want)
     found, digests = list[Floats](), list[str]()
     for each in score_images(examination, evidence, [method], references):
         found.append(each.scores[method])
