@@ -247,8 +247,8 @@ def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:
     """Read some images of a source, resized and cropped, as `ImageDataset.pixels` returns them. Raises `UserError` with
     a line for each of the first ten that cannot be decoded."""
     decoded = decode_in_threads(source.payloads(rows), spec)
-    found = zip(rows, decoded, strict=True)
-    refuse_files([f"images: {source.name(row)}: {reason}{REMOVE}" for row, reason in found if isinstance(reason, str)])
+    bad = [f"{source.name(row)}: {found}" for row, found in zip(rows, decoded, strict=True) if isinstance(found, str)]
+    refuse_files([f"images: {line}{'' if 'pip install' in line else REMOVE}" for line in bad])
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
 
 
