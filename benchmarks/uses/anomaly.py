@@ -134,7 +134,7 @@ def compute_scores(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]
         if name == "calibration":
             continue
         some = Examination.open(pipe, images)
-        each = list(score_images(some, some.examine(["statistics"]), [*fitted.scores], fitted.fits))
+        each = list(score_images(some, some.examine(["statistics"]), [*fitted.scores], fitted.references))
         for method in fitted.scores:
             found[method][name] = torch.tensor([float(one.scores[method].mean()) for one in each], dtype=torch.float64)
     mean = found[SMALL]["calibration"].mean()

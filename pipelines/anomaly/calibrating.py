@@ -21,9 +21,8 @@ from .calibration import (
     MAX_IMAGES,
     Calibration,
     Fitted,
-    Fold,
-    MapReference,
     NormalScores,
+    Reference,
     digest_of_name,
 )
 from .conformal import Floats, least_scores, round_scores, round_to, threshold
@@ -93,20 +92,17 @@ def calibrate(
     parts = divide_objects(numbers, objects, seed, folds)
     normal = NormalImages(examination, parts, mapped, seed)
     references = [normal.fit(part, len(parts)) for part in parts]
-    several = list[dict[str, Floats]]()
-    for part, (fitted, maps) in zip(parts, references, strict=True):
-        found = normal.score(part.scoring, fitted, maps)
-        several.append({name: worst_of_objects(each, part.owners) for name, each in found.items()})
+    references = [normal.score(part, each) for part, each in zip(parts, references, strict=True)]
     scores, is_crossed = dict[str, NormalScores](), folds > 1
-    for method in several[0]:
+    for method in references[0].scores:
         if is_crossed and method == "map":
             continue
-        values, tie = round_scores(np.concatenate([own[method] for own in several]))
+        values, tie = round_scores(np.concatenate([each.scores[method] for each in references]))
         limit = None if is_crossed else threshold(values, tie, false_alarms, confidence)
         scores[method] = NormalScores(values=values, tie=tie, threshold=limit)
     crossed = [
-        Fold(fitted=fitted, maps=maps, scores={name: round_to(own[name], each.tie) for name, each in scores.items()})
-        for own, (fitted, maps) in zip(several, references, strict=True)
+        each.model_copy(update={"scores": {name: round_to(each.scores[name], scores[name].tie) for name in scores}})
+        for each in references
     ]
     normal.identify_others()
     pipeline.calibration = Calibration(
@@ -120,12 +116,12 @@ def calibrate(
         sizes=[*np.min(normal.sizes, 0).tolist(), *np.max(normal.sizes, 0).tolist()] if view.is_tiled else None,
         false_alarms=float(false_alarms),
         confidence=None if confidence is None else float(confidence),
-        fitted=None if is_crossed else references[0][0],
+        fitted=None if is_crossed else references[0].fitted,
         scores=scores,
         folds=crossed if is_crossed else None,
         surprise=surprise_quantiles(torch.cat([each["surprise"] for each in normal.rows.values()])),
         error=round_digits((normal.error / normal.num_tiles).numpy()),
-        maps=None if is_crossed else references[0][1],
+        maps=None if is_crossed else references[0].maps,
         digests=sorted(set(normal.digests.values())),
         object_digests=None if groups is None else sorted({digest_of_name(str(name)) for name in groups}),
     )
@@ -201,7 +197,7 @@ class NormalImages:
 
     def __init__(self, examination: Examination, parts: Sequence[Part], mapped: bool, seed: int) -> None:
         self._examination, self._seed, self._mapped = examination, seed, mapped
-        self._want = ["statistics", "error", *(MAPPED if mapped else ())]
+        self._want = ["digest", "statistics", "error", *(MAPPED if mapped else ())]
         self.digests, self.sizes = dict[int, str](), list[tuple[int, int]]()
         self.rows, self.error, self.num_tiles = dict[int, dict[str, Tensor]](), torch.zeros(()), 0
         every = sorted({number for part in parts for number in part.fitting})
@@ -230,7 +226,7 @@ class NormalImages:
         self.digests[number] = digest
         self.sizes.append(size)
 
-    def fit(self, part: Part, parts: int) -> tuple[Fitted, MapReference | None]:
+    def fit(self, part: Part, parts: int) -> Reference:
         """Fit scores and maps to the images of a part. parts: their number; each has a share of the stored points."""
         some = [self.rows[number] for number in part.fitting]
         chance = np.random.default_rng(self._seed)
@@ -240,19 +236,23 @@ class NormalImages:
         measured = {name: rows[mixed] for name, rows in found.items() if name in STATISTICS}
         fitted = fit_reference(measured, MAX_NEIGHBOURS // parts)
         if not self._mapped:
-            return fitted, None
+            return Reference(fitted=fitted, scores={})
         codes = mean_of_codes(found["hidden"], found["tokens"], self._examination.pipeline.prior.grid.vocab_size)
         roles = Roles.choose(part.fitting)
-        return fitted, fit_maps(self._examination, self._held, codes, roles, self._seed, MAX_POINTS // parts)
+        maps = fit_maps(self._examination, self._held, codes, roles, self._seed, MAX_POINTS // parts)
+        return Reference(fitted=fitted, maps=maps, scores={})
 
-    def score(self, numbers: Sequence[int], fitted: Fitted, maps: MapReference | None) -> dict[str, Floats]:
-        """Score the images `numbers`, by method."""
+    def score(self, part: Part, reference: Reference) -> Reference:
+        """Return the reference with the highest score of each object of a part, by method."""
         methods, found = list_methods(self._examination.pipeline), dict[int, dict[str, Floats]]()
-        references = [] if maps is None else [maps]
-        for each in score_images(self._examination, self._held.of(numbers), methods, [fitted], references):
+        for each in score_images(self._examination, self._held.of(part.scoring), methods, [reference]):
             found[each.evidence.number] = each.scores
             self._identify(each.evidence.number, each.evidence.digest, each.evidence.size)
-        return {method: np.concatenate([found[number][method] for number in numbers]) for method in found[numbers[0]]}
+        scores = dict[str, Floats]()
+        for method in found[part.scoring[0]]:
+            of_images = np.concatenate([found[number][method] for number in part.scoring])
+            scores[method] = worst_of_objects(of_images, part.owners)
+        return reference.model_copy(update={"scores": scores})
 
     def identify_others(self) -> None:
         """Read the images that were neither fitted to nor scored, for their digests and sizes."""

@@ -18,7 +18,7 @@ from tokenizer.spec import to_uint8
 
 from ..files import FieldError, validate
 from ..images.views import View
-from .conformal import Floats, cross_bound
+from .conformal import cross_bound
 from .distances import CalibrationError, Distance, Part, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20
@@ -86,8 +86,8 @@ class MapReference(Part):
         return self
 
 
-class Fold(Part):
-    """What was fitted to the objects of all other folds, and the scores by it of the objects of this one, by method."""
+class Reference(Part):
+    """What was fitted to some normal images, and the scores by it of others, by method."""
 
     fitted: Fitted
     maps: MapReference | None = None
@@ -127,8 +127,9 @@ class Calibration(Part):
     """None, and not in the file, with folds, which have their own."""
     scores: dict[str, NormalScores] = Field(min_length=1)
     """Scores by method, of all folds; `map` is the highest value of the combined map."""
-    folds: list[Fold] | None = Field(None, min_length=2, max_length=MAX_FOLDS)
-    """With folds, their references and scores; None, and not in the file, for two halves. Not in files of 0.3."""
+    folds: list[Reference] | None = Field(None, min_length=2, max_length=MAX_FOLDS)
+    """With folds, what was fitted to the objects of all others, and the scores by it of the objects of each; None, and
+    not in the file, for two halves. Not in files of 0.3."""
     surprise: Table
     """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions, of the half for fitting."""
     error: Table
@@ -201,20 +202,17 @@ class Calibration(Part):
             )
 
     @property
-    def fits(self) -> list[Fitted]:
-        """What was fitted for scores: once, or without each fold."""
-        every = [fold.fitted for fold in self.folds] if self.folds else [self.fitted]
-        return [each for each in every if each is not None]
+    def references(self) -> list[Reference]:
+        """What was fitted, and the normal scores by it: once, or without each fold."""
+        if self.fitted is None:
+            return self.folds or []
+        scores = {name: each.values for name, each in self.scores.items()}
+        return [Reference(fitted=self.fitted, maps=self.maps, scores=scores)]
 
     @property
-    def map_references(self) -> list[MapReference]:
-        """What was fitted for maps: once, or without each fold; empty without maps."""
-        every = [fold.maps for fold in self.folds] if self.folds else [self.maps]
-        return [each for each in every if each is not None]
-
-    def normal_scores(self, method: str) -> list[Floats]:
-        """Return the normal scores `(n,)` by each of `fits`."""
-        return [fold.scores[method] for fold in self.folds] if self.folds else [self.scores[method].values]
+    def has_maps(self) -> bool:
+        """Whether there are references for maps."""
+        return self.references[0].maps is not None
 
     @property
     def bound(self) -> float | None:

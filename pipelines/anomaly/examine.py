@@ -55,7 +55,7 @@ class Evidence:
       the tokens, `(n, h, w)`;
     - hidden: the bits of each token while its block is hidden, `(n, *grid.shape)`.
     `error` is the mean of |x - decode(encode(x))| over tiles and channels, `(h, w)`, reduced to at most 64 pixels a
-    side, and `responses` are those of filters, `(rows, columns, d)`. Both are empty unless wanted.
+    side, and `responses` are those of filters, `(rows, columns, d)`. These and `digest` are empty unless wanted.
     """
 
     number: int
@@ -129,9 +129,9 @@ class Examination:
         most: int | None = None,
         measured: int | None = None,
     ) -> Iterator[Evidence]:
-        """Yield the evidence of all images, or of those in `numbers`. want: some of `statistics`, `error`, `surprise`,
-        `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread; measured: and
-        of these at most so many for statistics, which take far longer than what is hidden."""
+        """Yield the evidence of all images, or of those in `numbers`. want: some of `digest`, `statistics`, `error`,
+        `surprise`, `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread;
+        measured: and of these at most so many for statistics, which take far longer than what is hidden."""
         some = self if numbers is None else self.select(numbers)
         facts, parts = dict[int, tuple[Size, str, Tensor, set[int]]](), dict[int, list[Part]]()
         done = iter(self.pipeline.with_bar(range(len(some)), "scoring", "image"))
@@ -142,7 +142,8 @@ class Examination:
             if "responses" in want:
                 responses = filter_responses(to_float(image).to(self.pipeline.device)).cpu()
             count = len(spread(len(self.view.tiles(number, size)), most))
-            facts[number] = size, self.digest(image), responses, {*spread(count, measured).tolist()}
+            digest = self.digest(image) if "digest" in want else ""
+            facts[number] = size, digest, responses, {*spread(count, measured).tolist()}
             return image
 
         def finish(number: int) -> Evidence:

@@ -95,9 +95,9 @@ def require_maps(examination: Examination) -> list[MapReference]:
     calibration = require_calibration(examination.pipeline.calibration)
     calibration.check_view(examination.view)
     calibration.check_given((*examination.given.names, *calibration.mixture))  # hidden tokens have none
-    if not calibration.map_references:
+    if not calibration.has_maps:
         raise CalibrationError(f"the pipeline was calibrated without maps, which need {NEEDED}; or calibrate again")
-    return calibration.map_references
+    return [each.maps for each in calibration.references if each.maps]
 
 
 @torch.no_grad()

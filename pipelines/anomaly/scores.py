@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..images.pictures import find_user_stacklevel
 from ..images.views import View, check_places
-from .calibration import Calibration, Fitted, MapReference, require_calibration
+from .calibration import Calibration, Fitted, Reference, require_calibration
 from .conformal import Floats, cross_p_values
 from .distances import CalibrationError
 from .examine import Evidence, Examination
@@ -90,34 +90,31 @@ def anomaly_score(
     tiles. P-values and the fitted methods need a calibration with the same stride.
     """
     examination = Examination.open(pipeline, images, labels, condition, stride, batch_size, marginal)
-    calibration, given = pipeline.calibration, examination.given
+    calibration, given, is_fitted = pipeline.calibration, examination.given, method in FITTED
     if not len(examination):
         raise ValueError("expected at least one image")
     check_method(pipeline, method)
-    if method == "hidden":
+    if method in OF_MAPS:
         check_places(given)
-    is_calibrated = calibration is not None and (p_values or method in FITTED)
-    if p_values or method in FITTED:
+    if p_values or is_fitted:
         calibration = require_scores(calibration, method, given.terms, examination.view)
-    evidence = examination.examine(MAPPED if method in OF_MAPS else ["statistics"])
-    fits, maps = ([], []) if calibration is None else (calibration.fits, calibration.map_references)
-    found = list(score_images(examination, evidence, [method], fits, maps))
-    if is_calibrated and calibration is not None:
-        warn_of_known(int(calibration.find_used([each.digest for each in found]).sum()), len(found))
-    scores = np.stack([each.scores[method] for each in found], 1)
-    if p_values:
-        return p_values_by(method, scores, require_calibration(calibration))
-    return torch.from_numpy(scores.mean(0))
-
-
-def warn_of_known(known: int, count: int) -> None:
-    """Warn if some of `count` images were used for the calibration."""
-    if known:
+    references = calibration.references if calibration is not None and is_fitted else []
+    want = [*(MAPPED if method in OF_MAPS else ["statistics"]), *(["digest"] if p_values or is_fitted else [])]
+    evidence = examination.examine(want)
+    found, digests = list[Floats](), list[str]()
+    for each in score_images(examination, evidence, [method], references):
+        found.append(each.scores[method])
+        digests.append(each.evidence.digest)
+    scores = np.stack(found, 1)
+    if calibration is None or not (p_values or is_fitted):
+        return torch.from_numpy(scores.mean(0))
+    if known := int(calibration.find_used(digests).sum()):
         warnings.warn(
-            f"{known} of {count} images were used to calibrate the pipeline: they look more normal than new "
+            f"{known} of {len(digests)} images were used to calibrate the pipeline: they look more normal than new "
             "images, and their p-values are not valid",
             stacklevel=find_user_stacklevel(),
         )
+    return p_values_by(method, scores, calibration) if p_values else torch.from_numpy(scores.mean(0))
 
 
 class ImageScores(NamedTuple):
@@ -129,62 +126,50 @@ class ImageScores(NamedTuple):
     maps: ImageMaps | None
     evidence: Evidence
 
-    @property
-    def digest(self) -> str:
-        """The digest of the image."""
-        return self.evidence.digest
-
 
 def score_images(
-    examination: Examination,
-    every: Iterable[Evidence],
-    methods: Sequence[str],
-    fits: Sequence[Fitted],
-    maps: Sequence[MapReference] = (),
+    examination: Examination, every: Iterable[Evidence], methods: Sequence[str], references: Sequence[Reference]
 ) -> Iterator[ImageScores]:
-    """Score images by `methods`, of which the first has the `worst` tile, by each of the references in `fits`. Evidence
-    of maps gives those, too, by `maps`. Tiles are scored together, up to `ROWS` at a time or those of one image."""
+    """Score images by `methods`, of which the first has the `worst` tile. Evidence of maps gives those, too. Tiles are
+    scored together, up to `ROWS` at a time or those of one image."""
+    names, maps = [name for name in methods if name not in OF_MAPS], [each.maps for each in references if each.maps]
+    for several in take_together(every):
+        rows = {name: torch.cat([each.statistics[name] for each in several]) for name in several[0].statistics}
+        found, stop = {name: score_tiles(name, rows, references) for name in names}, 0
+        for evidence in several:
+            start, stop = stop, stop + len(evidence.tiles)
+            own = {name: each[:, start:stop] for name, each in found.items()}
+            mapped = map_image(examination, maps, evidence) if maps and "hidden" in evidence.rows else None
+            scores = {name: each.max(1) for name, each in own.items()} | ({} if mapped is None else mapped.scores)
+            yield ImageScores(scores, int(own[names[0]].mean(0).argmax()) if names else 0, mapped, evidence)
+
+
+def take_together(every: Iterable[Evidence]) -> Iterator[list[Evidence]]:
+    """Yield evidence of as many images as have at most `ROWS` tiles, or of one."""
     waiting, count = list[Evidence](), 0
     for evidence in every:
-        if count + len(evidence.tiles) > ROWS and waiting:
-            yield from score_together(examination, waiting, methods, fits, maps)
+        if waiting and count + len(evidence.tiles) > ROWS:
+            yield waiting
             waiting, count = [], 0
         waiting.append(evidence)
         count += len(evidence.tiles)
     if waiting:
-        yield from score_together(examination, waiting, methods, fits, maps)
+        yield waiting
 
 
-def score_together(
-    examination: Examination,
-    several: Sequence[Evidence],
-    methods: Sequence[str],
-    fits: Sequence[Fitted],
-    maps: Sequence[MapReference],
-) -> Iterator[ImageScores]:
-    """Score a few images; see `score_images`."""
-    names = [name for name in methods if name not in OF_MAPS]
-    rows = {name: torch.cat([each.statistics[name] for each in several]) for name in several[0].statistics}
-    found = {name: score_tiles(name, rows, fits) for name in names}
-    stops = np.cumsum([len(each.tiles) for each in several])
-    for evidence, stop in zip(several, stops.tolist(), strict=True):
-        own = {name: each[:, stop - len(evidence.tiles) : stop] for name, each in found.items()}
-        worst = int(own[names[0]].mean(0).argmax()) if names else 0
-        mapped = map_image(examination, maps, evidence) if maps and "hidden" in evidence.rows else None
-        scores = {name: each.max(1) for name, each in own.items()}
-        yield ImageScores(scores | ({} if mapped is None else mapped.scores), worst, mapped, evidence)
-
-
-def score_tiles(method: str, found: dict[str, Tensor], fits: Sequence[Fitted]) -> Floats:
+def score_tiles(method: str, found: dict[str, Tensor], references: Sequence[Reference]) -> Floats:
     """Score tiles by their statistics, `(K, n)`: by each of K references, or once if there is none."""
     if method in FITTED:
-        return np.stack([fitted_score(method, found, fitted) for fitted in fits])
-    return np.repeat(plain_score(method, found).numpy()[None], max(1, len(fits)), 0)
+        return np.stack([fitted_score(method, found, each.fitted) for each in references])
+    return np.repeat(plain_score(method, found).numpy()[None], max(1, len(references)), 0)
 
 
 def p_values_by(method: str, scores: Floats, calibration: Calibration) -> Tensor:
     """Return conformal p-values `(B,)` of scores by each reference, `(K, B)`; ties count as normal."""
-    return torch.from_numpy(cross_p_values(scores, calibration.normal_scores(method), calibration.scores[method].tie))
+    normal = [each.scores[method] for each in calibration.references]
+    if len(scores) == 1:  # the same by all references
+        scores = np.repeat(scores, len(normal), 0)
+    return torch.from_numpy(cross_p_values(scores, normal, calibration.scores[method].tie))
 
 
 def list_methods(pipeline: ImagePipeline) -> list[str]:

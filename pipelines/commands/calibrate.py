@@ -146,12 +146,12 @@ def format_report(calibration: Calibration) -> str:
     lines = [table(rows, right=[1, 2]), "", promise]
     if calibration.tile is not None:
         tiles = " x ".join(map(str, calibration.tile))
-        whole = " (hidden, map: of the map of all tiles)" if calibration.map_references else ""
+        whole = " (hidden, map: of the map of all tiles)" if calibration.has_maps else ""
         lines.append(
             f"an image's score is the maximum over its tiles of {tiles}, every {calibration.stride} pixels{whole}"
         )
     lines += [f"left out: {name} (needs {what})" for name, what in NEEDS.items() if name not in calibration.scores]
-    if calibration.folds and calibration.map_references:
+    if calibration.folds and calibration.has_maps:
         lines.append(f"left out: thresholds of regions (they need folds=1, not folds={len(calibration.folds)})")
     return "\n".join(lines)
 

@@ -215,7 +215,7 @@ def examine_images(config: DetectConfig, images: Examination, calibration: Calib
     want += ["bits"] if keep and kind == "bits" else []
     by_reference, sizes, maps, columns = list[Any](), list[tuple[int, int]](), list[Any](), dict[str, list[Any]]()
     examined = images.examine(want)
-    for each in score_images(images, examined, [method], calibration.fits, calibration.map_references):
+    for each in score_images(images, examined, [method], calibration.references):
         evidence = each.evidence
         by_reference.append(each.scores[method])
         sizes.append(evidence.size)
@@ -422,7 +422,7 @@ def format_report(
     if area is not None:
         hit = sum(pixels > 0 for pixels in area)
         rows.append(("regions", f"in {hit:,} of {len(area):,} images, where the combined map exceeds its threshold"))
-    elif calibration.folds and calibration.map_references:
+    elif calibration.folds and calibration.has_maps:
         rows.append(("regions", f"not flagged: with folds={len(calibration.folds)}, the map has no threshold"))
     if anomalous is not None:
         auroc, low, high = figures["auroc"]

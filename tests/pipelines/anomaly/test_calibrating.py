@@ -23,7 +23,7 @@ from pipelines.anomaly.scores import FITTED, anomaly_score, log_statistics, p_va
 
 @pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "top_bits", "typicality", "reconstruction"])
 def test_p_values_of_normal_images_are_uniform(trained, fresh, method):
-    found = score_tiles(method, fresh, trained.calibration.fits)
+    found = score_tiles(method, fresh, trained.calibration.references)
     fitted = trained.calibration.scores[method]
     scores, normal = np.sort(found[0]), fitted.values
     every = np.sort(np.concatenate([scores, normal]))
@@ -264,10 +264,12 @@ def test_every_object_is_scored_by_what_was_fitted_without_its_fold(folded):
     assert not any({*numbers[part.fitting]} & {*numbers[part.scoring]} for part in parts)
     for method, each in found.scores.items():
         assert each.threshold is None and len(each.values) == 24
-        np.testing.assert_array_equal(np.sort(np.concatenate(found.normal_scores(method))), each.values)
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate([each.scores[method] for each in found.references])), each.values
+        )
         for part, fold in zip(parts, found.folds, strict=True):
             own = {name: rows[part.scoring] for name, rows in statistics.items()}
-            scores = worst_of_objects(score_tiles(method, own, [fold.fitted])[0], part.owners)
+            scores = worst_of_objects(score_tiles(method, own, [fold])[0], part.owners)
             np.testing.assert_allclose(fold.scores[method], np.sort(scores), atol=1.01 * each.tie)
 
 
@@ -290,7 +292,7 @@ def test_p_values_of_folds_pool_the_ranks_and_scores_are_means(folded, tmp_path)
     found = statistics_of(pipe, new)
     for method in pipe.calibration.scores:
         scores, p = anomaly_score(loaded, new, method), anomaly_score(loaded, new, method, p_values=True)
-        each = np.stack([score_tiles(method, found, [fold.fitted])[0] for fold in pipe.calibration.folds])
+        each = np.stack([score_tiles(method, found, [fold])[0] for fold in pipe.calibration.folds])
         np.testing.assert_allclose(scores, each.mean(0))
         tie, higher = pipe.calibration.scores[method].tie, 0
         for own, fold in zip(each, pipe.calibration.folds, strict=True):
@@ -309,7 +311,7 @@ def test_maps_of_folds_are_means_and_have_no_threshold(stride):
     pipe = make_pipeline(prior="masked", size=(SIZE, SIZE), labels=[])
     calibrate(pipe, stripes(24, seed=3), folds=4, stride=stride)
     found, new = pipe.calibration, stripes(3, seed=8)
-    assert "hidden" in found.scores and "map" not in found.scores and len(found.map_references) == 4
+    assert "hidden" in found.scores and "map" not in found.scores and found.has_maps and len(found.references) == 4
     maps, parts = pipe.anomaly_map(new, method="combined", stride=stride), []
     hidden = pipe.anomaly_score(new, "hidden", stride=stride, p_values=True)
     assert hidden.shape == (3,) and len(found.scores["hidden"].values) == 24

@@ -18,9 +18,9 @@ from pipelines.anomaly.calibration import (
     MAX_FOLDS,
     Calibration,
     Fitted,
-    Fold,
     MapReference,
     NormalScores,
+    Reference,
 )
 from pipelines.anomaly.distances import Distance, round_digits
 from pipelines.anomaly.scores import METHODS, anomaly_score
@@ -137,7 +137,7 @@ def test_a_calibration_of_many_images_can_be_read_again(trained):
     maps = {"response_mean": np.zeros(21), "response_deviation": np.ones(21), "pixel_mean": np.zeros(2)}
     maps |= {"pixel_deviation": np.ones(2), "image_mean": np.zeros(3), "image_deviation": np.ones(3)}
     fitted = Fitted(typical_bits=1.0, statistics=large.fitted.statistics, features=share)
-    fold = Fold(
+    fold = Reference(
         fitted=fitted,
         maps=MapReference(codes=round_digits(chance.random(1024)), points=points, **maps),
         scores=dict.fromkeys(METHODS, scores.values[:200]),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipelines.anomaly.calibrating import divide_objects, fit_reference, worst_of_objects
+from pipelines.anomaly.calibration import Reference
 from pipelines.anomaly.conformal import (
     benjamini_hochberg,
     cross_bound,
@@ -138,12 +139,13 @@ def flag_new_objects(folds, seed, alpha=0.05, objects=49, views=4):
     """Calibrate on objects, and return the share of 100 new ones that have a flagged image."""
     chance = np.random.default_rng(seed)
     (found, owners), (new, others) = (photograph(chance, count, views) for count in (objects, 100))
-    fits, normal = [], []
+    references, normal = [], []
     for part in divide_objects(owners, objects, seed, folds):
-        fits.append(fit_reference({name: rows[part.fitting] for name, rows in found.items()}, 50))
+        fitted = fit_reference({name: rows[part.fitting] for name, rows in found.items()}, 50)
+        references.append(Reference(fitted=fitted, scores={}))
         held = {name: rows[part.scoring] for name, rows in found.items()}
-        normal.append(worst_of_objects(score_tiles("joint", held, fits[-1:])[0], part.owners))
-    p = cross_p_values(score_tiles("joint", new, fits), normal, 0.0)
+        normal.append(worst_of_objects(score_tiles("joint", held, references[-1:])[0], part.owners))
+    p = cross_p_values(score_tiles("joint", new, references), normal, 0.0)
     return (worst_of_objects(-p, others) >= -alpha).mean()
 
 

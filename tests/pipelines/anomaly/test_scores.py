@@ -114,7 +114,7 @@ def test_statistics_are_given_the_condition_of_each_image(prior):
 def test_methods_fit_their_formulas(likely):
     found, fitted = statistics(likely, torch.cat([stripes(40, seed=3), constant()])), likely.calibration.fitted
     score = {
-        method: torch.from_numpy(score_tiles(method, found, likely.calibration.fits)[0])
+        method: torch.from_numpy(score_tiles(method, found, likely.calibration.references)[0])
         for method in list_methods(likely)
     }
     assert torch.equal(score["nll"], found["token_bits"] + found["pixel_bits"]) and found["pixel_bits"].min() > 100

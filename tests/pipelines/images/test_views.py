@@ -189,7 +189,7 @@ def test_a_score_is_the_maximum_of_those_of_the_tiles(tiled, method):
             image[top : top + 16, left : left + 16] for _, top, left, _ in View((16, 16), (8, 8)).tiles(0, image.shape)
         ]
         found = statistics_of(tiled, torch.from_numpy(np.stack(tiles))[:, None])
-        (each,) = score_tiles(method, found, tiled.calibration.fits)
+        (each,) = score_tiles(method, found, tiled.calibration.references)
         assert float(score) == pytest.approx(each.max(), rel=1e-4, abs=1e-4)
 
 
