@@ -19,7 +19,7 @@ from ..columns import FORMATS, guess_format
 from ..config import UserError
 from ..tokens.meta import label_column
 from .attributes import CELLS, AttributeSource, Cells, list_cells, report_kind
-from .classes import describe_label, is_label, number_labels
+from .classes import describe_label, is_label, number_labels, warn_about_absent
 from .settings import DataConfig
 from .sources import Source
 from .streaming import names_in, read_files, require_classes
@@ -171,6 +171,7 @@ def number_classes(
     ids = dict[Any, int]()
     for part, several in numbers.items():
         ids |= dict(zip(part.labels or [], [] if several is None else several.tolist(), strict=True))
+    warn_about_absent(names, {ids[label] for label in labels["train"]})
     return ids, label_column(names)
 
 

@@ -546,6 +546,14 @@ def test_either_all_shards_have_labels_or_none(tokenizer, tmp_path, labelled):
         run(config(tokenizer, tmp_path / "u", tmp_path / "data", data={"label_column": "kind"}))
 
 
+def test_classes_without_a_training_image_are_reported(tokenizer, tmp_path, capsys):
+    for split, classes in (("train", 2), ("test", 3)):
+        write_shards(tmp_path / "data", "tar", rows_of(9, classes), 3, split=split)
+    for streaming in (True, False):
+        run(config(tokenizer, tmp_path / str(streaming), tmp_path / "data", data={"streaming": streaming}))
+        assert "warning: 1 of 3 classes have no training image: " in capsys.readouterr().err
+
+
 def test_more_shards_than_a_dataset_has_files_are_refused(tokenizer, source, tmp_path, monkeypatch):
     monkeypatch.setattr(encode_stream, "MAX_SHARDS", 7)
     with pytest.raises(UserError, match=r"^data.source: 8 shards, but a token dataset has at most 7 files"):
