@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from prior.columns import LABEL, Column
+from prior.columns import LABEL, MAX_NAMES, Column
 from tokenizer.files import one_line
 
 from ..columns import FORMATS, guess_format
@@ -137,6 +137,8 @@ def scan_shard(shard: Input, data: DataConfig, attributes: list[StreamedColumn],
             if label is not None and not is_label(label):
                 raise UserError(one_line(f"{name}: {describe_label(label, list(classes) or None, some=True)}"))
             labels.setdefault(label, name)
+        if len(labels) > MAX_NAMES:
+            raise UserError(f"data.label_column: more than {MAX_NAMES:,} classes in {shard.path}")
         for each in attributes:
             try:
                 found = each.summarize(samples, len(samples) * (shard.split == "train"))

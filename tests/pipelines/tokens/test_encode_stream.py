@@ -28,7 +28,7 @@ from processes import fork_twice, kill, run_file, run_ranks, start_ranks
 from ranks import Several
 from small import make_tokenizer
 
-from pipelines import encode, encode_stream
+from pipelines import columns, encode, encode_stream
 from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
@@ -289,6 +289,16 @@ def test_a_shard_of_many_rows_is_summarised_in_parts(tmp_path):
     assert scan.images == 1200 > stream_columns.CELLS and list(scan.labels) == [1, 2]
     assert np.allclose([column.mean, column.std], [[1.25 + 1 / 12], [np.sqrt(11) / 12]])
     assert (column.low, column.high) == ([1.25], [2.25])
+
+
+@pytest.mark.parametrize("option", [{"attributes": {"text": "text"}}, {"data": {"label_column": "text"}}])
+def test_more_names_than_a_column_has_are_refused_while_they_are_read(tokenizer, tmp_path, monkeypatch, option):
+    for number in range(3):
+        write_columns(tmp_path / "data" / f"train-{number}.parquet", [10 * number + k for k in range(6)])
+    for module in (stream_columns, columns):
+        monkeypatch.setattr(module, "MAX_NAMES", 5)
+    with pytest.raises(UserError, match=r"^(attributes.text|data.label_column): .*more than 5 (names|classes)"):
+        run(config(tokenizer, tmp_path / "t", tmp_path / "data", **option))
 
 
 # Processes and kills
