@@ -59,9 +59,13 @@ def cross_p_values(scores: Floats, normal: Sequence[Floats], tie: float) -> Floa
 
 def cross_bound(share: float, count: int, folds: int) -> float:
     """Return the largest share of new normal images, on average over calibrations, for which cross-conformal p-values
-    may be at most `share` (Barber et al. 2021, for scores of `count` images in equal folds). In practice it is
-    `share`."""
-    excess = min(2 * (1 - 1 / folds) / (count / folds + 1), (1 - folds / count) / (folds + 1))
+    may be at most `share` (Barber et al. 2021, for scores of `count` images). In practice it is `share`.
+
+    The first term bounds a weighted mean of the p-values of the folds, whatever their sizes. The second needs equal
+    folds."""
+    excess = 2 * (1 - 1 / folds) / (count / folds + 1)
+    if count % folds == 0:
+        excess = min(excess, (1 - folds / count) / (folds + 1))
     return min(1.0, 2 * share + excess)
 
 
