@@ -254,12 +254,14 @@ class AnimationClip(Clip):
     """A GIF, PNG, WEBP or TIFF of several frames."""
 
     def __init__(self, path: str, frame_keys: FrameKeys | None = None) -> None:
-        self._image, self._lock = open_image(Path(path), deep=True), Lock()
+        self._path, self._image, self._lock = Path(path), open_image(Path(path), deep=True), Lock()
         self._size = self._image.size
         self.frame_keys = range(getattr(self._image, "n_frames", 1)) if frame_keys is None else frame_keys
 
     def read(self, index: int, deep: bool) -> Array | Image.Image:
         with self._lock:
+            if index < self._image.tell() and self._image.format == "PNG":  # which Pillow cannot wind back
+                self._image = open_image(self._path, deep=True)
             self._image.seek(index)
             return convert_frame(self._image, self._size, deep)
 

@@ -81,8 +81,8 @@ class DataConfig(Config):
         default=None,
         ge=2,
         le=4096,
-        description="the source holds clips or volumes (folders of frames, arrays, GIF, TIFF), which are cut into "
-        "windows of this many frames; all windows of a clip go into the same split",
+        description="the source holds clips or volumes (folders of frames, arrays, GIF, PNG, WEBP, TIFF, MP4), which "
+        "are cut into windows of this many frames; all windows of a clip go into the same split",
     )
     group: str | None = Field(
         default=None,

@@ -217,6 +217,27 @@ def write_videos(folder, lengths, name=None):
     return found
 
 
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_frames_are_read_in_any_order(tmp_path, kind):
+    clip = np.random.default_rng(1).integers(0, 256, (4, SIDE, SIDE), np.uint8)
+    path = str(write_clip(tmp_path / "clip", clip, kind))
+    order, deep = clip_files.open_clip(path), [True, False]
+    for number in (0, 2, 1, 3, 0, 3, 2, 2, 1):
+        found = [np.asarray(order.read(number, each)) for each in deep]
+        first = [np.asarray(clip_files.open_clip(path).read(number, each)) for each in deep]
+        assert all(map(np.array_equal, found, first)), number
+        assert kind == "webp" or np.array_equal(np.asarray(Image.fromarray(found[0]).convert("L")), clip[number])
+
+
+def test_training_reads_windows_of_an_animated_png_in_any_order(tmp_path):
+    clips = write_clips(tmp_path, [9] * 6, "png")
+    windows = load(tmp_path, 2, cache_mb=0).train
+    for index in np.random.default_rng(0).permutation(len(windows)).tolist():
+        name, at = windows.names([index])[0].split(".png[")
+        start = int(at.partition(":")[0])
+        assert np.array_equal(windows.pixels([index])[0, :, 0].numpy(), clips[name][start : start + 2])
+
+
 def test_an_mp4_is_cut_into_windows_and_read_in_any_order(tmp_path, capsys, monkeypatch):
     pytest.importorskip("av")
     known, seeks = write_videos(tmp_path, [12, 4, 9, 8, 40]), []
