@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +19,7 @@ from tokenizer.spec import ImageSpec
 from .config import Config, Of, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
-from .images.clip_files import cut_windows, find_clips
-from .images.folder import image_paths
+from .images.clip_files import choose_kind
 from .images.formats import decode_in_threads
 from .images.sources import Source, of_files
 from .images.splits import Inherited
@@ -229,18 +227,14 @@ def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> So
     """Return the images of the first `most` image files, or the windows of the first `most` clips (files, and folders
     of frames), among `paths` and in the folders among them, sorted by name within each folder. Raises `UserError` for a
     path that does not exist, and if there are none."""
-    find: Callable[[Path], list[str]] = image_paths
-    open_rows: Callable[[list[str]], Source] = of_files
-    if spec.frames > 1:
-        find, open_rows = find_clips, partial(cut_windows, frames=spec.frames)
-    files = list[Path]()
+    kind, files = choose_kind(spec), list[Path]()
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"images: no such file or folder: {path}")
-        files += sorted(map(Path, find(path))) if path.is_dir() else [path]
+        files += sorted(map(Path, kind.find(path))) if path.is_dir() else [path]
     if not files:
         raise UserError(f"images: no {spec.noun}s in {', '.join(paths)}")
-    return open_rows([str(file) for file in files[:most]])
+    return kind.open(of_files([str(file) for file in files[:most]]))
 
 
 def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:

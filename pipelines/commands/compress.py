@@ -83,9 +83,8 @@ def run(config: CompressConfig) -> Path:
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
     names = name_restored(paths, root, restored_suffix(pipeline, config.lossless))
-    lengths = source.counts if isinstance(source, WindowSource) else ()
-    if rest := sum(length % spec.frames for length in lengths if length >= spec.frames):
-        ends = count_of(rest, "frame")
+    if isinstance(source, WindowSource) and source.unused:
+        ends = count_of(source.unused, "frame")
         tell(f"images: {ends} at the ends of clips are left out; {spec.frames} in a row are compressed together")
     keys = config.read_condition(pipeline, count, paths)
 

@@ -26,7 +26,6 @@ from ..shuffling import positions_of, samples_of, spread
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
 from .checking import BadImage, Memory, SameSize, write_bad_images
-from .clip_files import split_windows
 from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
@@ -196,13 +195,13 @@ class ImageDataset:
         return found
 
     def split_into_frames(self) -> ImageDataset:
-        """Return the frames of a data set of clips, each an image."""
+        """Return the frames of clips, each an image; images stay as they are."""
         frames, found = self.spec.frames, copy.copy(self)
-        found.spec, found._source = self.spec.frame, split_windows(self._source, frames)
+        found.spec, found._source = self.spec.frame, self._source.split_clips()
         found.labels = None if self.labels is None else self.labels.repeat_interleave(frames)
         found._positions = (self._positions[:, None] * frames + np.arange(frames)).ravel()
         found.units = self.units.repeat(frames)
-        found._pixels = None if self._pixels is None else self._pixels.flatten(0, 1)
+        found._pixels = None if self._pixels is None else self._pixels.view(-1, *found.spec.shape)
         return found
 
 

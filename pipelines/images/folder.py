@@ -138,10 +138,20 @@ def holds_files(folder: Path) -> bool:
 # Splits and classes
 
 
-def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> SourceSplits:
-    """Return the splits of a folder of images: its folders named after splits, if any. Classes come from sheets, if
-    there are any, and otherwise from folder names. find: what finds the images of a split. Raises `UserError` for a
-    sheet beside the splits."""
+def open_folder(root: Path, config: DataConfig, find: Find) -> SourceSplits:
+    """Return the files of the splits of a folder of images or clips: its folders named after splits, if any. Classes
+    come from sheets, if there are any, and otherwise from folder names. find: what finds the files of a split. Raises
+    `UserError` for a sheet beside the splits, and for a split that is itself a clip."""
+
+    def find_separate(folder: Path) -> list[str]:
+        found = find(folder)
+        if str(folder) in found:
+            raise UserError(
+                f"data.frames: {folder} holds single images, not clips; put the frames of each clip into a folder of "
+                "its own (data.frames=null: each image is an image)"
+            )
+        return found
+
     folders = split_folders(root, config)
     with_sheets = "sheet" in kinds_below(root)
     beside = [name for name in SHEETS if with_sheets and (root / name).exists() and root not in folders.values()]
@@ -151,7 +161,7 @@ def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> Sou
             f"{', '.join(folders)}"
         )
     open_split = sheet_source if with_sheets else folder_source
-    return {name: partial(open_split, folder, config, find) for name, folder in folders.items()}
+    return {name: partial(open_split, folder, config, find_separate) for name, folder in folders.items()}
 
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:

@@ -62,6 +62,10 @@ class Source:
         `least` (height, width) is enlarged until it has both."""
         return try_decode(self.payloads([row])[0], spec, least=least)
 
+    def split_clips(self) -> Source:
+        """Return the frames of all clips as images; images stay as they are."""
+        return self
+
 
 SourceSplits = dict[str, Callable[[], Source]]
 """The splits of a source by name; a call opens the split."""

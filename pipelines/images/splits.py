@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,8 @@ from tokenizer.model import SPLITS
 from ..config import UserError, is_first_process, tell
 from ..files import validate
 from ..shuffling import splitmix64
+from .settings import UNIT_SETTINGS, DataConfig, Unit
 from .sources import Source, SourceSplits, hash_names
-
-if TYPE_CHECKING:
-    from .settings import DataConfig
 
 SPLITS_KEY, FORMAT_VERSION = "splits", 1
 """The key among the facts about a model."""
@@ -46,12 +44,11 @@ SAMPLED = 64
 2^64 times, and a twentieth once in 30."""
 SHARD_COUNT = re.compile(r"-of-\d+(?=\.|$)")
 PARTS = ("train", "validation", "held_out")
-DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", "clips", "frames", "group", "key")
+DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", *UNIT_SETTINGS, "key")
 """The settings that decide which images of a source are trained on; `limit` takes some of each part."""
 
 Hashes = NDArray[np.uint64]
 Positions = NDArray[np.int64]
-Unit = Literal["image", "object", "clip", "folder", "shard"]
 NamedBy = Literal["path", "column", "expression", "bytes", "pixels", "position"]
 NAMES: dict[Unit, tuple[NamedBy, ...]] = {
     "image": ("path", "column", "bytes", "pixels"),
@@ -199,12 +196,15 @@ def inherit_splits(
         return Inherited(None, False, f"whether images of {config.source} were trained on is not recorded")
     if facts is None:
         return Inherited("position") if same_source else Inherited(None, False, divided_anew(config))
-    changed = [key for key in DIVISION if getattr(config, key) != getattr(trained, key)]
-    if config.frames is not None and trained.frames is not None and "frames" in changed:
-        changed.remove("frames")  # clips are held out whole, whatever their windows
+    ours, theirs = (
+        # Clips are held out whole, whatever their windows.
+        {key: getattr(each, key) for key in DIVISION} | {"frames": each.frames is not None}
+        for each in (config, trained)
+    )
+    changed = [key for key in DIVISION if ours[key] != theirs[key]]
     if not changed:
         return Inherited(facts, same_source, regroup=regroup)
-    if regroup and same_source and {"group", "clips", "frames"} & set(changed):
+    if regroup and same_source and not set(UNIT_SETTINGS).isdisjoint(changed):
         return Inherited(None)
     before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
     refusal = (
@@ -236,9 +236,10 @@ def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) ->
     """Return the units of the images of a source. by: where the names came from earlier; None chooses. Raises
     `UserError` if there are no such names."""
     if by == "position":
-        numbers = number_groups(source.paths, config)
-        numbers = np.arange(source.size) if numbers is None else numbers
-        return Units(unit_of(config), by, splitmix64(numbers.astype(np.uint64)))
+        numbers = np.arange(source.size)
+        if config.unit != "image":
+            numbers = np.unique(name_units(source.paths, config), return_inverse=True)[1]
+        return Units(config.unit, by, splitmix64(numbers.astype(np.uint64)))
     if config.group is not None:
         column = source.objects if by != "expression" else None
         if column is None and source.paths is None:
@@ -250,15 +251,13 @@ def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) ->
                 f"data.group: images of {config.source} lack the column {config.group!r}, which names the objects in "
                 "training"
             )
-        names = column if column is not None else find_objects(paths_within(source.paths or [], config), config.group)
+        names = column if column is not None else name_units(source.paths, config)
         return Units("object", "expression" if column is None else "column", hash_names(names))
     if source.paths is not None:
         if config.key is not None:
             raise UserError(f"data.key: names rows of tables; the images of {config.source} are known by their paths")
-        paths = paths_within(source.paths, config)
-        return Units(unit_of(config), "path", hash_names(map(os.path.dirname, paths) if config.clips else paths))
-    if config.clips or config.frames is not None:
-        number_groups(None, config)  # raises
+        return Units(config.unit, "path", hash_names(name_units(source.paths, config)))
+    require_single_images(config)
     if source.identity is None:
         raise UserError(f"data.source: the images of {config.source} have no names to divide them by")
     if config.key is not None and source.identity.by != "column":
@@ -275,10 +274,22 @@ def hash_images(source: Source, units: Units, config: DataConfig) -> Hashes:
     return hash_names(paths_within(source.paths, config)) if source.identity is None else source.identity.hashes()
 
 
-def unit_of(config: DataConfig) -> Unit:
-    """Return what is never divided."""
-    found: dict[Unit, Any] = {"object": config.group, "clip": config.frames, "folder": config.clips or None}
-    return next((unit for unit, value in found.items() if value is not None), "image")
+def name_units(paths: list[str] | None, config: DataConfig) -> list[str]:
+    """Return the name of each image's unit: its folder with `data.clips`, the object in its path with `data.group`, and
+    otherwise its own path, which with `data.frames` is that of a clip. Raises `UserError` if images are not files."""
+    if paths is None:
+        require_single_images(config)
+    within = paths_within(paths, config)
+    if config.group is not None:
+        return find_objects(within, config.group)
+    return [os.path.dirname(path) for path in within] if config.unit == "folder" else within
+
+
+def require_single_images(config: DataConfig) -> None:
+    """Raise `UserError` for images without paths that are to belong together."""
+    if config.unit != "image":
+        key, more = ("clips", ", with a folder for each clip") if config.unit == "folder" else ("group", "")
+        raise UserError(f"data.{key}: needs a folder of images{more}")
 
 
 def paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
@@ -588,22 +599,6 @@ def report_splits(names: Collection[str], config: DataConfig, found: str | None,
     remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)
     tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
-
-
-def number_groups(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64] | None:
-    """Return the number of each image's group, which is never divided: its folder with `data.clips`, its clip with
-    `data.frames`, its object with `data.group`; None without any. Raises `UserError` if one is set and images are not
-    files."""
-    if not config.clips and config.frames is None and config.group is None:
-        return None
-    if paths is None:
-        also = ", with a folder for each clip" if config.clips else ""
-        raise UserError(f"data.{'clips' if config.clips else 'group'}: needs a folder of images{also}")
-    if config.group is None:
-        names = paths if config.frames is not None else [os.path.dirname(path) for path in paths]
-    else:
-        names = find_objects(paths_within(paths, config), config.group)
-    return np.unique(names, return_inverse=True)[1]
 
 
 def find_objects(names: list[str], pattern: str) -> list[str]:

@@ -30,7 +30,7 @@ from .formats import Payload, decode_in_threads
 from .hub import describe_error
 from .settings import DataConfig, require_plain_data
 from .sources import Identity, Source, hash_names
-from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards, number_groups
+from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards, require_single_images
 from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
 
 FEW = 1000  # bad images are limited as if at least this many were read
@@ -65,7 +65,7 @@ def open_stream(
 def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Division:
     """Divide the shards into `train`, `held_out` and, if any, `validation`. Raises `UserError` for shards of other
     formats, if there are too few shards to hold one out, and for settings that streams do not follow."""
-    number_groups(None, config)
+    require_single_images(config)
     require_plain_data(config)
     splits = files_of(find_tables(config))
     if not splits:

@@ -30,6 +30,7 @@ from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
 from pipelines.images.formats import try_decode
+from pipelines.images.sources import of_files
 from pipelines.images.views import View
 from pipelines.options import open_files, read_files
 from pipelines.tokens import load_tokens
@@ -312,7 +313,7 @@ def test_few_mp4_are_open_at_a_time(tmp_path, monkeypatch):
     pytest.importorskip("av")
     monkeypatch.setattr(clip_files, "OPEN_CLIPS", 4)
     write_videos(tmp_path, [4] * 12)
-    windows, before = clip_files.cut_windows(clip_files.find_clips(tmp_path), 2), os.listdir("/proc/self/fd")
+    windows, before = clip_files.cut_windows(of_files(clip_files.find_clips(tmp_path)), 2), os.listdir("/proc/self/fd")
     gc.disable()
     try:
         for row in range(windows.size):
