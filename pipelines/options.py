@@ -38,7 +38,6 @@ DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
 UNKNOWN = "whether images were added or removed since training, which would move others, is not known"
 REMOVE = "; remove or replace this file, then run the command again"
-NO_TILES = "tile: clips are not cut into tiles"
 Named = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
 
@@ -87,8 +86,6 @@ class UsesImages(UsesPipeline):
         `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
         training."""
         check_shape(self.data, pipeline.tokenizer)
-        if whole:
-            refuse_clips(pipeline.spec, NO_TILES)
         data = self.data.without_crop() if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
         splits = load_images(data, inherited=inherited, check=check and not whole, together=together)
@@ -206,12 +203,6 @@ def choose_images(
         raise UserError(f"images: indices of the held-out split go from 0 to {len(images) - 1} (got {outside[0]})")
     chosen = indices or spread(len(images), most).tolist()
     return images.pixels(chosen), images.names(chosen)
-
-
-def refuse_clips(spec: ImageSpec, problem: str) -> None:
-    """Raise `UserError` with this problem if images are clips."""
-    if spec.frames > 1:
-        raise UserError(problem)
 
 
 def require_pictures(spec: ImageSpec, verb: str) -> None:

@@ -40,8 +40,8 @@ from ..files import Output, lock_output
 from ..images.clip_files import WindowSource
 from ..images.formats import open_image
 from ..images.sources import Source
-from ..images.views import LazyImages
-from ..options import NO_TILES, REMOVE, UsesPipeline, open_files, read_files, refuse_clips, require_pictures
+from ..images.views import LazyImages, View
+from ..options import REMOVE, UsesPipeline, open_files, read_files, require_pictures
 
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
@@ -77,8 +77,6 @@ def run(config: CompressConfig) -> Path:
     out.check_file()
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "compress")
-    if config.tile:
-        refuse_clips(pipeline.spec, NO_TILES)
     size, spec, shape = chunk_images(pipeline), pipeline.spec, pipeline.spec.shape
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
@@ -102,7 +100,7 @@ def run(config: CompressConfig) -> Path:
     whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * count
     if config.tile:
         try:
-            sizes = sizes_of(whole, shape)
+            sizes = sizes_of(whole, View.side_by_side(spec))
         except ValueError as error:
             raise UserError(str(error)) from error
         if {*sizes} == {spec.size}:
