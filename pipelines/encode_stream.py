@@ -44,8 +44,8 @@ from .images.stream_columns import (
     read_shard,
     scan_shard,
 )
-from .images.streaming import divide_files, names_in
-from .images.tables import Sample
+from .images.streaming import divide_files
+from .images.tables import Sample, names_in
 from .prefetch import pin_memory, prefetch, to_device_async
 from .shuffling import splitmix64
 from .tokens.shards import MAX_SHARDS, pack_columns, read_header, shard_names, write_shard

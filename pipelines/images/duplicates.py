@@ -43,7 +43,7 @@ def warn_about_duplicates(splits: Splits) -> None:
     if len(rows) < SHARE * count:
         return
     pair = " and ".join(splits.held_out.names(rows[:1]) + splits.train.names(twins[:1]))
-    key = next((key for key in UNIT_SETTINGS if getattr(config, key)), None)
+    key = next((key for key in reversed(UNIT_SETTINGS) if getattr(config, key)), None)
     remedy = "data.group=COLUMN or REGEX (or data.clips=true) holds it out whole"
     if not splits.is_carved:
         remedy = f"figures of {config.held_out or 'the held-out split'} say little about new ones"

@@ -33,7 +33,7 @@ OPTIONAL = {
     "binarize": None,
 }
 """Settings that files hold only if they are set."""
-UNIT_SETTINGS = ("group", "clips", "frames")
+UNIT_SETTINGS = ("clips", "frames", "group")
 """Settings that say which images belong together."""
 NOT_BINARIZED = "binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop"
 EXCLUSIVE = (

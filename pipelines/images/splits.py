@@ -179,6 +179,17 @@ class Inherited:
     refusal: str | None = None
     regroup: bool = False
 
+    @property
+    def facts(self) -> SplitFacts | None:
+        return self.rule if isinstance(self.rule, SplitFacts) else None
+
+    @property
+    def by(self) -> NamedBy | None:
+        """Where the names of units come from; None to choose."""
+        if self.facts is None:
+            return "position" if self.rule == "position" else None
+        return self.facts.by if self.refusal is None else None
+
 
 def inherit_splits(
     config: DataConfig,
@@ -337,27 +348,29 @@ def choose_splits(
 ) -> Division:
     """Divide a source into `train`, `held_out` and, if any, `validation`. inherited: the division of training. quiet:
     do not print notes about splits. Raises `UserError`."""
-    require_split(splits, config)
-    rule = None if inherited is None else inherited.rule
-    facts, note = (None if rule == "position" else rule), None if inherited is None else inherited.note
-    source = splits[config.split]()
+    if config.split not in splits:
+        raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
+    inherited = inherited or Inherited(None)
+    facts, note = inherited.facts, inherited.note
+
+    def open_units(name: str, by: NamedBy | None) -> tuple[Source, Units]:
+        source = splits[name]()
+        units = hash_units(source, config, by)
+        return source if units.by == "column" else replace(source, objects=None), units  # an expression finds them
+
+    source, units = open_units(config.split, inherited.by)
     is_stream = source.identity is not None and source.identity.by == "path"
-    by: NamedBy | None = "position" if rule == "position" else None
-    if facts is not None and inherited is not None and inherited.refusal is None:
-        by = facts.by
-    units = hash_units(source, config, by)
-    if units.by != "column":
-        source = replace(source, objects=None)  # an expression finds them
-    if facts is not None and inherited is not None:
+    if facts is not None:
         facts, note = compare_source(facts, inherited, units, splits, config)
     own = choose_held_out(splits, config) if facts is None else facts.held_out_split
-    other = None if own is None else splits[own]()
-    theirs = None if other is None else hash_units(other, config, units.by)
+    other, theirs = (None, None) if own is None else open_units(own, units.by)
     if not quiet:
         some = f"{100 * config.held_out_fraction:.3g}% of {'the shards of ' * is_stream}{config.split!r}"
-        report_splits(splits, config, own, some, "held out")
-        if own is not None and theirs is not None and units.by != "position":
-            warn_about_shared_units(units, theirs, own, config)
+        report_splits(splits, config, own, some)
+        if theirs is not None and units.by != "position" and is_first_process():
+            known = np.unique(theirs.hashes)
+            if both := int(np.isin(known, units.hashes).sum()):
+                tell(f"warning: {both:,} of {len(known):,} {units.unit}s of {own!r} are also in {config.split!r}")
     if facts is None:
         distinct = np.unique(units.hashes)
         wanted = 0 if own is not None else max(1, round(len(distinct) * config.held_out_fraction))
@@ -376,13 +389,12 @@ def choose_splits(
     limit = None if is_stream else config.limit
     images = {source: units.hashes if limit is None else hash_images(source, units, config)}
     if other is not None and theirs is not None:
-        other = other if units.by == "column" else replace(other, objects=None)
         parts["held_out"] = Part(other, np.arange(other.size), theirs.hashes)
         images[other] = theirs.hashes if limit is None else hash_images(other, theirs, config)
     require_images(parts, facts, units, config, own)
     parts = {name: part for name, part in parts.items() if len(part.positions)}
     now = None if units.by == "position" else describe_parts(parts, units, own, thresholds)
-    if facts is not None and now is not None and inherited is not None:
+    if facts is not None and now is not None:
         is_known = inherited.same_source or facts.sample
         note = describe_change(facts, now, units, config) if is_known else describe_unknown(now, config)
     limited = {name: limit_part(part, images[part.source], units.by, limit) for name, part in parts.items()}
@@ -550,12 +562,6 @@ def describe_change(then: SplitFacts, now: SplitFacts, units: Units, config: Dat
 # The splits of a source
 
 
-def require_split(names: Collection[str], config: DataConfig) -> None:
-    """Raise `UserError` if the split to train on is missing."""
-    if config.split not in names:
-        raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(names)}")
-
-
 def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
     """Return the split among `names` to evaluate on; None to hold out part of `config.split`.
 
@@ -587,9 +593,9 @@ def nearest_name(wanted: str, names: list[str]) -> str | None:
     return known[near[0]] if near else None
 
 
-def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
+def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str) -> None:
     """Print which images replace a missing `test` split and which splits are unused, unless the choice is usual or was
-    configured. part: describes the images used if no split was `found`. use: their purpose."""
+    configured. part: describes the images held out if no split was `found`."""
     left, missing = [name for name in names if name not in (config.split, found)], config.held_out or "test"
     usual = found == "test" or (found is None and not left)
     if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
@@ -598,7 +604,7 @@ def report_splits(names: Collection[str], config: DataConfig, found: str | None,
     rest = f"; not used: {', '.join(left)}" if left else ""
     remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)
-    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
+    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is held out{rest}{remedy}"))
 
 
 def find_objects(names: list[str], pattern: str) -> list[str]:
@@ -617,13 +623,6 @@ def find_objects(names: list[str], pattern: str) -> list[str]:
             )
         found.append(text)
     return found
-
-
-def warn_about_shared_units(units: Units, other: Units, name: str, config: DataConfig) -> None:
-    """Print one line if the split `name` has units that are trained on."""
-    theirs = np.unique(other.hashes)
-    if (both := int(np.isin(theirs, units.hashes).sum())) and is_first_process():
-        tell(f"warning: {both:,} of {len(theirs):,} {units.unit}s of {name!r} are also in {config.split!r}")
 
 
 def count_validation_units(units: int, size: int, fraction: float | None, is_stream: bool) -> int:

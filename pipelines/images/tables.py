@@ -210,9 +210,10 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
         files = files_of(builder).get(split, [])
         local = [file for file in files if file.endswith(".parquet") and os.path.exists(file)]
         if names is not None and local:  # `datasets` applies the names of the first file to all
-            names = classes_in_parquet(local[0], label)
-            if other := [file for file in local if classes_in_parquet(file, label) != names]:
+            classes = names_in(local[0], label)
+            if other := [file for file in local if names_in(file, label) != classes]:
                 raise UserError(f"data.label_column: {other[0]} and {local[0]} have different classes")
+            names = list(classes) or None
     elif label not in (None, LABEL):
         raise UserError(f"data.label_column: no column {label!r}; there are {table.column_names}")
     if is_tar and labels is not None:
@@ -383,15 +384,28 @@ def make_sample(name: str, data: bytes | None, label: Any, values: dict[str, Any
     return {"name": name, "data": data, "label": label, **cells}
 
 
-def classes_in_parquet(file: str, column: str | None) -> list[str] | None:
-    """Return the names of a column of `ClassLabel`s, or of lists of them, as written by `datasets`; None for other
-    columns."""
+def names_in(file: str, column: str | None) -> tuple[str, ...]:
+    """Return the class names that a file stores for a column of `ClassLabel`s, or of lists of them, as written by
+    `datasets`; empty for other columns and for a tar. Raises `UserError` for an unreadable file."""
     import datasets
     import pyarrow.parquet as pq
 
-    with open_file(file) as source:
+    if column is None or suffix_of(file) != ".parquet":
+        return ()
+    with naming(file), open_file(file) as source:
         feature = datasets.Features.from_arrow_schema(pq.read_schema(source)).get(column)
-    return getattr(getattr(feature, "feature", feature), "names", None)
+    return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Name a shard that cannot be read in a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every file system and pyarrow raise errors of their own types
+        raise UserError(one_line(f"{file}: cannot be read: {describe_error(error)}")) from error
 
 
 def read_tar(
