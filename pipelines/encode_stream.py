@@ -150,7 +150,6 @@ class StreamedShards:
 
     @property
     def names(self) -> list[str]:
-        """The names of the files to write, in order."""
         return list(self.inputs)
 
     @property
@@ -166,7 +165,6 @@ class StreamedShards:
         return {"shards": len(found), "shards_digest": hashlib.sha256(json.dumps(found).encode()).hexdigest()}
 
     def describe_columns(self) -> dict[str, Any]:
-        """Return the columns without the class."""
         return {name: column.to_dict() for name, column in self.columns.items() if name != LABEL}
 
     def count_draws(self, shard: Input) -> int:

@@ -183,7 +183,6 @@ class Sampling(Config):
     )
 
     def sampling_settings(self) -> dict[str, Any]:
-        """Return the sampling settings that were given, by name."""
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
 

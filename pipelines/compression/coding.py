@@ -221,7 +221,6 @@ class Models:
         return given.with_rows(label=torch.where(labels == null, -1, labels))
 
     def given_of_chunk(self, given: Given, header: Header, index: int) -> Given:
-        """Return what is given of a chunk's images."""
         first = index * header.chunk_images
         return given[first : first + header.chunk_images].to(self.device)
 

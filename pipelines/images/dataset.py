@@ -237,7 +237,6 @@ class Splits:
         return {name: images for name, images in parts.items() if images is not None}
 
     def write_bad_images(self, folder: Path) -> None:
-        """Write the list of bad images of a run."""
         write_bad_images(folder, {name: images.bad for name, images in self.by_name().items()})
 
 

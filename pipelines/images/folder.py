@@ -65,9 +65,8 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def image_paths(folder: Path) -> list[str]:
-    """Return the paths of `find_images`, in the same order on every file system: image files or, in a folder without
-    any, arrays. Raises `UserError` for a link to a
-    folder, which could form a cycle, and like `walk`."""
+    """Return the paths of all image files below a folder or, without any, of arrays, but no dotfiles, in the same order
+    on every file system. Raises `UserError` for a link to a folder, which could form a cycle, and like `walk`."""
     found, arrays = list[str](), list[str]()
     for parent, folders, files in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -77,7 +76,7 @@ def image_paths(folder: Path) -> list[str]:
                     f"{os.path.join(parent, name)}: links to folders are not followed; use the folder itself"
                 )
         files = [name for name in files if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in files if is_image_name(name)]
+        found += [os.path.join(parent, name) for name in files if suffix_of(name) in SUFFIXES]
         arrays += [os.path.join(parent, name) for name in files if suffix_of(name) in ARRAY_SUFFIXES]
     return sorted(found or arrays, key=os.fsencode)
 
@@ -96,11 +95,6 @@ def match_names(entries: Mapping[str, Any], names: Sequence[str], where: str, wh
             raise ValueError(f"{where}: {key} may belong to {owner} or to {name}; use longer paths")
         found.append(entries[key])
     return found
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file has the suffix of an image."""
-    return suffix_of(name) in SUFFIXES
 
 
 def suffix_of(name: str) -> str:
@@ -260,7 +254,6 @@ def list_rows(
 
 
 def find_sheets(folder: Path) -> list[Path]:
-    """Return the sheets below a folder."""
     return sorted(path for path in files_below(folder) if path.name in SHEETS)
 
 

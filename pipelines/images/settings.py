@@ -186,7 +186,6 @@ class DataConfig(Config):
         return {key: value for key, value in found.items() if (key, value) not in OPTIONAL.items()}
 
     def without_crop(self) -> DataConfig:
-        """Return the settings for the same images without `crop`."""
         return self.model_copy(update={"crop": None, "crops_per_image": 1})
 
     @property

@@ -82,7 +82,6 @@ def hash_bytes(data: bytes) -> int:
 
 
 def hash_names(names: Iterable[str]) -> Hashes:
-    """Return the hash of each name."""
     known: dict[str, int] = {}
     for name in (names := list(names)):
         if name not in known:
@@ -91,7 +90,6 @@ def hash_names(names: Iterable[str]) -> Hashes:
 
 
 def hash_arrays(images: Iterable[Any]) -> Hashes:
-    """Return a hash of the values of each array."""
     return np.array([hash_bytes(np.ascontiguousarray(image).tobytes()) for image in images], np.uint64)
 
 

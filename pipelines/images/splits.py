@@ -122,7 +122,6 @@ class SplitFacts(BaseModel):
         return 0 if below is None else int(below, 16), HASHES if start is None else int(start, 16)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def describe(self) -> str:

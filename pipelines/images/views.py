@@ -52,7 +52,6 @@ class LazyImages:
         return len(self.names)
 
     def select(self, rows: Sequence[int]) -> LazyImages:
-        """Return the images `rows`."""
         return LazyImages([self.names[row] for row in rows], lambda k: self.read(rows[k]))
 
 
