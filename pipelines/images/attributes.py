@@ -133,8 +133,8 @@ class LoadedColumn:
 
 def choose_data(config: DataConfig, sources: Mapping[str, AttributeSource]) -> DataConfig:
     """Return the settings with which to load the images: with `clips`, if a column consists of other frames."""
-    frames = any(source.frame is not None for source in sources.values())
-    return config.model_copy(update={"clips": True}) if frames and config.group is None else config
+    has_earlier = any(source.frame is not None for source in sources.values())
+    return config.model_copy(update={"clips": True}) if has_earlier and config.group is None else config
 
 
 def check_sources(

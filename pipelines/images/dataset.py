@@ -29,7 +29,7 @@ from .checking import BadImage, Memory, SameSize, write_bad_images
 from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
-from .splits import Part, SplitFacts, find_objects, paths_within
+from .splits import Part, SplitFacts, name_units
 from .views import LazyImages, read_whole
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class ImageDataset:
         if names is not None:
             return [names[row] for row in rows]
         paths = self._source.paths or []
-        return find_objects(paths_within([paths[row] for row in rows], self.config), self.config.group)
+        return name_units([paths[row] for row in rows], self.config)
 
     # Pixels
 

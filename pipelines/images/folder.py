@@ -59,11 +59,6 @@ def files_below(folder: Path) -> Iterator[Path]:
     return (Path(parent, name) for parent, _, files in walk(folder) for name in files)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Return all image files below a folder, except dotfiles. Raises `UserError` like `image_paths`."""
-    return [Path(path) for path in image_paths(folder)]
-
-
 def image_paths(folder: Path) -> list[str]:
     """Return the paths of all image files below a folder or, without any, of arrays, but no dotfiles, in the same order
     on every file system. Raises `UserError` for a link to a folder, which could form a cycle, and like `walk`."""
