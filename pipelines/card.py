@@ -52,7 +52,7 @@ TEMPLATE = """\
 
 # {{ tokenizer.name }} + {{ prior.name }}
 
-Generates {{ height }} x {{ width }} {{ colours }} images, {{ classes }}{{ given }}. The tokenizer \
+Generates {{ images }}, {{ classes }}{{ given }}. The tokenizer \
 (`{{ tokenizer.name }}`, {{ counts[0] }} parameters) turns an image into {{ shape }} ids of \
 {{ prior.grid.vocab_size }}; the prior (`{{ prior.name }}`, {{ counts[1] }} parameters) models them.
 {% if source %}
@@ -83,7 +83,6 @@ def model_card(
     a picture of samples. sampler: the settings with which the pipeline samples by default."""
     from huggingface_hub import ModelCard
 
-    channels, height, width = tokenizer.spec.frame.shape
     facts = shareable(provenance)
     rows = collect_figures(facts, exact=prior.exact)
     columns = list(formats_of(prior.config.conditions, condition_tokenizers).values())
@@ -94,9 +93,7 @@ def model_card(
         tokenizer=tokenizer,
         prior=prior,
         counts=[f"{sum(p.numel() for p in part.parameters()):,}" for part in (tokenizer, prior)],
-        height=height,
-        width=width,
-        colours="grey" if channels == 1 else "RGB",
+        images=tokenizer.spec.describe(),
         shape=" x ".join(map(str, prior.grid.shape)),
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
         given=f", given {', '.join(column.name for column in columns)}" if columns else "",

@@ -172,6 +172,13 @@ class ImageSpec:
                 f"data.range={self.low!r},{self.high!r}"
             )
 
+    def describe(self) -> str:
+        """Describe the images, such as `28 x 28 grey images` (height, width)."""
+        colours = {1: "grey", 3: "RGB"}.get(self.channels, f"{self.channels}-channel")
+        if self.frames == 1:
+            return f"{self.height} x {self.width} {colours} images"
+        return f"{colours} clips of {self.frames} frames of {self.height} x {self.width}"
+
     def describe_values(self) -> str:
         return "8-bit" if self.is_bytes else f"{self.dtype} from {self.low:g} to {self.high:g}"
 

@@ -183,7 +183,7 @@ def tokenizer(member: Any) -> str:
     if settings is None:
         return ""
     model = member(member.Config(**settings)).eval()
-    images = torch.rand(1, CHANNELS, PIXELS, PIXELS) * 2 - 1
+    images = torch.rand(1, *model.spec.shape) * 2 - 1
     if isinstance(model, Posthoc):  # starts from a trained VAE
         model.start_from(model.vae)
     model.initialize(images)
@@ -193,7 +193,7 @@ def tokenizer(member: Any) -> str:
     target = rows // 2 * columns + columns // 2 if len(grid.shape) > 1 else len(grid) // 2
     other = flat.clone()
     other[target] = (other[target] + grid.vocab_size // 2) % grid.vocab_size
-    moved = (model.decode(other.view_as(tokens)) - model.decode(tokens)).abs()[0].amax(0)
+    moved = (model.decode(other.view_as(tokens)) - model.decode(tokens)).abs()[0].amax(-3)
     if not float(moved.max()):
         return ""
     shares = ink(moved.flatten(), DECADES).view(PIXELS, PIXELS).numpy()

@@ -64,14 +64,10 @@ def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
 
 def describe_pipeline(pipeline: ImagePipeline) -> str:
     """Describe a pipeline in two sentences."""
-    channels, height, width = pipeline.spec.frame.shape
-    clips = "".join(f"clips of {count} " for count in pipeline.spec.shape[:-3])
     grid, classes = pipeline.prior.grid, pipeline.prior.num_classes
     names = ", ".join(pipeline.prior.config.conditions)
-    kind = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
     return (
-        f"This pipeline generates {clips}{kind} images of {width} × {height} "
-        f"pixels{f' in {classes} classes' * bool(classes)}"
+        f"This pipeline generates {pipeline.spec.describe()}{f' in {classes} classes' * bool(classes)}"
         f"{f', given {names}' * bool(names)}. "
         f"Its tokenizer ({pipeline.tokenizer.name}) turns each {pipeline.spec.noun} into "
         f"{' × '.join(map(str, grid.shape))} tokens of a vocabulary of {grid.vocab_size:,}; "

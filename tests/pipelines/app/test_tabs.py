@@ -354,7 +354,7 @@ def test_a_page_of_clips(clips, monkeypatch):
     assert not [block for block in blocks if isinstance(block, gr.ImageEditor)]
     (kept,) = [block for block in blocks if getattr(block, "label", "") == "Frames to keep"]
     assert (kept.minimum, kept.maximum) == (1, T - 1)
-    assert any("generates clips of 3 " in str(getattr(block, "value", "")) for block in blocks)
+    assert any("clips of 3 frames of 8 x 12" in str(getattr(block, "value", "")) for block in blocks)
 
 
 def png(path, side, data=b""):
@@ -461,8 +461,8 @@ def test_several_pipelines_have_a_page_each(monkeypatch):
     built = page.build_page(served)
     assert built.title == "Smalti: digits, garments"
     assert [(path, name) for path, name, _ in built.pages] == [("", "Home"), ("garments", "garments")]
-    texts = {block.page: block.value for block in built.blocks.values() if "pixels" in str(getattr(block, "value", ""))}
-    assert "12 × 8" in texts[""] and "20 × 20" in texts["garments"]
+    texts = {block.page: block.value for block in built.blocks.values() if "generates" in str(getattr(block, "value", ""))}
+    assert "8 x 12" in texts[""] and "20 x 20" in texts["garments"]
     css = page.make_css(served)
     assert ".smalti-of-12 .smalti-small { --side: 108px; }" in css
     assert ".smalti-of-20 .smalti-small { --side: 120px; }" in css
