@@ -96,7 +96,7 @@ def read_files(
         if classes is not None:
             require_classes(file, classes, config)
         with naming(file):
-            yield from read([file], config.image_column, config.label_column, columns, with_images=with_images)
+            yield from read(file, config.image_column, config.label_column, columns, with_images=with_images)
 
 
 def require_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
