@@ -24,6 +24,7 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior.columns import (
+    MAX_NAMES,
     AngleColumn,
     ClassColumn,
     Column,
@@ -235,7 +236,9 @@ class NamesFormat(ColumnFormat[C]):
 
     @classmethod
     def join(cls, one: NameSummary, other: NameSummary) -> NameSummary:
-        return one[0], one[1] | other[1]
+        if len(found := one[1] | other[1]) > MAX_NAMES:  # before they take the memory
+            raise ValueError(f"more than {MAX_NAMES:,} names; text needs an encoder")
+        return one[0], found
 
     @classmethod
     def make_column(cls, summary: NameSummary, encoder: str) -> Column:

@@ -35,6 +35,7 @@ RESERVED = (LABEL, "labels", "tokens")
 """Names of other columns in token datasets and their tables."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 MAX_COLUMNS = 64
+MAX_NAMES = 1 << 16
 FEW = 24  # names listed in an error
 NUMBERS = (int, float, np.number)
 
@@ -235,7 +236,7 @@ class ClassColumn(IdColumn):
 
     kind = "class"
     is_counted: ClassVar[bool] = True
-    names: list[str] = Field(min_length=1, max_length=1 << 16, description="names of the classes, by id")
+    names: list[str] = Field(min_length=1, max_length=MAX_NAMES, description="names of the classes, by id")
 
     @classmethod
     def numbered(cls, count: int, names: Sequence[str] = ()) -> ClassColumn:

@@ -161,7 +161,7 @@ class ImageSpec:
                 f"image_size, data.channels: the {whose}'s {'images' if self.frames == 1 else 'frames'} are {ours} "
                 f"(channels, height, width), these are {theirs}"
             )
-        if self.is_bytes and not other.is_bytes:
+        if self.is_bytes and other.dtype != self.dtype:
             raise ValueError(
                 f"dtype: the {whose}'s images are 8-bit, these are {other.dtype}; convert them, or scale pictures with "
                 "data.dtype=uint8"

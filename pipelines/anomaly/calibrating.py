@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prior.arguments import whole_number
 from prior.columns import LABEL
 
 from ..images.views import check_places
@@ -79,6 +80,7 @@ def calibrate(
     An image is examined once, while the evidence that is used again takes at most 256 MB; with folds, all is used
     again. Raises `ValueError` for too few images, and for more than 50,000 (with folds 10,000).
     """
+    folds = whole_number("folds", folds)
     examination = Examination.open(pipeline, images, labels, condition, stride, batch_size, marginal)
     view, given, count = examination.view, examination.given, len(examination)
     if groups is not None and len(groups) != count:

@@ -207,7 +207,7 @@ class Examination:
         return every, few
 
     def measure_statistics(self, batch: Tensor, tokens: Tensor, log_probs: Tensor, given: Given) -> dict[str, Tensor]:
-        """Return the statistics of tiles, but for `error`; see `Evidence`. log_probs: of tokens, `(B, N)`."""
+        """Return the statistics of tiles except `error`; see `Evidence`. log_probs: of tokens, `(B, N)`."""
         pipeline = self.pipeline
         token_bits = bits(log_probs)
         top = token_bits.topk(max(1, round(TOP_SHARE * token_bits.shape[1])), 1).values

@@ -73,7 +73,9 @@ def anomaly_map(
     if method != "bits":
         check_places(examination.given)
     maps = [found[method] for _, found in map_images(examination, [method])]
-    return maps if examination.view.is_tiled else torch.stack(maps)
+    if examination.view.is_tiled:
+        return maps
+    return torch.stack(maps) if maps else torch.empty(0, *pipeline.spec.shape[:-3], *pipeline.spec.size)
 
 
 def map_images(examination: Examination, methods: Collection[str]) -> Iterator[tuple[Evidence, dict[str, Tensor]]]:
@@ -138,6 +140,8 @@ def heal(
 def heal_images(examination: Examination, quantile: float = 0.98, draws: int = 8, seed: int = 0) -> Healed:
     """Heal whole images; see `heal`."""
     pipeline, given = examination.pipeline, examination.given
+    if not len(examination):
+        raise ValueError("expected at least one image")
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:

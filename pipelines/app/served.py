@@ -128,7 +128,7 @@ def picked_files(picked: Picked, most: int) -> list[Path]:
 
 def picked_image(picked: Picked, spec: ImageSpec) -> Tensor:
     """Read the image, or the first frames of the clip, uint8 `(1, *spec.shape)`, resized and cropped. Raises
-    `ValueError` for a file that is none, and, before decoding, for one with too many pixels."""
+    `ValueError` for a file that cannot be read and, before decoding, for one with too many pixels."""
     (file,) = picked_files(picked, 1)
     try:
         pixels = try_decode(list_payloads(file, spec)[0], spec, WEB_FORMATS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tokenizer.files import one_line, quote
 
-from ..config import UserError
+from ..config import UserError, is_first_process, tell
 from .sources import Source
 
 LONGEST, JOINER = 200, "\u200d"  # zero-width joiner of composed emoji, not printable by itself
@@ -62,6 +62,14 @@ def check_class_names(names: list[str], spellings: bool) -> None:
             raise UserError(
                 f"the classes {quote(other)} and {quote(name)} are two spellings of one name; use a single spelling"
             )
+
+
+def warn_about_absent(names: list[str], trained: Collection[int]) -> None:
+    """Print one line if some classes are not among the ids of the training images."""
+    absent = [name for number, name in enumerate(names) if number not in trained]
+    if absent and is_first_process():
+        some = f"{', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}"
+        tell(one_line(f"warning: {len(absent)} of {len(names)} classes have no training image: {some}"))
 
 
 def describe_label(label: Any, names: list[str] | None, some: bool) -> str:

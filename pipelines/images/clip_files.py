@@ -316,7 +316,7 @@ class VideoClip(Clip):
                 self._file.seek(key_time, stream=self._stream)
                 self._frames: Iterator[Any] = self._file.decode(self._stream)
             frame = next((frame for frame in self._frames if frame.pts >= time), None)
-            if frame is None or frame.pts != time:
+            if frame is None or frame.pts != time or frame.is_corrupt:  # the decoder makes up what is damaged
                 raise ValueError("cannot be decoded")
             require_size((frame.width, frame.height), self._size)
             values = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)

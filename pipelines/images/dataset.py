@@ -26,6 +26,7 @@ from ..shuffling import positions_of, samples_of, spread
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
 from .checking import BadImage, Memory, SameSize, write_bad_images
+from .classes import warn_about_absent
 from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
@@ -260,10 +261,7 @@ def report_division(splits: Splits) -> None:
     elif splits.is_carved:
         tell(one_line(f"{train.config.source} is divided as in 0.3, by position: added images would move others"))
     if train.labels is not None:
-        counts = train.labels.bincount(minlength=len(train.class_names)).tolist()
-        if absent := [name for name, count in zip(train.class_names, counts, strict=True) if not count]:
-            some = f"{', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}"
-            tell(one_line(f"warning: {len(absent)} of {len(counts)} classes have no training image: {some}"))
+        warn_about_absent(train.class_names, {*train.labels.tolist()})
 
 
 def warn_about_colour(images: ImageDataset) -> None:

@@ -84,8 +84,8 @@ def as_batch(images: Any, spec: ImageSpec) -> Tensor:
 
     Takes a PIL image (resized and cropped to fit); a tensor `(B, *spec.shape)`; an array (B, H, W, C) of the type and
     range of the images, or (H, W, C) for one image, for grey images also without C; or a list of single images. Clips
-    have one more axis before these, the frames; a single one may be a tensor, too, or a list of frames. Raises
-    `ValueError` for anything else.
+    have one more axis before these, the frames; a single one may be a tensor, too, and in a list of clips each may be
+    a list of frames. Raises `ValueError` for anything else.
     """
     if isinstance(images, (list, tuple)):
         parts = [convert_image(image, spec) for image in images]

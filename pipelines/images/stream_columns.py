@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from prior.columns import LABEL, Column
+from prior.columns import LABEL, MAX_NAMES, Column
 from tokenizer.files import one_line
 
 from ..columns import FORMATS, guess_format
 from ..config import UserError
 from ..tokens.meta import label_column
 from .attributes import CELLS, AttributeSource, Cells, list_cells, report_kind
-from .classes import describe_label, is_label, number_labels
+from .classes import describe_label, is_label, number_labels, warn_about_absent
 from .settings import DataConfig
 from .sources import Source
 from .streaming import read_files, require_classes
@@ -137,6 +137,8 @@ def scan_shard(shard: Input, data: DataConfig, attributes: list[StreamedColumn],
             if label is not None and not is_label(label):
                 raise UserError(one_line(f"{name}: {describe_label(label, list(classes) or None, some=True)}"))
             labels.setdefault(label, name)
+        if len(labels) > MAX_NAMES:
+            raise UserError(f"data.label_column: more than {MAX_NAMES:,} classes in {shard.path}")
         for each in attributes:
             try:
                 found = each.summarize(samples, len(samples) * (shard.split == "train"))
@@ -171,6 +173,7 @@ def number_classes(
     ids = dict[Any, int]()
     for part, several in numbers.items():
         ids |= dict(zip(part.labels or [], [] if several is None else several.tolist(), strict=True))
+    warn_about_absent(names, {ids[label] for label in labels["train"]})
     return ids, label_column(names)
 
 

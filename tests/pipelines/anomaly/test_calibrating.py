@@ -329,6 +329,7 @@ def test_what_folds_cannot_promise_is_refused_in_one_line(trained):
     for count, options, message in (
         (60, {"folds": 0}, "folds: must be from 1 to 8"),
         (60, {"folds": 9}, "folds: must be from 1 to 8"),
+        (60, {"folds": 2.5}, "folds must be a whole number"),
         (200, {"folds": 5, "confidence": 0.9}, "confidence: can be promised with folds=1 only"),
         (18, {"folds": 5}, r"needs at least 19 images \(got 18\)"),
         (10_001, {"folds": 5}, "with folds can use at most 10,000 images"),

@@ -43,6 +43,12 @@ def test_every_prior_has_scores_and_healing_and_a_map_if_tokens_have_a_place(tok
     torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
 
 
+def test_no_images_have_no_maps_and_are_not_healed(trained):
+    assert anomaly_map(trained, torch.empty(0, 1, SIZE, SIZE)).shape == (0, SIZE, SIZE)
+    with pytest.raises(ValueError, match="expected at least one image"):
+        heal(trained, torch.empty(0, 1, SIZE, SIZE))
+
+
 @pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_token_spreads_over_its_own_patch(tokenizer):
     pipe = make_pipeline(tokenizer, channels=3, size=(8, 12), labels=[])

@@ -461,7 +461,9 @@ def test_several_pipelines_have_a_page_each(monkeypatch):
     built = page.build_page(served)
     assert built.title == "Smalti: digits, garments"
     assert [(path, name) for path, name, _ in built.pages] == [("", "Home"), ("garments", "garments")]
-    texts = {block.page: block.value for block in built.blocks.values() if "generates" in str(getattr(block, "value", ""))}
+    texts = {
+        block.page: block.value for block in built.blocks.values() if "generates" in str(getattr(block, "value", ""))
+    }
     assert "8 x 12" in texts[""] and "20 x 20" in texts["garments"]
     css = page.make_css(served)
     assert ".smalti-of-12 .smalti-small { --side: 108px; }" in css

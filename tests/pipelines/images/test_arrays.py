@@ -6,6 +6,7 @@ import io
 import struct
 import tarfile
 import zlib
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -536,6 +537,14 @@ def test_verbs_of_8_bit_models_do_not_measure_a_range(tmp_path, capsys):
             main([verb, f"{key}={tmp_path / 'pipeline'}", *data, *more])
         assert stopped.value.code == 2
         assert "images are 8-bit, these are uint16; convert them" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_8_bit_models_take_no_other_range_of_8_bits():
+    """The message says which range, as the type is right."""
+    spec = ImageSpec(1, 8, 12)
+    spec.require(replace(spec, high=255.0), "pipeline")
+    with pytest.raises(ValueError, match=r"^range: the pipeline's images are 8-bit; set data.dtype=uint8 data.range=0"):
+        spec.require(replace(spec, high=200.0), "pipeline")
 
 
 def test_verbs_for_pictures_say_so(run, capsys):

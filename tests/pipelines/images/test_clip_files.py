@@ -292,6 +292,27 @@ def test_each_frame_of_an_mp4_is_found_whatever_its_time(tmp_path, codec):
     assert len(decoded) < 30  # not all those before
 
 
+def test_a_damaged_frame_of_an_mp4_is_refused(tmp_path):
+    """The decoder would make one up from those before."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "it.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=5)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for pixels in np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), dtype=np.uint8):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(stream.encode())
+    with av.open(str(tmp_path / "it.mp4")) as file:
+        packets = [packet for packet in file.demux(file.streams.video[0]) if packet.pts is not None]
+        damaged = sorted(packets, key=lambda packet: packet.pts)[4]
+    data, start = bytearray((tmp_path / "it.mp4").read_bytes()), damaged.pos + damaged.size // 2
+    data[start : damaged.pos + damaged.size] = bytes(damaged.pos + damaged.size - start)
+    (tmp_path / "it.mp4").write_bytes(data)
+    clip = clip_files.open_clip(str(tmp_path / "it.mp4"))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        clip.read(4, deep=True)
+    assert clip.read(3, deep=True).shape == (48, 64, 3)
+
+
 def test_an_mp4_is_upright_and_of_limited_size(tmp_path, monkeypatch):
     pytest.importorskip("av")
     frames = np.zeros((2, 128, 140, 1), np.uint8)

@@ -28,7 +28,7 @@ from processes import fork_twice, kill, run_file, run_ranks, start_ranks
 from ranks import Several
 from small import make_tokenizer
 
-from pipelines import encode, encode_stream
+from pipelines import columns, encode, encode_stream
 from pipelines.commands import verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
@@ -291,6 +291,16 @@ def test_a_shard_of_many_rows_is_summarised_in_parts(tmp_path):
     assert (column.low, column.high) == ([1.25], [2.25])
 
 
+@pytest.mark.parametrize("option", [{"attributes": {"text": "text"}}, {"data": {"label_column": "text"}}])
+def test_more_names_than_a_column_has_are_refused_while_they_are_read(tokenizer, tmp_path, monkeypatch, option):
+    for number in range(3):
+        write_columns(tmp_path / "data" / f"train-{number}.parquet", [10 * number + k for k in range(6)])
+    for module in (stream_columns, columns):
+        monkeypatch.setattr(module, "MAX_NAMES", 5)
+    with pytest.raises(UserError, match=r"^(attributes.text|data.label_column): .*more than 5 (names|classes)"):
+        run(config(tokenizer, tmp_path / "t", tmp_path / "data", **option))
+
+
 # Processes and kills
 
 
@@ -544,6 +554,14 @@ def test_either_all_shards_have_labels_or_none(tokenizer, tmp_path, labelled):
     assert data.class_names == []
     with pytest.raises(UserError, match=r"^data.label_column: no image of .* has a 'kind'"):
         run(config(tokenizer, tmp_path / "u", tmp_path / "data", data={"label_column": "kind"}))
+
+
+def test_classes_without_a_training_image_are_reported(tokenizer, tmp_path, capsys):
+    for split, classes in (("train", 2), ("test", 3)):
+        write_shards(tmp_path / "data", "tar", rows_of(9, classes), 3, split=split)
+    for streamed in (True, False):
+        run(config(tokenizer, tmp_path / str(streamed), tmp_path / "data", data={"streaming": streamed}))
+        assert "warning: 1 of 3 classes have no training image: " in capsys.readouterr().err
 
 
 def test_more_shards_than_a_dataset_has_files_are_refused(tokenizer, source, tmp_path, monkeypatch):
