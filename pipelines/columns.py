@@ -39,7 +39,7 @@ from tokenizer import TokenGrid, Tokenizer
 from tokenizer.spec import ImageSpec
 
 from .images.classes import is_class_name, name_classes
-from .images.folder import find_images, match_names
+from .images.folder import image_paths, match_names
 from .images.formats import decode_in_threads
 from .images.pictures import is_single, to_images
 from .text import NGRAMS, encode_text, run_encoder
@@ -655,7 +655,7 @@ class GridFormat(ColumnFormat[GridColumn]):
 
     def list_pictures(self, folder: Path, names: Sequence[str] | None) -> list[Any]:
         """Return the pictures in a folder, or those of `names` (without suffix). Raises `ValueError`."""
-        files = find_images(folder)
+        files = [Path(path) for path in image_paths(folder)]
         if not files:
             raise ValueError(f"condition.{self.name}: no images in {folder}")
         if names is None:

@@ -135,7 +135,8 @@ def run(config: EncodeConfig) -> Path:
     without data.augment, the folder holds something else, or an unfinished encode has other settings."""
     accelerator = build_accelerator()
     group = group_of(accelerator)
-    tokenizer, out = load_tokenizer(config), Path(config.out)
+    tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
+    tokenizer = FrameByFrame.wrap(tokenizer, config.data.spec.frames)  # one of images encodes clips frame by frame
     tokenizers = [config.tokenizer, *(each.tokenizer for each in config.attributes.values() if each.tokenizer)]
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
@@ -190,13 +191,6 @@ def run(config: EncodeConfig) -> Path:
         return finish_run(accelerator, config, meta, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
 
 
-def load_tokenizer(config: EncodeConfig) -> Tokenizer:
-    """Load the tokenizer; with `data.frames`, one of images is wrapped so that it encodes clips frame by frame. Raises
-    `ConfigError` for one that cannot."""
-    tokenizer: Tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
-    return FrameByFrame.wrap(tokenizer, config.data.spec.frames)
-
-
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
     check_shape(config.data, tokenizer, "tokenizer")
@@ -241,7 +235,6 @@ class LoadedImages:
 
     @property
     def names(self) -> list[str]:
-        """The names of the files to write, in order."""
         return list(self.shards)
 
     @property
@@ -539,7 +532,6 @@ def describe_dataset(
 
 
 def describe(meta: Meta) -> str:
-    """Describe the contents of a dataset."""
     counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
     others = [name for name in meta.columns if name != LABEL]
     given = f", with {', '.join(others)}" if others else ""

@@ -44,8 +44,8 @@ from .images.stream_columns import (
     read_shard,
     scan_shard,
 )
-from .images.streaming import divide_files, names_in
-from .images.tables import Sample
+from .images.streaming import divide_files
+from .images.tables import Sample, names_in
 from .prefetch import pin_memory, prefetch, to_device_async
 from .shuffling import splitmix64
 from .tokens.shards import MAX_SHARDS, pack_columns, read_header, shard_names, write_shard
@@ -150,7 +150,6 @@ class StreamedShards:
 
     @property
     def names(self) -> list[str]:
-        """The names of the files to write, in order."""
         return list(self.inputs)
 
     @property
@@ -166,7 +165,6 @@ class StreamedShards:
         return {"shards": len(found), "shards_digest": hashlib.sha256(json.dumps(found).encode()).hexdigest()}
 
     def describe_columns(self) -> dict[str, Any]:
-        """Return the columns without the class."""
         return {name: column.to_dict() for name, column in self.columns.items() if name != LABEL}
 
     def count_draws(self, shard: Input) -> int:

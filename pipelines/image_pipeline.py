@@ -601,6 +601,7 @@ class ImagePipeline:
         several, frame = [images] if isinstance(images, PILImage) else images, self.spec.frame
         options: dict[str, Any] = {"lossless": lossless, "progress": progress}
         if tile:
+            view = View.side_by_side(self.spec)
             if isinstance(several, (list, tuple)) and lossless:
                 several = [
                     whole_image(one, frame.channels, True) if isinstance(one, PILImage) else one for one in several
@@ -608,7 +609,7 @@ class ImagePipeline:
             whole = list_images(several, self.spec)
             given = self.read_given(None, condition, len(whole), limit=False)
             options["chooses_classes"] = has_no_label(condition)
-            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, frame.shape), given, **options)
+            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, view), given, **options)
             return file.getvalue()
 
         def exact(one: Any) -> Any:

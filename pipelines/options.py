@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +19,7 @@ from tokenizer.spec import ImageSpec
 from .config import Config, Of, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
-from .images.clip_files import cut_windows, find_clips
-from .images.folder import image_paths
+from .images.clip_files import choose_kind
 from .images.formats import decode_in_threads
 from .images.sources import Source, of_files
 from .images.splits import Inherited
@@ -40,7 +38,6 @@ DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
 UNKNOWN = "whether images were added or removed since training, which would move others, is not known"
 REMOVE = "; remove or replace this file, then run the command again"
-NO_TILES = "tile: clips are not cut into tiles"
 Named = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
 
@@ -89,8 +86,6 @@ class UsesImages(UsesPipeline):
         `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
         training."""
         check_shape(self.data, pipeline.tokenizer)
-        if whole:
-            refuse_clips(pipeline.spec, NO_TILES)
         data = self.data.without_crop() if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
         splits = load_images(data, inherited=inherited, check=check and not whole, together=together)
@@ -188,7 +183,6 @@ class Sampling(Config):
     )
 
     def sampling_settings(self) -> dict[str, Any]:
-        """Return the sampling settings that were given, by name."""
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
 
@@ -210,12 +204,6 @@ def choose_images(
     return images.pixels(chosen), images.names(chosen)
 
 
-def refuse_clips(spec: ImageSpec, problem: str) -> None:
-    """Raise `UserError` with this problem if images are clips."""
-    if spec.frames > 1:
-        raise UserError(problem)
-
-
 def require_pictures(spec: ImageSpec, verb: str) -> None:
     """Raise `UserError` for a verb that reads and writes 8-bit pictures only."""
     if not spec.is_picture:
@@ -229,18 +217,14 @@ def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> So
     """Return the images of the first `most` image files, or the windows of the first `most` clips (files, and folders
     of frames), among `paths` and in the folders among them, sorted by name within each folder. Raises `UserError` for a
     path that does not exist, and if there are none."""
-    find: Callable[[Path], list[str]] = image_paths
-    open_rows: Callable[[list[str]], Source] = of_files
-    if spec.frames > 1:
-        find, open_rows = find_clips, partial(cut_windows, frames=spec.frames)
-    files = list[Path]()
+    kind, files = choose_kind(spec), list[Path]()
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"images: no such file or folder: {path}")
-        files += sorted(map(Path, find(path))) if path.is_dir() else [path]
+        files += sorted(map(Path, kind.find(path))) if path.is_dir() else [path]
     if not files:
         raise UserError(f"images: no {spec.noun}s in {', '.join(paths)}")
-    return open_rows([str(file) for file in files[:most]])
+    return kind.open(of_files([str(file) for file in files[:most]]))
 
 
 def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:

@@ -40,8 +40,8 @@ from ..files import Output, lock_output
 from ..images.clip_files import WindowSource
 from ..images.formats import open_image
 from ..images.sources import Source
-from ..images.views import LazyImages
-from ..options import NO_TILES, REMOVE, UsesPipeline, open_files, read_files, refuse_clips, require_pictures
+from ..images.views import LazyImages, View
+from ..options import REMOVE, UsesPipeline, open_files, read_files, require_pictures
 
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
@@ -77,15 +77,12 @@ def run(config: CompressConfig) -> Path:
     out.check_file()
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "compress")
-    if config.tile:
-        refuse_clips(pipeline.spec, NO_TILES)
     size, spec, shape = chunk_images(pipeline), pipeline.spec, pipeline.spec.shape
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
     names = name_restored(paths, root, restored_suffix(pipeline, config.lossless))
-    lengths = source.counts if isinstance(source, WindowSource) else ()
-    if rest := sum(length % spec.frames for length in lengths if length >= spec.frames):
-        ends = count_of(rest, "frame")
+    if isinstance(source, WindowSource) and source.unused:
+        ends = count_of(source.unused, "frame")
         tell(f"images: {ends} at the ends of clips are left out; {spec.frames} in a row are compressed together")
     keys = config.read_condition(pipeline, count, paths)
 
@@ -103,7 +100,7 @@ def run(config: CompressConfig) -> Path:
     whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * count
     if config.tile:
         try:
-            sizes = sizes_of(whole, shape)
+            sizes = sizes_of(whole, View.side_by_side(spec))
         except ValueError as error:
             raise UserError(str(error)) from error
         if {*sizes} == {spec.size}:

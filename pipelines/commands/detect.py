@@ -36,7 +36,7 @@ from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.unseen import find_parts
 from ..images.views import View, as_lazy, check_places, read_whole
-from ..options import NO_TILES, REMOVE, open_files, read_files, refuse_clips
+from ..options import REMOVE, open_files, read_files
 from ..provenance import defaults, inherit, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
@@ -241,11 +241,10 @@ def examine_images(config: DetectConfig, images: Examination, calibration: Calib
 
 def check_ground_truth(config: DetectConfig, pipeline: ImagePipeline) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
-    if config.paths and config.tile:
-        refuse_clips(pipeline.spec, NO_TILES)
     if config.ground_truth is None:
         return
-    refuse_clips(pipeline.spec, "ground_truth: is for images, not for clips")
+    if pipeline.frames > 1:
+        raise UserError("ground_truth: is for images, not for clips")
     if len(config.paths) != 1 or not Path(config.paths[0]).is_dir():
         raise UserError("ground_truth: needs images=FOLDER, with a folder of good images and one for each defect")
     if not Path(config.ground_truth).exists():

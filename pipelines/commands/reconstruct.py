@@ -28,7 +28,7 @@ from ..images import ImageDataset
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.views import View, decode_large, encode_large, read_image
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
-from ..options import NO_TILES, TileSettings, UsesTokenizer, refuse_clips
+from ..options import TileSettings, UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
 from ..shuffling import spread
 
@@ -54,8 +54,6 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer, images = config.load_with_images(whole=config.tile)
-    if config.tile:
-        refuse_clips(tokenizer.spec, NO_TILES)
     view = config.choose_view(tokenizer.spec)
     if not view.is_tiled:
         figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)

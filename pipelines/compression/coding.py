@@ -163,19 +163,13 @@ def identify_given(given: Given) -> bytes:
     return bytes.fromhex(given.digest)[:8] if known else b""
 
 
-def given_of_stream(given: Given, header: Header) -> Given:
+def given_of_stream(given: Given, header: Header, spec: ImageSpec) -> Given:
     """Return what is given of what is coded: of images, or of their tiles, which know their places."""
     if header.sizes is None:
         return given
-    view = view_of_stream(header.image)
+    view = View.side_by_side(spec)
     tiles = [tile for number, size in enumerate(header.sizes) for tile in view.tiles(number, size)]
     return give_places(check_places(given), tiles)
-
-
-def view_of_stream(shape: Sequence[int]) -> View:
-    """Return the tiles of images in a stream, which lie side by side. shape: of a tile, (C, H, W)."""
-    size = shape[-2], shape[-1]
-    return View(size, size)
 
 
 def choose_classes(prior: Prior, tokens: Tensor, given: Given) -> Tensor | None:
@@ -227,7 +221,6 @@ class Models:
         return given.with_rows(label=torch.where(labels == null, -1, labels))
 
     def given_of_chunk(self, given: Given, header: Header, index: int) -> Given:
-        """Return what is given of a chunk's images."""
         first = index * header.chunk_images
         return given[first : first + header.chunk_images].to(self.device)
 
@@ -350,7 +343,7 @@ def write_images(
     facts = identify(pipeline), stored_shape(pipeline.spec), len(given), chunk_images(pipeline), models.residual
     header = Header(*facts, tuple(names), identify_given(given))
     header = header if sizes is None else header._replace(sizes=tuple(sizes))
-    coded = given_of_stream(given, header)
+    coded = given_of_stream(given, header, pipeline.spec)
 
     def chunks() -> Iterator[Chunk]:
         for index, part in zip(iterate_chunks(header, progress), parts, strict=False):
@@ -375,15 +368,14 @@ def write_tiles(
     **options: Any,
 ) -> int:
     """Write a stream of images by tiles side by side; return its size. sizes: from `sizes_of`."""
-    view = view_of_stream(stored_shape(pipeline.spec))
+    view = View.side_by_side(pipeline.spec)
     images = images if options.get("lossless") else pipeline.list_images(images)
     parts = (tiles.to(pipeline.device) for tiles, _ in cut(images, view, chunk_images(pipeline)))
     return write_images(pipeline, file, parts, given, sizes=sizes, **options)
 
 
-def sizes_of(images: LazyImages, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return (height, width) of each image. Raises `ValueError` for one that is smaller than a tile of `shape`."""
-    view = view_of_stream(shape)
+def sizes_of(images: LazyImages, view: View) -> list[tuple[int, int]]:
+    """Return (height, width) of each image. Raises `ValueError` for one that is smaller than a tile."""
     found = [read_image(images, number, view).shape for number in range(len(images))]
     return [(height, width) for *_, height, width in found]
 
@@ -408,7 +400,7 @@ def read_images(
     most = chunk_images(pipeline)
     if min(header.num_coded, header.chunk_images) > most:  # the prior's state for a whole chunk is in memory at once
         raise StreamError(f"the stream has {header.chunk_images} images per chunk; this pipeline allows {most}")
-    if header.sizes is not None and header.image != stored_shape(pipeline.spec):
+    if header.sizes is not None and header.image != pipeline.spec.shape:
         raise DamagedStream("the stream is damaged: its tiles have another size than the pipeline's images")
     if header.lossless and not pipeline.tokenizer.has_likelihood:
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
@@ -417,7 +409,7 @@ def read_images(
     # Numbers are as they are given, which streams of 0.3 need, too.
     given = pipeline.read_given(None, condition, header.images, limit=False)
     check_condition(pipeline, header, identify_given(given))
-    coded = given_of_stream(given, header)
+    coded = given_of_stream(given, header, pipeline.spec)
     constriction()
     models = Models(pipeline, residual=header.lossless)
 
@@ -433,7 +425,7 @@ def read_images(
 
     if header.sizes is None:
         return header, images()
-    return header, (image[None] for image in paste(images(), header.sizes, view_of_stream(header.image), "last"))
+    return header, (image[None] for image in paste(images(), header.sizes, View.side_by_side(pipeline.spec), "last"))
 
 
 def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> None:

@@ -29,7 +29,7 @@ from ..columns import FORMATS, guess_format, is_empty
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
 from .checking import SameSize, check_bad, decode_all
-from .clip_files import find_clips
+from .clip_files import choose_kind
 from .crops import CropImages
 from .dataset import Epochs, ImageDataset
 from .folder import (
@@ -37,7 +37,6 @@ from .folder import (
     are_disjoint,
     find_sheets,
     full_path,
-    holds_files,
     image_paths,
     list_rows,
     natural_key,
@@ -134,8 +133,8 @@ class LoadedColumn:
 
 def choose_data(config: DataConfig, sources: Mapping[str, AttributeSource]) -> DataConfig:
     """Return the settings with which to load the images: with `clips`, if a column consists of other frames."""
-    frames = any(source.frame is not None for source in sources.values())
-    return config.model_copy(update={"clips": True}) if frames and config.group is None else config
+    has_earlier = any(source.frame is not None for source in sources.values())
+    return config.model_copy(update={"clips": True}) if has_earlier and config.group is None else config
 
 
 def check_sources(
@@ -143,7 +142,6 @@ def check_sources(
 ) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
     changes = [name for name, value in config.augment.model_dump().items() if value and augmentations]
-    of_files = config.path is not None and config.path.is_dir() and holds_files(config.path)
     no_files = f"needs a folder of images as data.source (got {config.source})"
     for problem in names_problem(sources):
         raise UserError(f"attributes: {problem}")
@@ -156,7 +154,7 @@ def check_sources(
             raise UserError(f"attributes.{name}.place: needs crops; data.crop=random")
         if source.place and "flip" in changes:
             raise UserError(f"attributes.{name}: data.augment.flip would falsify the place of a crop")
-        if source.is_picture and not of_files:
+        if source.is_picture and config.folder is None:
             raise UserError(f"attributes.{name}: {no_files}")
         if source.images is not None and not (folder := Path(source.images).expanduser()).is_dir():
             raise UserError(f"attributes.{name}.images: there is no folder {folder}")
@@ -164,7 +162,7 @@ def check_sources(
             raise UserError(f"attributes.{name}.images: {folder} must lie outside data.source ({config.source})")
     if table is not None and (not os.path.isfile(path := os.path.expanduser(table)) or not path.endswith(TABLES)):
         raise UserError(f"table: there is no file {table} with one of the suffixes {', '.join(TABLES)}")
-    if table is not None and not of_files:
+    if table is not None and config.folder is None:
         raise UserError(f"table: {no_files}")
 
 
@@ -278,8 +276,7 @@ class Sheets:
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
-        find = image_paths if config.frames is None else find_clips
-        known = {full_path(path) for path in find(root)} if table else set()
+        known = {full_path(path) for path in choose_kind(config.spec).find(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         images = [f"{config.image_column}_file_name", "file_name"]
         places = (root, "table") if table else (None, "data.source")

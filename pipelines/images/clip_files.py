@@ -8,22 +8,22 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from tokenizer.spec import Array
+from tokenizer.spec import Array, ImageSpec
 
-from ..config import UserError, is_first_process, tell
+from ..config import is_first_process, tell
 from .animations import MP4, require_video
-from .folder import ARRAY_SUFFIXES, SUFFIXES, files_below, image_paths, natural_key, open_folder, suffix_of
+from .folder import ARRAY_SUFFIXES, SUFFIXES, files_below, image_paths, natural_key, suffix_of
 from .formats import (
     PARSING,
     WORKERS,
@@ -37,10 +37,7 @@ from .formats import (
     require_plain_page,
     require_small_tiles,
 )
-from .sources import Source, SourceSplits
-
-if TYPE_CHECKING:
-    from .settings import DataConfig
+from .sources import Source
 
 ALWAYS_CLIPS = {".gif", *ARRAY_SUFFIXES}
 """Suffixes of files that are clips, whatever the other files of their folder are."""
@@ -50,46 +47,22 @@ OPEN_CLIPS = 2 * WORKERS  # at a time, for each split
 FrameKeys = Sequence[int] | NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class WindowSource(Source):
-    """Windows of clips. `paths` are those of their clips; a clip that cannot be read, or is too
-    short, is one row."""
+class FileKind(NamedTuple):
+    """What files hold. find: returns the paths of the images of a folder, or of its clips. open: returns the images of
+    such files, or the windows of clips."""
 
-    starts: Sequence[int] = ()
-    """First frame of each row."""
-    counts: Sequence[int] = ()
-    """Number of frames of each clip that can be read."""
+    find: Callable[[Path], list[str]]
+    open: Callable[[Source], Source]
+
+
+def choose_kind(spec: ImageSpec) -> FileKind:
+    """Return how files are read as images of `spec`."""
+    if spec.frames == 1:
+        return FileKind(image_paths, lambda files: files)
+    return FileKind(find_clips, partial(cut_windows, frames=spec.frames))
 
 
 # Finding clips
-
-
-def open_clips(root: Path, config: DataConfig) -> SourceSplits:
-    """Return the splits of a folder of clips, as windows of `config.frames` frames. Classes come from sheets, which
-    list files or folders of clips, and otherwise from the folders above the clips. Raises `UserError`."""
-    splits = open_folder(root, config, find_separate_clips)
-
-    def open_split(open_whole: Callable[[], Source]) -> Source:
-        clips = open_whole()
-        windows = cut_windows(clips.paths or [], config.frames or 1, clips.labels)
-        if clips.objects is None:
-            return windows
-        objects = dict(zip(clips.paths or [], clips.objects, strict=True))
-        return replace(windows, objects=[objects[path] for path in windows.paths or []])
-
-    return {name: partial(open_split, clips) for name, clips in splits.items()}
-
-
-def find_separate_clips(folder: Path) -> list[str]:
-    """Return the clips of a split. Raises `UserError` if they cannot be told apart, because frames lie in its folder
-    itself."""
-    found = find_clips(folder)
-    if str(folder) in found:
-        raise UserError(
-            f"data.frames: {folder} holds single images, not clips; put the frames of each clip into a folder of its "
-            "own (data.frames=null: each image is an image)"
-        )
-    return found
 
 
 def find_clips(folder: Path) -> list[str]:
@@ -123,9 +96,43 @@ def has_several_frames(path: str) -> bool:
 # Cutting clips into windows
 
 
-def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) -> WindowSource:
-    """Return the consecutive windows of each clip, from its start; frames left over are not used. labels: of each
-    clip."""
+@dataclass(frozen=True, eq=False)
+class WindowSource(Source):
+    """Windows of clips. `paths` are those of their clips; a clip that cannot be read, or is too short, is one row.
+
+    frames: of a window. starts: the first frame of each row. counts: the number of frames of each clip that can be
+    read."""
+
+    frames: int = 1
+    starts: Sequence[int] = ()
+    counts: Sequence[int] = ()
+
+    @property
+    def unused(self) -> int:
+        """The number of frames at the ends of clips that are in no window."""
+        return sum(count % self.frames for count in self.counts if count >= self.frames)
+
+    def split_clips(self) -> Source:
+        """Return the frames of all windows: row `frames * window + k` is frame k of a window."""
+        frames, paths = self.frames, self.paths or []
+
+        def read(wanted: Sequence[int]) -> list[Payload]:
+            windows = self.payloads([row // frames for row in wanted])
+            return [
+                window.frame(row % frames) if isinstance(window, Window) else window
+                for row, window in zip(wanted, windows, strict=True)
+            ]
+
+        def name(row: int) -> str:
+            return f"{paths[row // frames]}[{self.starts[row // frames] + row % frames}]"
+
+        labels = None if self.labels is None else [label for label in self.labels for _ in range(frames)]
+        return Source(self.size * frames, read, name, labels, paths=[path for path in paths for _ in range(frames)])
+
+
+def cut_windows(files: Source, frames: int) -> WindowSource:
+    """Return the consecutive windows of each clip, from its start; frames left over are not used."""
+    paths = files.paths or []
     with ThreadPoolExecutor(WORKERS) as pool:
         found = list(pool.map(find_frames, paths))
     places, keys, problems = list[tuple[int, int]](), dict[int, FrameKeys](), dict[int, str]()
@@ -154,13 +161,17 @@ def cut_windows(paths: list[str], frames: int, labels: list[Any] | None = None) 
         number, start = places[row]
         return paths[number] if number in problems else f"{paths[number]}[{start}:{start + frames}]"
 
+    def repeat(values: list[Any] | None) -> list[Any] | None:
+        return None if values is None else [values[number] for number, _ in places]
+
     return WindowSource(
         len(places),
         read,
         name,
-        None if labels is None else [labels[number] for number, _ in places],
-        None,
-        [paths[number] for number, _ in places],
+        repeat(files.labels),
+        paths=repeat(paths),
+        objects=repeat(files.objects),
+        frames=frames,
         starts=[start for _, start in places],
         counts=[len(frame_keys) for frame_keys in found if not isinstance(frame_keys, str)],
     )
@@ -174,34 +185,16 @@ def find_frames(path: str) -> FrameKeys | str:
         return str(error) or type(error).__name__
 
 
-def report_windows(sources: Sequence[Source], frames: int) -> None:
-    """Print one line about the clips of all splits."""
-    counts = [count for source in sources if isinstance(source, WindowSource) for count in source.counts]
-    windows, rest = sum(count // frames for count in counts), sum(count % frames for count in counts if count >= frames)
+def report_windows(sources: Sequence[Source]) -> None:
+    """Print one line about the clips of all splits, if there are any."""
+    splits = [source for source in sources if isinstance(source, WindowSource)]
+    if not splits or not is_first_process():
+        return
+    frames, clips = splits[0].frames, sum(len(source.counts) for source in splits)
+    windows = sum(count // frames for source in splits for count in source.counts)
+    rest = sum(source.unused for source in splits)
     unused = f"; {rest:,} frames at the ends of clips are not used" if rest else ""
-    if is_first_process():
-        tell(f"data.frames: {len(counts):,} clips, {windows:,} windows of {frames} frames{unused}")
-
-
-def split_windows(source: Source, frames: int) -> Source:
-    """Return the single frames of windows: row `frames * window + k` is frame k of a window."""
-    assert isinstance(source, WindowSource) and source.paths is not None
-    paths, starts = source.paths, source.starts
-
-    def read(wanted: Sequence[int]) -> list[Payload]:
-        windows = source.payloads([row // frames for row in wanted])
-        return [
-            window.frame(row % frames) if isinstance(window, Window) else window
-            for row, window in zip(wanted, windows, strict=True)
-        ]
-
-    def name(row: int) -> str:
-        return f"{paths[row // frames]}[{starts[row // frames] + row % frames}]"
-
-    def repeat(values: list[Any] | None) -> list[Any] | None:
-        return None if values is None else [value for value in values for _ in range(frames)]
-
-    return Source(source.size * frames, read, name, repeat(source.labels), paths=repeat(paths))
+    tell(f"data.frames: {clips:,} clips, {windows:,} windows of {frames} frames{unused}")
 
 
 # Reading frames
@@ -254,12 +247,14 @@ class AnimationClip(Clip):
     """A GIF, PNG, WEBP or TIFF of several frames."""
 
     def __init__(self, path: str, frame_keys: FrameKeys | None = None) -> None:
-        self._image, self._lock = open_image(Path(path), deep=True), Lock()
+        self._path, self._image, self._lock = Path(path), open_image(Path(path), deep=True), Lock()
         self._size = self._image.size
         self.frame_keys = range(getattr(self._image, "n_frames", 1)) if frame_keys is None else frame_keys
 
     def read(self, index: int, deep: bool) -> Array | Image.Image:
         with self._lock:
+            if index < self._image.tell() and self._image.format == "PNG":  # which Pillow cannot wind back
+                self._image = open_image(self._path, deep=True)
             self._image.seek(index)
             return convert_frame(self._image, self._size, deep)
 

@@ -27,11 +27,10 @@ from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
 from .checking import BadImage, Memory, SameSize, write_bad_images
 from .classes import warn_about_absent
-from .clip_files import split_windows
 from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
-from .splits import Part, SplitFacts, find_objects, paths_within
+from .splits import Part, SplitFacts, name_units
 from .views import LazyImages, read_whole
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class ImageDataset:
         if names is not None:
             return [names[row] for row in rows]
         paths = self._source.paths or []
-        return find_objects(paths_within([paths[row] for row in rows], self.config), self.config.group)
+        return name_units([paths[row] for row in rows], self.config)
 
     # Pixels
 
@@ -197,13 +196,13 @@ class ImageDataset:
         return found
 
     def split_into_frames(self) -> ImageDataset:
-        """Return the frames of a data set of clips, each an image."""
+        """Return the frames of clips, each an image; images stay as they are."""
         frames, found = self.spec.frames, copy.copy(self)
-        found.spec, found._source = self.spec.frame, split_windows(self._source, frames)
+        found.spec, found._source = self.spec.frame, self._source.split_clips()
         found.labels = None if self.labels is None else self.labels.repeat_interleave(frames)
         found._positions = (self._positions[:, None] * frames + np.arange(frames)).ravel()
         found.units = self.units.repeat(frames)
-        found._pixels = None if self._pixels is None else self._pixels.flatten(0, 1)
+        found._pixels = None if self._pixels is None else self._pixels.view(-1, *found.spec.shape)
         return found
 
 
@@ -239,7 +238,6 @@ class Splits:
         return {name: images for name, images in parts.items() if images is not None}
 
     def write_bad_images(self, folder: Path) -> None:
-        """Write the list of bad images of a run."""
         write_bad_images(folder, {name: images.bad for name, images in self.by_name().items()})
 
 

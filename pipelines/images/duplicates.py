@@ -19,6 +19,7 @@ from ..config import is_first_process, tell
 from ..shuffling import random_rows
 from .dataset import ImageDataset, Splits
 from .formats import CHUNK
+from .settings import UNIT_SETTINGS
 
 HELD_OUT, TRAIN = 200, 2000
 """Number of images that are compared; in training, the images next to the held-out ones are added."""
@@ -42,7 +43,7 @@ def warn_about_duplicates(splits: Splits) -> None:
     if len(rows) < SHARE * count:
         return
     pair = " and ".join(splits.held_out.names(rows[:1]) + splits.train.names(twins[:1]))
-    key = next((key for key in ("group", "clips", "frames") if getattr(config, key)), None)
+    key = next((key for key in reversed(UNIT_SETTINGS) if getattr(config, key)), None)
     remedy = "data.group=COLUMN or REGEX (or data.clips=true) holds it out whole"
     if not splits.is_carved:
         remedy = f"figures of {config.held_out or 'the held-out split'} say little about new ones"

@@ -59,15 +59,9 @@ def files_below(folder: Path) -> Iterator[Path]:
     return (Path(parent, name) for parent, _, files in walk(folder) for name in files)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Return all image files below a folder, except dotfiles. Raises `UserError` like `image_paths`."""
-    return [Path(path) for path in image_paths(folder)]
-
-
 def image_paths(folder: Path) -> list[str]:
-    """Return the paths of `find_images`, in the same order on every file system: image files or, in a folder without
-    any, arrays. Raises `UserError` for a link to a
-    folder, which could form a cycle, and like `walk`."""
+    """Return the paths of all image files below a folder or, without any, of arrays, but no dotfiles, in the same order
+    on every file system. Raises `UserError` for a link to a folder, which could form a cycle, and like `walk`."""
     found, arrays = list[str](), list[str]()
     for parent, folders, files in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -77,7 +71,7 @@ def image_paths(folder: Path) -> list[str]:
                     f"{os.path.join(parent, name)}: links to folders are not followed; use the folder itself"
                 )
         files = [name for name in files if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in files if is_image_name(name)]
+        found += [os.path.join(parent, name) for name in files if suffix_of(name) in SUFFIXES]
         arrays += [os.path.join(parent, name) for name in files if suffix_of(name) in ARRAY_SUFFIXES]
     return sorted(found or arrays, key=os.fsencode)
 
@@ -96,11 +90,6 @@ def match_names(entries: Mapping[str, Any], names: Sequence[str], where: str, wh
             raise ValueError(f"{where}: {key} may belong to {owner} or to {name}; use longer paths")
         found.append(entries[key])
     return found
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file has the suffix of an image."""
-    return suffix_of(name) in SUFFIXES
 
 
 def suffix_of(name: str) -> str:
@@ -138,10 +127,20 @@ def holds_files(folder: Path) -> bool:
 # Splits and classes
 
 
-def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> SourceSplits:
-    """Return the splits of a folder of images: its folders named after splits, if any. Classes come from sheets, if
-    there are any, and otherwise from folder names. find: what finds the images of a split. Raises `UserError` for a
-    sheet beside the splits."""
+def open_folder(root: Path, config: DataConfig, find: Find) -> SourceSplits:
+    """Return the files of the splits of a folder of images or clips: its folders named after splits, if any. Classes
+    come from sheets, if there are any, and otherwise from folder names. find: what finds the files of a split. Raises
+    `UserError` for a sheet beside the splits, and for a split that is itself a clip."""
+
+    def find_separate(folder: Path) -> list[str]:
+        found = find(folder)
+        if str(folder) in found:
+            raise UserError(
+                f"data.frames: {folder} holds single images, not clips; put the frames of each clip into a folder of "
+                "its own (data.frames=null: each image is an image)"
+            )
+        return found
+
     folders = split_folders(root, config)
     with_sheets = "sheet" in kinds_below(root)
     beside = [name for name in SHEETS if with_sheets and (root / name).exists() and root not in folders.values()]
@@ -151,7 +150,7 @@ def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> Sou
             f"{', '.join(folders)}"
         )
     open_split = sheet_source if with_sheets else folder_source
-    return {name: partial(open_split, folder, config, find) for name, folder in folders.items()}
+    return {name: partial(open_split, folder, config, find_separate) for name, folder in folders.items()}
 
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
@@ -250,7 +249,6 @@ def list_rows(
 
 
 def find_sheets(folder: Path) -> list[Path]:
-    """Return the sheets below a folder."""
     return sorted(path for path in files_below(folder) if path.name in SHEETS)
 
 

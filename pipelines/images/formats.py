@@ -86,7 +86,6 @@ class Window:
     frames: int
 
     def frame(self, k: int) -> Window:
-        """Return frame k of the window."""
         return Window(self.read, self.start + k, 1)
 
     def values(self) -> Iterator[Array]:

@@ -103,7 +103,6 @@ def draw_name(name: str, width: int) -> np.ndarray:
 
 
 def text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
-    """Return the width of the text in pixels."""
     return round(font.getlength(text))
 
 

@@ -5,11 +5,9 @@ Pixels stay in memory if they fit. With `data.streaming`, shards are read in seq
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +19,10 @@ from ..config import UserError, is_first_process, tell
 from ..shuffling import spread
 from .checking import BadImage, Memory, check_bad, decode_all
 from .classes import number_labels
-from .clip_files import open_clips, report_windows
+from .clip_files import choose_kind, report_windows
 from .crops import CentredCrops, RandomCrops
 from .dataset import ImageDataset, Splits
-from .folder import holds_files, open_folder
+from .folder import open_folder
 from .formats import CHUNK, WORKERS, clipped_share, good_values, guess_type, try_decode
 from .settings import DataConfig, require_plain_data
 from .sources import Source, SourceSplits, open_digits
@@ -62,8 +60,7 @@ def load_images(
         division = divide_source(config, inherited)
         config = settle_values(config, division.parts["train"])
     sources = list(dict.fromkeys(part.source for part in division.parts.values()))
-    if config.frames is not None:
-        report_windows(sources, config.frames)
+    report_windows(sources)
     labels, class_names = number_labels(sources)
     is_lazy = streamed is None and (config.streaming or not check) and config.on_error == "fail"
     room, decoded = config.cache_mb * 2**20 if check else 0, dict[str, tuple[Part, list[BadImage], Memory]]()
@@ -83,7 +80,7 @@ def load_images(
     if streamed is not None and stream:
         streamed.class_names = class_names
         datasets["train"] = streamed
-    if single_frames and config.frames is not None:
+    if single_frames:
         datasets = {name: images.split_into_frames() for name, images in datasets.items()}
     return Splits(**datasets, facts=division.facts, note=division.note, is_carved=division.is_carved)
 
@@ -102,14 +99,13 @@ def divide_source(config: DataConfig, inherited: Inherited | None = None, *, qui
 
 def open_source(config: DataConfig) -> SourceSplits:
     """Return the splits of `config.source` by name. An existing path takes precedence over a Hub id."""
-    path = Path(os.path.expanduser(config.source))
-    if config.frames is not None and not (path.is_dir() and holds_files(path)):
+    if config.folder is not None:
+        kind = choose_kind(config.spec)
+        splits = open_folder(config.folder, config, kind.find)
+        return {name: partial(lambda open_split: kind.open(open_split()), each) for name, each in splits.items()}
+    if config.frames is not None:
         raise UserError(f"data.frames: clips are read from a folder of files (got {config.source})")
-    if config.source == "digits":
-        return open_digits()
-    if path.is_dir() and holds_files(path):
-        return open_folder(path, config) if config.frames is None else open_clips(path, config)
-    return open_tables(config)
+    return open_digits() if config.source == "digits" else open_tables(config)
 
 
 def settle_values(config: DataConfig, train: Part) -> DataConfig:

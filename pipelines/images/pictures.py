@@ -58,7 +58,6 @@ def png_bytes(pixels: np.ndarray) -> bytes:
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
-    """Encode an array as `.npy`."""
     file = io.BytesIO()
     np.save(file, values)
     return file.getvalue()

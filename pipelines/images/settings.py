@@ -18,6 +18,7 @@ from .folder import holds_files
 from .sources import IMAGE, LABEL
 
 Side = Annotated[int, Field(ge=4, le=4096)]
+Unit = Literal["image", "object", "clip", "folder", "shard"]
 
 OPTIONAL = {
     "clips": False,
@@ -32,6 +33,19 @@ OPTIONAL = {
     "binarize": None,
 }
 """Settings that files hold only if they are set."""
+UNIT_SETTINGS = ("clips", "frames", "group")
+"""Settings that say which images belong together."""
+NOT_BINARIZED = "binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop"
+EXCLUSIVE = (
+    ("clips", "group", "clips and group both say which images belong together: set only one"),
+    ("clips", "frames", "clips=true is for images; with frames, whole clips are held out anyway"),
+    ("streaming", "frames", "frames: clips are not streamed; set streaming=false"),
+    ("crop", "frames", "frames: clips are not cropped at random; set crop=null"),
+    ("streaming", "binarize", NOT_BINARIZED),
+    ("frames", "binarize", NOT_BINARIZED),
+    ("crop", "binarize", NOT_BINARIZED),
+)
+"""Pairs of settings of which only one may be set, and why."""
 
 
 class DataConfig(Config):
@@ -81,8 +95,8 @@ class DataConfig(Config):
         default=None,
         ge=2,
         le=4096,
-        description="the source holds clips or volumes (folders of frames, arrays, GIF, TIFF), which are cut into "
-        "windows of this many frames; all windows of a clip go into the same split",
+        description="the source holds clips or volumes (folders of frames, arrays, GIF, PNG, WEBP, TIFF, MP4), which "
+        "are cut into windows of this many frames; all windows of a clip go into the same split",
     )
     group: str | None = Field(
         default=None,
@@ -148,43 +162,21 @@ class DataConfig(Config):
         return value
 
     @model_validator(mode="after")
-    def _one_kind_of_group(self) -> DataConfig:
-        if self.clips and self.group is not None:
-            raise ValueError("clips and group both say which images belong together: set only one")
-        if self.frames is not None and self.clips:
-            raise ValueError("clips=true is for images; with frames, whole clips are held out anyway")
-        if self.frames is not None and self.streaming:
-            raise ValueError("frames: clips are not streamed; set streaming=false")
-        if self.frames is not None and self.crop is not None:
-            raise ValueError("frames: clips are not cropped at random; set crop=null")
-        return self
-
-    @model_validator(mode="after")
-    def _splits_differ(self) -> DataConfig:
+    def _settings_agree(self) -> DataConfig:
         if self.split == self.held_out:
             raise ValueError(f"split and held_out are both {self.split!r}: evaluation needs images not trained on")
         for problem in spec_problems(self.channels, self.dtype, self.range, self.show, measured=True):
             raise ValueError(problem)
-        return self
-
-    @model_validator(mode="after")
-    def _crops_are_cropped(self) -> DataConfig:
         if self.crops_per_image > 1 and self.crop is None:
             raise ValueError("crops_per_image needs crop=random; without crops, set crops_per_image=1")
-        return self
-
-    @model_validator(mode="after")
-    def _binarizes_grey_images(self) -> DataConfig:
-        if self.binarize is None:
-            return self
-        if self.channels != 1:
+        if self.binarize is not None and self.channels != 1:
             raise ValueError(f"binarize: needs grey images, channels=1 (got {self.channels})")
-        if self.dtype not in (None, "uint8") or self.range is not None:
+        if self.binarize is not None and (self.dtype not in (None, "uint8") or self.range is not None):
             raise ValueError("binarize: needs 8-bit images; set dtype=null range=null")
-        if self.streaming or self.frames is not None or self.crop is not None:
-            raise ValueError(
-                "binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop"
-            )
+        unset = (None, False)
+        for one, other, problem in EXCLUSIVE:
+            if getattr(self, one) not in unset and getattr(self, other) not in unset:
+                raise ValueError(problem)
         return self
 
     @model_serializer(mode="wrap")
@@ -194,7 +186,6 @@ class DataConfig(Config):
         return {key: value for key, value in found.items() if (key, value) not in OPTIONAL.items()}
 
     def without_crop(self) -> DataConfig:
-        """Return the settings for the same images without `crop`."""
         return self.model_copy(update={"crop": None, "crops_per_image": 1})
 
     @property
@@ -204,10 +195,21 @@ class DataConfig(Config):
         return path if self.source != "digits" and path.exists() else None
 
     @property
+    def folder(self) -> Path | None:
+        """The folder of image files or clips that the source is; None for others."""
+        path = self.path
+        return path if path is not None and path.is_dir() and holds_files(path) else None
+
+    @property
     def is_stream(self) -> bool:
         """Whether images are read in sequence, from shards."""
-        path = self.path
-        return self.streaming and self.source != "digits" and not (path and path.is_dir() and holds_files(path))
+        return self.streaming and self.source != "digits" and self.folder is None
+
+    @property
+    def unit(self) -> Unit:
+        """What splits never divide, of images with random access."""
+        found: dict[Unit, Any] = {"object": self.group, "clip": self.frames, "folder": self.clips or None}
+        return next((unit for unit, value in found.items() if value is not None), "image")
 
     @property
     def spec(self) -> ImageSpec:

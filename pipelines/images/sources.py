@@ -62,6 +62,10 @@ class Source:
         `least` (height, width) is enlarged until it has both."""
         return try_decode(self.payloads([row])[0], spec, least=least)
 
+    def split_clips(self) -> Source:
+        """Return the frames of all clips as images; images stay as they are."""
+        return self
+
 
 SourceSplits = dict[str, Callable[[], Source]]
 """The splits of a source by name; a call opens the split."""
@@ -78,7 +82,6 @@ def hash_bytes(data: bytes) -> int:
 
 
 def hash_names(names: Iterable[str]) -> Hashes:
-    """Return the hash of each name."""
     known: dict[str, int] = {}
     for name in (names := list(names)):
         if name not in known:
@@ -87,7 +90,6 @@ def hash_names(names: Iterable[str]) -> Hashes:
 
 
 def hash_arrays(images: Iterable[Any]) -> Hashes:
-    """Return a hash of the values of each array."""
     return np.array([hash_bytes(np.ascontiguousarray(image).tobytes()) for image in images], np.uint64)
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,8 @@ from tokenizer.model import SPLITS
 from ..config import UserError, is_first_process, tell
 from ..files import validate
 from ..shuffling import splitmix64
+from .settings import UNIT_SETTINGS, DataConfig, Unit
 from .sources import Source, SourceSplits, hash_names
-
-if TYPE_CHECKING:
-    from .settings import DataConfig
 
 SPLITS_KEY, FORMAT_VERSION = "splits", 1
 """The key among the facts about a model."""
@@ -46,12 +44,11 @@ SAMPLED = 64
 2^64 times, and a twentieth once in 30."""
 SHARD_COUNT = re.compile(r"-of-\d+(?=\.|$)")
 PARTS = ("train", "validation", "held_out")
-DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", "clips", "frames", "group", "key")
+DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", *UNIT_SETTINGS, "key")
 """The settings that decide which images of a source are trained on; `limit` takes some of each part."""
 
 Hashes = NDArray[np.uint64]
 Positions = NDArray[np.int64]
-Unit = Literal["image", "object", "clip", "folder", "shard"]
 NamedBy = Literal["path", "column", "expression", "bytes", "pixels", "position"]
 NAMES: dict[Unit, tuple[NamedBy, ...]] = {
     "image": ("path", "column", "bytes", "pixels"),
@@ -125,7 +122,6 @@ class SplitFacts(BaseModel):
         return 0 if below is None else int(below, 16), HASHES if start is None else int(start, 16)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def describe(self) -> str:
@@ -182,6 +178,17 @@ class Inherited:
     refusal: str | None = None
     regroup: bool = False
 
+    @property
+    def facts(self) -> SplitFacts | None:
+        return self.rule if isinstance(self.rule, SplitFacts) else None
+
+    @property
+    def by(self) -> NamedBy | None:
+        """Where the names of units come from; None to choose."""
+        if self.facts is None:
+            return "position" if self.rule == "position" else None
+        return self.facts.by if self.refusal is None else None
+
 
 def inherit_splits(
     config: DataConfig,
@@ -199,12 +206,15 @@ def inherit_splits(
         return Inherited(None, False, f"whether images of {config.source} were trained on is not recorded")
     if facts is None:
         return Inherited("position") if same_source else Inherited(None, False, divided_anew(config))
-    changed = [key for key in DIVISION if getattr(config, key) != getattr(trained, key)]
-    if config.frames is not None and trained.frames is not None and "frames" in changed:
-        changed.remove("frames")  # clips are held out whole, whatever their windows
+    ours, theirs = (
+        # Clips are held out whole, whatever their windows.
+        {key: getattr(each, key) for key in DIVISION} | {"frames": each.frames is not None}
+        for each in (config, trained)
+    )
+    changed = [key for key in DIVISION if ours[key] != theirs[key]]
     if not changed:
         return Inherited(facts, same_source, regroup=regroup)
-    if regroup and same_source and {"group", "clips", "frames"} & set(changed):
+    if regroup and same_source and not set(UNIT_SETTINGS).isdisjoint(changed):
         return Inherited(None)
     before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
     refusal = (
@@ -236,9 +246,10 @@ def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) ->
     """Return the units of the images of a source. by: where the names came from earlier; None chooses. Raises
     `UserError` if there are no such names."""
     if by == "position":
-        numbers = number_groups(source.paths, config)
-        numbers = np.arange(source.size) if numbers is None else numbers
-        return Units(unit_of(config), by, splitmix64(numbers.astype(np.uint64)))
+        numbers = np.arange(source.size)
+        if config.unit != "image":
+            numbers = np.unique(name_units(source.paths, config), return_inverse=True)[1]
+        return Units(config.unit, by, splitmix64(numbers.astype(np.uint64)))
     if config.group is not None:
         column = source.objects if by != "expression" else None
         if column is None and source.paths is None:
@@ -250,15 +261,13 @@ def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) ->
                 f"data.group: images of {config.source} lack the column {config.group!r}, which names the objects in "
                 "training"
             )
-        names = column if column is not None else find_objects(paths_within(source.paths or [], config), config.group)
+        names = column if column is not None else name_units(source.paths, config)
         return Units("object", "expression" if column is None else "column", hash_names(names))
     if source.paths is not None:
         if config.key is not None:
             raise UserError(f"data.key: names rows of tables; the images of {config.source} are known by their paths")
-        paths = paths_within(source.paths, config)
-        return Units(unit_of(config), "path", hash_names(map(os.path.dirname, paths) if config.clips else paths))
-    if config.clips or config.frames is not None:
-        number_groups(None, config)  # raises
+        return Units(config.unit, "path", hash_names(name_units(source.paths, config)))
+    require_single_images(config)
     if source.identity is None:
         raise UserError(f"data.source: the images of {config.source} have no names to divide them by")
     if config.key is not None and source.identity.by != "column":
@@ -275,10 +284,22 @@ def hash_images(source: Source, units: Units, config: DataConfig) -> Hashes:
     return hash_names(paths_within(source.paths, config)) if source.identity is None else source.identity.hashes()
 
 
-def unit_of(config: DataConfig) -> Unit:
-    """Return what is never divided."""
-    found: dict[Unit, Any] = {"object": config.group, "clip": config.frames, "folder": config.clips or None}
-    return next((unit for unit, value in found.items() if value is not None), "image")
+def name_units(paths: list[str] | None, config: DataConfig) -> list[str]:
+    """Return the name of each image's unit: its folder with `data.clips`, the object in its path with `data.group`, and
+    otherwise its own path, which with `data.frames` is that of a clip. Raises `UserError` if images are not files."""
+    if paths is None:
+        require_single_images(config)
+    within = paths_within(paths, config)
+    if config.group is not None:
+        return find_objects(within, config.group)
+    return [os.path.dirname(path) for path in within] if config.unit == "folder" else within
+
+
+def require_single_images(config: DataConfig) -> None:
+    """Raise `UserError` for images without paths that are to belong together."""
+    if config.unit != "image":
+        key, more = ("clips", ", with a folder for each clip") if config.unit == "folder" else ("group", "")
+        raise UserError(f"data.{key}: needs a folder of images{more}")
 
 
 def paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
@@ -326,27 +347,29 @@ def choose_splits(
 ) -> Division:
     """Divide a source into `train`, `held_out` and, if any, `validation`. inherited: the division of training. quiet:
     do not print notes about splits. Raises `UserError`."""
-    require_split(splits, config)
-    rule = None if inherited is None else inherited.rule
-    facts, note = (None if rule == "position" else rule), None if inherited is None else inherited.note
-    source = splits[config.split]()
+    if config.split not in splits:
+        raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
+    inherited = inherited or Inherited(None)
+    facts, note = inherited.facts, inherited.note
+
+    def open_units(name: str, by: NamedBy | None) -> tuple[Source, Units]:
+        source = splits[name]()
+        units = hash_units(source, config, by)
+        return source if units.by == "column" else replace(source, objects=None), units  # an expression finds them
+
+    source, units = open_units(config.split, inherited.by)
     is_stream = source.identity is not None and source.identity.by == "path"
-    by: NamedBy | None = "position" if rule == "position" else None
-    if facts is not None and inherited is not None and inherited.refusal is None:
-        by = facts.by
-    units = hash_units(source, config, by)
-    if units.by != "column":
-        source = replace(source, objects=None)  # an expression finds them
-    if facts is not None and inherited is not None:
+    if facts is not None:
         facts, note = compare_source(facts, inherited, units, splits, config)
     own = choose_held_out(splits, config) if facts is None else facts.held_out_split
-    other = None if own is None else splits[own]()
-    theirs = None if other is None else hash_units(other, config, units.by)
+    other, theirs = (None, None) if own is None else open_units(own, units.by)
     if not quiet:
         some = f"{100 * config.held_out_fraction:.3g}% of {'the shards of ' * is_stream}{config.split!r}"
-        report_splits(splits, config, own, some, "held out")
-        if own is not None and theirs is not None and units.by != "position":
-            warn_about_shared_units(units, theirs, own, config)
+        report_splits(splits, config, own, some)
+        if theirs is not None and units.by != "position" and is_first_process():
+            known = np.unique(theirs.hashes)
+            if both := int(np.isin(known, units.hashes).sum()):
+                tell(f"warning: {both:,} of {len(known):,} {units.unit}s of {own!r} are also in {config.split!r}")
     if facts is None:
         distinct = np.unique(units.hashes)
         wanted = 0 if own is not None else max(1, round(len(distinct) * config.held_out_fraction))
@@ -365,13 +388,12 @@ def choose_splits(
     limit = None if is_stream else config.limit
     images = {source: units.hashes if limit is None else hash_images(source, units, config)}
     if other is not None and theirs is not None:
-        other = other if units.by == "column" else replace(other, objects=None)
         parts["held_out"] = Part(other, np.arange(other.size), theirs.hashes)
         images[other] = theirs.hashes if limit is None else hash_images(other, theirs, config)
     require_images(parts, facts, units, config, own)
     parts = {name: part for name, part in parts.items() if len(part.positions)}
     now = None if units.by == "position" else describe_parts(parts, units, own, thresholds)
-    if facts is not None and now is not None and inherited is not None:
+    if facts is not None and now is not None:
         is_known = inherited.same_source or facts.sample
         note = describe_change(facts, now, units, config) if is_known else describe_unknown(now, config)
     limited = {name: limit_part(part, images[part.source], units.by, limit) for name, part in parts.items()}
@@ -539,12 +561,6 @@ def describe_change(then: SplitFacts, now: SplitFacts, units: Units, config: Dat
 # The splits of a source
 
 
-def require_split(names: Collection[str], config: DataConfig) -> None:
-    """Raise `UserError` if the split to train on is missing."""
-    if config.split not in names:
-        raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(names)}")
-
-
 def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
     """Return the split among `names` to evaluate on; None to hold out part of `config.split`.
 
@@ -576,9 +592,9 @@ def nearest_name(wanted: str, names: list[str]) -> str | None:
     return known[near[0]] if near else None
 
 
-def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
+def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str) -> None:
     """Print which images replace a missing `test` split and which splits are unused, unless the choice is usual or was
-    configured. part: describes the images used if no split was `found`. use: their purpose."""
+    configured. part: describes the images held out if no split was `found`."""
     left, missing = [name for name in names if name not in (config.split, found)], config.held_out or "test"
     usual = found == "test" or (found is None and not left)
     if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
@@ -587,23 +603,7 @@ def report_splits(names: Collection[str], config: DataConfig, found: str | None,
     rest = f"; not used: {', '.join(left)}" if left else ""
     remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)
-    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
-
-
-def number_groups(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64] | None:
-    """Return the number of each image's group, which is never divided: its folder with `data.clips`, its clip with
-    `data.frames`, its object with `data.group`; None without any. Raises `UserError` if one is set and images are not
-    files."""
-    if not config.clips and config.frames is None and config.group is None:
-        return None
-    if paths is None:
-        also = ", with a folder for each clip" if config.clips else ""
-        raise UserError(f"data.{'clips' if config.clips else 'group'}: needs a folder of images{also}")
-    if config.group is None:
-        names = paths if config.frames is not None else [os.path.dirname(path) for path in paths]
-    else:
-        names = find_objects(paths_within(paths, config), config.group)
-    return np.unique(names, return_inverse=True)[1]
+    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is held out{rest}{remedy}"))
 
 
 def find_objects(names: list[str], pattern: str) -> list[str]:
@@ -622,13 +622,6 @@ def find_objects(names: list[str], pattern: str) -> list[str]:
             )
         found.append(text)
     return found
-
-
-def warn_about_shared_units(units: Units, other: Units, name: str, config: DataConfig) -> None:
-    """Print one line if the split `name` has units that are trained on."""
-    theirs = np.unique(other.hashes)
-    if (both := int(np.isin(theirs, units.hashes).sum())) and is_first_process():
-        tell(f"warning: {both:,} of {len(theirs):,} {units.unit}s of {name!r} are also in {config.split!r}")
 
 
 def count_validation_units(units: int, size: int, fraction: float | None, is_stream: bool) -> int:

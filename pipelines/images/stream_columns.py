@@ -22,8 +22,8 @@ from .attributes import CELLS, AttributeSource, Cells, list_cells, report_kind
 from .classes import describe_label, is_label, number_labels, warn_about_absent
 from .settings import DataConfig
 from .sources import Source
-from .streaming import names_in, read_files, require_classes
-from .tables import Sample, suffix_of
+from .streaming import read_files, require_classes
+from .tables import Sample, names_in, suffix_of
 
 
 class Input(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
@@ -27,11 +26,10 @@ from .checking import BadImage, list_bad
 from .classes import WITHOUT
 from .dataset import Epochs, ImageDataset, Indices
 from .formats import Payload, decode_in_threads
-from .hub import describe_error
 from .settings import DataConfig, require_plain_data
 from .sources import Identity, Source, hash_names
-from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards, number_groups
-from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
+from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards, require_single_images
+from .tables import Sample, files_of, find_tables, names_in, naming, read_parquet, read_tar, suffix_of
 
 FEW = 1000  # bad images are limited as if at least this many were read
 MIXED = 2000  # size of the shuffle buffer for splits held in memory
@@ -65,7 +63,7 @@ def open_stream(
 def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Division:
     """Divide the shards into `train`, `held_out` and, if any, `validation`. Raises `UserError` for shards of other
     formats, if there are too few shards to hold one out, and for settings that streams do not follow."""
-    number_groups(None, config)
+    require_single_images(config)
     require_plain_data(config)
     splits = files_of(find_tables(config))
     if not splits:
@@ -98,26 +96,7 @@ def read_files(
         if classes is not None:
             require_classes(file, classes, config)
         with naming(file):
-            yield from read([file], config.image_column, config.label_column, columns, with_images=with_images)
-
-
-@contextmanager
-def naming(file: str) -> Iterator[None]:
-    """Name a shard that cannot be read in a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # every file system and pyarrow raise errors of their own types
-        raise UserError(one_line(f"{file}: cannot be read: {describe_error(error)}")) from error
-
-
-def names_in(file: str, column: str | None) -> tuple[str, ...]:
-    """Return the class names that a shard stores for a column; empty for a tar, and without the column."""
-    if column is None or suffix_of(file) != ".parquet":
-        return ()
-    with naming(file):
-        return tuple(classes_in_parquet(file, column) or ())
+            yield from read(file, config.image_column, config.label_column, columns, with_images=with_images)
 
 
 def require_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:

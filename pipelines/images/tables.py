@@ -210,9 +210,10 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
         files = files_of(builder).get(split, [])
         local = [file for file in files if file.endswith(".parquet") and os.path.exists(file)]
         if names is not None and local:  # `datasets` applies the names of the first file to all
-            names = classes_in_parquet(local[0], label)
-            if other := [file for file in local if classes_in_parquet(file, label) != names]:
+            classes = names_in(local[0], label)
+            if other := [file for file in local if names_in(file, label) != classes]:
                 raise UserError(f"data.label_column: {other[0]} and {local[0]} have different classes")
+            names = list(classes) or None
     elif label not in (None, LABEL):
         raise UserError(f"data.label_column: no column {label!r}; there are {table.column_names}")
     if is_tar and labels is not None:
@@ -328,7 +329,7 @@ def read_payload(value: dict[str, Any] | None, source: str) -> Payload:
 
 def tar_table(files: list[str], columns: tuple[str, str | None], state: Any) -> Iterator[dict[str, Any]]:
     """Yield the rows of a cached copy of tar files; `datasets` hashes the arguments to find it again."""
-    for sample in read_tar(files, *columns):
+    for sample in chain.from_iterable(read_tar(file, *columns) for file in files):
         label = None if sample["label"] is None else str(sample["label"])
         yield {IMAGE: {"bytes": sample["data"], "path": sample["name"]}, LABEL: label}
 
@@ -350,31 +351,29 @@ Sample = dict[str, Any]
 
 
 def read_parquet(
-    files: Sequence[str], image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
+    file: str, image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
 ) -> Iterator[Sample]:
-    """Yield the rows of parquet files. with_images: False reads only the other columns. Raises `UserError` for a
-    missing column, and errors of pyarrow for a damaged file."""
+    """Yield the rows of a parquet file. with_images: False reads only the other columns. Raises `UserError` for a
+    missing column, and errors of pyarrow if it is damaged."""
     import pyarrow.parquet as pq
 
-    for file in files:
-        row = 0
-        with open_file(file) as source:
-            table = pq.ParquetFile(source)
-            names = table.schema_arrow.names
-            needed = {"data.image_column": [image], "data.label_column": [label] if label not in (None, LABEL) else []}
-            for setting, some in (needed | {"attributes": columns}).items():
-                if absent := [name for name in some if name not in names]:
-                    raise UserError(one_line(f"{setting}: {file} has no column {absent[0]!r}; there are {names}"))
-            wanted = {*([image] if with_images else []), *(name for name in names if name == label), *columns}
-            size = 64 if with_images else 1024
-            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=size, columns=sorted(wanted)))
-            for values in chain.from_iterable(batches) if wanted else repeat({}, table.metadata.num_rows):
-                value = values.get(image) if with_images else None
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if data is not None and not isinstance(data, bytes):
-                    raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
-                yield make_sample(f"{file}: row {row}", data, values.get(label), values, columns)
-                row += 1
+    with open_file(file) as source:
+        table = pq.ParquetFile(source)
+        names = table.schema_arrow.names
+        needed = {"data.image_column": [image], "data.label_column": [label] if label not in (None, LABEL) else []}
+        for setting, some in (needed | {"attributes": columns}).items():
+            if absent := [name for name in some if name not in names]:
+                raise UserError(one_line(f"{setting}: {file} has no column {absent[0]!r}; there are {names}"))
+        wanted = {*([image] if with_images else []), *(name for name in names if name == label), *columns}
+        size = 64 if with_images else 1024
+        batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=size, columns=sorted(wanted)))
+        rows = chain.from_iterable(batches) if wanted else repeat({}, table.metadata.num_rows)
+        for row, values in enumerate(rows):
+            value = values.get(image) if with_images else None
+            data = value.get("bytes") if isinstance(value, dict) else value
+            if data is not None and not isinstance(data, bytes):
+                raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
+            yield make_sample(f"{file}: row {row}", data, values.get(label), values, columns)
 
 
 def make_sample(name: str, data: bytes | None, label: Any, values: dict[str, Any], columns: Sequence[str]) -> Sample:
@@ -383,22 +382,35 @@ def make_sample(name: str, data: bytes | None, label: Any, values: dict[str, Any
     return {"name": name, "data": data, "label": label, **cells}
 
 
-def classes_in_parquet(file: str, column: str | None) -> list[str] | None:
-    """Return the names of a column of `ClassLabel`s, or of lists of them, as written by `datasets`; None for other
-    columns."""
+def names_in(file: str, column: str | None) -> tuple[str, ...]:
+    """Return the class names that a file stores for a column of `ClassLabel`s, or of lists of them, as written by
+    `datasets`; empty for other columns and for a tar. Raises `UserError` for an unreadable file."""
     import datasets
     import pyarrow.parquet as pq
 
-    with open_file(file) as source:
+    if column is None or suffix_of(file) != ".parquet":
+        return ()
+    with naming(file), open_file(file) as source:
         feature = datasets.Features.from_arrow_schema(pq.read_schema(source)).get(column)
-    return getattr(getattr(feature, "feature", feature), "names", None)
+    return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Name a shard that cannot be read in a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every file system and pyarrow raise errors of their own types
+        raise UserError(one_line(f"{file}: cannot be read: {describe_error(error)}")) from error
 
 
 def read_tar(
-    files: Sequence[str], image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
+    file: str, image: str, label: str | None, columns: Sequence[str] = (), *, with_images: bool = True
 ) -> Iterator[Sample]:
-    """Yield the samples of webdataset files. Neighbouring files with the same key, the name up to the first dot, form a
-    sample.
+    """Yield the samples of a webdataset file. Neighbouring files in it with the same key, the name up to the first dot,
+    form a sample.
 
     In `0001.jpg, 0001.cls` the image is the file with an image suffix (`image` chooses another one), and the label is
     the content of `.cls`, or `label` in `.json`; other columns are keys of `.json`. with_images: False passes over the
@@ -407,26 +419,25 @@ def read_tar(
     suffixes = {suffix[1:] for suffix in SUFFIXES} if image == IMAGE else {image.lower()}
     sources = {"json", *([label.lower()] if label else []), *(["cls"] if label == LABEL else [])} if label else set()
     sources |= {"json"} if columns else set()
-    for file in files:
-        number = 0
-        try:
-            for name, parts in tar_samples(file, suffixes | sources, set() if with_images else suffixes - sources):
-                found = sorted(suffixes & set(parts))
-                if len(found) > 1:
-                    raise UserError(
-                        one_line(f"{file}: {name} has the images {', '.join(found)}; data.image_column chooses one")
-                    )
-                if found:
-                    number += 1
-                    title, facts = one_line(f"{file}: {name}.{found[0]}"), read_facts(parts)
-                    yield make_sample(title, parts[found[0]], read_label(parts, facts, label), facts, columns)
-        except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(one_line(f"{file}: damaged tar file: {error}")) from error
-        if not number:
-            suffix = "" if image == IMAGE else f" with the suffix .{image} (data.image_column)"
-            raise UserError(f"{file}: no images{suffix}")
+    number = 0
+    try:
+        for name, parts in tar_samples(file, suffixes | sources, set() if with_images else suffixes - sources):
+            found = sorted(suffixes & set(parts))
+            if len(found) > 1:
+                raise UserError(
+                    one_line(f"{file}: {name} has the images {', '.join(found)}; data.image_column chooses one")
+                )
+            if found:
+                number += 1
+                title, facts = one_line(f"{file}: {name}.{found[0]}"), read_facts(parts)
+                yield make_sample(title, parts[found[0]], read_label(parts, facts, label), facts, columns)
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+        raise UserError(one_line(f"{file}: damaged tar file: {error}")) from error
+    if not number:
+        suffix = "" if image == IMAGE else f" with the suffix .{image} (data.image_column)"
+        raise UserError(f"{file}: no images{suffix}")
 
 
 def tar_samples(

@@ -15,19 +15,9 @@ from ..config import UserError
 from .loading import divide_source, open_source
 from .origin import resolve_source
 from .settings import DataConfig
-from .splits import Inherited, choose_held_out, choose_splits
+from .splits import DIVISION, Inherited, choose_held_out, choose_splits
 
-SPLIT_SETTINGS = (
-    "split",
-    "held_out",
-    "held_out_fraction",
-    "validation_fraction",
-    "clips",
-    "frames",
-    "group",
-    "limit",
-    "streaming",
-)
+SPLIT_SETTINGS = (*DIVISION, "limit", "streaming")
 """The settings that decide which images of a source are trained on."""
 
 

@@ -9,7 +9,7 @@ batch of windows may span several of them, so memory is bounded by one image, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -52,7 +52,6 @@ class LazyImages:
         return len(self.names)
 
     def select(self, rows: Sequence[int]) -> LazyImages:
-        """Return the images `rows`."""
         return LazyImages([self.names[row] for row in rows], lambda k: self.read(rows[k]))
 
 
@@ -78,16 +77,24 @@ class View:
 
     @classmethod
     def of(cls, spec: ImageSpec, stride: int | None) -> View:
-        """Return the view of images for models of `spec`. Raises `ValueError` unless tiles then cover an image."""
+        """Return the view of images for models of `spec`. Raises `ValueError` unless tiles then cover an image, and for
+        tiles of clips."""
         height, width = spec.size
         if stride is None:
             return cls((height, width))
+        if spec.frames > 1:
+            raise ValueError("tile: clips are not cut into tiles")
         stride, most = whole_number("stride", stride), min(height, width)
         if not 1 <= stride <= most:
             raise ValueError(
                 f"stride: must be from 1 to {most}, so that tiles of {height} x {width} leave no gaps (got {stride})"
             )
         return cls((height, width), (stride, stride))
+
+    @classmethod
+    def side_by_side(cls, spec: ImageSpec) -> View:
+        """Return the view by tiles that do not overlap but at the borders. Raises `ValueError` for clips."""
+        return replace(cls.of(spec, 1), stride=spec.size)
 
     @property
     def is_tiled(self) -> bool:
@@ -235,9 +242,7 @@ def read_whole(source: Source, rows: Sequence[int], names: Sequence[str], spec: 
 def list_images(images: Any, spec: ImageSpec) -> LazyImages:
     """Return images of any size: `LazyImages`, a PIL image, a tensor `(B, C, H, W)`, an array `(B, H, W, C)` or
     `(H, W, C)`, for grey images also `(B, H, W)` or `(H, W)`, or a sequence of single images. Raises `ValueError` for
-    anything else, for no images, and for clips."""
-    if spec.frames > 1:
-        raise ValueError("clips are not cut into tiles")
+    anything else, and for no images."""
     if isinstance(images, LazyImages):
         return images
     if isinstance(images, Image.Image):

@@ -12,6 +12,7 @@ from small_pipelines import LABELS, make_conditioned
 
 from pipelines import ImagePipeline
 from pipelines.completion import conditional_log_prob, encode_visible
+from pipelines.images.views import decode_tiles, encode_tiles
 from prior.columns import GridColumn
 from tokenizer.base import LikelihoodError
 from tokenizer.frame_by_frame import FrameByFrame
@@ -161,6 +162,21 @@ def test_image_pipelines_refuse_clips():
         pipe.encode(clips)
     with pytest.raises(ValueError, match="^frames: this pipeline makes images, not clips[^\n]*$"):
         pipe.complete(clips[0], frames=1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pipe, clips: pipe.compress(clips, tile=True),
+        lambda pipe, clips: pipe.reconstruct(clips, stride=4),
+        lambda pipe, clips: encode_tiles(pipe, clips, 4),
+        lambda pipe, clips: decode_tiles(pipe, [pipe.encode(clips)], [(H, W)], 4),
+    ],
+)
+def test_clips_are_not_cut_into_tiles(call):
+    pipe = make_clips()
+    with pytest.raises(ValueError, match="^tile: clips are not cut into tiles$"):
+        call(pipe, pixels_for(pipe))
 
 
 # Completion

@@ -30,6 +30,7 @@ from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
 from pipelines.images.formats import try_decode
+from pipelines.images.sources import of_files
 from pipelines.images.views import View
 from pipelines.options import open_files, read_files
 from pipelines.tokens import load_tokens
@@ -217,6 +218,27 @@ def write_videos(folder, lengths, name=None):
     return found
 
 
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_frames_are_read_in_any_order(tmp_path, kind):
+    clip = np.random.default_rng(1).integers(0, 256, (4, SIDE, SIDE), np.uint8)
+    path = str(write_clip(tmp_path / "clip", clip, kind))
+    order, deep = clip_files.open_clip(path), [True, False]
+    for number in (0, 2, 1, 3, 0, 3, 2, 2, 1):
+        found = [np.asarray(order.read(number, each)) for each in deep]
+        first = [np.asarray(clip_files.open_clip(path).read(number, each)) for each in deep]
+        assert all(map(np.array_equal, found, first)), number
+        assert kind == "webp" or np.array_equal(np.asarray(Image.fromarray(found[0]).convert("L")), clip[number])
+
+
+def test_training_reads_windows_of_an_animated_png_in_any_order(tmp_path):
+    clips = write_clips(tmp_path, [9] * 6, "png")
+    windows = load(tmp_path, 2, cache_mb=0).train
+    for index in np.random.default_rng(0).permutation(len(windows)).tolist():
+        name, at = windows.names([index])[0].split(".png[")
+        start = int(at.partition(":")[0])
+        assert np.array_equal(windows.pixels([index])[0, :, 0].numpy(), clips[name][start : start + 2])
+
+
 def test_an_mp4_is_cut_into_windows_and_read_in_any_order(tmp_path, capsys, monkeypatch):
     pytest.importorskip("av")
     known, seeks = write_videos(tmp_path, [12, 4, 9, 8, 40]), []
@@ -312,7 +334,7 @@ def test_few_mp4_are_open_at_a_time(tmp_path, monkeypatch):
     pytest.importorskip("av")
     monkeypatch.setattr(clip_files, "OPEN_CLIPS", 4)
     write_videos(tmp_path, [4] * 12)
-    windows, before = clip_files.cut_windows(clip_files.find_clips(tmp_path), 2), os.listdir("/proc/self/fd")
+    windows, before = clip_files.cut_windows(of_files(clip_files.find_clips(tmp_path)), 2), os.listdir("/proc/self/fd")
     gc.disable()
     try:
         for row in range(windows.size):

@@ -22,6 +22,7 @@ from pipelines.images import load_images
 from pipelines.images.clip_files import cut_windows
 from pipelines.images.folder import READ_SUFFIXES
 from pipelines.images.formats import OWN_SIZE, WEB_FORMATS, decode_image, guess_type, read_values, try_decode
+from pipelines.images.sources import of_files
 from tokenizer.spec import ImageSpec
 
 
@@ -261,7 +262,7 @@ def test_pixels_are_those_of_release_0_3(name, tmp_path):
     path.write_bytes(zipfile.ZipFile(FILES).read(name))
     readings = {key: (path, *READINGS[key]) for key in READINGS}
     if name.startswith(("clip", "cut_clip")):
-        windows = cut_windows([str(path)], 2)
+        windows = cut_windows(of_files([str(path)]), 2)
         readings = {
             f"{key}, window {row}": (windows.payloads([row])[0], replace(READINGS[key][0], frames=2), None)
             for key in CLIP_READINGS

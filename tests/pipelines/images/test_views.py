@@ -271,7 +271,7 @@ def test_arrays_of_more_bits_and_channels_keep_their_size():
     with pytest.raises(ValueError, match="uint16"):
         list_images([array.astype(np.uint8)], spec).read(0)
     with pytest.raises(ValueError, match="clips are not cut into tiles"):
-        list_images(array[..., 0], replace(grey, frames=2))
+        View.of(replace(grey, frames=2), 1)
 
 
 # Tokens -------------------------------------------------------------------------------------------
