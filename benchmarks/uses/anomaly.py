@@ -148,7 +148,7 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
     import numpy as np
     import torch
 
-    from pipelines.anomaly.separation import separation
+    from pipelines.metrics.localization import separation
 
     path = out / "figures.json"
     if path.is_file():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from prior.arguments import whole_number
 from prior.columns import LABEL
 
-from ..images.views import check_places
+from ..images.views import Size, check_places
 from ..shuffling import spread
 from .calibration import (
     LEVELS,
@@ -28,7 +29,7 @@ from .calibration import (
 )
 from .conformal import Floats, least_scores, round_scores, round_to, threshold
 from .distances import Distance, round_digits
-from .examine import STATISTICS, Evidence, Examination, HeldEvidence
+from .examine import STATISTICS, Evidence, Examination
 from .hidden import mean_of_codes
 from .maps import MAPPED, MAX_POINTS, Roles, fit_maps, has_maps
 from .scores import TOGETHER, list_methods, log_statistics, score_images, total_bits
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 MAX_SCORES, MAX_NEIGHBOURS, MAX_POSITIONS = 2000, 1000, 4096  # bounds on the size of the file
 MAX_TILES, MAX_MEASURED = 10_000, 2_000
 """Tiles that give the mean bits of each id, and of these, tiles that give statistics; all images have at least one."""
+MAX_HELD = 256 << 20
+"""Bytes of evidence that is held; images beyond are examined again for each use."""
 
 
 def calibrate(
@@ -107,6 +110,7 @@ def calibrate(
         for each in references
     ]
     normal.identify_others()
+    sizes = [*normal.sizes.values()]
     pipeline.calibration = Calibration(
         count=count,
         objects=None if groups is None else objects,
@@ -115,7 +119,7 @@ def calibrate(
         marginal=next(iter(given.weights), None),
         tile=[*view.size] if view.is_tiled else None,
         stride=None if view.stride is None else view.stride[0],
-        sizes=[*np.min(normal.sizes, 0).tolist(), *np.max(normal.sizes, 0).tolist()] if view.is_tiled else None,
+        sizes=[*np.min(sizes, 0).tolist(), *np.max(sizes, 0).tolist()] if view.is_tiled else None,
         false_alarms=float(false_alarms),
         confidence=None if confidence is None else float(confidence),
         fitted=None if is_crossed else references[0].fitted,
@@ -200,33 +204,45 @@ class NormalImages:
     def __init__(self, examination: Examination, parts: Sequence[Part], mapped: bool, seed: int) -> None:
         self._examination, self._seed, self._mapped = examination, seed, mapped
         self._want = ["digest", "statistics", "error", *(MAPPED if mapped else ())]
-        self.digests, self.sizes = dict[int, str](), list[tuple[int, int]]()
+        self.digests, self.sizes = dict[int, str](), dict[int, Size]()
         self.rows, self.error, self.num_tiles = dict[int, dict[str, Tensor]](), torch.zeros(()), 0
         every = sorted({number for part in parts for number in part.fitting})
-        again = set(every if len(parts) > 1 else [])
-        if mapped:
-            again |= {number for part in parts for role in Roles.choose(part.fitting) for number in role}
         most, measured = (max(1, limit // len(every)) for limit in (MAX_TILES, MAX_MEASURED))
-        self._held = HeldEvidence(examination, self._want, again, measured if len(parts) == 1 else None)
-        self._collect(self._held.of(sorted(again)), most, measured)
-        if others := sorted({*every} - again):
+        is_crossed = len(parts) > 1
+        self._again = set(every if is_crossed else [])
+        if mapped:
+            self._again |= {number for part in parts for role in Roles.choose(part.fitting) for number in role}
+        self._held, self._room = dict[int, Evidence](), MAX_HELD
+        self._collect(self.examine(sorted(self._again), None if is_crossed else measured), most, measured)
+        if others := sorted({*every} - self._again):
             want = [each for each in self._want if each != "responses"]
             self._collect(examination.examine(want, others, most, measured), most, measured)
 
     def _collect(self, several: Iterable[Evidence], most: int, measured: int) -> None:
         for evidence in several:
-            self._identify(evidence.number, evidence.digest, evidence.size)
+            self._identify(evidence)
             own = self.rows[evidence.number] = dict[str, Tensor]()
             for name, rows in evidence.rows.items():
                 limit = most if name in ("hidden", "tokens") else measured
-                if self._mapped or name != "tokens":
-                    own[name] = rows[torch.from_numpy(spread(len(rows), limit))]
+                if name != "errors" and (self._mapped or name != "tokens"):
+                    own[name] = rows if len(rows) <= limit else rows[torch.from_numpy(spread(len(rows), limit))]
             count = len(own["error"])
-            self.error, self.num_tiles = self.error + count * evidence.error, self.num_tiles + count
+            self.error = self.error + count * (evidence.rows["errors"][0] / len(evidence.rows["error"]))
+            self.num_tiles += count
 
-    def _identify(self, number: int, digest: str, size: tuple[int, int]) -> None:
-        self.digests[number] = digest
-        self.sizes.append(size)
+    def _identify(self, evidence: Evidence) -> None:
+        self.digests[evidence.number], self.sizes[evidence.number] = evidence.digest, evidence.size
+
+    def examine(self, numbers: Sequence[int], measured: int | None = None) -> Iterator[Evidence]:
+        """Yield the evidence of all tiles of the images `numbers`, first of those that are held. measured: number of
+        tiles that have statistics, if it is not held."""
+        missing = [number for number in numbers if number not in self._held]
+        yield from [self._held[number] for number in numbers if number in self._held]
+        for evidence in self._examination.examine(self._want, missing, measured=measured) if missing else ():
+            if evidence.number in self._again and evidence.nbytes <= self._room:
+                self._room -= evidence.nbytes
+                self._held[evidence.number] = evidence
+            yield evidence
 
     def fit(self, part: Part, parts: int) -> Reference:
         """Fit scores and maps to the images of a part. parts: their number; each has a share of the stored points."""
@@ -241,15 +257,16 @@ class NormalImages:
             return Reference(fitted=fitted, scores={})
         codes = mean_of_codes(found["hidden"], found["tokens"], self._examination.pipeline.prior.grid.vocab_size)
         roles = Roles.choose(part.fitting)
-        maps = fit_maps(self._examination, self._held, codes, roles, self._seed, MAX_POINTS // parts)
+        examine = partial(self.examine, measured=1)  # maps need no statistics
+        maps = fit_maps(self._examination, examine, codes, roles, self._seed, MAX_POINTS // parts)
         return Reference(fitted=fitted, maps=maps, scores={})
 
     def score(self, part: Part, reference: Reference) -> Reference:
         """Return the reference with the highest score of each object of a part, by method."""
         methods, found = list_methods(self._examination.pipeline), dict[int, dict[str, Floats]]()
-        for each in score_images(self._examination, self._held.of(part.scoring), methods, [reference]):
+        for each in score_images(self._examination, self.examine(part.scoring), methods, [reference]):
             found[each.evidence.number] = each.scores
-            self._identify(each.evidence.number, each.evidence.digest, each.evidence.size)
+            self._identify(each.evidence)
         scores = dict[str, Floats]()
         for method in found[part.scoring[0]]:
             of_images = np.concatenate([found[number][method] for number in part.scoring])
@@ -260,7 +277,8 @@ class NormalImages:
         """Read the images that were neither fitted to nor scored, for their digests and sizes."""
         for number in sorted({*range(len(self._examination))} - self.digests.keys()):
             image = self._examination.read(number)
-            self._identify(number, self._examination.digest(image), (image.shape[-2], image.shape[-1]))
+            (digest,) = self._examination.digest(image[None])
+            self._identify(Evidence(number, (image.shape[-2], image.shape[-1]), digest, torch.empty(0)))
 
 
 def fit_reference(found: dict[str, Tensor], neighbours: int) -> Fitted:

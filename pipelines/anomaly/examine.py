@@ -7,10 +7,10 @@ tiles, the surprise of their tokens, filter responses, and a digest.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,16 +30,12 @@ if TYPE_CHECKING:
     from ..image_pipeline import Condition, ImagePipeline, Label
 
 MAX_FEATURES, MAX_SIDE = 128, 64
-MAX_HELD = 256 << 20
-"""Bytes of evidence that a calibration holds; images beyond are examined again for each use."""
 TOP_SHARE = 0.05
 """Share of the tokens whose bits `top_bits` averages."""
-Part = tuple[list[Tile], dict[str, Tensor]]
-"""Some tiles of an image, and their rows."""
 STATISTICS = ("token_bits", "error", "top_bits", "pixel_bits", "background_bits", "features")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evidence:
     """What was found in image `number`, of `size` (H, W).
 
@@ -53,18 +49,24 @@ class Evidence:
     - `surprise`, the bits of each token, `(n, N)`, which comes with statistics and bits, too;
     - bits: if the tokenizer has a likelihood also `pixels`, the base-2 logarithms of the probabilities of pixels given
       the tokens, `(n, h, w)`;
-    - hidden: the bits of each token while its block is hidden, `(n, *grid.shape)`.
-    `error` is the mean of |x - decode(encode(x))| over tiles and channels, `(h, w)`, reduced to at most 64 pixels a
-    side, and `responses` are those of filters, `(rows, columns, d)`. These and `digest` are empty unless wanted.
+    - hidden: the bits of each token while its block is hidden, `(n, *grid.shape)`;
+    - error: `errors`, the sum over tiles of the error of each pixel, `(1, h, w)`, reduced to at most 64 a side.
+    `responses` are those of filters, `(rows, columns, d)`. These and `digest` are empty unless wanted.
     """
 
     number: int
     size: Size
     digest: str
-    tiles: list[Tile]
-    rows: dict[str, Tensor]
-    error: Tensor
     responses: Tensor
+    tiles: list[Tile] = field(default_factory=list)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """Add rows of further tiles."""
+        if name == "errors":
+            self.rows[name] = self.rows.get(name, 0) + rows.sum(0, keepdim=True)
+        else:
+            self.rows[name] = torch.cat([self.rows[name], rows]) if name in self.rows else rows
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -74,7 +76,7 @@ class Evidence:
     @property
     def nbytes(self) -> int:
         """The size in memory."""
-        return sum(each.nbytes for each in (*self.rows.values(), self.error, self.responses))
+        return sum(each.nbytes for each in (*self.rows.values(), self.responses))
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,12 @@ class Examination:
         """Read an image `(C, H, W)`, uint8 or float in [-1, 1]. Raises `ValueError` for one smaller than a tile."""
         return read_image(self.source, number, self.view)
 
-    def digest(self, image: Tensor) -> str:
-        """Identify an image `(C, H, W)`, as calibrations do: as the models see it, so after `binarize`. That of a whole
-        one is of the type of the pipeline's images, that of a tiled one always of 8 bits."""
+    def digest(self, images: Tensor) -> list[str]:
+        """Identify images `(B, C, H, W)` of one size, as calibrations do: as the models see them, so after `binarize`.
+        Whole ones have the type of the pipeline's images, tiled ones always 8 bits."""
         if self.view.is_tiled:
-            return digest_of_pixels(image)
-        return digest_of(self.pipeline.convert_images(to_float(image)[None], "np")[0])
+            return [digest_of_pixels(image) for image in images]
+        return [digest_of(image) for image in self.pipeline.convert_images(to_float(images), "np")]
 
     def examine(
         self,
@@ -132,51 +134,49 @@ class Examination:
         """Yield the evidence of all images, or of those in `numbers`. want: some of `digest`, `statistics`, `error`,
         `surprise`, `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread;
         measured: and of these at most so many for statistics, which take far longer than what is hidden."""
-        some = self if numbers is None else self.select(numbers)
-        facts, parts = dict[int, tuple[Size, str, Tensor, set[int]]](), dict[int, list[Part]]()
-        done = iter(self.pipeline.with_bar(range(len(some)), "scoring", "image"))
+        some, own = (self, range(len(self))) if numbers is None else (self.select(numbers), numbers)
+        bar = self.pipeline.with_bar(own, "scoring", "image")
+        for number, evidence in zip(bar, some.walk(want, most, measured), strict=True):
+            evidence.number = number
+            yield evidence
+
+    def walk(self, want: Collection[str], most: int | None, measured: int | None) -> Iterator[Evidence]:
+        """Yield the evidence of all images; see `examine`."""
+        found, few = dict[int, Evidence](), set[Tile]()
 
         def read(number: int) -> Tensor:
-            image = some.source.read(next(done))  # the same number
-            responses, size = torch.empty(0), (image.shape[-2], image.shape[-1])
+            image, responses = self.source.read(number), torch.empty(0)
+            size = (image.shape[-2], image.shape[-1])
             if "responses" in want:
                 responses = filter_responses(to_float(image).to(self.pipeline.device)).cpu()
-            count = len(spread(len(self.view.tiles(number, size)), most))
-            digest = self.digest(image) if "digest" in want else ""
-            facts[number] = size, digest, responses, {*spread(count, measured).tolist()}
+            if measured is not None:
+                tiles = self.view.tiles(number, size)
+                used = spread(len(tiles), most)
+                few.update(tiles[row] for row in used[spread(len(used), measured)])
+            found[number] = Evidence(number, size, "", responses)
+            if "digest" in want and self.view.is_tiled:
+                (found[number].digest,) = self.digest(image[None])
             return image
 
-        def finish(number: int) -> Evidence:
-            several, (size, digest, responses, _) = parts.pop(number), facts.pop(number)
-            names = dict.fromkeys(name for _, part in several for name in part)
-            rows = {name: torch.cat([part[name] for _, part in several if name in part]) for name in names}
-            errors = rows.pop("errors", torch.empty(0))
-            error = reduce_error(errors.sum(0) / len(rows["error"])) if len(errors) else errors
-            own = number if numbers is None else int(numbers[number])
-            return Evidence(own, size, digest, [tile for tiles, _ in several for tile in tiles], rows, error, responses)
-
         mixed = "hidden" not in want or "statistics" in want or not self.view.is_tiled  # as in 0.3, to the bit
-        source = LazyImages(some.source.names, read)
+        source = LazyImages(self.source.names, read)
         for batch, tiles in cut(source, self.view, self.batch_size, most=most, mixed=mixed):
-            owners, chosen = [tile.image for tile in tiles], list[list[int]]()
-            groups = [(number, [*group]) for number, group in groupby(range(len(tiles)), owners.__getitem__)]
-            for number, at in groups:
-                before = sum(len(earlier) for earlier, _ in parts.get(number, []))
-                chosen.append([row for row in at if before + row - at[0] in facts[number][3]])
-            first, batch = 0, batch.to(self.pipeline.device)
-            every, few = some.measure(batch, tiles, want, [row for own in chosen for row in own])
-            for (number, at), own in zip(groups, chosen, strict=True):
-                part = {name: rows[at[0] : at[-1] + 1] for name, rows in every.items()}
-                if own:
-                    part |= {name: rows[first : first + len(own)] for name, rows in few.items()}
-                if "errors" in part:
-                    part["errors"] = part["errors"].sum(0, keepdim=True)
-                first += len(own)
-                parts.setdefault(number, []).append((tiles[at[0] : at[-1] + 1], part))
-            for number in [number for number in parts if number < owners[-1]]:
-                yield finish(number)
-        for number in [*parts, *done]:  # which closes the bar
-            yield finish(number)
+            owners = [tile.image for tile in tiles]
+            if "digest" in want and not self.view.is_tiled:
+                for number, digest in zip(owners, self.digest(batch), strict=True):
+                    found[number].digest = digest
+            for tile in tiles:
+                found[tile.image].tiles.append(tile)
+            chosen = [row for row, tile in enumerate(tiles) if measured is None or tile in few]
+            every, some = self.measure(batch.to(self.pipeline.device), tiles, want, chosen)
+            for rows, of in ((every, owners), (some, [owners[row] for row in chosen])):
+                counts = Counter(of)
+                for name, values in rows.items():
+                    for number, part in zip(counts, values.split([*counts.values()]), strict=True):
+                        found[number].add(name, part)
+            for number in [number for number in found if number < owners[-1]]:
+                yield found.pop(number)
+        yield from found.values()
 
     @torch.no_grad()
     def measure(
@@ -202,7 +202,7 @@ class Examination:
             errors = (pipeline.decode_batch(tokens) - batch).abs().mean(-3).cpu().double()
             few["error"] = errors.flatten(1).mean(1)
             if "error" in want:
-                few["errors"] = errors
+                few["errors"] = reduce_errors(errors)
         every, few = ({name: rows.cpu() for name, rows in each.items()} for each in (every, few))
         return every, few
 
@@ -258,38 +258,14 @@ class Examination:
         return self.spread(evidence.rows["surprise"], evidence.size, evidence.rows.get("pixels"))
 
 
-class HeldEvidence:
-    """Evidence of an examination; that of the images `again` is held up to `MAX_HELD` bytes, so that each of them is
-    examined once."""
-
-    def __init__(
-        self, examination: Examination, want: Collection[str], again: Collection[int], measured: int | None
-    ) -> None:
-        """measured: number of tiles of the images `again` that have statistics; of others, all have."""
-        self._examination, self._want, self._again, self._measured = examination, want, again, measured
-        self._held, self._room = dict[int, Evidence](), MAX_HELD
-
-    def of(self, numbers: Sequence[int]) -> Iterator[Evidence]:
-        """Yield the evidence of all tiles of the images `numbers`, first of those that are held."""
-        held = [self._held[number] for number in numbers if number in self._held]
-        missing = [number for number in numbers if number not in self._held]
-        yield from held
-        for some, measured in ((self._again, self._measured), ({*missing} - {*self._again}, None)):
-            wanted = [number for number in missing if number in some]
-            for evidence in self._examination.examine(self._want, wanted, measured=measured) if wanted else ():
-                if evidence.number in self._again and evidence.nbytes <= self._room:
-                    self._room -= evidence.nbytes
-                    self._held[evidence.number] = evidence
-                yield evidence
-
-
 def bits(nats: Tensor) -> Tensor:
     """Convert log-probabilities to bits, float64 on the CPU."""
     return -nats.cpu().double() / math.log(2)
 
 
-def reduce_error(error: Tensor) -> Tensor:
-    """Reduce an error map `(H, W)`, of clips `(T, H, W)` with frames below one another, to at most 64 pixels a side."""
-    strip = error.flatten(0, -2)
-    height, width = (min(side, MAX_SIDE) for side in strip.shape)
-    return F.adaptive_avg_pool2d(strip[None], (height, width))[0]
+def reduce_errors(errors: Tensor) -> Tensor:
+    """Reduce error maps `(B, H, W)`, of clips `(B, T, H, W)` with frames below one another, to at most 64 pixels a
+    side."""
+    strips = errors.flatten(1, -2)
+    height, width = (min(side, MAX_SIDE) for side in strips.shape[1:])
+    return F.adaptive_avg_pool2d(strips, (height, width))

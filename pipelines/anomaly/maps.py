@@ -9,7 +9,7 @@ A defect that covers half of an image is not above its median, but filter respon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..shuffling import spread
 from .calibration import MapReference
 from .conformal import Floats
 from .distances import CalibrationError, round_digits
-from .examine import Evidence, Examination, HeldEvidence
+from .examine import Evidence, Examination
 from .filters import largest_changes, nearest_distances, smooth, spread_cells
 from .hidden import can_hide
 
@@ -41,6 +41,7 @@ NEEDED = (
 )
 MAPPED = ("hidden", "responses")
 """The evidence of maps; see `Evidence`."""
+Examine = Callable[[Sequence[int]], Iterator[Evidence]]
 MAX_POINTS, MAX_MEMORY, MAX_SCALED = 4000, 96, 32
 """Cells that serve as neighbours, and images that give them; images that give mean and deviation of pixels."""
 MAX_MEASURED = 48
@@ -150,12 +151,12 @@ class Roles(NamedTuple):
 
 @torch.no_grad()
 def fit_maps(
-    examination: Examination, held: HeldEvidence, codes: Floats, roles: Roles, seed: int, max_points: int = MAX_POINTS
+    examination: Examination, examine: Examine, codes: Floats, roles: Roles, seed: int, max_points: int = MAX_POINTS
 ) -> MapReference:
-    """Fit to normal images. held: evidence of `MAPPED`. codes: the mean bits of each id. max_points: number of cells
-    that serve as neighbours."""
+    """Fit to normal images. examine: yields the evidence of `MAPPED` of images by their numbers. codes: the mean bits
+    of each id. max_points: number of cells that serve as neighbours."""
     cells = dict[int, Floats]()
-    for evidence in held.of(roles.memory):
+    for evidence in examine(roles.memory):
         rows, chance = evidence.responses.flatten(0, 1).double().numpy(), np.random.default_rng((seed, evidence.number))
         cells[evidence.number] = rows[chance.permutation(len(rows))[: max(1, max_points // len(roles.memory))]]
     points = np.concatenate([cells[number] for number in roles.memory])
@@ -166,7 +167,7 @@ def fit_maps(
     plain = MapReference(**fitted, pixel_mean=pixel[0], pixel_deviation=pixel[1], image_mean=image[0],
                          image_deviation=image[1])  # fmt: skip
     measured, moments = list[Floats](), list[Floats]()
-    for evidence in held.of(sorted({*roles.measured, *roles.scaled})):
+    for evidence in examine(sorted({*roles.measured, *roles.scaled})):
         surprisal, own = map_hidden(examination, codes, evidence), standard_cells(plain, evidence)
         if evidence.number in roles.measured:
             measured.append(measure_image(surprisal, own))

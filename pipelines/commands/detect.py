@@ -25,7 +25,6 @@ from ..anomaly.ground_truth import find_masks, measure_defects, read_mask, read_
 from ..anomaly.healing import require_maps
 from ..anomaly.maps import MAPPED
 from ..anomaly.scores import OF_MAPS, p_values_by, require_scores, score_images
-from ..anomaly.separation import separation
 from ..anomaly.sheets import draw_sheet, draw_truth, reduce_map, reduce_mask
 from ..condition_keys import ScoresWithCondition
 from ..config import OutputConfig, UserError, run_command, tell
@@ -36,6 +35,7 @@ from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.unseen import find_parts
 from ..images.views import View, as_lazy, check_places, read_whole
+from ..metrics.localization import separation
 from ..options import REMOVE, open_files, read_files
 from ..provenance import defaults, inherit, trained_data
 
@@ -50,8 +50,8 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
 
     images: str | list[str] | None = Field(
         None,
-        description="image files and folders; default: the held-out images of `data`. Images of training and "
-        "calibration are skipped, with data.group also others of calibrated objects",
+        description="image files and folders; default: the held-out images of `data`. Images (with data.group, "
+        "objects) of training and calibration are skipped",
     )
     normal_labels: list[int | str] | None = Field(
         None,
@@ -63,10 +63,7 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
         "DEFECT/NAME_mask.png or DEFECT/NAME.png here; or a table of file_name, mask, label",
     )
     method: Literal["joint", "neighbours", "nll", "top_bits", "typicality", "ratio", "reconstruction", "hidden"] = (
-        Field(
-            "joint",
-            description="anomaly score; `smalti calibrate` explains each method",
-        )
+        Field("joint", description="anomaly score; `smalti calibrate` explains each method")
     )
     map: Literal["bits", "hidden", "combined"] | None = Field(
         None,
@@ -78,7 +75,7 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
         gt=0,
         lt=1,
         description="false discovery rate: mean share of normal images among those flagged (Benjamini and Hochberg); "
-        "null: flag scores above the threshold, or with folds those with p <= false_alarms of the calibration",
+        "null: flag scores above the threshold, or with folds p <= false_alarms",
     )
     out: str = Field(
         "anomalies",
@@ -106,24 +103,17 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
 
 @dataclass(frozen=True)
 class Found:
-    """Images to score, with their names, class names or None, a description of their origin, and the objects that they
-    show or None; which of them were trained on, `(n,)` or None, and further digests by which a calibration may know
-    them, or None."""
+    """Images to score, a description of their origin, and the columns of `scores.csv` that are known before: `file`,
+    and perhaps `object` and `class`."""
 
     images: Examination
-    names: list[str]
-    classes: list[str] | None
     origin: str
-    objects: list[str] | None = None
-    trained: NDArray[np.bool_] | None = None
-    digests: list[str] | None = None
+    columns: dict[str, list[str]]
 
     def select(self, rows: list[int]) -> Found:
         """Return the images `rows`."""
-        names, classes, objects = (
-            None if each is None else [each[row] for row in rows] for each in (self.names, self.classes, self.objects)
-        )
-        return Found(self.images.select(rows), names or [], classes, self.origin, objects)
+        columns = {name: [column[row] for row in rows] for name, column in self.columns.items()}
+        return Found(self.images.select(rows), self.origin, columns)
 
 
 class Results(NamedTuple):
@@ -132,7 +122,7 @@ class Results(NamedTuple):
 
     scores: Tensor
     p_values: Tensor
-    details: dict[str, Any]
+    columns: dict[str, list[Any]]
     sizes: list[tuple[int, int]]
     maps: list[NDArray[np.float32]]
 
@@ -158,10 +148,13 @@ def run(config: DetectConfig) -> dict[str, Any]:
         except CalibrationError as error:
             hint = f"tile=true stride={calibration.stride}" if calibration.tile else "tile=false, or calibrate again"
             raise UserError(f"{error}; give {hint}") from error
-        found = skip_used(find_images(config, pipeline, view), calibration)
-        names, classes, objects = found.names, found.classes, found.objects
-        anomalous = None if config.normal is None else find_anomalous(classes, config.normal)
-        masks = None if anomalous is None or not truth else find_all_masks(config, names, anomalous)
+        found = skip_used(*find_images(config, pipeline, view), calibration)
+        columns: dict[str, Any] = {**found.columns}
+        anomalous = None
+        if config.normal is not None:
+            anomalous = find_anomalous(columns.get("class"), config.normal)
+            columns["anomalous"] = anomalous.astype(int)
+        masks = None if anomalous is None or not truth else find_all_masks(config, columns["file"], anomalous)
         try:
             results = examine_images(config, found.images, calibration, keep=masks is not None)
         except CalibrationError as error:
@@ -169,23 +162,17 @@ def run(config: DetectConfig) -> dict[str, Any]:
         scores, p, limit = results.scores.numpy(), results.p_values.numpy(), calibration.scores[config.method].threshold
         flagged = p <= calibration.false_alarms if limit is None else ~(scores <= limit)  # also flags NaN
         flagged = flagged if config.fdr is None else benjamini_hochberg(p, config.fdr)
-        figures = {} if anomalous is None else separation(scores, anomalous)
-        columns = {
-            "file": names,
-            "object": objects,
-            "class": classes,
-            "anomalous": None if anomalous is None else anomalous.astype(int),
-        }
-        columns |= {"score": scores, "p_value": p, "flagged": flagged.astype(int), **results.details}
-        kind = config.kind_of_map(calibration)
+        columns |= {"score": scores, "p_value": p, "flagged": flagged.astype(int), **results.columns}
+        figures, kind = {} if anomalous is None else separation(scores, anomalous), config.kind_of_map(calibration)
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
             sheet = draw_sheet(found.images, results.scores, config.num_shown, config.seed, kind)
             write_picture(sheet, folder / "sheet.png")
             if masks is not None and anomalous is not None:
+                names, objects = columns["file"], columns.get("object", columns["file"])
                 pairs = zip(masks, names, results.sizes, strict=True)
                 marked = [reduce_mask(read_mask(mask, Path(name), size)) for mask, name, size in pairs]
-                rows = measure_defects(scores, results.maps, marked, classes or [], anomalous, objects or names)
+                rows = measure_defects(scores, results.maps, marked, columns["class"], anomalous, objects)
                 write_table(folder / TRUTH_FILES[0], {key: [row[key] for row in rows] for key in rows[0]})
                 sheet = draw_truth(found.images, results.maps, marked, names, config.num_shown, kind)
                 write_picture(sheet, folder / TRUTH_FILES[1])
@@ -193,8 +180,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
                 figures["vanished"] = sum(not marked[row].any() for row in np.flatnonzero(anomalous))
             if figures:
                 write_json(folder / "figures.json", figures)
-    print(format_report(config, calibration, flagged, anomalous, figures, objects, results.details.get("area")))
-    if masks is not None and anomalous is not None:
+    print(format_report(config, calibration, columns, figures))
+    if "defects" in figures:
         print(format_truth(config, figures))
     return figures
 
@@ -266,14 +253,12 @@ def find_all_masks(config: DetectConfig, names: Sequence[str], anomalous: NDArra
     return masks
 
 
-def find_images(config: DetectConfig, pipeline: ImagePipeline, view: View) -> Found:
-    """Read the given images, or the held-out ones. Raises `UserError`."""
-
-    def see(pixels: Any, names: Sequence[str]) -> Examination:
-        given = config.read_given(pipeline, names)
-        source = pixels if view.is_tiled else as_lazy(pixels)
-        return Examination(pipeline, source, check_places(given) if view.is_tiled else given, view)
-
+def find_images(
+    config: DetectConfig, pipeline: ImagePipeline, view: View
+) -> tuple[Found, NDArray[np.bool_], list[str]]:
+    """Read the given images, or the held-out ones; also return which of them were trained on, `(n,)`, and further
+    digests by which a calibration may know them, or none. Raises `UserError`."""
+    columns, digests = dict[str, list[str] | None](), list[str]()
     if config.paths:
         source = open_files(config.paths, pipeline.spec)
         names, files = [source.name(row) for row in range(source.size)], [Path(path) for path in source.paths or []]
@@ -282,33 +267,39 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline, view: View) -> Fo
             pixels = pipeline.list_images(read_whole(source, range(len(source)), names, pipeline.spec, REMOVE))
         else:
             pixels = pipeline.binarize(read_files(source, range(source.size), pipeline.spec))
-        if config.ground_truth is None:
-            folders = [file.absolute().parent.name for file in files]
-        elif Path(config.ground_truth).is_file():
-            _, folders = read_mask_table(Path(config.ground_truth), files)
-        else:
-            parts = [file.relative_to(config.paths[0]).parts for file in files]
-            folders = ["" if len(part) == 1 else part[0] for part in parts]
-            if "" in folders:
-                raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
-        images = see(pixels, names)
-        trained_with = trained_data(pipeline.provenance)
-        division = inherit(trained_with or config.data, pipeline.provenance)
-        objects = name_objects(files, config, division)
-        splits = find_parts(files, trained_with, division)
+        division = inherit(trained_data(pipeline.provenance) or config.data, pipeline.provenance)
+        columns["object"], columns["class"] = name_objects(files, config, division), name_classes(files, config)
+        splits = find_parts(files, trained_data(pipeline.provenance), division)
         trained = np.array([split in ("train", "validation") for split in splits], bool)
         more = f" and {len(config.paths) - 3} more" if len(config.paths) > 3 else ""
         origin = f"images in {', '.join(config.paths[:3])}{more}"
-        return Found(images, names, folders, origin, objects, trained)
-    held_out = config.load_images(pipeline, whole=config.tile).held_out
-    every, labels = np.arange(len(held_out)), held_out.labels
-    classes = None if labels is None else [held_out.class_names[label] for label in labels.tolist()]
-    names, digests = held_out.names(every), None
-    images = see(config.read_pixels(pipeline, held_out, every), names)
-    if pipeline.binarized == "drawn" and not view.is_tiled:  # calibrations of 0.3 know rows by their own draw
-        digests = [images.digest(image) for image in held_out.pixels(every)]
-    origin = f"held-out images of {config.data.source}"
-    return Found(images, names, classes, origin, held_out.objects(), None, digests)
+    else:
+        held_out = config.load_images(pipeline, whole=config.tile).held_out
+        every, labels = np.arange(len(held_out)), held_out.labels
+        names, pixels = held_out.names(every), config.read_pixels(pipeline, held_out, every)
+        columns["object"] = held_out.objects()
+        columns["class"] = None if labels is None else [held_out.class_names[label] for label in labels.tolist()]
+        trained, origin = np.zeros(len(every), bool), f"held-out images of {config.data.source}"
+    given = config.read_given(pipeline, names)
+    lazy, given = (pixels, check_places(given)) if view.is_tiled else (as_lazy(pixels), given)
+    images = Examination(pipeline, lazy, given, view)
+    if not config.paths and pipeline.binarized == "drawn" and not view.is_tiled:
+        digests = images.digest(held_out.pixels(every))  # calibrations of 0.3 know rows by their own draw
+    known = {name: column for name, column in columns.items() if column is not None}
+    return Found(images, origin, {"file": names, **known}), trained, digests
+
+
+def name_classes(files: list[Path], config: DetectConfig) -> list[str]:
+    """Return the class of each file: its folder, or what a table of masks says. Raises `UserError` for a file outside
+    the folders of good images and defects."""
+    if config.ground_truth is None:
+        return [file.absolute().parent.name for file in files]
+    if Path(config.ground_truth).is_file():
+        return read_mask_table(Path(config.ground_truth), files)[1]
+    parts = [file.relative_to(config.paths[0]).parts for file in files]
+    if outside := [file for file, part in zip(files, parts, strict=True) if len(part) == 1]:
+        raise UserError(f"ground_truth: {outside[0]} is in no folder of good images or a defect")
+    return [part[0] for part in parts]
 
 
 def name_objects(files: list[Path], config: DetectConfig, division: Inherited) -> list[str] | None:
@@ -329,28 +320,26 @@ def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
     return [str(file.relative_to(root)) for file, root in zip(files, within, strict=True)]
 
 
-def skip_used(found: Found, calibration: Calibration) -> Found:
+def skip_used(found: Found, trained: NDArray[np.bool_], others: list[str], calibration: Calibration) -> Found:
     """Drop the images that the pipeline was trained or calibrated with, and other images of calibrated objects. Warns
-    about sizes beyond those of the calibration. Raises `UserError` if no image is left, and for one that is smaller
-    than a tile."""
-    count, digests, sizes = len(found.names), list[str](), list[tuple[int, int]]()
+    about sizes beyond those of the calibration. others: further digests of the images, or none. Raises `UserError` if
+    no image is left, and for one that is smaller than a tile."""
+    count, digests, sizes = len(found.images), list[str](), list[tuple[int, int]]()
     try:
         for number in range(count):
             image = found.images.read(number)
-            digests.append(found.images.digest(image))
+            digests += found.images.digest(image[None])
             sizes.append((image.shape[-2], image.shape[-1]))
     except ValueError as error:
         raise UserError(f"images: {error}") from error
-    used = calibration.find_used(digests, found.objects)
-    if found.digests is not None:
-        used |= calibration.find_used(found.digests, found.objects)
-    trained = np.zeros(count, bool) if found.trained is None else found.trained
+    used = np.zeros(count, bool)
+    for each in (digests, others) if others else (digests,):
+        used |= calibration.find_used(each, found.columns.get("object"))
     new, used = np.flatnonzero(~(used | trained)).tolist(), used & ~trained
     skipped = f"{used.sum():,} were used for calibration"
     skipped += f", {trained.sum():,} in training" if trained.any() else ""
     if not new:
-        why = f"the pipeline was calibrated with all {count:,}"
-        why = f"of {count:,}, {skipped}" if trained.any() else why
+        why = f"of {count:,}, {skipped}" if trained.any() else f"the pipeline was calibrated with all {count:,}"
         raise UserError(f"images: {why}; give other images, or calibrate with fewer (`smalti calibrate every=2`)")
     print(f"scoring {len(new):,} of {count:,} {found.origin}; {skipped}")
     warn_about_sizes([sizes[row] for row in new], calibration)
@@ -390,8 +379,7 @@ def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArra
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write a CSV row per image, omitting columns that are None. Bytes of names that are not UTF-8 are escaped."""
-    columns = {name: column for name, column in columns.items() if column is not None}
+    """Write a CSV row per image. Bytes of names that are not UTF-8 are escaped."""
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -400,27 +388,22 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def format_report(
-    config: DetectConfig,
-    calibration: Calibration,
-    flagged: NDArray[np.bool_],
-    anomalous: NDArray[np.bool_] | None,
-    figures: dict[str, Any],
-    objects: list[str] | None,
-    area: list[int] | None,
+    config: DetectConfig, calibration: Calibration, columns: dict[str, Any], figures: dict[str, Any]
 ) -> str:
-    """Format what was flagged, the guarantee, and how well the score separates the classes. area: the number of pixels
-    of each image above the threshold of the map, if maps were computed."""
+    """Format what was flagged, the guarantee, and how well the score separates the classes. columns: of
+    `scores.csv`."""
+    flagged, anomalous = columns["flagged"] == 1, columns["anomalous"] == 1 if "anomalous" in columns else None
     share = f"{flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%})"
     promise = calibration.promise if config.fdr is None else f"on average, at most {config.fdr:g} of these are normal"
     rows: list[tuple[str, ...]] = [("flagged", f"{share} by {config.method}"), ("  guarantee", promise)]
     if calibration.objects is not None:
         count = len(calibration.scores[config.method].values)
         rows.append(("  p-values", f"compared with {count:,} normal objects, each by its most anomalous image"))
-    if objects is not None:
-        rows += count_objects(objects, flagged, anomalous)
-    if area is not None:
-        hit = sum(pixels > 0 for pixels in area)
-        rows.append(("regions", f"in {hit:,} of {len(area):,} images, where the combined map exceeds its threshold"))
+    if "object" in columns:
+        rows += count_objects(columns["object"], flagged, anomalous)
+    if "area" in columns:
+        hit = sum(pixels > 0 for pixels in columns["area"])
+        rows.append(("regions", f"in {hit:,} of {len(flagged):,} images, where the combined map exceeds its threshold"))
     elif calibration.folds and calibration.has_maps:
         rows.append(("regions", f"not flagged: with folds={len(calibration.folds)}, the map has no threshold"))
     if anomalous is not None:

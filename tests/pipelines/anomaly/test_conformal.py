@@ -120,7 +120,14 @@ def test_pooled_ranks_count_the_normal_scores_of_each_fold_under_its_own_referen
 
 @pytest.mark.parametrize(
     ("share", "count", "folds", "expected"),
-    [(0.05, 49, 5, 0.2481), (0.05, 20, 8, 0.6), (0.05, 24, 8, 0.1741), (0.05, 50, 50, 0.1), (0.1, 1000, 5, 0.2080), (0.5, 20, 5, 1.0)],
+    [
+        (0.05, 49, 5, 0.2481),
+        (0.05, 20, 8, 0.6),
+        (0.05, 24, 8, 0.1741),
+        (0.05, 50, 50, 0.1),
+        (0.1, 1000, 5, 0.2080),
+        (0.5, 20, 5, 1.0),
+    ],
 )
 def test_the_bound_of_folds(share, count, folds, expected):
     """With as many folds as images it is that of the jackknife+, 2 alpha. The second term needs equal folds."""

@@ -48,7 +48,7 @@ def test_statistics_do_not_depend_on_the_batch(tokenizer, channels):
         torch.testing.assert_close(surprise.sum(), together["token_bits"][number], rtol=1e-5, atol=1e-5)
         top = surprise.sort().values[:, -max(1, round(surprise.shape[1] / 20)) :].mean()
         torch.testing.assert_close(top, together["top_bits"][number], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(each.error.mean(), together["error"][number], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(each.rows["errors"].mean(), together["error"][number], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "least"), [("joint", 0.95), ("nll", 0.6)])

@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from pipelines.anomaly.separation import auroc_interval, separation
+from pipelines.metrics.localization import auroc_interval, separation
 
 
 def test_figures_agree_with_their_definitions():
