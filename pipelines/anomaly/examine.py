@@ -42,10 +42,10 @@ class Evidence:
     `rows` has a row for each of the n tiles, on the CPU: always `tokens`, `(n, *grid.shape)`, and as wanted (statistics
     and surprise perhaps of fewer tiles)
     - statistics, float64 `(n,)`: `token_bits` under the prior, given what is given; `top_bits`, the mean bits of the
-      most surprising 5 % of the tokens; `pixel_bits` given the tokens, if the tokenizer has a likelihood; `error`, the
-      mean over pixels of |x - decode(encode(x))|, from 0 to 2; `background_bits`, token bits under the background
-      prior, if any; `features` `(n, d)`, the prior's middle layer averaged over positions (at most 128 evenly spaced
-      channels), if the prior has layers;
+      most surprising 5 % of the tokens, if the density is exact; `pixel_bits` given the tokens, if the tokenizer has a
+      likelihood; `error`, the mean over pixels of |x - decode(encode(x))|, from 0 to 2; `background_bits`, token bits
+      under the background prior, if any; `features` `(n, d)`, the prior's middle layer averaged over positions (at most
+      128 evenly spaced channels), if the prior has layers;
     - `surprise`, the bits of each token, `(n, N)`, which comes with statistics and bits, too;
     - bits: if the tokenizer has a likelihood also `pixels`, the base-2 logarithms of the probabilities of pixels given
       the tokens, `(n, h, w)`;
@@ -210,8 +210,9 @@ class Examination:
         """Return the statistics of tiles except `error`; see `Evidence`. log_probs: of tokens, `(B, N)`."""
         pipeline = self.pipeline
         token_bits = bits(log_probs)
-        top = token_bits.topk(max(1, round(TOP_SHARE * token_bits.shape[1])), 1).values
-        found = {"token_bits": token_bits.sum(1), "top_bits": top.mean(1)}
+        found = {"token_bits": token_bits.sum(1)}
+        if pipeline.prior.exact:
+            found["top_bits"] = token_bits.topk(max(1, round(TOP_SHARE * token_bits.shape[1])), 1).values.mean(1)
         if (pixels := pipeline.tokenizer.pixel_log_prob(batch, tokens)) is not None:
             found["pixel_bits"] = bits(pixels)
         if (background := pipeline.background) is not None:

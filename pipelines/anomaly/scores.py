@@ -46,6 +46,7 @@ METHODS = {
 NEEDS = {
     "neighbours": "a prior with layers",
     "ratio": "a background prior (`smalti calibrate background=FOLDER`, or `set_background(prior)`)",
+    "top_bits": "a prior with an exact density, since an estimate has no bits of single tokens",
     "hidden": NEEDED,
 }
 """Requirements of some methods."""
@@ -174,7 +175,11 @@ def p_values_by(method: str, scores: Floats, calibration: Calibration) -> Tensor
 
 def list_methods(pipeline: ImagePipeline) -> list[str]:
     """Return the methods that score the tiles of these models."""
-    there = {"neighbours": pipeline.prior.feature_layers, "ratio": pipeline.background is not None}
+    there = {
+        "neighbours": pipeline.prior.feature_layers,
+        "ratio": pipeline.background is not None,
+        "top_bits": pipeline.prior.exact,
+    }
     return [method for method in METHODS if there.get(method, True) and method not in OF_MAPS]
 
 

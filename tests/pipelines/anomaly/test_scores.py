@@ -111,6 +111,14 @@ def test_statistics_are_given_the_condition_of_each_image(prior):
         torch.testing.assert_close(ratio, together["token_bits"] - together["background_bits"])
 
 
+def test_an_estimated_density_has_no_bits_of_single_tokens():
+    pipe = make_pipeline(prior="masked", labels=[], exact=False)
+    calibration = calibrate(pipe, pixels_for(pipe, 40))
+    assert "top_bits" not in calibration.scores and calibration.fitted.names == ["token_bits", "error"]
+    with pytest.raises(CalibrationError, match="^method: top_bits needs a prior with an exact density"):
+        anomaly_score(pipe, pixels_for(pipe, 3), "top_bits")
+
+
 def test_methods_fit_their_formulas(likely):
     found, fitted = statistics(likely, torch.cat([stripes(40, seed=3), constant()])), likely.calibration.fitted
     score = {
