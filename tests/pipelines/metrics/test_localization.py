@@ -1,4 +1,4 @@
-"""AUROC is the rank statistic and has an interval, PRO is its definition, regions are connected by edges and corners."""
+"""AUROC is the rank statistic with an interval, PRO is its definition, regions are joined by edges and corners."""
 
 from __future__ import annotations
 
