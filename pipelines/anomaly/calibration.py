@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from prior.columns import LABEL, MAX_COLUMNS, NAME
@@ -35,16 +35,13 @@ class Fitted(Part):
     """Fitted reference for scores. `statistics` measures log bits and errors from their mean; `features` measures prior
     features from their nearest neighbours (None for a prior without layers)."""
 
+    optional = ("names",)
     typical_bits: float
     """Mean bits per image."""
     statistics: Distance
     features: Distance | None
     names: list[str] | None = Field(None, min_length=1, max_length=16)
     """The statistics that `statistics` measures, in order; not in files of 0.3, which have all but `top_bits`."""
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return drop_empty(handler(self), "names")
 
 
 class NormalScores(Part):
@@ -89,19 +86,28 @@ class MapReference(Part):
 class Reference(Part):
     """What was fitted to some normal images, and the scores by it of others, by method."""
 
+    optional = ("maps",)
     fitted: Fitted
     maps: MapReference | None = None
     scores: dict[str, Row]
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return drop_empty(handler(self), "maps")
 
 
 class Calibration(Part):
     """Calibration on held-out normal images: one half was used for fitting, the other half gave the scores; or with
     folds, each image gave a score by what was fitted to the other folds."""
 
+    optional = (
+        "columns",
+        "marginal",
+        "objects",
+        "tile",
+        "stride",
+        "sizes",
+        "maps",
+        "object_digests",
+        "fitted",
+        "folds",
+    )
     count: int = Field(ge=2)
     """Number of images in both halves."""
     objects: int | None = Field(None, ge=2)
@@ -162,11 +168,6 @@ class Calibration(Part):
             if fold.scores.keys() != self.scores.keys() or (fold.maps is None) != (folds[0].maps is None):
                 raise FieldError(f"folds.{number}", "should have the same scores and maps as the others")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("columns", "marginal", "objects", "tile", "stride", "sizes", "maps", "object_digests")
-        return drop_empty(handler(self), *optional, "fitted", "folds")
 
     def __repr__(self) -> str:
         of = "" if self.objects is None else f" of {self.objects} objects"
@@ -256,11 +257,6 @@ class Calibration(Part):
     def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
         """Validate the content of `path`. Raises `FormatError`, which names the file and the field."""
         return validate(cls, data, path)
-
-
-def drop_empty(found: dict[str, Any], *optional: str) -> dict[str, Any]:
-    """Return the keys of an object without those `optional` ones that are empty or None."""
-    return {name: value for name, value in found.items() if name not in optional or value}
 
 
 def digest_of(image: NDArray[Any]) -> str:

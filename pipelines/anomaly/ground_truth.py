@@ -59,26 +59,14 @@ def check_masks(files: Sequence[Path], masks: Sequence[Path | None]) -> None:
     """Raise `UserError` for a mask that cannot be opened, or has another size than its image."""
     for file, mask in zip(files, masks, strict=True):
         if mask is not None:
-            try:
-                open_mask(mask, file)
-            except Exception as error:  # Pillow raises almost anything for damaged files
-                raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
+            open_mask(mask, file)
 
 
 def read_mask(mask: Path | None, file: Path, size: Sequence[int]) -> NDArray[np.bool_]:
-    """Read the mask of the image `file` as bool `size` (H, W); empty without a mask. Raises `UserError` in one
-    line."""
+    """Return which pixels of the image `file` are defective, bool `size` (H, W): those of which more than half the area
+    is not black, after the mask is cropped as its image is; none without a mask. Raises `UserError` in one line."""
     if mask is None:
         return np.zeros(size, bool)
-    try:
-        return load_mask(mask, file, size)
-    except Exception as error:  # Pillow raises almost anything for damaged files
-        raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
-
-
-def load_mask(mask: Path, file: Path, size: Sequence[int]) -> NDArray[np.bool_]:
-    """Return which pixels are defective, bool `size` (H, W): those of which more than half the area is not black, after
-    the mask is cropped as its image is. Raises `ValueError` for a mask and an image of different sizes."""
     marked = open_mask(mask, file)
     values = np.asarray(marked if marked.mode.startswith("I") else marked.convert("L")) > 0
     area = ImageOps.fit(Image.fromarray(values.astype(np.float32)), (size[1], size[0]), Image.Resampling.BOX)
@@ -86,11 +74,14 @@ def load_mask(mask: Path, file: Path, size: Sequence[int]) -> NDArray[np.bool_]:
 
 
 def open_mask(mask: Path, file: Path) -> Image.Image:
-    """Open the mask of an image, upright. Raises `ValueError` if their sizes differ."""
-    image, marked = ImageOps.exif_transpose(open_image(file)), ImageOps.exif_transpose(open_image(mask))
-    if marked.size != image.size:
-        (width, height), other = marked.size, "{} x {}".format(*image.size)
-        raise ValueError(f"the mask has {width} x {height} pixels, its image {other}")
+    """Read the mask of an image, upright. Raises `UserError` if one of them is damaged, or if their sizes differ."""
+    try:
+        image, marked = (ImageOps.exif_transpose(open_image(path)) for path in (file, mask))
+        if marked.size != image.size:
+            (width, height), other = marked.size, "{} x {}".format(*image.size)
+            raise ValueError(f"the mask has {width} x {height} pixels, its image {other}")
+    except Exception as error:  # Pillow raises almost anything for damaged files
+        raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
     return marked
 
 

@@ -135,7 +135,7 @@ def score_images(
     scored together, up to `ROWS` at a time or those of one image."""
     names, maps = [name for name in methods if name not in OF_MAPS], [each.maps for each in references if each.maps]
     for several in take_together(every):
-        rows = {name: torch.cat([each.statistics[name] for each in several]) for name in several[0].statistics}
+        rows = {name: torch.cat([each.rows[name] for each in several]) for name in several[0].statistics}
         found, stop = {name: score_tiles(name, rows, references) for name in names}, 0
         for evidence in several:
             start, stop = stop, stop + len(evidence.tiles)

@@ -119,19 +119,15 @@ def find_remedy(config: CalibrateConfig, units: int) -> str:
     """Return which settings would do where too few images were chosen. units: number of all held-out images, or with
     groups, of objects."""
     other = "data.source=FOLDER uses other images"
-    steps = [f"every={step}" for step in range(config.every - 1, 0, -1) if is_enough(config, -(-units // step))]
-    if steps:
-        return f"{steps[0]} is enough"
+    least = least_units(config.false_alarms, config.confidence, config.folds)
+    for step in range(config.every - 1, 0, -1):
+        if -(-units // step) >= least:
+            return f"every={step} is enough"
     rate = least_false_alarms(units, config.confidence, config.folds)
     if rate is None:
         return other if config.every == 1 else f"every=1 uses all {units:,}; {other}"
     every = "every=1 " if config.every > 1 else ""
     return f"{every}false_alarms={rate:g} can be promised, or {other}"
-
-
-def is_enough(config: CalibrateConfig, units: int) -> bool:
-    """Whether this number of images, or objects, is enough for what is to be promised."""
-    return units >= least_units(config.false_alarms, config.confidence, config.folds)
 
 
 def format_report(calibration: Calibration) -> str:

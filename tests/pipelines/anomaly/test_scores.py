@@ -120,7 +120,7 @@ def test_an_estimated_density_has_no_bits_of_single_tokens():
 
 
 def test_methods_fit_their_formulas(likely):
-    found, fitted = statistics(likely, torch.cat([stripes(40, seed=3), constant()])), likely.calibration.fitted
+    found, fitted = statistics(likely, torch.cat([stripes(400, seed=3), constant()])), likely.calibration.fitted
     score = {
         method: torch.from_numpy(score_tiles(method, found, likely.calibration.references)[0])
         for method in list_methods(likely)
@@ -131,7 +131,7 @@ def test_methods_fit_their_formulas(likely):
     assert torch.equal(score["typicality"], (score["nll"] - fitted.typical_bits).abs())
     far = fitted.statistics.of(log_statistics(found, fitted.names))
     inside = far <= 1
-    assert inside[:40].mean() > 0.75 and inside[40:].mean() < 0.1
+    assert inside[:400].mean() > 0.85 and inside[400:].mean() < 0.1
     np.testing.assert_array_equal(score["joint"][inside], score["neighbours"][inside])
     np.testing.assert_allclose(score["joint"][~inside], (score["neighbours"] + far - 1)[~inside])
 
