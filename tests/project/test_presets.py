@@ -96,7 +96,7 @@ def test_every_preset_trains_its_own_steps():
 @pytest.mark.parametrize("path", TOKENIZER_PRESETS, ids=lambda path: path.stem)
 def test_tokenizer_preset_builds(path):
     tokenizer = preset_tokenizer(path)
-    assert tokenizer.image_shape == config_of(path).data.image_shape
+    assert tokenizer.image_shape == config_of(path).data.spec.shape
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) < 1e9
     assert len(tokenizer.grid) <= 4096
 

@@ -48,7 +48,7 @@ def test_the_likelihood_is_that_of_the_frames(kind, more):
     every = outer.value_log_probs(tokens, values, 0).log_softmax(2)
     each = every.gather(2, values).flatten(1).sum(1)
     torch.testing.assert_close(each.float(), expected.float(), rtol=1e-4, atol=1e-2)
-    assert outer.reversible == inner.reversible
+    assert outer.reversible == inner.reversible and FrameByFrame.wrap(outer, FRAMES) is outer
 
 
 def test_a_wrapped_tokenizer_is_saved_with_the_one_that_it_wraps(tmp_path):
@@ -87,7 +87,6 @@ def test_one_training_forward_moves_the_codebook_once():
         ("klvae", {}),
         ("posthoc", {}),
         ("pixels", {}),
-        ("frame_by_frame", {}),
     ],
 )
 def test_other_grids_are_refused(kind, more):
