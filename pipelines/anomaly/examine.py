@@ -132,8 +132,9 @@ class Examination:
         measured: int | None = None,
     ) -> Iterator[Evidence]:
         """Yield the evidence of all images, or of those in `numbers`. want: some of `digest`, `statistics`, `error`,
-        `surprise`, `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread;
-        measured: and of these at most so many for statistics, which take far longer than what is hidden."""
+        `surprise`, `bits`, `hidden` and `responses`. most: use at most this many tiles of each image, evenly spread.
+        measured: of these, use at most this many for statistics, which take far longer than the bits of hidden
+        tokens."""
         some, own = (self, range(len(self))) if numbers is None else (self.select(numbers), numbers)
         bar = self.pipeline.with_bar(own, "scoring", "image")
         for number, evidence in zip(bar, some.walk(want, most, measured), strict=True):

@@ -181,9 +181,9 @@ def paste(parts: Iterable[Tensor], sizes: Iterable[Sequence[int]], view: View, w
                 else:
                     place += window * ramps[0][row, :, None] * ramps[1][column]
         if weights == "mean":
-            for axis, (side, length, along) in enumerate(zip(size, view.size, starts, strict=True)):
+            for axis, (side, length, firsts) in enumerate(zip(size, view.size, starts, strict=True)):
                 covered = image.new_zeros(side)
-                for start in along:
+                for start in firsts:
                     covered[start : start + length] += 1
                 image /= covered[:, None] if axis == 0 else covered
         yield image
