@@ -162,6 +162,8 @@ def read_rows(path: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
     if names is None or FILE_NAME not in rows[0]:
         return rows
     by_name = {os.path.normpath(str(row.get(FILE_NAME))): row for row in rows}
+    for name, row in list(by_name.items()):
+        by_name.setdefault(os.path.splitext(name)[0], row)  # for names of clips, see `decompress`
     return match_names(by_name, names, f"conditions: {path}", "row with the file_name of")
 
 

@@ -7,6 +7,8 @@ files, clips GIF files; lossless clips in colour become `.npy` files (T, H, W, C
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from prior.given import Given
 from tokenizer.files import atomic_folder
 
 from ..compression.coding import read_images, restored_suffix
-from ..compression.container import StreamError, read_stream
+from ..compression.container import Header, StreamError, read_stream
 from ..condition_keys import UsesCondition
 from ..config import UserError, run_command
 from ..config.table import count_of
@@ -57,13 +59,28 @@ def run(config: DecompressConfig) -> Path:
         with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
             header, _ = read_stream(data)
             suffix = restored_suffix(pipeline, header.lossless)
-            names = [name_compressed(name, suffix) for name in header.names]
-            given = config.read_condition(pipeline, header.images, names or None).given
+            given = read_given(config, pipeline, header, suffix)
             count = write_folder(pipeline, data, folder, given, config.batch_size)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
     print(f"{config.out}: {count_of(count, pipeline.spec.noun)}")
     return out.path
+
+
+def read_given(config: DecompressConfig, pipeline: ImagePipeline, header: Header, suffix: str) -> Given:
+    """Read what was given of the images. A table has the names of the files that were compressed: of clips, perhaps
+    those of folders, or of longer clips, whose windows are numbered. Raises `UserError`."""
+    names = [name_compressed(name, suffix) for name in header.names] or None
+    try:
+        return config.read_condition(pipeline, header.images, names).given
+    except UserError:
+        if config.conditions is None or names is None or suffix == ".png":
+            raise
+    files = [name.removesuffix(suffix) for name in header.names]
+    clips = [re.sub(r"_\d{5}$", "", file) for file in files]
+    windows = Counter(clips)
+    clips = [clip if windows[clip] > 1 else file for clip, file in zip(clips, files, strict=True)]
+    return config.read_condition(pipeline, header.images, clips).given
 
 
 def name_compressed(name: str, suffix: str) -> str:

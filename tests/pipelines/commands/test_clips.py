@@ -328,6 +328,22 @@ def test_streams_of_clips_take_rows_of_conditions(pipe, folder, tmp_path, capsys
     )
 
 
+def test_one_table_serves_both_ways_for_folders_and_longer_clips(folder, tmp_path):
+    pytest.importorskip("constriction")
+    frames = np.random.default_rng(0).integers(0, 256, (2 * T, H, W, 1), dtype=np.uint8)
+    (tmp_path / "in" / "walk").mkdir(parents=True)
+    (tmp_path / "in" / "long.gif").write_bytes(gif_bytes(frames))
+    (tmp_path / "in" / "run_00001.gif").write_bytes(gif_bytes(frames[:T]))
+    for number, frame in enumerate(frames[:T]):
+        Image.fromarray(frame[..., 0]).save(tmp_path / "in" / "walk" / f"{number}.png")
+    (tmp_path / "rows.csv").write_text("file_name,label\nwalk,dog\nlong.gif,cat\nrun_00001.gif,dog\n")
+    run = [f"pipeline={folder}", f"conditions={tmp_path / 'rows.csv'}"]
+    main(["compress", *run, f"images={tmp_path / 'in'}", f"out={tmp_path / 'it.smalti'}"])
+    main(["decompress", *run, f"stream={tmp_path / 'it.smalti'}", f"out={tmp_path / 'out'}"])
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["long_00000.gif", "long_00001.gif", "run_00001.gif", "walk.gif"]
+
+
 BAD = {
     "no frames": (["complete"], "frames: give the number of frames to keep, from 1 to 2"),
     "none kept": (["complete", "frames=0"], "frames: keep from 1 to 2 of the 3 frames (got 0)"),
