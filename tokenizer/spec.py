@@ -40,7 +40,8 @@ class ImageSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W), or (T, C, H, W) for clips."""
-        return (self.frames,) * (self.frames > 1) + (self.channels, self.height, self.width)
+        image = (self.channels, self.height, self.width)
+        return image if self.frames == 1 else (self.frames, *image)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -153,13 +154,13 @@ class ImageSpec:
         and range; which channels pictures show may differ. whose: owner of these images, such as "pipeline"."""
         if other.frames != self.frames:
             needed, got = ("null" if each.frames == 1 else each.frames for each in (self, other))
-            of = "".join(f" of {count} frames" for count in self.shape[:-3])
-            raise ValueError(f"frames: the {whose} takes {self.noun}s{of}; set data.frames={needed} (got {got})")
-        ours, theirs = (spec.frame.shape for spec in (self, other))
-        if theirs != ours:
+            theirs = "images" if self.frames == 1 else f"clips of {self.frames} frames"
+            raise ValueError(f"frames: the {whose} takes {theirs}; set data.frames={needed} (got {got})")
+        ours, shape = (spec.frame.shape for spec in (self, other))
+        if shape != ours:
             raise ValueError(
                 f"image_size, data.channels: the {whose}'s {'images' if self.frames == 1 else 'frames'} are {ours} "
-                f"(channels, height, width), these are {theirs}"
+                f"(channels, height, width), these are {shape}"
             )
         if self.is_bytes and other.dtype != self.dtype:
             raise ValueError(

@@ -22,6 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from tokenizer.spec import Array, ImageSpec
 
 from ..config import is_first_process, tell
+from ..config.table import count_of
 from .animations import MP4, require_video
 from .folder import ARRAY_SUFFIXES, SUFFIXES, files_below, image_paths, natural_key, suffix_of
 from .formats import (
@@ -140,7 +141,7 @@ def cut_windows(files: Source, frames: int) -> WindowSource:
         if isinstance(frame_keys, str):
             problems[number] = frame_keys
         elif (count := len(frame_keys)) < frames:
-            problems[number] = f"{count} frame{'s'[: count != 1]}, fewer than data.frames={frames}"
+            problems[number] = f"{count_of(count, 'frame')}, fewer than data.frames={frames}"
         else:
             keys[number] = frame_keys
         last = len(keys.get(number, range(frames))) - frames  # a bad clip is one row

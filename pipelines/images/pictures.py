@@ -145,7 +145,7 @@ def refuse(images: Any, spec: ImageSpec) -> NoReturn:
     arrays = [("B", *single) for single in array_shapes(spec)] + array_shapes(spec)
     forms = ", ".join(f"({', '.join(map(str, form))})" for form in arrays)
     tensors, kind = ", ".join(map(str, spec.shape)), "uint8" if spec.is_bytes else spec.dtype
-    pictures = "".join(f"lists of {frames} frames, as " for frames in spec.shape[:-3]) + "PIL images"
+    pictures = "PIL images" if spec.frames == 1 else f"lists of {spec.frames} frames (PIL images)"
     raise ValueError(
         f"{spec.noun}s must be {pictures}, {kind} or float tensors of shape (B, {tensors}), {kind} or float "
         f"arrays of shape {forms}, or a list of single {spec.noun}s; got {describe_type(images)}"

@@ -106,7 +106,7 @@ def open_columns(data: DataConfig, sources: Mapping[str, AttributeSource], input
             name,
             source,
             names_in(inputs[0].path, source.column or name),
-            source.kind or "vector" * bool(source.encoder),
+            source.kind or ("vector" if source.encoder else ""),
         )
         for name, source in sources.items()
     ]
