@@ -46,7 +46,7 @@ from .text import NGRAMS, encode_text, run_encoder
 
 if TYPE_CHECKING:
     from .app.served import Served
-    from .images.attributes import Cells
+    from .images.attributes import RawColumn
 
 C = TypeVar("C", bound=Column)
 Q = TypeVar("Q", bound=QuantityColumn)
@@ -105,12 +105,12 @@ class ColumnFormat(Generic[C]):
     # Data sets
 
     @classmethod
-    def suits(cls, first: Any, cells: Cells) -> bool:
+    def suits(cls, first: Any, cells: RawColumn) -> bool:
         """Return whether cells, of which one is `first`, suggest this kind rather than those after it in `FORMATS`."""
         return False
 
     @classmethod
-    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+    def from_cells(cls, cells: RawColumn, train: int, encoder: str) -> tuple[Column, Tensor]:
         """Return a column and the raw rows of cells, the first `train` of which are trained on. encoder: of texts, for
         vectors. Raises `ValueError`, which names the cell."""
         values = cls.parse_cells(cells, encoder)
@@ -118,7 +118,7 @@ class ColumnFormat(Generic[C]):
         return column, cls.to_raw(values, column)
 
     @classmethod
-    def parse_cells(cls, cells: Cells, encoder: str) -> Any:
+    def parse_cells(cls, cells: RawColumn, encoder: str) -> Any:
         """Return the values of cells as `summarize` and `to_raw` take them. Raises `ValueError`, which names the
         cell."""
         raise NotImplementedError
@@ -223,7 +223,7 @@ class NamesFormat(ColumnFormat[C]):
         return [value]
 
     @classmethod
-    def parse_cells(cls, cells: Cells, encoder: str) -> list[list[Name] | None]:
+    def parse_cells(cls, cells: RawColumn, encoder: str) -> list[list[Name] | None]:
         def read(value: Any) -> list[Name]:
             found = [read_name(one, cells.names) for one in cls.split_cell(value)]
             return [name for name in found if name is not None and name != ""]
@@ -279,7 +279,7 @@ class ClassFormat(NamesFormat[ClassColumn]):
         return self.read_text(text if text in self.column.names else text.removesuffix(".0"))  # of a whole float
 
     @classmethod
-    def suits(cls, first: Any, cells: Cells) -> bool:
+    def suits(cls, first: Any, cells: RawColumn) -> bool:
         return bool(cells.names) or isinstance(first, str)
 
     @classmethod
@@ -313,7 +313,7 @@ class FlagsFormat(NamesFormat[FlagsColumn]):
         return [value] if value in self.column.names else [part for part in split_list(value, "[,;]") if part]
 
     @classmethod
-    def suits(cls, first: Any, cells: Cells) -> bool:
+    def suits(cls, first: Any, cells: RawColumn) -> bool:
         if isinstance(first, list):
             return bool(cells.names) or isinstance(first[0], str)
         return not cells.names and any(isinstance(value, str) and ";" in value for value in cells)
@@ -377,7 +377,7 @@ class QuantityFormat(ColumnFormat[Q]):
         raise NotImplementedError
 
     @classmethod
-    def parse_cells(cls, cells: Cells, encoder: str) -> NDArray[Any]:
+    def parse_cells(cls, cells: RawColumn, encoder: str) -> NDArray[Any]:
         return stack_numbers(cells)
 
     @classmethod
@@ -409,7 +409,7 @@ class NumberFormat(QuantityFormat[NumberColumn]):
     kind = "number"
 
     @classmethod
-    def suits(cls, first: Any, cells: Cells) -> bool:
+    def suits(cls, first: Any, cells: RawColumn) -> bool:
         return True
 
     @classmethod
@@ -469,11 +469,11 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return value if self.takes_text else read_numbers(value, float)
 
     @classmethod
-    def suits(cls, first: Any, cells: Cells) -> bool:
+    def suits(cls, first: Any, cells: RawColumn) -> bool:
         return isinstance(first, list) and len(first) > FEW
 
     @classmethod
-    def parse_cells(cls, cells: Cells, encoder: str) -> NDArray[Any]:
+    def parse_cells(cls, cells: RawColumn, encoder: str) -> NDArray[Any]:
         if encoder:
             texts = list(dict.fromkeys(text for text in cells.convert(require_text) if text is not None))
             vectors = dict(zip(texts, run_encoder(encoder, texts).numpy(), strict=True))
@@ -571,7 +571,7 @@ class Moments:
             raise ValueError("no image of the training split has a value")
 
 
-def stack_numbers(cells: Cells, stored: torch.dtype = torch.float32, hint: str = "") -> NDArray[Any]:
+def stack_numbers(cells: RawColumn, stored: torch.dtype = torch.float32, hint: str = "") -> NDArray[Any]:
     """Return the numbers of cells, or lists of equally many, (n, size); NaN is null, and size is 0 if all are null.
     stored: their type in files, which limits them. hint: for texts. Raises `ValueError`."""
     sizes, limit = list[int](), torch.finfo(stored).max
@@ -762,7 +762,7 @@ def formats_of(columns: Mapping[str, Column], tokenizers: Mapping[str, Tokenizer
     return {name: format_of(name, column, tokenizers.get(name)) for name, column in columns.items()}
 
 
-def guess_format(cells: Cells) -> type[ColumnFormat[Any]]:
+def guess_format(cells: RawColumn) -> type[ColumnFormat[Any]]:
     """Return the kind of column that cells suggest, mostly by their first value."""
     if cells.open is not None:  # whose values may be large
         return GridFormat

@@ -32,7 +32,7 @@ from tokenizer.model import PROVENANCE
 from tokenizer.pixels import Pixels
 from tokenizer.spec import to_uint8
 
-from .config import Config, Of, UserError, run_command, tell
+from .config import Config, DefaultsFrom, UserError, run_command, tell
 from .config.importing import format_imports
 from .encode_stream import StreamedShards, check_stream_settings, open_stream
 from .files import Output, lock_output
@@ -57,7 +57,7 @@ from .provenance import (
     trained_data,
 )
 from .tokens import Meta
-from .tokens.meta import CONDITIONS, META, TOKENS, class_names, label_column, read_meta, verify_files, write_meta
+from .tokens.meta import CONDITIONS, META, TOKEN_FOLDER, class_names, label_column, read_meta, verify_files, write_meta
 from .tokens.shards import cut_shards, pack_columns, shard_names, stored_grid, write_shard
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class EncodeConfig(Config):
 
     tokenizer: TokenizerFolder = Field(description="folder of a tokenizer or of the run that trained it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
-    data: Annotated[DataConfig, Of("tokenizer")] = Field(
+    data: Annotated[DataConfig, DefaultsFrom("tokenizer")] = Field(
         DataConfig(), description="the images; default: those the tokenizer was trained on"
     )
     attributes: dict[str, AttributeSource] = Field(
@@ -201,7 +201,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
     check_sources(config.data, config.attributes, config.table, config.augmentations)
     if config.data.is_stream:
         check_stream_settings(config)
-    output.check_folder(TOKENS)
+    output.check_folder(TOKEN_FOLDER)
 
 
 def describe_other_units(config: EncodeConfig) -> str | None:
@@ -251,7 +251,7 @@ class LoadedImages:
         return {name: each.tokenizer for name, each in self.loaded.items() if each.tokenizer is not None}
 
     @property
-    def drawn(self) -> list[str]:
+    def stochastic(self) -> list[str]:
         """The splits whose files keep grey values, from which each epoch of training draws ids."""
         return ["train"] if self.config.data.binarize == "drawn" else []
 
@@ -285,7 +285,7 @@ class LoadedImages:
         total = sum(shard.stop - shard.start for shard in shards)
 
         def read(batch: tuple[list[ImageDataset], np.ndarray]) -> list[Raw]:
-            raws = [variants_of(part, batch[1], config.seed, drawn=batch[0][0].is_drawn) for part in batch[0]]
+            raws = [variants_of(part, batch[1], config.seed, stochastic=batch[0][0].is_stochastic) for part in batch[0]]
             return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
 
         shown = None if show_progress else True
@@ -294,18 +294,18 @@ class LoadedImages:
             closing(prefetch(read, batches)) as stream,
         ):
             for shard in shards:
-                drawn = shard.split in self.drawn
-                tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar, drawn=drawn)
+                stochastic = shard.split in self.stochastic
+                tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar, stochastic=stochastic)
                 packed = pack_shard(self.loaded, shard, dict(zip(self.grids, others, strict=True)))
                 with Output(config.out).errors():
-                    write_shard(work / shard.name, tokens, stored_grid(tokenizer.grid, drawn), packed)
+                    write_shard(work / shard.name, tokens, stored_grid(tokenizer.grid, stochastic), packed)
 
 
 def open_images(
     config: EncodeConfig, tokenizer: Tokenizer, inherited: Inherited | None, group: ProcessGroup
 ) -> LoadedImages:
     """Load and check the images, and read their columns. Raises `UserError`."""
-    images = check_type(load_images(config.data, inherited=inherited, together=True), tokenizer, "tokenizer")
+    images = check_type(load_images(config.data, inherited=inherited, distributed=True), tokenizer, "tokenizer")
     report_division(images)
     warn_about_duplicates(images)
     splits = name_splits(images)
@@ -330,7 +330,7 @@ def load_columns(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[
     labels = {split: part.labels for split, part in splits.items() if part.labels is not None}
     label = label_column(splits["train"].class_names if labels else [])
     variants = {"augmentations": config.augmentations, "seed": config.seed}
-    others = load_attributes(config.data, config.attributes, splits, table=config.table, together=True, **variants)
+    others = load_attributes(config.data, config.attributes, splits, table=config.table, distributed=True, **variants)
     return {**{name: LoadedColumn(column, {}, labels) for name, column in label.items()}, **others}
 
 
@@ -395,11 +395,11 @@ def encode_shard(
     stream: Iterator[list[Raw]],
     bar: Any,
     *,
-    drawn: bool = False,
+    stochastic: bool = False,
 ) -> list[Tensor]:
     """Return the tokens `(rows, *grid.shape)` int32 of a shard by each model, whose batches come from `stream`.
-    Synchronises with the GPU once, at the end. drawn: of the first model, the grey values of each id's pixels."""
-    shapes = [stored_grid(model.grid, drawn and model is models[0]).shape for model in models]
+    Synchronises with the GPU once, at the end. stochastic: of the first model, the grey values of each id's pixels."""
+    shapes = [stored_grid(model.grid, stochastic and model is models[0]).shape for model in models]
     found = [
         [torch.empty(0, *shape, dtype=torch.int32, device=model.device)]
         for model, shape in zip(models, shapes, strict=True)
@@ -409,7 +409,7 @@ def encode_shard(
         for model, part, raw, tokens in zip(models, images, next(stream), found, strict=True):
             batch = [part.prepare(*to_device_async(piece, model.device)) for piece in raw]
             rows = torch.cat(batch)
-            if drawn and model is models[0]:
+            if stochastic and model is models[0]:
                 tokens.append(cast(Pixels, model).cut_patches(to_uint8(rows)).int())
             else:
                 tokens.append(model.encode(rows).int())
@@ -418,11 +418,11 @@ def encode_shard(
     return [torch.cat(tokens).cpu() for tokens in found]
 
 
-def variants_of(images: ImageDataset, rows: np.ndarray, seed: int, *, drawn: bool) -> Raw:
+def variants_of(images: ImageDataset, rows: np.ndarray, seed: int, *, stochastic: bool) -> Raw:
     """Return the images of dataset rows, or those of their grids: row = variant * n + index, and variant 0 is the
     unchanged image. Variants are augmented, or if the images are `drawn`, other draws, whose grids do not change."""
     variants, indices = np.divmod(rows, len(images))
-    if drawn:
+    if stochastic:
         return [images.raw_batch(indices, variants, seed, augment=False)]
     first = int((variants == 0).sum())  # rows ascend, so variants do
     parts = [(slice(first), False), (slice(first, None), True)]
@@ -512,7 +512,7 @@ def finish_dataset(
         shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
     meta = describe_dataset(config, tokenizer, images, images.finish(work))
     write_meta(work, meta, tokenizer, images.grids)
-    publish_folder(work, out, kind=TOKENS)
+    publish_folder(work, out, kind=TOKEN_FOLDER)
     return meta
 
 
@@ -527,7 +527,11 @@ def describe_dataset(
     source |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
     facts = sizes, source, config.augmentations, tokenizer.fingerprint()
     return Meta(
-        tokenizer.grid, images.columns, *facts, condition_sources=images.column_sources, drawn=list(images.drawn)
+        tokenizer.grid,
+        images.columns,
+        *facts,
+        condition_sources=images.column_sources,
+        stochastic=list(images.stochastic),
     )
 
 
@@ -535,7 +539,7 @@ def describe(meta: Meta) -> str:
     counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
     others = [name for name in meta.columns if name != LABEL]
     given = f", with {', '.join(others)}" if others else ""
-    drawn = f", of {', '.join(meta.drawn)} drawn anew in each epoch" if meta.drawn else ""
+    drawn = f", of {', '.join(meta.stochastic)} drawn anew in each epoch" if meta.stochastic else ""
     return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}{drawn}"
 
 

@@ -146,7 +146,7 @@ class StreamedShards:
     attributes: list[StreamedColumn]
     images: int | None
     grids: ClassVar[dict[str, Tokenizer]] = {}
-    drawn: ClassVar[list[str]] = []
+    stochastic: ClassVar[list[str]] = []
 
     @property
     def names(self) -> list[str]:

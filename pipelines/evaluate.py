@@ -31,7 +31,7 @@ from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
 from .images import TEST_DRAWS, ImageDataset, check_shape
 from .images.grids import class_grid
-from .images.origin import TOKENS, describe_source
+from .images.origin import TOKENS_KEY, describe_source
 from .images.pictures import LATENT, write_picture
 from .images.splits import SPLITS, SplitFacts, read_splits
 from .metrics.agreement import agreement
@@ -149,7 +149,7 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
     """Return the splits of the token dataset `tokens`, by default of that which the prior was trained on, with the
     prior's columns; {} if it no longer exists. Raises `UserError` for tokens of another tokenizer, and for a prior with
     columns if they are missing."""
-    source, columns = tokens or pipeline.provenance.get(TOKENS), pipeline.prior.config.conditions
+    source, columns = tokens or pipeline.provenance.get(TOKENS_KEY), pipeline.prior.config.conditions
     try:
         if not isinstance(source, str) or not (tokens or Path(source).is_dir()):
             raise UserError(f"tokens: give the token dataset with the columns {', '.join(columns)} of these images")
@@ -172,7 +172,7 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
 
 def read_token_facts(tokens: str | None, pipeline: ImagePipeline) -> SplitFacts | None:
     """Return how the images of a token dataset were divided, if it is known. tokens: as in `load_training_tokens`."""
-    source = tokens or pipeline.provenance.get(TOKENS)
+    source = tokens or pipeline.provenance.get(TOKENS_KEY)
     return read_splits(Path(source) / SPLITS) if isinstance(source, str) else None
 
 
@@ -199,7 +199,7 @@ class Evaluation:
 
     def __init__(self, config: EvaluateConfig, pipeline: ImagePipeline, group: ProcessGroup) -> None:
         self.config, self.pipeline, self.group = config, pipeline, group
-        self.images = config.load_images(pipeline, together=True, check=False)
+        self.images = config.load_images(pipeline, distributed=True, check=False)
         self.token_facts = read_token_facts(config.tokens, pipeline)
         check_classes(pipeline, self.images.train, self.images.held_out)
         most = max(LEAST, IN_MEMORY // math.prod(self.images.train.spec.shape))
@@ -254,7 +254,7 @@ class Evaluation:
         trained = trained_data(self.pipeline.provenance)
         note = images.note
         if images.facts is None and images.is_carved and tokens and trained and trained.limit == config.data.limit:
-            draws = TEST_DRAWS if self.held_out.is_drawn else 1
+            draws = TEST_DRAWS if self.held_out.is_stochastic else 1
             there, here = len(tokens.get("test", ())) // draws, len(images.held_out)
             variants = len(tokens["train"]) % len(images.train)
             if there != here or variants or not are_same_images(tokens["test"], test):
@@ -294,7 +294,7 @@ class Evaluation:
         """Return the mean -log p of a held-out image, whose black and white pixels are `test`. If they are drawn, it is
         the mean over `TEST_DRAWS` fixed draws, of which `test` is the first, with the standard deviation over draws."""
         draws = [test]
-        for number in range(1, TEST_DRAWS if self.held_out.is_drawn else 1):
+        for number in range(1, TEST_DRAWS if self.held_out.is_stochastic else 1):
             draws.append(replace(test, tokens=encode_all(self.pipeline, self.held_out, self.group, number).tokens))
         return evaluate_nats(self.pipeline.prior, draws, self.config.num_orders, self.group)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec
 
-from .config import Config, Of, UserError, choose_device, is_first_process, tell
+from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.clip_files import choose_kind
@@ -68,7 +68,7 @@ class UsesPipeline(Config):
 class UsesImages(UsesPipeline):
     """Base class for verbs that load a pipeline and a data set."""
 
-    data: Annotated[DataConfig, Of("pipeline")] = Field(
+    data: Annotated[DataConfig, DefaultsFrom("pipeline")] = Field(
         DataConfig(), description="the images; defaults to those the pipeline was trained on"
     )
 
@@ -79,16 +79,16 @@ class UsesImages(UsesPipeline):
         *,
         whole: bool = False,
         check: bool = True,
-        together: bool = False,
+        distributed: bool = False,
     ) -> Splits:
         """Load the images in the pipeline's shape, divided as for training, and print what is not known of that. whole:
-        for access to images at their own size, which are not decoded first. check, together: see `load_images`. Raises
-        `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
+        for access to images at their own size, which are not decoded first. check, distributed: see `load_images`.
+        Raises `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
         training."""
         check_shape(self.data, pipeline.tokenizer)
         data = self.data.without_crop() if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
-        splits = load_images(data, inherited=inherited, check=check and not whole, together=together)
+        splits = load_images(data, inherited=inherited, check=check and not whole, distributed=distributed)
         may_change = inherited.rule == "position" and data.source != "digits"
         if may_change and (part == "validation" or splits.is_carved):
             splits = replace(splits, note=f"{data.source} is divided as in 0.3, by position: {UNKNOWN}")
@@ -136,7 +136,7 @@ class UsesTokenizer(Config):
     tokenizer: TokenizerFolder = Field(
         description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
     )
-    data: Annotated[DataConfig, Of("tokenizer")] = Field(
+    data: Annotated[DataConfig, DefaultsFrom("tokenizer")] = Field(
         DataConfig(), description="the images; defaults to those the tokenizer was trained on"
     )
     device: str = Field("auto", description=DEVICE)

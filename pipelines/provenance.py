@@ -11,7 +11,7 @@ from tokenizer import Tokenizer
 from tokenizer.files import FormatError, atomic_folder, quote, read_json
 from tokenizer.model import CONFIG, PROVENANCE
 
-from .config import Within
+from .config import RunSubfolder
 from .images import DataConfig
 from .images.hub import fetch_file
 from .images.origin import REMARK, resolve_source
@@ -20,7 +20,7 @@ from .images.splits import DIVISION, SPLITS, SPLITS_KEY, Inherited, SplitFacts, 
 from .saving import INDEX, resolve_shipped, write_provenance
 from .tokens.meta import META, read_meta
 
-IN_RUN = Within("tokenizer", CONFIG)
+IN_RUN = RunSubfolder("tokenizer", CONFIG)
 TokenizerFolder = Annotated[str, IN_RUN]
 """A tokenizer's folder, a run or pipeline that contains it, or a Hub id."""
 

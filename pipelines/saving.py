@@ -45,7 +45,7 @@ from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
 from .card import model_card
 from .columns import FORMATS
-from .config import Within
+from .config import RunSubfolder
 from .files import Number, Text, validate
 from .frequencies import FREQUENCIES, Frequencies
 from .images.classes import LONGEST, is_class_name
@@ -66,7 +66,7 @@ FILES = [INDEX, PROVENANCE, SPLITS, FREQUENCIES, CARD, GRID, CALIBRATION, MANIFE
 """Patterns of the names of all files."""
 
 
-WITHIN_RUN = Within("pipeline", INDEX)
+WITHIN_RUN = RunSubfolder("pipeline", INDEX)
 PipelineFolder = Annotated[str, WITHIN_RUN]
 """A pipeline's folder, a run that contains it, or a Hub id."""
 PIPELINE = FolderKind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline")

@@ -24,11 +24,11 @@ from tokenizer.config import Node
 from tokenizer.files import PipelineLoadError, read_json
 from tokenizer.model import CONFIG
 
-from .config import Config, UserError, Within, run_command
+from .config import Config, RunSubfolder, UserError, run_command
 from .config.importing import format_imports
 from .frequencies import Frequencies
 from .image_pipeline import ImagePipeline
-from .images.origin import TOKENS, resolve_source
+from .images.origin import TOKENS_KEY, resolve_source
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .metrics.pairs import condition_picture
 from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
@@ -99,7 +99,7 @@ class TrainPriorConfig(Config):
         "slow disk that exceed memory; null: shuffle all rows",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
-    init: Annotated[str | None, Within("pipeline", INDEX)] = Field(
+    init: Annotated[str | None, RunSubfolder("pipeline", INDEX)] = Field(
         None,
         description="pipeline whose prior initializes this one: its folder, its run or a Hub id; also sets the "
         "default of `model`",
@@ -174,7 +174,7 @@ class PriorTask(Task):
         if self.attributes:
             self.facts = {"columns": {name: column.kind for name, column in self.attributes.items()}}
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(device)}
-        self.players = {"model": list(self.model.parameters())}
+        self.param_groups = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.eval_splits.items()}
         self.pipeline(self.model)  # raise its errors before training, not after
@@ -271,7 +271,7 @@ class PriorTask(Task):
         pipeline = self.pipeline(model)
         if self.init:
             facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.init}
-        pipeline.provenance = {**self.data.source, "prior": facts, TOKENS: resolve_source(self.config.tokens)}
+        pipeline.provenance = {**self.data.source, "prior": facts, TOKENS_KEY: resolve_source(self.config.tokens)}
         pipeline.save_pretrained(run / "pipeline", sample_grid=pictures["samples"])
 
 

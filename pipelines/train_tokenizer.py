@@ -26,7 +26,7 @@ from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.losses import psnr, total_loss
 from tokenizer.model import CONFIG, PROVENANCE
 
-from .config import Config, UserError, Within, run_command
+from .config import Config, RunSubfolder, UserError, run_command
 from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images, report_division
 from .images.dataset import warn_about_colour
@@ -83,7 +83,7 @@ class TrainTokenizerConfig(Config):
     model: Annotated[dict[str, Any], Node("tokenizer.base:Tokenizer")] = Field(
         {"kind": "vqvae"}, description="the tokenizer"
     )
-    init: Annotated[str | None, Within("tokenizer", CONFIG)] = Field(
+    init: Annotated[str | None, RunSubfolder("tokenizer", CONFIG)] = Field(
         None,
         description="tokenizer that initializes this one (for posthoc, a klvae): its folder, its run or a Hub id; "
         "also sets defaults of `model` and `data`",
@@ -122,7 +122,7 @@ class TokenizerTask(Task):
         if config.data.frames is not None:  # as `encode` will
             FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)
         inherited = find_division(config)
-        self.images = load_images(config.data, inherited=inherited, together=True, stream=True, single_frames=True)
+        self.images = load_images(config.data, inherited=inherited, distributed=True, stream=True, single_frames=True)
         self.divided = self.images.facts
         report_division(self.images)
         warn_about_duplicates(self.images)
@@ -134,7 +134,7 @@ class TokenizerTask(Task):
         self.eval_splits = {split: images for split, images in splits.items() if images is not None}
         self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.eval_splits.items()}
         self.set_up(self.new_tokenizer())
-        if self.players and config.augmented and (changes := config.data.augment.describe()):
+        if self.param_groups and config.augmented and (changes := config.data.augment.describe()):
             self.notes = (f"each training image, anew in each epoch: {changes} (data.augment)",)
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
 
@@ -145,12 +145,12 @@ class TokenizerTask(Task):
         self.weights = combine_loss_weights(config.loss, tokenizer)
         parameters = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.nets: dict[str, nn.Module] = {"model": tokenizer} if parameters else {}
-        self.players = {"model": parameters} if parameters else {}
+        self.param_groups = {"model": parameters} if parameters else {}
         self.adversary: Adversary | None = None
         if parameters and config.critic.weight:
             self.adversary = make_adversary(config.critic, tokenizer.spec)
             self.nets["critic"] = self.adversary.critic
-            self.players["critic"] = list(self.adversary.critic.parameters())
+            self.param_groups["critic"] = list(self.adversary.critic.parameters())
             self.rates, self.betas = {"critic": config.critic.lr}, {"critic": config.critic.betas}
         self.reconstructions: deque[Tensor] = deque()  # one per micro-batch, for the critic's loss
         self.model = Stage(tokenizer, self.adversary.critic if self.adversary else None)
@@ -166,9 +166,11 @@ class TokenizerTask(Task):
         tokenizer.initialize(self.images.train.examples(count, self.config.train.seed))
         return tokenizer
 
-    def playing(self, step: int) -> list[str]:
+    def active_groups(self, step: int) -> list[str]:
         """Return the tokenizer, and the critic from step `critic.start` on."""
-        return [name for name in self.players if name != "critic" or (self.adversary and self.adversary.plays(step))]
+        return [
+            name for name in self.param_groups if name != "critic" or (self.adversary and self.adversary.plays(step))
+        ]
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return image indices and epochs; for a stream, positions in it."""
@@ -217,7 +219,7 @@ class TokenizerTask(Task):
         """Return the codebook, if its codes are means, after Lloyd steps on training images that are not augmented.
         Training fitted it to the vectors of earlier encoders, not of the averaged one."""
         tokenizer = model.tokenizer
-        if not (self.players and isinstance(tokenizer, Autoencoder) and tokenizer.quantizer.has_means):
+        if not (self.param_groups and isinstance(tokenizer, Autoencoder) and tokenizer.quantizer.has_means):
             return {}
         return group.on_main(lambda: self.refine_codebook(tokenizer))
 

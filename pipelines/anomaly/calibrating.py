@@ -24,7 +24,7 @@ from .calibration import (
     Calibration,
     Fitted,
     NormalScores,
-    Reference,
+    NormalStatistics,
     digest_of_name,
 )
 from .conformal import Floats, least_scores, round_scores, round_to, threshold
@@ -244,7 +244,7 @@ class NormalImages:
                 self._held[evidence.number] = evidence
             yield evidence
 
-    def fit(self, part: Part, parts: int) -> Reference:
+    def fit(self, part: Part, parts: int) -> NormalStatistics:
         """Fit scores and maps to the images of a part. parts: their number; each has a share of the stored points."""
         some = [self.rows[number] for number in part.fitting]
         chance = np.random.default_rng(self._seed)
@@ -254,14 +254,14 @@ class NormalImages:
         measured = {name: rows[mixed] for name, rows in found.items() if name in STATISTICS}
         fitted = fit_reference(measured, MAX_NEIGHBOURS // parts)
         if not self._mapped:
-            return Reference(fitted=fitted, scores={})
+            return NormalStatistics(fitted=fitted, scores={})
         codes = mean_of_codes(found["hidden"], found["tokens"], self._examination.pipeline.prior.grid.vocab_size)
         roles = Roles.choose(part.fitting)
         examine = partial(self.examine, measured=1)  # maps need no statistics
         maps = fit_maps(self._examination, examine, codes, roles, self._seed, MAX_POINTS // parts)
-        return Reference(fitted=fitted, maps=maps, scores={})
+        return NormalStatistics(fitted=fitted, maps=maps, scores={})
 
-    def score(self, part: Part, reference: Reference) -> Reference:
+    def score(self, part: Part, reference: NormalStatistics) -> NormalStatistics:
         """Return the reference with the highest score of each object of a part, by method."""
         methods, found = list_methods(self._examination.pipeline), dict[int, dict[str, Floats]]()
         for each in score_images(self._examination, self.examine(part.scoring), methods, [reference]):

@@ -83,7 +83,7 @@ class MapReference(Part):
         return self
 
 
-class Reference(Part):
+class NormalStatistics(Part):
     """What was fitted to some normal images, and the scores by it of others, by method."""
 
     optional = ("maps",)
@@ -133,7 +133,7 @@ class Calibration(Part):
     """None, and not in the file, with folds, which have their own."""
     scores: dict[str, NormalScores] = Field(min_length=1)
     """Scores by method, of all folds; `map` is the highest value of the combined map."""
-    folds: list[Reference] | None = Field(None, min_length=2, max_length=MAX_FOLDS)
+    folds: list[NormalStatistics] | None = Field(None, min_length=2, max_length=MAX_FOLDS)
     """With folds, what was fitted to the objects of all others, and the scores by it of the objects of each; None, and
     not in the file, for two halves. Not in files of 0.3."""
     surprise: Table
@@ -142,7 +142,7 @@ class Calibration(Part):
     """Mean |x - decode(encode(x))| per pixel, from 0 to 2, `(h, w)`, of the half for fitting; downsampled for large
     images."""
     maps: MapReference | None = None
-    """Reference for the method `hidden` and for maps; None, and not in the file, without them."""
+    """NormalStatistics for the method `hidden` and for maps; None, and not in the file, without them."""
     digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=MAX_IMAGES)
     """Digests of the images in both halves; see `digest_of`."""
     object_digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] | None = Field(None, max_length=MAX_IMAGES)
@@ -203,12 +203,12 @@ class Calibration(Part):
             )
 
     @property
-    def references(self) -> list[Reference]:
+    def references(self) -> list[NormalStatistics]:
         """What was fitted, and the normal scores by it: once, or without each fold."""
         if self.fitted is None:
             return self.folds or []
         scores = {name: each.values for name, each in self.scores.items()}
-        return [Reference(fitted=self.fitted, maps=self.maps, scores=scores)]
+        return [NormalStatistics(fitted=self.fitted, maps=self.maps, scores=scores)]
 
     @property
     def has_maps(self) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..images.pictures import find_user_stacklevel
 from ..images.views import View, check_places
-from .calibration import Calibration, Fitted, Reference, require_calibration
+from .calibration import Calibration, Fitted, NormalStatistics, require_calibration
 from .conformal import Floats, cross_p_values
 from .distances import CalibrationError
 from .examine import Evidence, Examination
@@ -129,7 +129,7 @@ class ImageScores(NamedTuple):
 
 
 def score_images(
-    examination: Examination, every: Iterable[Evidence], methods: Sequence[str], references: Sequence[Reference]
+    examination: Examination, every: Iterable[Evidence], methods: Sequence[str], references: Sequence[NormalStatistics]
 ) -> Iterator[ImageScores]:
     """Score images by `methods`, of which the first has the `worst` tile. Evidence of maps gives those, too. Tiles are
     scored together, up to `ROWS` at a time or those of one image."""
@@ -158,7 +158,7 @@ def take_together(every: Iterable[Evidence]) -> Iterator[list[Evidence]]:
         yield waiting
 
 
-def score_tiles(method: str, found: dict[str, Tensor], references: Sequence[Reference]) -> Floats:
+def score_tiles(method: str, found: dict[str, Tensor], references: Sequence[NormalStatistics]) -> Floats:
     """Score tiles by their statistics, `(K, n)`: by each of K references, or once if there is none."""
     if method in FITTED:
         return np.stack([fitted_score(method, found, each.fitted) for each in references])

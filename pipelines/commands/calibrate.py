@@ -15,7 +15,7 @@ from ..anomaly.calibrating import calibrate, check_promise, least_false_alarms, 
 from ..anomaly.calibration import MAX_FOLDED, MAX_FOLDS, MAX_IMAGES, Calibration
 from ..anomaly.scores import METHODS, NEEDS
 from ..condition_keys import ScoresWithCondition
-from ..config import UserError, Within, run_command
+from ..config import RunSubfolder, UserError, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
@@ -34,7 +34,7 @@ class CalibrateConfig(ScoresWithCondition):
         description="use every n-th held-out image (with data.group: object), starting with the first, and leave "
         "the others to `smalti detect`; 1: use all of them",
     )
-    background: Annotated[str | None, Within("pipeline", INDEX)] = Field(
+    background: Annotated[str | None, RunSubfolder("pipeline", INDEX)] = Field(
         None, description="folder of another pipeline over the same tokens, whose prior becomes the background prior"
     )
     false_alarms: float = Field(

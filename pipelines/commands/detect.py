@@ -102,7 +102,7 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectInput:
     """Images to score, a description of their origin, and the columns of `scores.csv` that are known before: `file`,
     and perhaps `object` and `class`."""
 
@@ -110,10 +110,10 @@ class Found:
     origin: str
     columns: dict[str, list[str]]
 
-    def select(self, rows: list[int]) -> Found:
+    def select(self, rows: list[int]) -> DetectInput:
         """Return the images `rows`."""
         columns = {name: [column[row] for row in rows] for name, column in self.columns.items()}
-        return Found(self.images.select(rows), self.origin, columns)
+        return DetectInput(self.images.select(rows), self.origin, columns)
 
 
 class Results(NamedTuple):
@@ -255,7 +255,7 @@ def find_all_masks(config: DetectConfig, names: Sequence[str], anomalous: NDArra
 
 def find_images(
     config: DetectConfig, pipeline: ImagePipeline, view: View
-) -> tuple[Found, NDArray[np.bool_], list[str]]:
+) -> tuple[DetectInput, NDArray[np.bool_], list[str]]:
     """Read the given images, or the held-out ones; also return which of them were trained on, `(n,)`, and further
     digests by which a calibration may know them, or none. Raises `UserError`."""
     columns, digests = dict[str, list[str] | None](), list[str]()
@@ -286,7 +286,7 @@ def find_images(
     if not config.paths and pipeline.binarized == "drawn" and not view.is_tiled:
         digests = images.digest(held_out.pixels(every))  # calibrations of 0.3 know rows by their own draw
     known = {name: column for name, column in columns.items() if column is not None}
-    return Found(images, origin, {"file": names, **known}), trained, digests
+    return DetectInput(images, origin, {"file": names, **known}), trained, digests
 
 
 def name_classes(files: list[Path], config: DetectConfig) -> list[str]:
@@ -320,7 +320,9 @@ def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
     return [str(file.relative_to(root)) for file, root in zip(files, within, strict=True)]
 
 
-def skip_used(found: Found, trained: NDArray[np.bool_], others: list[str], calibration: Calibration) -> Found:
+def skip_used(
+    found: DetectInput, trained: NDArray[np.bool_], others: list[str], calibration: Calibration
+) -> DetectInput:
     """Drop the images that the pipeline was trained or calibrated with, and other images of calibrated objects. Warns
     about sizes beyond those of the calibration. others: further digests of the images, or none. Raises `UserError` if
     no image is left, and for one that is smaller than a tile."""

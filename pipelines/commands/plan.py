@@ -132,7 +132,7 @@ class PlannedPrior(PriorTask):
             self.frozen = [reference := create()]
             objective = Alignment(self.model, reference, 1.0, 1.0)
         self.nets = {"model": objective}
-        self.players = {"model": list(self.model.parameters())}
+        self.param_groups = {"model": list(self.model.parameters())}
 
     def random_batch(self, count: int) -> tuple[Any, ...]:
         """Return tokens of `count` images, a label and null values of columns; with cca also contrasting labels."""
@@ -154,7 +154,7 @@ class PlannedTokenizer(TokenizerTask):
         require_networks(config.loss, channels)
         self.set_up(build_tokenizer(config.model, (height, width), channels, config.data))
         self.grid, self.perceptual, self.frozen = self.tokenizer.grid, None, list[nn.Module]()
-        if not self.players:
+        if not self.param_groups:
             raise UserError(f"model.kind: a {self.tokenizer.name} tokenizer has no weights to train")
         if config.loss.perceptual:
             self.perceptual = Perceptual(config.loss.perceptual_net, self.tokenizer.device, pretrained=False)
@@ -283,7 +283,7 @@ def count_bytes(task: PlannedPrior | PlannedTokenizer) -> tuple[int, int, int]:
     """Count the parameters, and the bytes of a run's states and of its checkpoint."""
     train, model = task.config.train, task.model
     weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
-    gradients = sum(parameter.nbytes for parameters in task.players.values() for parameter in parameters)
+    gradients = sum(parameter.nbytes for parameters in task.param_groups.values() for parameter in parameters)
     muon = task.matrices() if train.optimizer == "muon" else ()
     moments = 2 * gradients - sum(matrix.nbytes for matrix in muon)  # AdamW keeps two per weight, Muon one
     frozen = sum(value.nbytes for module in task.frozen for value in module.parameters())
@@ -308,7 +308,7 @@ def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tupl
         checkpoint_blocks([block for net in task.nets.values() for block in repeated_blocks(net)])
     for net in task.nets.values():
         net.forward = convert_outputs_to_fp32(autocast(net.forward))  # as accelerate does
-    for parameter in (parameter for parameters in task.players.values() for parameter in parameters):
+    for parameter in (parameter for parameters in task.param_groups.values() for parameter in parameters):
         parameter.grad = torch.zeros_like(parameter)
     flops = count_flops(partial(compute_gradients, task, 1))
     batches = task.config.batches or ((2, 4) if flops > LARGE else (8, 16))
@@ -318,8 +318,8 @@ def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tupl
 def compute_gradients(task: PlannedPrior | PlannedTokenizer, count: int) -> None:
     """Run all losses forward and backward on `count` images, at a late step, when a critic has its full weight."""
     batch, step = task.random_batch(count), sys.maxsize
-    for player in task.playing(step):
-        for name, parameters in task.players.items():
+    for player in task.active_groups(step):
+        for name, parameters in task.param_groups.items():
             for parameter in parameters:
                 parameter.requires_grad_(name == player)
         task.loss(player, batch, step)[0].backward()

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from tokenizer.files import HUB_ID
 
 from ..card import HUB_LICENCE
-from ..config import Config, UserError, Within, run_command
+from ..config import Config, RunSubfolder, UserError, run_command
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
 from ..saving import INDEX, read_variant, restore_dtypes
@@ -25,7 +25,7 @@ class PushConfig(Config):
 
     examples = ("folder=runs/gpt_digits/pipeline to=owner/name", "folder=runs/digits_tokens to=owner/digits-tokens")
 
-    folder: Annotated[str, Within("pipeline", INDEX)] = Field(
+    folder: Annotated[str, RunSubfolder("pipeline", INDEX)] = Field(
         description="folder of a pipeline, of the run that trained it, or of a token dataset"
     )
     to: str = Field(description="Hub id, owner/name; the repository is created if necessary")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST_VALIDATION, FEW_VALIDATION = 30, 300
-GUIDANCE = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+GUIDANCE_GRID = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 RISING = (2.0, 3.0, 4.0)  # guidance at the last token, 1 at the first
 TEMPERATURES = (0.85, 0.92, 1.0, 1.08, 1.16)
 TOP_P = (1.0, 0.98, 0.95, 0.9)
@@ -159,7 +159,9 @@ def list_settings(pipeline: ImagePipeline) -> Settings:
     """Return the settings to try for this pipeline, in search order."""
     settings: Settings = {}
     if pipeline.columns:
-        scales = {f"{scale:g}": (scale, None) for scale in GUIDANCE} | {f"1 to {end:g}": (1, end) for end in RISING}
+        scales = {f"{scale:g}": (scale, None) for scale in GUIDANCE_GRID} | {
+            f"1 to {end:g}": (1, end) for end in RISING
+        }
         settings["guidance"] = {
             value: {"guidance_scale": scale, "guidance_end": end, "guidance_power": None}
             for value, (scale, end) in scales.items()

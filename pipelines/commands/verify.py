@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tokenizer.files import MANIFEST, verify_manifest
 
-from ..config import Config, UserError, Within, importing, run_command
+from ..config import Config, RunSubfolder, UserError, importing, run_command
 from ..tokens import load_tokens
 from ..tokens.meta import META
 from ..tokens.shards import chunks
@@ -22,7 +22,7 @@ class VerifyConfig(Config):
 
     examples = ("folder=runs/gpt_digits/pipeline", "--import my_prior.py", "--import my_prior.py grid=4,4")
 
-    folder: Annotated[str | None, Within("pipeline", MANIFEST)] = Field(
+    folder: Annotated[str | None, RunSubfolder("pipeline", MANIFEST)] = Field(
         None,
         description="folder with a manifest.json: a token dataset, an exported tokenizer, a pipeline or its run; null: "
         "check the models loaded by --import",

@@ -2,14 +2,14 @@
 
 from .command import choose_device, run_command
 from .errors import UserError, is_first_process, tell
-from .schema import Config, Of, OutputConfig, Within
+from .schema import Config, DefaultsFrom, OutputConfig, RunSubfolder
 
 __all__ = [
     "Config",
-    "Of",
+    "DefaultsFrom",
     "OutputConfig",
     "UserError",
-    "Within",
+    "RunSubfolder",
     "choose_device",
     "is_first_process",
     "run_command",

@@ -25,7 +25,7 @@ from .arguments import nest_settings, read_arguments, read_preset, sort_words, s
 from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process, tell
 from .help import help_page, list_keys
 from .importing import import_all
-from .schema import C, Config, Of, resolve_short_forms, to_yaml
+from .schema import C, Config, DefaultsFrom, resolve_short_forms, to_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,9 @@ def parse(
         incomplete = problems or words.help is not None
         problems += [line for line in lines if not (incomplete and line.endswith(": missing"))]
     if words.help is not None:
-        unknown = {name for name, field in cls.model_fields.items() if find_mark(field, Of) and not further.get(name)}
+        unknown = {
+            name for name, field in cls.model_fields.items() if find_mark(field, DefaultsFrom) and not further.get(name)
+        }
         known = {name: given.get(name, {}) if name in unknown else value for name, value in data.items()}
         page = help_page(cls, verb, description, words.help, known, {*given, *further})
         print_and_exit(page, problems)

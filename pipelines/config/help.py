@@ -25,7 +25,7 @@ from tokenizer.config import (
 )
 
 from .errors import UserError, did_you_mean
-from .schema import Config, Of
+from .schema import Config, DefaultsFrom
 from .table import width, wrap, wrap_rows
 
 ALL = "all"
@@ -168,7 +168,7 @@ def list_sections(
         default = to_plain(field.get_default(call_default_factory=True))
         value = values.get(name, default)
         below = value if isinstance(value, dict) else {}
-        family, of = find_mark(field, Node), find_mark(field, Of)
+        family, of = find_mark(field, Node), find_mark(field, DefaultsFrom)
         whose = f"{of.name}'s" if of else owner
         if family is not None:
             chosen = below.get("kind", "null" if default is None else "required")

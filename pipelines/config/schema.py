@@ -40,16 +40,16 @@ class OutputConfig(Config):
 
 
 @dataclass(frozen=True)
-class Of:
-    """Mark settings whose defaults come from the model given by the key `name`: `Of("tokenizer")`."""
+class DefaultsFrom:
+    """Mark settings whose defaults come from the model given by the key `name`: `DefaultsFrom("tokenizer")`."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Within:
-    """Mark a path to a folder that contains the file `holds`: `Within("tokenizer", "config.json")`. The path of a run
-    with that folder as its subfolder `name` is accepted too, even if the run itself contains a file `holds`."""
+class RunSubfolder:
+    """Mark a path to a folder that contains the file `holds`: `RunSubfolder("tokenizer", "config.json")`. The path of a
+    run with that folder as its subfolder `name` is accepted too, even if the run itself contains a file `holds`."""
 
     name: str
     holds: str
@@ -66,7 +66,7 @@ def resolve_short_forms(cls: type[Config], data: Data) -> Data:
     """Replace a run folder by the subfolder it stands for, and `node=kind` by `{"kind": kind}`."""
     resolved = dict(data)
     for name, field in cls.model_fields.items():
-        if name in data and (within := find_mark(field, Within)):
+        if name in data and (within := find_mark(field, RunSubfolder)):
             resolved[name] = within.resolve(data[name])
         elif isinstance(data.get(name), str) and find_mark(field, Node) is not None:
             resolved[name] = {"kind": data[name]}

@@ -172,7 +172,7 @@ def load_attributes(
     splits: Mapping[str, ImageDataset],
     *,
     table: str | None = None,
-    together: bool = False,
+    distributed: bool = False,
     augmentations: int = 0,
     seed: int = 0,
 ) -> dict[str, LoadedColumn]:
@@ -180,8 +180,8 @@ def load_attributes(
     with `choose_data(config, sources)`. Kinds that are guessed are printed.
 
     table: a CSV, TSV, JSON lines or parquet file with a column `file_name`, relative to the folder of the images.
-    together: all launched processes call this. augmentations, seed: those of `encode`, which move random crops. Raises
-    `UserError`."""
+    distributed: all launched processes call this. augmentations, seed: those of `encode`, which move random crops.
+    Raises `UserError`."""
     images = list(splits.values())
     paths = paths_of(images) if all(each.origin[0].paths is not None for each in images) else None
     wanted, sheets = {source.column or name for name, source in sources.items()}, None
@@ -203,7 +203,7 @@ def load_attributes(
                 cells = read_table(config.source, images, column, source.kind == "grid")
             kind = source.kind or ("vector" if source.encoder else guess_format(cells).kind)
             if FORMATS[kind].of_pictures:
-                found[name] = load_pictures(cells, source, name, config, splits, together)
+                found[name] = load_pictures(cells, source, name, config, splits, distributed)
                 continue
             if source.tokenizer is not None:
                 raise ValueError(f"tokenizer is for columns of kind grid, and this is of kind {kind}")
@@ -238,7 +238,7 @@ def locate_crops(
 
 
 @dataclass(frozen=True)
-class Cells:
+class RawColumn:
     """A column, parallel to the images of all splits. Cells are read on access; None is null."""
 
     size: int
@@ -297,7 +297,7 @@ class Sheets:
             raise ValueError(f"{self.files[0]}: no row for the image {missing[0]}")
         self.rows = [found[path] for path in self.paths]
 
-    def read(self, column: str, is_picture: bool) -> Cells:
+    def read(self, column: str, is_picture: bool) -> RawColumn:
         """Return a column. Text of CSV files becomes numbers or lists, if all of it can. is_picture: cells are paths
         relative to the sheet, as those of `NAME_file_name` are."""
         files = f"{column}_file_name"
@@ -321,7 +321,7 @@ def parse_cell(text: Any) -> Any:
     return text
 
 
-def read_table(source: str, images: list[ImageDataset], column: str, is_picture: bool) -> Cells:
+def read_table(source: str, images: list[ImageDataset], column: str, is_picture: bool) -> RawColumn:
     """Return a column of parquet files or of a data set of the Hub."""
     import datasets
 
@@ -346,10 +346,10 @@ def read_table(source: str, images: list[ImageDataset], column: str, is_picture:
         return f"{source}: {origin.name(int(positions[row - starts[part]]))}"
 
     names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, or of a class
-    return Cells(len(table), lambda rows: table[list(rows)][column], name, names, open_cell)
+    return RawColumn(len(table), lambda rows: table[list(rows)][column], name, names, open_cell)
 
 
-def pair_images(folder: Path, config: DataConfig, paths: list[str]) -> Cells:
+def pair_images(folder: Path, config: DataConfig, paths: list[str]) -> RawColumn:
     """Return the images in `folder` with the stems (paths without suffix) of the images in the source."""
     root, partners = config.path or Path(), dict[str, str]()
 
@@ -366,7 +366,7 @@ def pair_images(folder: Path, config: DataConfig, paths: list[str]) -> Cells:
     return file_cells([partners[stem(path, root)] for path in paths])
 
 
-def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Cells:
+def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> RawColumn:
     """Return the image at the offset `frame` from each in its folder, in natural order; none before the first. Raises
     `ValueError` for a folder whose images are in two splits."""
     before, owners = dict[str, str | None](), dict[str, str]()
@@ -382,11 +382,11 @@ def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Cells:
     return file_cells([before[path] for path in paths_of(splits.values())])
 
 
-def list_cells(values: list[Any], name: Callable[[int], str]) -> Cells:
-    return Cells(len(values), lambda rows: [values[row] for row in rows], name)
+def list_cells(values: list[Any], name: Callable[[int], str]) -> RawColumn:
+    return RawColumn(len(values), lambda rows: [values[row] for row in rows], name)
 
 
-def file_cells(paths: list[str | None]) -> Cells:
+def file_cells(paths: list[str | None]) -> RawColumn:
     return replace(list_cells(paths, lambda row: str(paths[row])), open=Path)
 
 
@@ -423,12 +423,12 @@ class AttributeImages(ImageDataset):
 
 
 def load_pictures(
-    cells: Cells,
+    cells: RawColumn,
     source: AttributeSource,
     name: str,
     config: DataConfig,
     splits: Mapping[str, ImageDataset],
-    together: bool,
+    distributed: bool,
 ) -> LoadedColumn:
     """Check that all images can be decoded, and return them as a column. Those skipped are null. Raises `ValueError`
     without a tokenizer, and for cells that are no images."""
@@ -443,7 +443,7 @@ def load_pictures(
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer))
     pictures, every, spec = Source(cells.size, read, cells.name), np.arange(cells.size), tokenizer.spec
     memory = SameSize(cells.size, 0, spec)
-    _, bad = decode_all(pictures, every, partial(try_decode, spec=spec), memory, together)
+    _, bad = decode_all(pictures, every, partial(try_decode, spec=spec), memory, distributed)
     check_bad([([image for image in bad if image.reason != NO_IMAGE], cells.size)], config)
     missing = np.isin(every, [image.row for image in bad])
     parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])

@@ -84,14 +84,14 @@ def decode_all(
     positions: NDArray[np.int64],
     decode: Callable[[Payload], Pixels | str],
     memory: Memory,
-    together: bool = False,
+    distributed: bool = False,
 ) -> tuple[NDArray[np.int64], list[BadImage]]:
     """Decode each image at `positions` once, into `memory` as far as it fits; return the positions of the good ones,
     and the bad ones.
 
-    decode: returns pixels, or the reason why there are none. together: all processes call this with the same arguments;
-    each decodes a share of the images that do not fit."""
-    share = together and dist.is_initialized()
+    decode: returns pixels, or the reason why there are none. distributed: all processes call this with the same
+    arguments; each decodes a share of the images that do not fit."""
+    share = distributed and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
     found = list[tuple[int, BadImage]]()
 

@@ -170,7 +170,7 @@ class ImageDataset:
     # Other forms of the data set
 
     @property
-    def is_drawn(self) -> bool:
+    def is_stochastic(self) -> bool:
         """Whether black and white pixels are drawn; see `data.binarize`."""
         return self._binarize == "drawn"
 

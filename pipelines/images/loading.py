@@ -38,14 +38,14 @@ def load_images(
     config: DataConfig,
     *,
     inherited: Inherited | None = None,
-    together: bool = False,
+    distributed: bool = False,
     stream: bool = False,
     check: bool = True,
     single_frames: bool = False,
 ) -> Splits:
     """Open the source, decode every image once and return its splits.
 
-    inherited: the division with which a model was trained. together: all launched processes call this; each checks a
+    inherited: the division with which a model was trained. distributed: all launched processes call this; each checks a
     share of the images if these do not fit in memory. stream: with `data.streaming`, return the training images as
     `StreamedImages` instead of up to 2,000 of them with random access. check: False decodes images only on access,
     unless `on_error=skip`. single_frames: with `data.frames`, return the frames of the clips, each an image, in the
@@ -69,7 +69,7 @@ def load_images(
         memory = view.reserve(len(part.positions), 0 if is_lazy else room, config.spec)
         if not is_lazy:
             decode = partial(view.decode_one, spec=config.spec)
-            good, bad = decode_all(part.source, part.positions, decode, memory, together)
+            good, bad = decode_all(part.source, part.positions, decode, memory, distributed)
             part, room = part._replace(positions=good), memory.room
         decoded[name] = part, bad, memory
     check_bad([(bad, len(division.parts[name].positions)) for name, (_, bad, _) in decoded.items()], config)

@@ -12,7 +12,7 @@ LOCAL = "(a folder of whoever trained this: give data.source)"
 """Replaces a folder in uploads. Loading images from it fails, because no such folder exists."""
 FOLDER = "a local folder of images"
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
-TOKENS = "tokens"
+TOKENS_KEY = "tokens"
 """Key of the token dataset's path in a prior's provenance; useless on other machines."""
 REMARK = "("  # starts a remark in place of a source, such as `LOCAL`
 
@@ -55,7 +55,7 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
     def shared(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
             value = publish_splits(value) if key == SPLITS_KEY else value
-            return {name: shared(inner, name) for name, inner in value.items() if name != TOKENS}
+            return {name: shared(inner, name) for name, inner in value.items() if name != TOKENS_KEY}
         if isinstance(value, list):
             return [shared(inner) for inner in value]
         if key == "source" and isinstance(value, str):

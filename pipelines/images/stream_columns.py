@@ -18,7 +18,7 @@ from tokenizer.files import one_line
 from ..columns import FORMATS, guess_format
 from ..config import UserError
 from ..tokens.meta import label_column
-from .attributes import CELLS, AttributeSource, Cells, list_cells, report_kind
+from .attributes import CELLS, AttributeSource, RawColumn, list_cells, report_kind
 from .classes import describe_label, is_label, number_labels, warn_about_absent
 from .settings import DataConfig
 from .sources import Source
@@ -59,7 +59,7 @@ class StreamedColumn:
         """The column of the shards."""
         return self.source.column or self.name
 
-    def cells(self, samples: list[Sample]) -> Cells:
+    def cells(self, samples: list[Sample]) -> RawColumn:
         """Return the column in samples of a shard."""
         values = [sample["cells"][self.key] for sample in samples]
         return replace(list_cells(values, lambda row: str(samples[row]["name"])), names=list(self.names) or None)

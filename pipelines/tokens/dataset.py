@@ -8,7 +8,7 @@ conditions/NAME/       the tokenizer of the grid column NAME, if it is another o
 job.json               the settings of `pipelines.encode`; missing if `TokenDataset.save` wrote the folder
 manifest.json          sha256 and size of every file, written last
 
-The tokens of a split that is `drawn` are grey values, uint8 (n, *grid.shape, k): the chances of each binary digit of an
+The tokens of a `stochastic` split are grey values, uint8 (n, *grid.shape, k): the chances of each binary digit of an
 id, lowest first, to be 1. The ids are drawn on access.
 
 A small dataset is read into memory. A large one is memory-mapped, and rows are read from the disk on access."""
@@ -38,7 +38,7 @@ from ..images.origin import shareable
 from .meta import (
     CONDITIONS,
     META,
-    TOKENS,
+    TOKEN_FOLDER,
     Meta,
     check_meta,
     check_tokenizers,
@@ -118,16 +118,16 @@ class TokenDataset:
         could not be loaded again: invalid names of splits, classes or columns, labels out of range, missing columns."""
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
         fingerprint = self.tokenizer.fingerprint()
-        drawn = [name for name, split in self.splits.items() if split.drawn]
+        drawn = [name for name, split in self.splits.items() if split.stochastic]
         facts = shards, self.source, self.augmentations, fingerprint
         meta = Meta(self.grid, self.columns, *facts, dict(self.condition_sources), drawn)
         check_meta(meta, Path(META))
         check_tokenizers(meta, self.condition_tokenizers, CONDITIONS)
         for name, split in self.splits.items():
             check_labels(Path(name), split.given.rows.get(LABEL), self.columns.get(LABEL))
-        with atomic_folder(folder, kind=TOKENS) as target:
+        with atomic_folder(folder, kind=TOKEN_FOLDER) as target:
             for name, split in self.splits.items():
-                sizes, grid = shards[name], stored_grid(self.grid, split.drawn)
+                sizes, grid = shards[name], stored_grid(self.grid, split.stochastic)
                 for file, size, stop in zip(shard_names(name, len(sizes)), sizes, accumulate(sizes), strict=True):
                     rows = slice(stop - size, stop)
                     try:
@@ -254,7 +254,7 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:
     paths = [folder / name for name in shard_names(split, len(meta.shards[split]))]
-    grid, files = stored_grid(meta.grid, split in meta.drawn), list[dict[str, Tensor]]()
+    grid, files = stored_grid(meta.grid, split in meta.stochastic), list[dict[str, Tensor]]()
     for path, rows in zip(paths, meta.shards[split], strict=True):
         files.append(map_shard(path, rows, grid, meta.columns))
         if not mapped:
@@ -265,4 +265,4 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
     tokens = [file["tokens"] for file in files]
     found = MappedRows(tokens, partial(check_ids, grid.vocab_size), folder) if mapped else torch.cat(tokens)
     given = Given(meta.columns, open_columns(files, meta.columns, folder, mapped), len(found))
-    return TokenSplit(found, given, split in meta.drawn)
+    return TokenSplit(found, given, split in meta.stochastic)

@@ -43,12 +43,14 @@ TRAIN = "train"
 """The split whose classes are counted."""
 SOURCE = "source"
 """Key of a column's origin in `meta.json`."""
-TOKENS = FolderKind("a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta))
+TOKEN_FOLDER = FolderKind(
+    "a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta)
+)
 
 
 @dataclass(frozen=True)
 class Meta:
-    """The contents of `meta.json`. `shards`: the number of rows of each file of each split, in order. `drawn`: the
+    """The contents of `meta.json`. `shards`: the number of rows of each file of each split, in order. `stochastic`: the
     splits whose files hold grey values, from which ids are drawn on access."""
 
     grid: TokenGrid
@@ -58,7 +60,7 @@ class Meta:
     augmentations: int
     tokenizer: str
     condition_sources: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    drawn: list[str] = field(default_factory=list)
+    stochastic: list[str] = field(default_factory=list)
 
     def files(self) -> list[str]:
         return [name for split, sizes in self.shards.items() for name in shard_names(split, len(sizes))]
@@ -78,7 +80,7 @@ class Meta:
             "augmentations": self.augmentations,
             "tokenizer": self.tokenizer,
             **({"conditions": columns} if columns else {}),
-            **({"drawn": self.drawn} if self.drawn else {}),
+            **({"drawn": self.stochastic} if self.stochastic else {}),
         }
 
     def grids(self) -> dict[str, str]:
@@ -118,7 +120,7 @@ def count_classes(folder: Path, meta: Meta) -> Frequencies:
     """Count the classes and flags in the shards of the training split, if there is one."""
     sizes = meta.shards.get(TRAIN, [])
     columns = {name: column for name, column in meta.columns.items() if column.is_counted}
-    grid, names = stored_grid(meta.grid, TRAIN in meta.drawn), shard_names(TRAIN, len(sizes))
+    grid, names = stored_grid(meta.grid, TRAIN in meta.stochastic), shard_names(TRAIN, len(sizes))
     files = [map_shard(folder / name, rows, grid, columns) for name, rows in zip(names, sizes, strict=True)]
     rows = open_columns(files, columns, folder, mapped=True) if files else {}
     return Frequencies.count(Given(columns, rows, sum(sizes)))
@@ -227,7 +229,7 @@ def read_meta(folder: Path) -> Meta:
         augmentations=found.augmentations,
         tokenizer=found.tokenizer,
         condition_sources={name: source for name, (_, source) in found.conditions.items()},
-        drawn=list(found.drawn),
+        stochastic=list(found.drawn),
     )
 
 

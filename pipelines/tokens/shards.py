@@ -41,11 +41,11 @@ PREFIX = "condition."
 Indices = NDArray[np.int64] | Tensor | slice | list[int]
 
 
-def stored_grid(grid: TokenGrid, drawn: bool) -> TokenGrid:
+def stored_grid(grid: TokenGrid, stochastic: bool) -> TokenGrid:
     """Return the grid of a split's files. If its tokens are drawn, these are 256 grey values in place of each binary
     digit of an id, along a last axis."""
     digits = (grid.vocab_size - 1).bit_length()
-    return replace(grid, shape=(*grid.shape, digits), vocab_size=GREY_VALUES) if drawn else grid
+    return replace(grid, shape=(*grid.shape, digits), vocab_size=GREY_VALUES) if stochastic else grid
 
 
 def bytes_per_row(grid: TokenGrid, columns: Mapping[str, Column]) -> int:
@@ -251,12 +251,12 @@ class TokenSplit:
     """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `given`: what
     else is known of each row. `given[rows]` reads it.
 
-    drawn: `tokens` (n, *grid.shape, k) are grey values from 0 to 255: the chances of each of the k binary digits of an
-    id, lowest first, to be 1. `rows` draws the ids."""
+    stochastic: `tokens` (n, *grid.shape, k) are grey values from 0 to 255: the chances of each of the k binary digits
+    of an id, lowest first, to be 1. `rows` draws the ids."""
 
     tokens: Tensor | MappedRows
     given: Given
-    drawn: bool = False
+    stochastic: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -264,7 +264,7 @@ class TokenSplit:
     def rows(self, indices: Indices, epochs: NDArray[np.int64] | int = 0, seed: int = FIXED) -> Tensor:
         """Return the tokens of these rows, `(B, *grid.shape)` int64; if they are drawn, a function of (seed, epoch,
         row). epochs: (B,), or one for all. Raises `IndexError`."""
-        if self.drawn:
+        if self.stochastic:
             wanted = positions_of(indices, len(self))
             grey = self.tokens[torch.from_numpy(wanted)]
             digits = draw_pixels(grey, wanted, epochs, seed).long()
@@ -278,7 +278,7 @@ class TokenSplit:
 
     def ids(self) -> Tensor | MappedRows:
         """Return the tokens of all rows in a small unsigned type; if they are drawn, one fixed draw."""
-        if not self.drawn:
+        if not self.stochastic:
             return self.tokens
         kind = smallest_type(1 << self.tokens.shape[-1])
         return torch.cat([self.rows(rows).to(kind) for rows in chunks(len(self))])

@@ -22,7 +22,7 @@ from .shards import TokenSplit, chunks
 if TYPE_CHECKING:
     import datasets
 
-TOKENS = "tokens"
+TOKENS_COLUMN = "tokens"
 
 
 def table_features(grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.Features:
@@ -31,7 +31,7 @@ def table_features(grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.F
 
     kind = str(smallest_type(grid.vocab_size)).removeprefix("torch.")
     others = {name: format_of(name, column).feature() for name, column in columns.items()}
-    return datasets.Features({TOKENS: ids_feature(grid, kind), **others})
+    return datasets.Features({TOKENS_COLUMN: ids_feature(grid, kind), **others})
 
 
 def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.DatasetDict:
@@ -46,7 +46,7 @@ def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, columns: Mappin
             given = split.given[rows]
             values = {name: format_of(name, column).to_values(given.raw(name)) for name, column in columns.items()}
             tokens = split.rows(rows).to(smallest_type(grid.vocab_size)).numpy()
-            parts.append(datasets.Dataset.from_dict({TOKENS: tokens, **values}, features))
+            parts.append(datasets.Dataset.from_dict({TOKENS_COLUMN: tokens, **values}, features))
         return datasets.concatenate_datasets(parts)
 
     return datasets.DatasetDict({name: table(split) for name, split in splits.items()})

@@ -44,7 +44,7 @@ def announce_start(trainer: Trainer, changes: list[str], reason: str = "") -> No
     has_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if not reason and (line := recommend_bf16(precision, has_bf16)):
         print(f"{trainer.run}: {line}", flush=True)
-    if task.players and task.watched == "held_out":
+    if task.param_groups and task.watched == "held_out":
         what = "training is evaluated on held-out images, and the last weights are delivered"
         print(f"{trainer.run}: no validation images: {what}", flush=True)
     if trainer.precision_before not in (None, precision):
@@ -58,7 +58,7 @@ def progress_bar(trainer: Trainer) -> Iterator[Any]:
     """Show a progress bar if the main process has a terminal and something to train."""
     from tqdm import tqdm
 
-    hidden = not (trainer.main and trainer.task.players) or trainer.is_finished()
+    hidden = not (trainer.main and trainer.task.param_groups) or trainer.is_finished()
     options: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.5, "miniters": 1}
     with tqdm(
         total=trainer.config.steps, initial=trainer.step, unit="step", disable=True if hidden else None, **options
@@ -143,7 +143,7 @@ def describe_end(trainer: Trainer, done: bool, was_finished: bool) -> str:
     if not done:
         return f"stopped at step {trainer.step}; the same command continues"
     task = trainer.task
-    trained = f"{trainer.step:,} steps in {trainer.minutes:.1f} min" if task.players else "nothing to train"
+    trained = f"{trainer.step:,} steps in {trainer.minutes:.1f} min" if task.param_groups else "nothing to train"
     if trainer.cut:
         trained = describe_cut(trainer.step, trainer.cut)
     if trainer.best and trainer.best["step"] != trainer.step:

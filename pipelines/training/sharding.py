@@ -69,7 +69,9 @@ def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module
     for model, method in ((task.model, "encode_given"), (average, "encode_given"), (average, "log_prob")):
         register_fsdp_forward_method(model, method)
     found = dict(task.model.named_parameters())
-    task.players = {player: [found[names[p]] for p in parameters] for player, parameters in task.players.items()}
+    task.param_groups = {
+        player: [found[names[p]] for p in parameters] for player, parameters in task.param_groups.items()
+    }
     if accelerator.mixed_precision == "bf16":
         precise = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
         task.model.forward, task.model.encode_given = precise(task.model.forward), precise(task.model.encode_given)

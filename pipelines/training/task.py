@@ -29,13 +29,13 @@ class Task:
     model: nn.Module
     """The module that is saved, averaged and evaluated."""
     nets: dict[str, nn.Module]
-    players: dict[str, list[nn.Parameter]]
+    param_groups: dict[str, list[nn.Parameter]]
     """Parameters of each player, such as the tokenizer and its critic. Players take turns, each with its own optimizer.
-    Without players, nothing is trained."""
+    Without param_groups, nothing is trained."""
     rates: dict[str, float] = {}
-    """Learning rates of players, relative to `train.lr`; default 1."""
+    """Learning rates of param_groups, relative to `train.lr`; default 1."""
     betas: dict[str, tuple[float, float]] = {}
-    """AdamW's betas of players; default `train.betas`."""
+    """AdamW's betas of param_groups; default `train.betas`."""
     init: dict[str, Any] | None = None
     """`source` and `fingerprint` of the model that training starts from, if any; they must not change on resume."""
     notes: tuple[str, ...] = ()
@@ -75,11 +75,11 @@ class Task:
     def watched(self) -> Split:
         """The split evaluated during training: `validation` if it exists and there is anything to train, else
         `held_out`."""
-        return "validation" if self.players and "validation" in self.evaluated else "held_out"
+        return "validation" if self.param_groups and "validation" in self.evaluated else "held_out"
 
-    def playing(self, step: int) -> list[str]:
-        """Return the players that take this step, in order; all by default."""
-        return list(self.players)
+    def active_groups(self, step: int) -> list[str]:
+        """Return the param_groups that take this step, in order; all by default."""
+        return list(self.param_groups)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar that `player` minimises, and scalars to log."""
@@ -90,7 +90,7 @@ class Task:
         return hidden_matrices(self.model)
 
     def decaying(self) -> set[nn.Parameter]:
-        """Return the weights of all players that decay."""
+        """Return the weights of all param_groups that decay."""
         return set().union(*(decaying_weights(net) for net in self.nets.values()))
 
     def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:

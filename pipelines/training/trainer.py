@@ -194,7 +194,7 @@ class Trainer:
             player: make_optimizer(
                 parameters, matrices, decaying, self.config, task.betas.get(player, self.config.betas), bf16
             )
-            for player, parameters in task.players.items()
+            for player, parameters in task.param_groups.items()
         }
         record = self.load()
         self.group.on_main(self.prepare_run_folder)
@@ -281,7 +281,7 @@ class Trainer:
     def require_room(self) -> None:
         """Raise `UserError` if the disk has no room for a checkpoint and a snapshot."""
         weights = sum(value.nbytes for value in self.task.model.state_dict().values())
-        moments = sum(2 * p.nbytes for parameters in self.task.players.values() for p in parameters)
+        moments = sum(2 * p.nbytes for parameters in self.task.param_groups.values() for p in parameters)
         needed, free = int(SPARE * (4 * weights + moments)), shutil.disk_usage(self.run).free
         if free < needed:
             raise UserError(f"{self.run}: saving needs {needed:,} bytes, but only {free:,} are free")
@@ -332,7 +332,7 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Fraction of the schedule, at least 0: by steps, or by minutes in a run without `steps`."""
-        if not self.task.players:  # nothing to train: evaluate, preview and save at step 0
+        if not self.task.param_groups:  # nothing to train: evaluate, preview and save at step 0
             return 1.0
         if self.config.steps is not None:
             return self.step / self.config.steps
@@ -350,7 +350,7 @@ class Trainer:
     @property
     def cut(self) -> dict[str, Any]:
         """The limit in minutes that ended a finished run, and the steps that were planned; {} if it took them all."""
-        if not self.task.players or self.config.steps is None or self.step >= self.config.steps:
+        if not self.task.param_groups or self.config.steps is None or self.step >= self.config.steps:
             return {}
         return {"minutes": self.config.minutes, "steps": self.config.steps}
 
@@ -399,7 +399,7 @@ class Trainer:
         """Take one optimizer step per player on these micro-batches, then update the average."""
         seed = (self.config.seed * 1_000_003 + self.group.rank) * 1_000_003 + self.step
         torch.manual_seed(seed % (1 << 63))
-        finite = [self.step_player(player, micro_batches, lr) for player in self.task.playing(self.step)]
+        finite = [self.step_player(player, micro_batches, lr) for player in self.task.active_groups(self.step)]
         all_finite = torch.stack(finite).all()
         self.skips = torch.where(all_finite, self.skips * self.keep_total, self.skips + 1)
         self.update_average()
@@ -411,12 +411,12 @@ class Trainer:
         """Accumulate gradients over the micro-batches and step the player's optimizer. Skip the step if a scalar or the
         gradient norm is not finite on any process. Return whether all are finite, a bool on the device."""
         optimizer = self.optimizers[player]
-        if len(self.task.players) > 1:  # only this player gets gradients
-            for name, parameters in self.task.players.items():
+        if len(self.task.param_groups) > 1:  # only this player gets gradients
+            for name, parameters in self.task.param_groups.items():
                 for parameter in parameters:
                     parameter.requires_grad_(name == player)
         terms = self.accumulate(player, micro_batches)
-        norm = self.accelerator.clip_grad_norm_(self.task.players[player], self.config.clip)
+        norm = self.accelerator.clip_grad_norm_(self.task.param_groups[player], self.config.clip)
         terms["gradient_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
         values = in_finest(torch.stack([value.to(self.device) for value in terms.values()]))
         if self.group.world > 1:  # a non-finite value on one process makes the mean non-finite
@@ -426,10 +426,10 @@ class Trainer:
         for settings in optimizer.param_groups:
             settings["lr"] = lr * self.task.rates.get(player, 1.0)
         # Fused AdamW and our Muon skip the step if this is not 0.
-        optimizer.found_inf = (~finite).float().to(self.task.players[player][0].device)  # type: ignore[attr-defined]
+        optimizer.found_inf = (~finite).float().to(self.task.param_groups[player][0].device)  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()
-        prefix = "" if len(self.task.players) == 1 else f"{player}/"
+        prefix = "" if len(self.task.param_groups) == 1 else f"{player}/"
         names = tuple(prefix + name for name in terms)
         self.last_terms[player] = names, values
         self.scalars.add(names, values, finite)
@@ -514,7 +514,7 @@ class Trainer:
         split = self.task.watched
         self.evaluation = self.evaluate_split(split)
         score = self.task.score(self.evaluation)
-        keeps = self.config.keep_best and self.task.players and split == "validation" and score is not None
+        keeps = self.config.keep_best and self.task.param_groups and split == "validation" and score is not None
         if keeps and score > self.best.get("score", -math.inf):
             self.best = {"step": self.step, "score": score, "evaluation": self.evaluation}
             whole = self.collect_average()

@@ -314,8 +314,8 @@ def test_training_tokens_are_grey_values_and_others_are_drawn_once(source, drawn
     assert meta["drawn"] == ["train"] and data.grid.vocab_size == 2
     train, test, validation = (data.splits.get(name) for name in ("train", "test", "validation"))
     grey = images.train.grey().pixels(range(len(images.train)))[:, 0]
-    assert train.drawn and torch.equal(train.tokens, grey.unsqueeze(-1))
-    assert not test.drawn and len(test) == 5 * 12 and (validation is None or not validation.drawn)
+    assert train.stochastic and torch.equal(train.tokens, grey.unsqueeze(-1))
+    assert not test.stochastic and len(test) == 5 * 12 and (validation is None or not validation.stochastic)
     draws = test.tokens.view(5, 12, 8, 8)
     for number in range(5):
         wanted = to_uint8(images.held_out.batch(range(12), epoch=number))[:, 0] // 255
@@ -345,7 +345,7 @@ def test_a_thresholded_dataset_is_an_ordinary_one(source, tokenizer, tmp_path):
     plain = encode_images(source, tokenizer, tmp_path / "plain", binarize=None)
     assert "drawn" not in json.loads((folder / "meta.json").read_text())
     for name, split in load_tokens(folder).splits.items():
-        assert not split.drawn and torch.equal(split.tokens, load_tokens(plain).splits[name].tokens)
+        assert not split.stochastic and torch.equal(split.tokens, load_tokens(plain).splits[name].tokens)
 
 
 def test_grids_of_drawn_images_are_augmented_with_their_images_and_not_with_their_draws(source, tmp_path):
@@ -376,7 +376,7 @@ def test_rows_of_a_drawn_split_are_a_function_of_seed_epoch_and_row(drawn, tmp_p
     assert torch.equal(split.ids(), split.rows(slice(None))) and split.ids().dtype == torch.uint8
     load_tokens(drawn, mapped=mapped).save(tmp_path / "copy")
     copied = load_tokens(tmp_path / "copy").splits["train"]
-    assert copied.drawn and torch.equal(copied.rows(slice(None), 0, 1), whole)
+    assert copied.stochastic and torch.equal(copied.rows(slice(None), 0, 1), whole)
 
 
 def test_tables_hold_one_draw(drawn):
@@ -509,10 +509,10 @@ def test_a_drawn_training_split_gives_the_baseline_of_frequencies(source, drawn,
 def test_a_dataset_made_by_hand_is_drawn_too(tmp_path):
     tokenizer = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2)
     grey = torch.full((30, 4, 4, 1), 200, dtype=torch.uint8)
-    splits = {"train": make_split(grey, drawn=True), "test": make_split(torch.ones(3, 4, 4).long())}
+    splits = {"train": make_split(grey, stochastic=True), "test": make_split(torch.ones(3, 4, 4).long())}
     TokenDataset(tokenizer.grid, {}, splits, tokenizer, {}).save(tmp_path / "tokens")
     found = load_tokens(tmp_path / "tokens")
-    assert found.splits["train"].drawn and not found.splits["test"].drawn
+    assert found.splits["train"].stochastic and not found.splits["test"].stochastic
     with pytest.raises(ValueError):  # grey values are no ids
         TokenDataset(tokenizer.grid, {}, {"train": make_split(grey)}, tokenizer, {}).save(tmp_path / "bad")
 

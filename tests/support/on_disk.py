@@ -150,7 +150,7 @@ def read_tokens(folder: Path) -> dict[str, Any]:
     for name, split in data.splits.items():
         others, label = split.given[:].without(["label"]), split.given.rows.get("label")
         facts[name] = {
-            "drawn": split.drawn,
+            "drawn": split.stochastic,
             "tokens": ids(torch.as_tensor(np.asarray(split.tokens))),
             "labels": None if label is None else label.tolist(),
             "values": {name: numbers(values.nan_to_num(-7)) for name, values in others.rows.items()},

@@ -89,9 +89,9 @@ class TinyTask(Task):
         critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
         self.model = Both(net or Net(), critic)
         self.nets: dict[str, nn.Module] = {"model": self.model.net}
-        self.players = {"model": list(self.model.net.parameters())}
+        self.param_groups = {"model": list(self.model.net.parameters())}
         if critic is not None:
-            self.nets["critic"], self.players["critic"] = critic, list(critic.parameters())
+            self.nets["critic"], self.param_groups["critic"] = critic, list(critic.parameters())
         self.evaluated = {"held_out": 4, "validation": 4} if validation else {"held_out": 4}
         self.predictions: deque[Tensor] = deque()
         self.evaluations: list[tuple[str, dict[str, Tensor]]] = []
@@ -100,8 +100,8 @@ class TinyTask(Task):
         rows = torch.from_numpy(indices)
         return rows % IDS, (rows * 0.7 + torch.from_numpy(epochs)).sin().float()
 
-    def playing(self, step: int) -> list[str]:
-        return [name for name in self.players if name != "critic" or step >= (self.critic_start or 0)]
+    def active_groups(self, step: int) -> list[str]:
+        return [name for name in self.param_groups if name != "critic" or step >= (self.critic_start or 0)]
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         ids, targets = batch
@@ -109,7 +109,7 @@ class TinyTask(Task):
             found = self.nets["model"](ids, late=step >= self.late)
             loss = (found - targets).square().mean()
             terms = {"l1": (found - targets).abs().mean()}
-            if self.model.critic is not None and "critic" in self.playing(step):
+            if self.model.critic is not None and "critic" in self.active_groups(step):
                 self.predictions.append(found.detach())
                 loss = loss - 0.01 * self.model.critic(found[:, None]).mean()
         else:

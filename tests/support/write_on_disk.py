@@ -115,7 +115,7 @@ def write_tokens(folder: Path) -> None:
     add_columns(data).save(folder / "labels", rows_per_shard=4)
     tokenizer = make_tokenizer("pixels", (4, 4), 1, levels=2, patch=2)
     splits = {
-        "train": make_split(pattern(3, 2, 2, 4).to(torch.uint8), drawn=True),
+        "train": make_split(pattern(3, 2, 2, 4).to(torch.uint8), stochastic=True),
         "test": make_split(pattern(10, 2, 2, values=16).to(torch.uint8)),
     }
     TokenDataset(tokenizer.grid, {}, splits, tokenizer, {}).save(folder / "drawn")

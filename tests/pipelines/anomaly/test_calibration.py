@@ -20,7 +20,7 @@ from pipelines.anomaly.calibration import (
     Fitted,
     MapReference,
     NormalScores,
-    Reference,
+    NormalStatistics,
 )
 from pipelines.anomaly.distances import Distance, round_digits
 from pipelines.anomaly.scores import METHODS, anomaly_score
@@ -137,7 +137,7 @@ def test_a_calibration_of_many_images_can_be_read_again(trained):
     maps = {"response_mean": np.zeros(21), "response_deviation": np.ones(21), "pixel_mean": np.zeros(2)}
     maps |= {"pixel_deviation": np.ones(2), "image_mean": np.zeros(3), "image_deviation": np.ones(3)}
     fitted = Fitted(typical_bits=1.0, statistics=large.fitted.statistics, features=share)
-    fold = Reference(
+    fold = NormalStatistics(
         fitted=fitted,
         maps=MapReference(codes=round_digits(chance.random(1024)), points=points, **maps),
         scores=dict.fromkeys(METHODS, scores.values[:200]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.anomaly.calibrating import divide_objects, fit_reference, worst_of_objects
-from pipelines.anomaly.calibration import Reference
+from pipelines.anomaly.calibration import NormalStatistics
 from pipelines.anomaly.conformal import (
     benjamini_hochberg,
     cross_bound,
@@ -149,7 +149,7 @@ def flag_new_objects(folds, seed, alpha=0.05, objects=49, views=4):
     references, normal = [], []
     for part in divide_objects(owners, objects, seed, folds):
         fitted = fit_reference({name: rows[part.fitting] for name, rows in found.items()}, 50)
-        references.append(Reference(fitted=fitted, scores={}))
+        references.append(NormalStatistics(fitted=fitted, scores={}))
         held = {name: rows[part.scoring] for name, rows in found.items()}
         normal.append(worst_of_objects(score_tiles("joint", held, references[-1:])[0], part.owners))
     p = cross_p_values(score_tiles("joint", new, references), normal, 0.0)

@@ -190,7 +190,7 @@ def test_processes_share_the_check_of_images_that_they_do_not_keep(tmp_path, mon
         )
     monkeypatch.setattr(checking, "CHUNK", 3)
     monkeypatch.setattr(checking, "dist", group)
-    processes = group.run(lambda: load_images(data, together=True))
+    processes = group.run(lambda: load_images(data, distributed=True))
     once = GOOD + 3 + 4
     assert len(checked) == (size * once if cache_mb else once) and len(set(checked)) == once
     for splits in processes:
@@ -216,7 +216,7 @@ def test_images_at_their_own_size_are_held_by_all_processes_or_checked_by_one(mo
 
     def check() -> tuple[list[int], list[int], list[int | None]]:
         memory = Memory(60, room)
-        good, bad = checking.decode_all(source, np.arange(60), decode, memory, together=True)
+        good, bad = checking.decode_all(source, np.arange(60), decode, memory, distributed=True)
         return (
             good.tolist(),
             [each.row for each in bad],

@@ -17,11 +17,11 @@ from tokenizer.base import smallest_type
 from tokenizer.files import PipelineLoadError, write_manifest
 
 
-def make_split(tokens, columns=None, drawn=False, **rows):
+def make_split(tokens, columns=None, stochastic=False, **rows):
     """A split with raw rows of columns by name; without `columns`, of `label` as many classes as there are."""
     if columns is None:
         columns = label_column([str(k) for k in range(int(rows[LABEL].max()) + 1)]) if LABEL in rows else {}
-    return TokenSplit(tokens, Given(columns, rows, len(tokens)), drawn)
+    return TokenSplit(tokens, Given(columns, rows, len(tokens)), stochastic)
 
 
 def make_dataset(name="vqvae", labelled=True, rows=6, seed=0, **config):
