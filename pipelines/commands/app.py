@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class AppConfig(UsesImages):
-    """What to serve, at which address, and the limits for visitors."""
-
     examples = (
         "",
         "pipeline=runs/gpt_digits/pipeline port=8000 max_images=16",
@@ -58,7 +56,7 @@ def run(config: AppConfig) -> None:
     if find_spec("gradio") is None:
         raise UserError('the app needs the package gradio: pip install "smalti[app]"')
     if config.space is not None:
-        make_space(config, Path(config.space))
+        write_space_folder(config, Path(config.space))
         return
     from ..app.served import Served
     from ..app.serving import serve
@@ -82,8 +80,7 @@ def list_shipped_configs(config: AppConfig) -> list[AppConfig]:
     return [config.model_copy(update={"pipeline": path, "data": of}) for path, of in zip(folders, data, strict=True)]
 
 
-def make_space(config: AppConfig, out: Path) -> None:
-    """Write the folder of a Space."""
+def write_space_folder(config: AppConfig, out: Path) -> None:
     from ..app.space import write_space
 
     if not config.pipeline or Path(config.pipeline).exists():

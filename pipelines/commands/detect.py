@@ -374,7 +374,9 @@ def format_results(
             rows.append(("  of normal objects", f"{rate:.1%} of {len(normal):,} have a flagged image"))
     if "area" in columns:
         there = sum(pixels > 0 for pixels in columns["area"])
-        rows.append(("regions", f"in {there:,} of {len(flagged):,} images, where the combined map exceeds its threshold"))
+        rows.append(
+            ("regions", f"in {there:,} of {len(flagged):,} images, where the combined map exceeds its threshold")
+        )
     elif calibration.folds and calibration.has_maps:
         rows.append(("regions", f"not flagged: with folds={len(calibration.folds)}, the map has no threshold"))
     if anomalous is not None:

@@ -18,8 +18,6 @@ from ..tokens.shards import chunks
 
 
 class VerifyConfig(Config):
-    """What to check."""
-
     examples = ("folder=runs/gpt_digits/pipeline", "--import my_prior.py", "--import my_prior.py grid=4,4")
 
     folder: Annotated[str | None, RunSubfolder("pipeline", MANIFEST)] = Field(
@@ -46,7 +44,7 @@ def run(config: VerifyConfig) -> Path | None:
         return verify_folder(Path(config.folder))
     if not importing.IMPORTED:
         raise UserError("folder: missing; give folder=FOLDER, or --import FILE to check your own models")
-    found = list(check_imported(config))
+    found = list(check_imported_models(config))
     for name, promise, problem in found:
         print(f"ok      {name}: {promise}" if problem is None else f"BROKEN  {name}: {promise}: {problem}")
     if not found:
@@ -70,7 +68,7 @@ def verify_folder(folder: Path) -> Path:
     return folder
 
 
-def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
+def check_imported_models(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
     """Check each imported model, built with its default configuration. Yield its name, the promise, and the problem or
     None."""
     from prior import Prior

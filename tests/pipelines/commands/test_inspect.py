@@ -14,7 +14,7 @@ from pipelines.commands import inspect_ as inspect
 from pipelines.commands.inspect_ import (
     InspectConfig,
     compute_figures,
-    describe_figures,
+    describe_tokenizer,
     draw_page,
     examine,
     mean_patches,
@@ -71,7 +71,7 @@ def test_the_page_of_every_tokenizer_has_pictures_and_the_figures_of_reconstruct
     uses, errors = examine(model, images)
     figures, expected = compute_figures(uses, errors), evaluate_reconstruction(model, images)
     config = InspectConfig(tokenizer="x", num_images=9)
-    draw_page(model, images, uses, errors, describe_figures(model, figures), config)
+    draw_page(model, images, uses, errors, describe_tokenizer(model, figures), config)
     lossy, has_codes = not model.reversible, model.placed and not model.grid.channels
     ((_, charts, pictures),) = pages
     assert len(charts) == 1 + lossy and len(pictures) == has_codes + bool(model.prefixes) + lossy

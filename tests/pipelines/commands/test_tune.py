@@ -139,7 +139,7 @@ def search_for(peak, own, settings):
         return sum(abs((mine or 1.0) - (best or 1.0)) for mine, best in pairs)
 
     measured = []
-    return tune.search(measure, own, settings)
+    return tune.try_settings(measure, own, settings)
 
 
 @pytest.mark.parametrize(
