@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
@@ -29,8 +29,6 @@ from .schema import C, Config, DefaultsFrom, resolve_short_forms, to_yaml
 
 if TYPE_CHECKING:
     import torch
-
-LISTS_KEYS = "--help all lists them"
 
 R = TypeVar("R")
 
@@ -74,7 +72,7 @@ def parse(
     import_all(words.imports)
     parts, problems = read_arguments(words, cls.presets, cls.renamed)
     parts = [resolve_short_forms(cls, part) for part in parts]
-    given = merge_all(parts)
+    given: Data = reduce(merge, parts, Data())
     further: Data = {}
     try:
         further = defaults(given) if defaults else {}
@@ -115,7 +113,7 @@ def build_config(
     """
     parts = [*(read_preset(os.fspath(file), cls.presets, cls.renamed) for file in files), nest_settings(settings)]
     parts = [resolve_short_forms(cls, part) for part in parts]
-    data = merge_with_defaults(cls, [defaults(merge_all(parts)) if defaults else {}, *parts])
+    data = merge_with_defaults(cls, [defaults(reduce(merge, parts, {})) if defaults else {}, *parts])
     try:
         return cls.model_validate(data)
     except ValidationError as error:
@@ -123,22 +121,23 @@ def build_config(
         raise UserError("\n".join(map(one_line, lines))) from None  # hide pydantic's multi-line message
 
 
-def merge_all(parts: Sequence[Data]) -> Data:
-    """Merge the parts from left to right."""
-    return reduce(merge, parts, {})
-
-
 def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
-    """Merge the parts into the defaults one by one, adding the defaults of each kind that a part selects. Print what
-    a part of a model keeps when its kind changes."""
+    """Merge the parts into the defaults one by one, adding the defaults of each kind that a part selects. Print which
+    settings a part of a model keeps when its kind changes."""
     data, given, notes = defaults_of(cls), Data(), dict[str, Data]()
     for part in parts:
         part = keep_settings(cls, data, given, part, notes)
-        given = merge(name_kinds(given, data), part)
+        given = merge(add_kinds(given, data), part)
         data = with_defaults(cls, merge(data, part))
-    for key, reset in notes.items():
-        if is_first_process():
-            tell(one_line(describe_kept(key, reset, reduce(lambda node, name: node[name], key.split("."), given))))
+    for key, reset in notes.items() if is_first_process() else ():
+        node = reduce(lambda node, name: node[name], key.split("."), given)
+        kept, lost = (
+            ", ".join(f"{name}={show_value(value)}" for name, value in settings.items() if name != "kind")
+            for settings in (node, reset)
+        )
+        tell(
+            one_line(f"{key}: {node['kind']} with {kept or 'its defaults'}" + f"; it does not take {lost}" * bool(lost))
+        )
     return split_lists(cls, data)
 
 
@@ -167,7 +166,6 @@ def keep_settings(
 
 
 def accepts(model: type[Settings], name: str, value: Any) -> bool:
-    """Whether a kind has this setting, and takes this value."""
     if name == "kind" or name not in model.model_fields:
         return False
     try:
@@ -177,40 +175,23 @@ def accepts(model: type[Settings], name: str, value: Any) -> bool:
     return True
 
 
-def name_kinds(given: Data, data: Data) -> Data:
+def add_kinds(given: Data, data: Data) -> Data:
     """Return the settings `given` with the kind of each node, from `data`."""
     nodes = {name: data[name] for name, value in given.items() if isinstance(value, dict) and name in data}
-    named = {name: name_kinds(given[name], node) for name, node in nodes.items() if isinstance(node, dict)}
-    kind = {"kind": data["kind"]} if "kind" in data else {}
-    return {**given, **named, **kind}
-
-
-def describe_kept(key: str, reset: Data, node: Data) -> str:
-    """Describe a node whose kind changed: the settings given so far, which it keeps, and those it resets."""
-    kept = ", ".join(f"{name}={show_value(value)}" for name, value in node.items() if name != "kind")
-    lost = ", ".join(f"{name}={show_value(value)}" for name, value in reset.items() if name != "kind")
-    return f"{key}: {node['kind']} with {kept or 'its defaults'}" + (f"; it does not take {lost}" if lost else "")
+    nested = {name: add_kinds(given[name], node) for name, node in nodes.items() if isinstance(node, dict)}
+    return {**given, **nested, **({"kind": data["kind"]} if "kind" in data else {})}
 
 
 def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
     """Return a line for each unknown key at or below `key`, with the key that was probably meant."""
-    known, lines = list_keys(cls), list[str]()
-    for name in list_leaves(key, value):
-        first, dot, rest = name.partition(".")
-        hint = cls.unavailable.get(name) or did_you_mean(name, known, LISTS_KEYS)
-        hint = f"it is called {cls.renamed[first]}{dot}{rest[:200]} now" if first in cls.renamed else hint
-        nested = "in a file, write nested keys instead of dots"
-        lines.append(f"{name[:200]}: {nested if name in known else f'unknown key; {hint}'}")
-    return lines
-
-
-def list_leaves(key: str, value: Any) -> Iterator[str]:
-    """Yield the dotted keys of all leaves below `key`."""
     if isinstance(value, dict) and value:
-        for name, part in value.items():
-            yield from list_leaves(f"{key}.{name}", part)
-    else:
-        yield key
+        return [line for name, part in value.items() for line in describe_unknown(cls, f"{key}.{name}", part)]
+    known, (first, dot, rest) = list_keys(cls), key.partition(".")
+    if key in known:
+        return [f"{key}: in a file, write nested keys instead of dots"]
+    hint = cls.unavailable.get(key) or did_you_mean(key, known, "--help all lists them")
+    hint = f"it is called {cls.renamed[first]}{dot}{rest[:200]} now" if first in cls.renamed else hint
+    return [f"{key[:200]}: unknown key; {hint}"]
 
 
 def print_and_exit(text: str, problems: Sequence[str] = ()) -> NoReturn:

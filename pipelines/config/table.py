@@ -24,7 +24,7 @@ def table(rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 image`, `2,000 images`."""
+    """Return `1 image` or `2,000 images`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -34,7 +34,6 @@ def width() -> int:
 
 
 def wrap(text: str, columns: int) -> list[str]:
-    """Wrap text into lines without breaking at hyphens."""
     return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 

@@ -13,10 +13,9 @@ from tokenizer.config import Data
 
 
 class Loader(yaml.SafeLoader):
-    """Loads plain values only; keys must be text and unique."""
+    """Loads plain values; keys must be text and unique."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Construct a mapping. Raises `ConstructorError` for a key that is not text or appears twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
