@@ -31,12 +31,12 @@ REPORT_SECONDS = 0.4  # minimum time between progress reports, because each one 
 BROKEN = "Something went wrong on the server; see its log."
 Picked = Sequence[tuple[str, str | None]] | None
 """The value of a gallery: file and caption of each image."""
-Step = Callable[[int, int, str], None]
+ReportStep = Callable[[int, int, str], None]
 """Reports progress: units done, total, name of the unit. Raises `Stopped` after the visitor has clicked Stop."""
 
 
 class Stopped(Exception):
-    """Raised when the visitor has clicked Stop."""
+    """The visitor has clicked Stop."""
 
 
 @dataclass
@@ -49,12 +49,10 @@ class Served:
     max_upload_mb: float = 8
     train: ImageDataset | None = None
     num_index: int | None = None
-    stopping: set[str] = field(default_factory=set)
-    """Sessions whose visitor has clicked Stop."""
+    stopping: set[str] = field(default_factory=set)  # sessions whose visitor has clicked Stop
 
     @property
     def spec(self) -> ImageSpec:
-        """What the images are."""
         return self.pipeline.spec
 
     def code(self, *lines: str) -> str:
@@ -62,13 +60,8 @@ class Served:
         text = "\n".join(lines)
         names = [name for name in ("Image", "ImageSequence") if f"{name}." in text]
         imports = ["import numpy as np"] * ("np." in text) + [f"from PIL import {', '.join(names)}"] * bool(names)
-        head = [
-            *imports,
-            "from pipelines import ImagePipeline",
-            "",
-            f"pipe = ImagePipeline.from_pretrained({self.name!r})",
-        ]
-        return "\n".join([*head, text]) if lines else "\n".join(head)
+        load = f"pipe = ImagePipeline.from_pretrained({self.name!r})"
+        return "\n".join([*imports, "from pipelines import ImagePipeline", "", load, *lines])
 
     def handler(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """Return an event handler that calls `work(served, step, *values)` and shows errors in one line."""
@@ -104,7 +97,7 @@ class Served:
         self.stopping.add(str(request.session_hash))
 
 
-def report_tokens(step: Step) -> Any:
+def report_tokens(step: ReportStep) -> Any:
     """Return a `callback_on_step_end` that reports the number of tokens drawn."""
 
     def report(pipeline: Any, number: int, rank: int, tensors: dict[str, Tensor]) -> None:

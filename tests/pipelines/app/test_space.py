@@ -51,13 +51,8 @@ def test_three_files_say_how_the_hub_runs_it(tmp_path, capsys):
     ("keys", "problem"),
     [
         (["pipeline=not_there"], "not_there"),
-        (["pipeline=digits", "max_images=0"], "max_images"),
-        (["pipeline=digits", "max_upload_mb=0"], "max_upload_mb"),
-        (["pipeline=digits", "queue=0"], "queue"),
-        (["pipeline=digits", "port=70000"], "port"),
         (["pipeline={here}", "space={here}/space"], "space: the pipeline must be on the Hub"),
         (["pipeline=digits", "space={here}"], "space: "),
-        (["space={here}/space"], "space: the pipeline must be on the Hub"),
         (["data.source={here}"], "data: the pipelines in the package"),
     ],
 )

@@ -48,8 +48,10 @@ def command(world, verb, out):
     return [verb, model, *([] if verb == "calibrate" else [f"out={out}"])]
 
 
-@pytest.mark.parametrize("verb", OF_PIPELINES + OF_TOKENIZERS)
-@pytest.mark.parametrize("option", ["data.held_out_fraction=0.5", "data.split=train data.held_out_fraction=0.2"])
+REFUSED = [(verb, "data.held_out_fraction=0.5") for verb in OF_PIPELINES + OF_TOKENIZERS]
+
+
+@pytest.mark.parametrize(("verb", "option"), [*REFUSED, ("search", "data.split=train data.held_out_fraction=0.2")])
 def test_training_images_are_refused_as_held_out(world, tmp_path, capsys, verb, option):
     if verb == "probe":
         pytest.importorskip("sklearn")
