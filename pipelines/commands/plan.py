@@ -193,7 +193,7 @@ class Plan:
 
 def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     """Print and return the plan. Raises `UserError` and `ConfigError`."""
-    check_settings(config)
+    check_plan(config)
     device, rows = choose_device(config.device), config.rows
     build: Callable[[], PlannedPrior | PlannedTokenizer]
     if isinstance(config, PlanPriorConfig):
@@ -218,7 +218,7 @@ def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     return plan
 
 
-def check_settings(config: PlanPriorConfig | PlanTokenizerConfig) -> None:
+def check_plan(config: PlanPriorConfig | PlanTokenizerConfig) -> None:
     """Raise `UserError` for settings that are invalid or incomplete."""
     train, processes = config.train, config.gpus * config.train.accumulate
     if config.gpu not in GPUS:

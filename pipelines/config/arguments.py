@@ -125,11 +125,11 @@ def combine(one: Any, other: Any) -> Any:
 def read_preset(name: str, folder: str = "", renamed: Mapping[str, str] | None = None) -> Data:
     """Read a YAML file, or the preset of this name. folder: see `find_preset`; renamed: see `Config`. Raises
     `UserError`."""
-    data = read_file(name if os.path.isfile(name) else str(find_preset(name, folder)))
+    data = read_yaml_file(name if os.path.isfile(name) else str(find_preset(name, folder)))
     return rename_keys(data, renamed or {})
 
 
-def read_file(path: str) -> Data:
+def read_yaml_file(path: str) -> Data:
     """Read a YAML file that holds a mapping. Raises `UserError`."""
     try:
         data = read_yaml(Path(path).read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ OPTIONS = {
 }
 
 
-class Row(NamedTuple):
+class KeyRow(NamedTuple):
     key: str
     type: str
     default: str
@@ -52,10 +52,10 @@ class Section(NamedTuple):
     node: str = ""
     kind: str = ""
     sentence: str = ""
-    rows: tuple[Row, ...] = ()
+    rows: tuple[KeyRow, ...] = ()
 
 
-def help_page(
+def verb_help_page(
     cls: type[Config],
     verb: str,
     description: str | None,
@@ -122,7 +122,7 @@ def list_sections(
     heading of the first section. owner: model that provides the defaults, such as "pipeline's". families: of the
     enclosing nodes, whose members are not listed again.
     """
-    rows: list[Row] = []
+    rows: list[KeyRow] = []
     nested: list[Section] = []
     for name, field in cls.model_fields.items():
         if name == "kind" and issubclass(cls, Choices):
@@ -135,7 +135,7 @@ def list_sections(
         whose = f"{of.name}'s" if of else owner
         if family is not None:
             chosen = below.get("kind", "null" if default is None else "required")
-            row = Row(f"{key}.kind", "kind", str(chosen), f"{about}: {', '.join(models)}")
+            row = KeyRow(f"{key}.kind", "kind", str(chosen), f"{about}: {', '.join(models)}")
             if families:
                 rows.append(row)
             else:
@@ -146,7 +146,7 @@ def list_sections(
                     around = (*families, family.family)
                     nested += list_sections(model, inner, key, member, first_line, owner=whose, families=around)
         elif mapped := mapped_model(field):
-            rows.append(Row(f"{key}.{USER_NAME}", "text", "none", about))
+            rows.append(KeyRow(f"{key}.{USER_NAME}", "text", "none", about))
             first_line = (mapped.__doc__ or "").strip().split("\n")[0]
             nested += list_sections(mapped, {}, f"{key}.{USER_NAME}", "", first_line)
         elif models:
@@ -159,7 +159,7 @@ def list_sections(
                 key, text = f"{key}.{USER_NAME}", "null" if value == {} else text
             kinds = format_type(field.annotation, format_range(field.metadata))
             # That a key may be null goes without saying if null is the default.
-            rows.append(Row(key, kinds.removesuffix(" or null") if field.default is None else kinds, text, about))
+            rows.append(KeyRow(key, kinds.removesuffix(" or null") if field.default is None else kinds, text, about))
     if rows:
         yield Section(node, kind, sentence, tuple(rows))
     yield from nested

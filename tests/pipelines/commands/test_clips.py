@@ -113,19 +113,6 @@ def test_one_clip_as_a_film(folder, tmp_path):
     assert len(open_clip(str(next((tmp_path / "out").glob("*.gif"))))) == T
 
 
-def test_values_of_another_type_are_kept(tmp_path):
-    pipe = make_clips(channels=2, sizes={"dtype": "uint16", "range": (0.0, 4095.0)})
-    pipe.save_pretrained(tmp_path / "pipeline")
-    clips = pipe(4, [0, 1, 0, 1], seed=3, output_type="np").images
-    generate(tmp_path / "pipeline", tmp_path / "npy")
-    generate(tmp_path / "pipeline", tmp_path / "it.npz")
-    generate(tmp_path / "pipeline", tmp_path / "gif", "format=gif")
-    stored = np.load(tmp_path / "npy/00001.npy")
-    assert clips.dtype == stored.dtype == np.uint16 and np.array_equal(stored, clips[1])
-    assert np.array_equal(np.load(tmp_path / "it.npz")["arr_0"], clips)
-    assert len(read_clip(tmp_path / "gif/00001.gif")) == T
-
-
 @pytest.mark.parametrize("form", ["files", "folder", "frames"])
 def test_files_of_clips_are_continued(pipe, folder, tmp_path, form):
     """From files, a folder of clips, or a folder of frames: as `pipe.complete` does, and given frames are kept."""
@@ -215,16 +202,6 @@ def test_evaluate_prints_bits_per_frame(pipe, folder, tmp_path, capsys):
     assert len(stored["frame_bits"]) == T and f"{stored['frame_bits'][0]:.0f}, " in line
 
 
-def test_a_clip_is_the_nearest_to_itself(folder, tmp_path, capsys):
-    save_clips(tmp_path / "in/train", 8)
-    save_clips(tmp_path / "in/test", 2, seed=1)
-    file = tmp_path / "in/train/dog/03.npy"
-    out = f"out={tmp_path / 'it.png'}"
-    main(["search", f"pipeline={folder}", *describe_data(tmp_path / "in"), f"images={file}", "k=1", out])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "03.npy[0:3]: " in line]
-    assert "dog/03.npy" in line.split(": ")[1] and line.endswith("0.000")
-
-
 # Streams
 
 
@@ -309,23 +286,6 @@ def test_only_clips_of_the_size_are_compressed_or_resized_ones(tmp_path, capsys)
     assert np.array_equal(pipe.decompress((tmp_path / "it.smalti").read_bytes(), output_type="np")[0], few)
     main(["compress", *argv, f"images={tmp_path / 'large.gif'}", "resize=true", "overwrite=true"])
     assert len(pipe.decompress((tmp_path / "it.smalti").read_bytes())) == 1
-
-
-def test_streams_of_clips_take_rows_of_conditions(pipe, folder, tmp_path, capsys):
-    """All windows of a clip have the row of its file."""
-    pytest.importorskip("constriction")
-    save_clips(tmp_path / "in", 2)
-    (tmp_path / "rows.csv").write_text("file_name,label\n01.npy,dog\n00.npy,cat\n")
-    run = [f"pipeline={folder}", f"conditions={tmp_path / 'rows.csv'}"]
-    main(["compress", *run, f"images={tmp_path / 'in'}", f"out={tmp_path / 'it.smalti'}"])
-    main(["decompress", *run, f"stream={tmp_path / 'it.smalti'}", f"out={tmp_path / 'out'}"])
-    data = (tmp_path / "it.smalti").read_bytes()
-    clips = pipe.decompress(data, condition={"label": ["cat", "dog"]}, output_type="np")
-    assert np.array_equal(read_values(tmp_path / "out/cat/00.npy.gif"), clips[0])
-    (tmp_path / "rows.csv").write_text("file_name,label\n01.npy,cat\n00.npy,dog\n")
-    assert "another condition" in fails(
-        capsys, "decompress", *run, f"stream={tmp_path / 'it.smalti'}", f"out={tmp_path / 'new'}"
-    )
 
 
 def test_one_table_serves_both_ways_for_folders_and_longer_clips(folder, tmp_path):

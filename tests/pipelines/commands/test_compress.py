@@ -85,15 +85,14 @@ def test_what_cannot_be_compressed_is_an_error_and_leaves_nothing(tmp_path, caps
     assert "out" in refused(out=folder / "some" / "all.smalti")
 
 
-@pytest.mark.parametrize("names", [["a.bmp", "a.bmp.png"], ["a.bmp", "a.bmp.png/b.png"]])
-def test_names_that_could_not_be_restored_are_refused(tmp_path, capsys, names):
+def test_names_that_could_not_be_restored_are_refused(tmp_path, capsys):
     saved(tmp_path, channels=1, prior="marginal")
-    for name in names:
-        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "mine").mkdir()
+    for name in ("a.bmp", "a.bmp.png"):
         Image.new("L", (8, 8)).save(tmp_path / "mine" / name)
     stream = tmp_path / "mine.smalti"
     line = fails(capsys, "compress", *arguments(tmp_path, f"images={tmp_path / 'mine'}", f"out={stream}"))
-    assert names[0] in line and not stream.exists()
+    assert "a.bmp" in line and not stream.exists()
 
 
 def test_what_cannot_be_decompressed_is_an_error_and_leaves_nothing(tmp_path, capsys):

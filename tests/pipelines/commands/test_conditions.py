@@ -101,12 +101,6 @@ def test_anomalies_are_scored_given_the_condition_of_each_image(world, calibrate
     assert not np.allclose(expected, pipe.anomaly_score(images, "nll"), rtol=1e-3)
 
 
-def test_scores_need_the_columns_of_the_calibration(world, calibrated, tmp_path, capsys):
-    line = fails(capsys, "detect", f"pipeline={calibrated}", f"out={tmp_path}/found", "condition.age=30")
-    assert "calibrated with age, label, outline given, but now with age" in line
-    assert not (tmp_path / "found").exists()
-
-
 def test_a_stream_needs_the_same_condition(world, tmp_path, capsys):
     pytest.importorskip("constriction")
     argv = [f"pipeline={world}/pipe", "device=cpu"]
@@ -120,18 +114,3 @@ def test_a_stream_needs_the_same_condition(world, tmp_path, capsys):
     for other in ([], ["condition.age=30"], given(world)[:1]):
         assert "condition" in fails(capsys, *argv, *other)
     assert not (tmp_path / "b").exists()
-
-
-def test_mistakes_are_one_line(world, tmp_path, capsys):
-    (tmp_path / "some").mkdir()
-    shutil.copy(world / "outlines" / "test" / "1.png", tmp_path / "some")
-    images = [f"pipeline={world}/pipe", f"images={world}/images/test"]
-    for key, verb, *argv in (
-        ("has no picture", "complete", f"condition.outline={tmp_path / 'some'}"),
-        ("give labels, or 'label'", "complete", "labels=cat", "condition.label=cat"),
-        ("unknown column 'agee'", "compress", "condition.agee=3"),
-    ):
-        assert key in fails(
-            capsys, verb, *images, f"out={tmp_path}/x.{'png' if verb == 'complete' else 'smalti'}", *argv
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["some"]

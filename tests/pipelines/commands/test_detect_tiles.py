@@ -18,7 +18,6 @@ from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.anomaly import scores
 from pipelines.anomaly.scores import anomaly_score
 from pipelines.anomaly.sheets import reduce_map, reduce_mask
 from pipelines.images import views
@@ -120,16 +119,6 @@ def test_folds_have_maps_but_flag_no_regions(world, tmp_path, capsys):
     main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", *given])
     assert "not flagged: with folds=2, the map has no threshold" in capsys.readouterr().out
     assert "area" not in rows_of(tmp_path / "found/scores.csv")[0]
-
-
-def test_maps_are_computed_only_where_they_are_used(world, tmp_path, monkeypatch):
-    made, own = [], scores.map_image
-    monkeypatch.setattr(scores, "map_image", lambda *given: made.append(1) or own(*given))
-    given = [f"pipeline={world}/pipe", f"images={world}/new", "tile=true", "num_shown=1", f"out={tmp_path}/found"]
-    for more, expected in (("map=bits", 0), ("map=hidden", 1)):
-        main(["detect", *given, more, "overwrite=true"])
-        assert bool(made) == bool(expected) and ("area" in rows_of(tmp_path / "found/scores.csv")[0]) == bool(expected)
-        made.clear()
 
 
 def test_few_images_are_in_memory_at_a_time(world, tmp_path, monkeypatch):

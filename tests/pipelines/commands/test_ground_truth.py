@@ -181,12 +181,6 @@ def test_other_names_of_good_images_and_masks_that_vanish(world, tmp_path, capsy
     assert "without a pixel in the mask at this size: 8 defective images" in printed
 
 
-def test_an_image_whose_name_shows_no_object_is_one_line(world, tmp_path, capsys):
-    write(tmp_path / "other", stripes(3)[:, 0].numpy(), "abc")
-    line = fails(capsys, "detect", f"pipeline={world}/pipe", f"images={tmp_path}/other", f"out={tmp_path}/out")
-    assert line.startswith("error: data.group: ") and "a.png" in line and "null" in line
-
-
 def list_masks(world):
     """Return the row of each image in a table of masks."""
     for path in sorted((world / "test").rglob("*.png")):

@@ -1,6 +1,5 @@
 """`smalti inspect`: figures and pictures of every kind of tokenizer, and refusals."""
 
-import shutil
 
 import numpy as np
 import pytest
@@ -124,14 +123,6 @@ def test_a_report_is_written(world, tmp_path, capsys):
     with Image.open(tmp_path / "new" / "page.png") as picture:
         assert picture.width > 800 and picture.height > 800
     assert f"{COUNT} held-out images" in printed and "PSNR" in printed
-
-
-def test_a_report_is_not_written_into_the_pipeline_of_a_grid(world, tmp_path, capsys):
-    inner = tmp_path / "pipe" / "conditions" / "outline"
-    shutil.copytree(world / "tokenizer", inner)
-    write_json(tmp_path / "pipe" / INDEX, {})
-    assert "out: " in fails(capsys, "inspect", f"tokenizer={inner}", f"out={tmp_path / 'pipe' / 'page.png'}")
-    assert not (tmp_path / "pipe" / "page.png").exists()
 
 
 @pytest.mark.parametrize(
