@@ -98,7 +98,7 @@ class Served:
 
 
 def report_tokens(step: ReportStep) -> Any:
-    """Return a `callback_on_step_end` that reports the number of tokens drawn."""
+    """Return a `callback_on_step_end` that reports the number of sampled tokens."""
 
     def report(pipeline: Any, number: int, rank: int, tensors: dict[str, Tensor]) -> None:
         known = tensors["known"]

@@ -27,24 +27,16 @@ class CalibrateConfig(ScoresWithCondition):
     examples = ("pipeline=runs/gpt_digits/pipeline",)
 
     every: int = Field(
-        2,
-        ge=1,
-        description="use every n-th held-out image (with data.group: object) and leave the others to `smalti detect`",
+        2, ge=1, description="use every n-th held-out image (or object), and leave the others to `smalti detect`"
     )
     background: Annotated[str | None, RunSubfolder("pipeline", INDEX)] = Field(
         None, description="folder of another pipeline over the same tokens, whose prior becomes the background prior"
     )
     false_alarms: float = Field(
-        0.05,
-        gt=0,
-        lt=1,
-        description="share of new normal images that may be flagged, without `confidence` on average",
+        0.05, gt=0, lt=1, description="share of new normal images that may be flagged, on average"
     )
     confidence: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="probability that the flagged share is at most `false_alarms`; 0.9 or 0.95 need more images",
+        None, gt=0, lt=1, description="probability that at most this share is flagged, instead of on average: 0.9"
     )
     folds: int = Field(
         1,
@@ -72,8 +64,8 @@ def run(config: CalibrateConfig) -> Calibration:
         images = config.load_images(pipeline, whole=config.tile).held_out
         chosen, units, groups, objects = np.arange(0, len(images), config.every), len(images), None, None
         if (names := images.objects()) is not None:
-            every, units = np.unique(names), len(np.unique(names))
-            chosen = np.flatnonzero(np.isin(names, every[:: config.every]))
+            every = np.unique(names)
+            chosen, units = np.flatnonzero(np.isin(names, every[:: config.every])), len(every)
             groups, objects = [names[row] for row in chosen], len(every[:: config.every])
         try:
             check_promise(len(chosen), config.false_alarms, config.confidence, objects, config.folds)

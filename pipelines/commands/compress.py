@@ -66,7 +66,7 @@ def run(config: CompressConfig) -> Path:
     out.check_file()
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "compress")
-    size, spec, shape = chunk_images(pipeline), pipeline.spec, pipeline.spec.shape
+    spec, shape, at_once = pipeline.spec, pipeline.spec.shape, chunk_images(pipeline)
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
     names = name_restored(paths, root, restored_suffix(pipeline, config.lossless))
@@ -76,13 +76,15 @@ def run(config: CompressConfig) -> Path:
     keys = config.read_condition(pipeline, count, paths)
 
     def parts() -> Iterator[Tensor]:
-        for first in range(0, count, size):
-            images = [read_image_or_clip(source, row, spec, config) for row in range(first, min(first + size, count))]
-            yield torch.stack(images).to(pipeline.device)
+        for first in range(0, count, at_once):
+            rows = range(first, min(first + at_once, count))
+            yield torch.stack([read_image_or_clip(source, row, spec, config) for row in rows]).to(pipeline.device)
 
     def read_whole(number: int) -> Tensor:
-        with user_errors(Exception, prefix=f"images: {paths[number]}: "):  # Pillow raises almost anything
+        try:
             return whole_image(open_image(Path(paths[number])), shape[0], config.lossless)
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
     whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * count
     if config.tile:
@@ -91,16 +93,13 @@ def run(config: CompressConfig) -> Path:
         if {*sizes} == {spec.size}:
             tell("tile: not needed, because all images have the size of the pipeline")
     began = time.monotonic()
-    options: dict[str, Any] = {
-        "lossless": config.lossless,
-        "names": names,
-        "chooses_classes": LABEL not in keys.written,
-    }
+    chooses = LABEL not in keys.written
+    options: dict[str, Any] = {"lossless": config.lossless, "names": names, "chooses_classes": chooses}
     with (
         user_errors(StreamError, LikelihoodError),
         lock_output(config.out),
-        out.file() as temporary,
-        open(temporary, "wb") as file,
+        out.file() as path,
+        open(path, "wb") as file,
     ):
         if config.tile:
             written = write_tiles(pipeline, file, whole, sizes, keys.given, **options)
@@ -140,7 +139,7 @@ def read_image_or_clip(source: Source, row: int, spec: ImageSpec, config: Compre
     try:
         (payload,) = source.payloads([row])
         return to_float(read_exact(payload, spec, config.lossless))
-    except Exception as error:  # damaged files make Pillow raise almost anything
+    except Exception as error:  # as above
         hint = "; resize=true resizes and crops images, tile=true cuts images into tiles"
         hint = hint if "pixels" in str(error) else REMOVE
         raise UserError(f"images: {source.name(row)}: {error}{hint}") from error

@@ -46,9 +46,7 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
     often = "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions method fdr tile"
 
     images: str | list[str] | None = Field(
-        None,
-        description="image files and folders; default: the held-out images of `data`. Images (with data.group, "
-        "objects) of training and calibration are skipped",
+        None, description="image files and folders, without those of training and calibration; default: held-out images"
     )
     normal_labels: list[int | str] | None = Field(
         None, description="normal classes (for `images`: names of folders), to measure how well others are detected"
@@ -67,11 +65,7 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
         "combined with filter responses; null: combined if the calibration has it, else bits",
     )
     fdr: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="false discovery rate: mean share of normal images among those flagged (Benjamini and Hochberg); "
-        "null: flag scores above the threshold, or with folds p <= false_alarms",
+        None, gt=0, lt=1, description="flag by this false discovery rate instead: mean share of normal images flagged"
     )
     out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, with other classes, figures.json")
     num_shown: int = Field(8, ge=1, le=64, description="how many of the most, and of the least, anomalous to show")

@@ -42,8 +42,7 @@ class ImportConfig(Config):
     out: str = Field(description="folder to write the tokenizer to")
     image_size: Side | tuple[Side, Side] | None = Field(
         None,
-        description="image size, one number or height,width; default: from the config.json beside the weights, else "
-        f"{IMAGE_SIZE}",
+        description=f"one number or height,width; default: from a config.json beside the weights, else {IMAGE_SIZE}",
     )
     layout: Literal["ibq"] | None = Field(
         None, description="layout of the weights, if ambiguous: ibq (SEED-Voken) uses the names of taming-transformers"
@@ -55,10 +54,7 @@ class ImportConfig(Config):
         None, description="l2-normalise vectors and codes before comparing them; default: for LlamaGen only"
     )
     groups: int | None = Field(
-        None,
-        ge=1,
-        le=4096,
-        description=f"groups of a group normalisation; default: of a diffusers model, else {GROUPS}",
+        None, ge=1, le=4096, description=f"groups of group normalisations; default: of a diffusers model, else {GROUPS}"
     )
 
 
@@ -90,22 +86,22 @@ def run(config: ImportConfig) -> Path:
 def find_safetensors(source: str) -> Path:
     """Find the safetensors file that `source` is or contains. Raises `UserError`."""
     path = Path(os.path.expanduser(source))
-    if not path.exists():
-        raise UserError(f"source: no such file or folder: {source[:200]} (download models from the Hub first)")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [file for file in files if file.suffix == ".safetensors"]
+    found = [file for file in files if file.suffix == ".safetensors" and file.exists()]
     preferred = [file for file in found if file.name == DIFFUSERS_WEIGHTS] or found
-    if len(preferred) > 1:
+    if len(preferred) == 1:
+        return preferred[0]
+    if not path.exists():
+        problem = f"no such file or folder: {source[:200]} (download models from the Hub first)"
+    elif found:
         names = ", ".join(file.name for file in found[:5])
-        raise UserError(f"source: {path} contains {len(found)} .safetensors files; choose one of them ({names})")
-    if not preferred and (code := [file for file in files if file.suffix.lower() in CODE]):
-        raise UserError(
-            f"source: {code[0]} can run code when it is opened; if you trust it, load the weights in Python, save "
-            "them with safetensors.torch.save_file, and import that file"
-        )
-    if not preferred:
-        raise UserError(f"source: {path} contains no .safetensors file; is the model in a subfolder?")
-    return preferred[0]
+        problem = f"{path} contains {len(found)} .safetensors files; choose one of them ({names})"
+    elif code := [file for file in files if file.suffix.lower() in CODE]:
+        problem = f"{code[0]} can run code when it is opened; if you trust it, load the weights in Python, save them "
+        problem += "with safetensors.torch.save_file, and import that file"
+    else:
+        problem = f"{path} contains no .safetensors file; is the model in a subfolder?"
+    raise UserError(f"source: {problem}")
 
 
 def make_config(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, given: ImportConfig) -> Any:

@@ -18,9 +18,7 @@ class PresetsConfig(Config):
 
     name: str = Field("", description="list only names that contain this text, such as name=digits or name=prior/")
     paths: bool = Field(
-        False,
-        description="print only paths, as for accelerate launch --config_file "
-        "$(smalti presets name=accelerate/fsdp paths=true)",
+        False, description="print only paths, as for --config_file $(smalti presets name=accelerate/fsdp paths=true)"
     )
 
 

@@ -36,9 +36,7 @@ class SearchConfig(UsesImages, OutputConfig):
     num_index: int | None = Field(10_000, ge=1, description="number of training images to search; null: all")
     k: int = Field(9, ge=1, le=1000, description="number of neighbours per query")
     layer: int | str | None = Field(
-        None,
-        description="features: a layer of the prior (3 or prior.3), pixels, codes or embeddings; default: "
-        "the middle layer",
+        None, description="features: a layer of the prior (3), pixels, codes or embeddings; default: the middle layer"
     )
     pool: Literal["mean", "flatten", "last"] | None = Field(
         None, description="how to pool positions into one vector; default: mean for the prior and codes, else flatten"

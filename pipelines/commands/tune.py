@@ -39,6 +39,9 @@ RISING = (2.0, 3.0, 4.0)  # guidance at the last token, 1 at the first
 TEMPERATURES = (0.85, 0.92, 1.0, 1.08, 1.16)
 TOP_P = (1.0, 0.98, 0.95, 0.9)
 
+Changes = dict[str, dict[str, dict[str, Any]]]
+"""The options to change, by setting and value."""
+
 
 class TuneConfig(UsesImages, OutputConfig):
     examples = ("pipeline=runs/gpt_digits/pipeline",)
@@ -135,9 +138,9 @@ def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple
     return images.train, images.validation
 
 
-def list_settings(pipeline: ImagePipeline) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the options to change, by setting and value, in the order in which they are tried."""
-    settings = dict[str, dict[str, dict[str, Any]]]()
+def list_settings(pipeline: ImagePipeline) -> Changes:
+    """Return the settings to try, in order."""
+    settings: Changes = {}
     if pipeline.columns:
         scales: dict[str, Any] = {f"{scale:g}": (scale, None) for scale in GUIDANCE_GRID}
         scales |= {f"1 to {end:g}": (1, end) for end in RISING}
@@ -154,9 +157,7 @@ def list_settings(pipeline: ImagePipeline) -> dict[str, dict[str, dict[str, Any]
 
 
 def try_settings(
-    sample_distance: Callable[[SamplingOptions], float],
-    own: SamplingOptions,
-    settings: dict[str, dict[str, dict[str, Any]]],
+    sample_distance: Callable[[SamplingOptions], float], own: SamplingOptions, settings: Changes
 ) -> list[Trial]:
     """Try the pipeline's own options, then vary one setting after another, keeping the best so far."""
     sample_distance, trials = cache(sample_distance), list[Trial]()

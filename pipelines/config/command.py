@@ -23,7 +23,7 @@ from tokenizer.files import PipelineLoadError, one_line
 
 from .arguments import nest_settings, read_arguments, read_preset, sort_words, split_lists
 from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process, tell
-from .help import verb_help_page, list_keys
+from .help import list_keys, verb_help_page
 from .importing import import_all
 from .schema import C, Config, DefaultsFrom, resolve_short_forms, to_yaml
 
@@ -85,7 +85,7 @@ def parse(
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        lines = explain(cls, data, error, partial(describe_unknown_key, cls))
+        lines = explain(cls, data, error, partial(suggest_keys, cls))
         # Help needs no complete configuration, and a key may only seem missing because its file was unreadable.
         incomplete = problems or words.help is not None
         problems += [line for line in lines if not (incomplete and line.endswith(": missing"))]
@@ -117,7 +117,7 @@ def build_config(
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        lines = explain(cls, data, error, partial(describe_unknown_key, cls))
+        lines = explain(cls, data, error, partial(suggest_keys, cls))
         raise UserError("\n".join(map(one_line, lines))) from None  # hide pydantic's multi-line message
 
 
@@ -182,10 +182,10 @@ def add_kinds(given: Data, data: Data) -> Data:
     return {**given, **nested, **({"kind": data["kind"]} if "kind" in data else {})}
 
 
-def describe_unknown_key(cls: type[Config], key: str, value: Any) -> list[str]:
+def suggest_keys(cls: type[Config], key: str, value: Any) -> list[str]:
     """Return a line for each unknown key at or below `key`, with the key that was probably meant."""
     if isinstance(value, dict) and value:
-        return [line for name, part in value.items() for line in describe_unknown_key(cls, f"{key}.{name}", part)]
+        return [line for name, part in value.items() for line in suggest_keys(cls, f"{key}.{name}", part)]
     known, (first, dot, rest) = list_keys(cls), key.partition(".")
     if key in known:
         return [f"{key}: in a file, write nested keys instead of dots"]

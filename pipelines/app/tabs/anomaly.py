@@ -45,10 +45,10 @@ def build_anomaly_tab(served: Served, samples: SampleGallery) -> None:
             scored = make_gallery("scored", "medium")
             line = make_code_field(served)
 
-    on_click(served, [button], score_image, [image, method, label, *fields], [facts, scored, line])
+    on_click(served, [button], score_upload, [image, method, label, *fields], [facts, scored, line])
 
 
-def score_image(
+def score_upload(
     served: Served, step: ReportStep, picked: Picked, method: str, label: Any = UNCONDITIONAL, *fields: Any
 ) -> Any:
     """Return the verdict in Markdown, pictures with captions, and Python code."""

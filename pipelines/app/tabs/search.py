@@ -28,7 +28,7 @@ class SearchIndex:
         self.parts: list[Tensor] = []
 
     def vectors(self, step: ReportStep) -> Tensor:
-        """Return the embeddings `(n, dim)`; those computed so far are kept if the visitor stops."""
+        """Return the embeddings `(n, dim)`; if the visitor stops, the next search continues from there."""
         for part in self.rows.split(AT_A_TIME)[len(self.parts) :]:
             step(AT_A_TIME * len(self.parts), len(self.rows), "training images")
             self.parts.append(embed(self.served.pipeline, self.train.pixels(part), batch_size=AT_A_TIME))

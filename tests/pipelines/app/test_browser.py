@@ -54,7 +54,7 @@ def server(folder):
     with app(folder / "pipeline", folder / "here", *keys, TMPDIR=str(folder / "here")) as running:
         yield running
     assert not [path for path in (folder / "here").rglob("*.png") if path.is_file()], "uploads and pictures are gone"
-    assert running.process.returncode == 0 and "Traceback" not in running.said
+    assert running.process.returncode == 0 and "Traceback" not in running.output
 
 
 @pytest.fixture(scope="module")

@@ -134,12 +134,12 @@ def test_an_image_is_scored_given_what_the_calibration_was_given(served, pipe, t
     (image,) = as_pil(pixels_for(pipe, 1))
     image.save(tmp_path / "image.png")
     picked = [(str(tmp_path / "image.png"), None)]
-    facts, _, code = anomaly.score_image(served, quiet, picked, "nll", 1, *fields(served, ["age"], age=63))
+    facts, _, code = anomaly.score_upload(served, quiet, picked, "nll", 1, *fields(served, ["age"], age=63))
     score = float(pipe.anomaly_score(image, "nll", "dog", condition={"age": 63}))
     assert f"score: **{score:.4g}**" in facts and "calibrated with" not in facts
     assert "'nll', labels='dog', condition={'age': 63})" in code
     with pytest.raises(ValueError, match="calibrated with age, label given, but now with label"):
-        anomaly.score_image(served, quiet, picked, "nll", 1, *fields(served))
+        anomaly.score_upload(served, quiet, picked, "nll", 1, *fields(served))
 
 
 def test_a_missing_or_broken_picture_is_one_line(served, pipe, tmp_path):

@@ -136,7 +136,7 @@ def test_an_image_beside_its_reconstruction(served, pipe, picked):
 
 def test_an_anomaly_has_a_score_and_a_p_value(served, pipe, picked):
     method = next(iter(pipe.calibration.scores))
-    facts, images, _ = anomaly.score_image(served, quiet, picked[:1], method)
+    facts, images, _ = anomaly.score_upload(served, quiet, picked[:1], method)
     image = Image.open(picked[0][0])
     p_value = float(pipe.anomaly_score(image, method, p_values=True))
     assert f"score: **{float(pipe.anomaly_score(image, method)):.4g}**" in facts
@@ -150,7 +150,7 @@ def test_a_calibration_with_a_mixture_scores_by_it(served, pipe, picked, monkeyp
     changed = pipe.calibration.model_copy(update={"marginal": "label", "labels": False})
     monkeypatch.setattr(pipe, "calibration", changed)
     method = next(iter(changed.scores))
-    facts, _, code = anomaly.score_image(served, quiet, picked[:1], method)
+    facts, _, code = anomaly.score_upload(served, quiet, picked[:1], method)
     expected = float(pipe.anomaly_score(Image.open(picked[0][0]), method, marginal="label"))
     assert f"score: **{expected:.4g}**" in facts and "marginal='label', p_values=True" in code
 
@@ -282,7 +282,7 @@ def test_clips_are_compared_scored_and_searched(clips):
     nats = float(clips.log_prob(clip, "cat"))
     assert f"**{-nats / np.log(2):.1f} bits," in figures or not clips.prior.exact
     method = next(iter(clips.calibration.scores))
-    facts, shown, _ = anomaly.score_image(served, quiet, picked, method)
+    facts, shown, _ = anomaly.score_upload(served, quiet, picked, method)
     assert f"score: **{float(clips.anomaly_score(clip, method)):.4g}**" in facts and len(shown) == 2
     found = search.find_neighbours(search.SearchIndex(served, served.train), served, quiet, picked, 2)
     assert found[1][1].startswith("row 13, distance 0.000")
@@ -329,7 +329,7 @@ def test_visitors_bring_gif_and_animated_png_and_webp(clips, tmp_path, monkeypat
         for work, values in (
             (compare.compare_image, [-1]),
             (compress.compress_images, [False]),
-            (anomaly.score_image, ["joint"]),
+            (anomaly.score_upload, ["joint"]),
         ):
             with pytest.raises(gr.Error) as caught:
                 served.handler(work)(visitor(), quiet_progress, [(str(tmp_path / name), None)], *values)

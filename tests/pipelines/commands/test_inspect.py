@@ -1,6 +1,5 @@
 """`smalti inspect`: figures and pictures of every kind of tokenizer, and refusals."""
 
-
 import numpy as np
 import pytest
 import torch
