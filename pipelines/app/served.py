@@ -160,7 +160,7 @@ def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
     return payloads
 
 
-def as_shown(image: Tensor | PILImage | list[PILImage]) -> PILImage | str:
+def to_gallery(image: Tensor | PILImage | list[PILImage]) -> PILImage | str:
     """Return what a gallery shows of an image, uint8 `(..., C, H, W)` or PIL; of a clip, the path of an animated
     PNG."""
     found = draw_pictures(image.movedim(-3, -1).cpu().numpy()) if isinstance(image, Tensor) else image

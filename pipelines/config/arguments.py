@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple, get_origin
 from tokenizer.config import Data, Settings, mapped_model, show_value, to_plain, type_options
 
 from .errors import UserError, did_you_mean
-from .schema import rename_keys
+from .schema import Config, rename_keys
 from .yaml_text import read_yaml
 
 
@@ -52,14 +51,11 @@ def sort_words(argv: list[str]) -> CommandLine:
     return CommandLine(files, overrides, imports, topic, "--dry-run" in argv)
 
 
-def read_arguments(
-    words: CommandLine, folder: str = "", renamed: Mapping[str, str] | None = None
-) -> tuple[list[Data], list[str]]:
-    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems. folder,
-    renamed: see `read_preset`."""
+def read_arguments(words: CommandLine, cls: type[Config] = Config) -> tuple[list[Data], list[str]]:
+    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems."""
     found, problems = [], []
     overrides = sorted(words.overrides, key=lambda argument: rank_override(argument, words.overrides))
-    calls = [partial(read_preset, path, folder, renamed) for path in words.files]
+    calls = [partial(read_preset, path, cls) for path in words.files]
     for read in [*calls, *(partial(read_override, argument) for argument in overrides)]:
         try:
             found.append(read())
@@ -122,11 +118,10 @@ def combine(one: Any, other: Any) -> Any:
     return {**one, **other, **{key: combine(one[key], other[key]) for key in one if key in other}}
 
 
-def read_preset(name: str, folder: str = "", renamed: Mapping[str, str] | None = None) -> Data:
-    """Read a YAML file, or the preset of this name. folder: see `find_preset`; renamed: see `Config`. Raises
-    `UserError`."""
-    data = read_yaml_file(name if os.path.isfile(name) else str(find_preset(name, folder)))
-    return rename_keys(data, renamed or {})
+def read_preset(name: str, cls: type[Config]) -> Data:
+    """Read a YAML file, or the preset of this name. Raises `UserError`."""
+    data = read_yaml_file(name if os.path.isfile(name) else str(find_preset(name, cls.presets)))
+    return rename_keys(data, cls.renamed)
 
 
 def read_yaml_file(path: str) -> Data:

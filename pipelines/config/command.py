@@ -70,7 +70,7 @@ def parse(
     """
     words = sort_words(sys.argv[1:] if argv is None else argv)
     import_all(words.imports)
-    parts, problems = read_arguments(words, cls.presets, cls.renamed)
+    parts, problems = read_arguments(words, cls)
     parts = [resolve_short_forms(cls, part) for part in parts]
     given: Data = reduce(merge, parts, Data())
     further: Data = {}
@@ -111,7 +111,7 @@ def build_config(
 
     defaults: as in `parse`.
     """
-    parts = [*(read_preset(os.fspath(file), cls.presets, cls.renamed) for file in files), nest_settings(settings)]
+    parts = [*(read_preset(os.fspath(file), cls) for file in files), nest_settings(settings)]
     parts = [resolve_short_forms(cls, part) for part in parts]
     data = merge_with_defaults(cls, [defaults(reduce(merge, parts, {})) if defaults else {}, *parts])
     try:

@@ -49,7 +49,6 @@ def read_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark and "\n" in text.strip() else ""
         raise ValueError(f"{line}not readable as YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        # An impossible date is a ValueError; a wrong tag, as in `!!bool maybe`, may be anything.
         raise ValueError(f"not readable as YAML: {str(error).splitlines()[0]}") from error
-    except (AttributeError, LookupError, TypeError) as error:  # PyYAML's own bugs, as with `!!bool maybe`
-        raise ValueError("not readable as YAML: a value does not match its tag") from error

@@ -18,7 +18,7 @@ from ..controls import (
     make_condition_fields,
 )
 from ..parts import SampleGallery, make_code_field, make_gallery, make_image_picker, on_click
-from ..served import Picked, ReportStep, Served, as_shown, picked_image
+from ..served import Picked, ReportStep, Served, picked_image, to_gallery
 from .compare import draw_surprise
 
 
@@ -60,7 +60,7 @@ def score_upload(
         warnings.simplefilter("always")
         found = float(pipeline.anomaly_score(batch, method, **options))
         p_value = float(pipeline.anomaly_score(batch, method, p_values=True, **options))
-    images = [(as_shown(batch[0]), served.spec.noun), *draw_surprise(served, batch, **given)]
+    images = [(to_gallery(batch[0]), served.spec.noun), *draw_surprise(served, batch, **given)]
     others = format_arguments(options)
     lines = [
         f"image = {format_open('image', served.spec.shape[:-3], served.spec.channels)}",

@@ -15,7 +15,7 @@ from tokenizer.spec import to_uint8
 from ...anomaly.sheets import apply_colormap
 from ..controls import condition_arguments, format_arguments, format_open, make_class_menu, make_condition_fields
 from ..parts import SampleGallery, make_code_field, make_gallery, make_image_picker, on_click
-from ..served import Picked, ReportStep, Served, as_shown, picked_image
+from ..served import Picked, ReportStep, Served, picked_image, to_gallery
 
 
 def build_compare_tab(served: Served, samples: SampleGallery) -> None:
@@ -42,9 +42,12 @@ def compare_image(served: Served, step: ReportStep, picked: Picked, label: Any, 
     lead = served.spec.shape[:-3]
     frames = [color_tokens(ids, pipeline.prior.grid.vocab_size) for ids in tokens.flatten(0, len(lead))]
     images = [
-        (as_shown(batch[0]), served.spec.noun),
-        (as_shown(again[0]), "reconstruction"),
-        (as_shown(torch.stack(frames).unflatten(0, (1, *lead))[0]), f"its {tokens.numel()} tokens, one colour per id"),
+        (to_gallery(batch[0]), served.spec.noun),
+        (to_gallery(again[0]), "reconstruction"),
+        (
+            to_gallery(torch.stack(frames).unflatten(0, (1, *lead))[0]),
+            f"its {tokens.numel()} tokens, one colour per id",
+        ),
         *draw_surprise(served, batch, **given),
     ]
     others = format_arguments(given)
@@ -75,7 +78,7 @@ def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Any
     bits = served.pipeline.anomaly_map(batch, **given).cpu()
     low, high = min(0.0, float(bits.min())), float(bits.max())
     (picture,) = to_uint8(apply_colormap((bits - low) / max(high - low, 1e-6)))
-    return [(as_shown(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
+    return [(to_gallery(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
 
 
 def format_figures(served: Served, batch: Tensor, again: Tensor, given: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import controls
 from ..parts import SampleGallery, make_code_field, make_gallery, make_image_picker, make_run_buttons, on_click, zoom
-from ..served import Picked, ReportStep, Served, as_shown, picked_image, report_tokens
+from ..served import Picked, ReportStep, Served, picked_image, report_tokens, to_gallery
 
 MOST_DRAWS = 16
 PAINT = "#FFF4E6D8"  # translucent white, with a tint that does not occur in grey images
@@ -114,7 +114,7 @@ def continue_clip(
         f"clip = {controls.format_open('clip', served.spec.shape[:-3], served.spec.channels)}",
         f"out = pipe.complete(clip, frames={int(frames)}{others})",
     ]
-    return [(as_shown(pixels[0]), "clip"), *found], served.code(*lines)
+    return [(to_gallery(pixels[0]), "clip"), *found], served.code(*lines)
 
 
 def complete_area(
@@ -132,5 +132,5 @@ def complete_area(
     options: dict[str, Any] = {"progress": False, "callback_on_step_end": report_tokens(step)}
     out = served.pipeline.complete(pixels, **area, **arguments, **options)
     found = out.images if int(draws) == 1 else out.images[0]
-    images = [(as_shown(image), f"completion {k}") for k, image in enumerate(found, 1)]
+    images = [(to_gallery(image), f"completion {k}") for k, image in enumerate(found, 1)]
     return images, controls.format_arguments(arguments)

@@ -13,7 +13,7 @@ from ...compression.coding import read_exact
 from ...config.table import count_of
 from ...images.formats import WEB_FORMATS
 from ..parts import SampleGallery, make_gallery, make_picker, on_click
-from ..served import Picked, ReportStep, Served, as_shown, picked_images
+from ..served import Picked, ReportStep, Served, picked_images, to_gallery
 
 STREAM = "images.smalti"
 LOSSY = "only the tokens are stored, which decompress to reconstructions"
@@ -75,4 +75,4 @@ def decompress_stream(served: Served, step: ReportStep, data: bytes | None) -> A
     images = served.pipeline.decompress(data, max_images=served.max_images, progress=False)
     noun, each = served.spec.noun, len(data) / max(1, len(images))
     facts = f"{count_of(len(images), noun)} from {len(data):,} bytes, {each:.1f} per {noun}"
-    return facts, [(as_shown(image), str(number)) for number, image in enumerate(images, 1)]
+    return facts, [(to_gallery(image), str(number)) for number, image in enumerate(images, 1)]

@@ -10,7 +10,7 @@ import gradio as gr
 from ...config.table import count_of
 from .. import controls
 from ..parts import SampleGallery, make_code_field, make_gallery, make_run_buttons, on_click
-from ..served import ReportStep, Served, as_shown, report_tokens
+from ..served import ReportStep, Served, report_tokens, to_gallery
 
 CLICK_HINT = "Click a picture to use it in the other tabs."
 
@@ -60,6 +60,6 @@ def sample_images(
     facts = f"{count_of(count, served.spec.noun)} in {time.monotonic() - began:.1f} s. {CLICK_HINT}"
     labels = arguments["labels"] or [None] * count
     names = ["" if label is None else f"{label} · " for label in labels]
-    images = [(as_shown(image), f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
+    images = [(to_gallery(image), f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
     lines = [f"out = pipe({count}{controls.format_arguments(arguments)})", "out.images"]
     return images, facts, served.code(*lines)

@@ -13,7 +13,7 @@ from ...images.dataset import ImageDataset
 from ...representation import embed, nearest_neighbours
 from ...shuffling import random_rows
 from ..parts import SampleGallery, make_gallery, make_image_picker, make_run_buttons, on_click
-from ..served import Picked, ReportStep, Served, as_shown, picked_image
+from ..served import Picked, ReportStep, Served, picked_image, to_gallery
 
 AT_A_TIME = 64
 MOST_FOUND = 24
@@ -68,4 +68,4 @@ def find_neighbours(index: SearchIndex, served: Served, step: ReportStep, picked
         for row, distance in zip(rows.tolist(), distances[0].tolist(), strict=True)
     ]
     pixels = torch.cat([batch, index.train.pixels(rows)])
-    return list(zip(map(as_shown, pixels), ["query", *captions], strict=True))
+    return list(zip(map(to_gallery, pixels), ["query", *captions], strict=True))

@@ -245,16 +245,16 @@ def test_sampled_clips_move_and_are_exact(clips, monkeypatch):
         assert np.array_equal(frames_of(path), clip)
         assert torch.equal(served_.picked_image([(path, None)], clips.spec)[0], torch.from_numpy(clip).movedim(-1, -3))
     again = result_of(code, clips, monkeypatch).images
-    assert np.array_equal(np.stack([frames_of(served_.as_shown(one)) for one in again]), expected)
+    assert np.array_equal(np.stack([frames_of(served_.to_gallery(one)) for one in again]), expected)
     still = torch.full(clips.spec.shape, 7, dtype=torch.uint8)
-    assert np.array_equal(frames_of(served_.as_shown(still)), to_array(still))
+    assert np.array_equal(frames_of(served_.to_gallery(still)), to_array(still))
 
 
 @pytest.mark.parametrize("draws", [1, 2])
 def test_a_clip_is_continued_from_its_first_frames(clips, draws, monkeypatch):
     served = served_.Served(clips, "clips", max_images=8)
     (clip,) = random_clips(clips, 1)
-    file = served_.as_shown(clip)
+    file = served_.to_gallery(clip)
     arguments = (2, 1, draws, 3, *settings(clips))
     (shown, *found), code = complete.continue_clip(served, quiet, [(file, None)], *arguments)
     expected = clips.complete(clip, frames=2, labels=1, draws=draws, seed=3, output_type="np").images
@@ -270,7 +270,7 @@ def test_a_clip_is_continued_from_its_first_frames(clips, draws, monkeypatch):
 def test_clips_are_compared_scored_and_searched(clips):
     served = served_.Served(clips, "clips", train=Train(random_clips(clips, 20, seed=1)))
     clip = served.train.images[13]
-    picked = [(served_.as_shown(clip), None)]
+    picked = [(served_.to_gallery(clip), None)]
     (image, again, tokens, bits), figures, code = compare.compare_image(served, quiet, picked, 0)
     assert np.array_equal(frames_of(again[0]), clips.reconstruct(clip, output_type="np")[0])
     ids, colours = clips.encode(clip)[0], frames_of(tokens[0])
@@ -294,8 +294,8 @@ def test_streams_of_clips_come_back(clips):
     pytest.importorskip("constriction")
     served = served_.Served(clips, "clips", max_images=4)
     some = random_clips(clips, 3)
-    long = served_.as_shown(torch.cat([*some[:2], some[0, :1]]))
-    picked = [(long, None), (served_.as_shown(some[2]), None)]
+    long = served_.to_gallery(torch.cat([*some[:2], some[0, :1]]))
+    picked = [(long, None), (served_.to_gallery(some[2]), None)]
     link = compress.compress_images(served, quiet, picked, True)
     data = base64.b64decode(re.search(r"base64,([^\"]+)", link)[1])
     facts, found = compress.decompress_stream(served, quiet, data)

@@ -50,7 +50,7 @@ def test_checkpointed_blocks_take_less_memory_and_more_flops():
     assert checkpointed.memory(64) < 0.7 * plain.memory(64) and 1.2 < checkpointed.flops / plain.flops < 1.4
 
 
-@pytest.mark.parametrize("stage", ["prior", "tokenizer", "critic"])
+@pytest.mark.parametrize("stage", ["prior", "critic"])
 def test_checkpoints_have_the_size_of_a_real_run(stage, tokens, tmp_path):
     """Apart from step counts."""
     more = {"train__steps": 2, "train__save_every": 1, "train__optimizer": "muon"}
@@ -60,7 +60,7 @@ def test_checkpoints_have_the_size_of_a_real_run(stage, tokens, tmp_path):
         assert planned(*TINY, f"tokens={tokens}").grid == TokenGrid((8, 8), 64), "keys take precedence"
         run(tmp_path / "run", tokens, **more)
     else:
-        more |= {"critic__weight": 0.5, "critic__width": 8, "critic__layers": 1} if stage == "critic" else {}
+        more |= {"critic__weight": 0.5, "critic__width": 8, "critic__layers": 1}
         found = planned(*tokenizer_arguments(tmp_path / "run", **more))
         train_tokenizer(tmp_path / "run", **more)
     tensors = read_checkpoint(states(tmp_path / "run")[-1])
@@ -105,7 +105,7 @@ BAD = [
     ([*TINY, "grid=[0,16]"], "grid"),
     (["model.kind=palette"], "model.kind"),
     (["model.kind=vqvae", "critic.weight=1", "critic.layers=6"], "critic.layers"),
-    ([*TINY, "model.dim=8192", "model.depth=200", "model.hidden=null"], "device"),  # 3 TB: more than this machine has
+    ([*TINY, "model.dim=32768", "model.depth=12", "model.hidden=null"], "device"),  # 3 TB: more than this machine has
 ]
 
 
