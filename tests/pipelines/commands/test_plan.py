@@ -105,7 +105,7 @@ BAD = [
     ([*TINY, "grid=[0,16]"], "grid"),
     (["model.kind=palette"], "model.kind"),
     (["model.kind=vqvae", "critic.weight=1", "critic.layers=6"], "critic.layers"),
-    ([*TINY, "model.dim=32768", "model.depth=12", "model.hidden=null"], "device"),  # 3 TB: more than this machine has
+    ([*TINY, "model.dim=16384", "model.depth=48", "model.hidden=null"], "device"),  # 3 TB: more than this machine has
 ]
 
 
