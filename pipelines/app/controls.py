@@ -30,8 +30,7 @@ def get_slider_values(pipeline: ImagePipeline) -> dict[str, float]:
 
 
 def make_sliders(pipeline: ImagePipeline) -> list[Any]:
-    """Make a slider for each of `get_slider_values`, in a closed accordion; and with columns other than the class, a
-    choice of those that guidance applies to."""
+    """Make a slider for each of `get_slider_values`, and with columns other than the class, a choice for guidance."""
     ranges = {
         "temperature": (0, 2, 0.05),
         "top_k": (1, pipeline.prior.grid.vocab_size, 1),
@@ -82,9 +81,7 @@ def list_others(pipeline: ImagePipeline) -> dict[str, ColumnFormat[Any]]:
 def sampling_arguments(
     pipeline: ImagePipeline, classes: Any, count: int, seed: float | None, *values: Any
 ) -> dict[str, Any]:
-    """Return the arguments to sample `count` images: seed, classes, condition, and settings that differ from the
-    pipeline's own. values: of `make_sliders`, then of `make_condition_fields`. Raises `ValueError` for an invalid seed
-    and for a missing picture."""
+    """Return the arguments to sample `count` images. values: of `make_sliders`, then of `make_condition_fields`."""
     # Checked here rather than by gr.Number, whose error does not name the field and prints a traceback on the server.
     seed = seed or 0
     if not 0 <= seed <= MAX_SEED or seed != int(seed):
@@ -100,8 +97,7 @@ def sampling_arguments(
 
 
 def condition_arguments(pipeline: ImagePipeline, classes: Any, fields: Sequence[Any], count: int = 1) -> dict[str, Any]:
-    """Return the labels and the condition of `count` images, as arguments. fields: of `make_condition_fields`. Raises
-    `ValueError` for a missing picture."""
+    """Return the labels and the condition as arguments. fields: of `make_condition_fields`."""
     chosen, *rest = fields or [[]]
     condition = dict[str, Any]()
     for name, column in list_others(pipeline).items():

@@ -21,8 +21,7 @@ KEEP_SECONDS = 3600  # minimum time that uploads and pictures stay on disk
 
 
 def build_page(served: Sequence[Served], queue: int = 8) -> gr.Blocks:
-    """Build the page of each pipeline: the first at `/`, the others below their names. queue: maximum number of waiting
-    requests."""
+    """Build the page of each pipeline, the first at `/`. queue: maximum number of waiting requests."""
     first, *others = titles = [title_of(each) for each in served]
     names = ", ".join(titles)
     with gr.Blocks(

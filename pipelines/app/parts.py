@@ -57,8 +57,7 @@ def make_picker(served: Served, name: str, label: str, height: int = 140, visibl
 
 
 def make_image_picker(served: Served, name: str, samples: SampleGallery) -> tuple[gr.Gallery, list[Any]]:
-    """Make a field for one image and a button that fills it with the selected sample; also return the two events that
-    fill it."""
+    """Make a field for one image, and a button that fills it with the selected sample; also return both events."""
     picked = make_picker(served, name, "Image")
     use = gr.Button("Use the selected sample", size="sm")
     upload = picked.upload(pick_last, picked, picked, queue=False)

@@ -146,8 +146,7 @@ def picked_images(picked: Picked, most: int, spec: ImageSpec) -> list[Payload]:
 
 
 def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
-    """Return the image of a file, or the windows of a clip, not decoded. Raises `ValueError` for a file in another
-    format or with too many pixels in a window, and whatever Pillow raises."""
+    """Return the image of a file, or the windows of a clip, not decoded. Raises whatever Pillow raises."""
     image = open_image(file, WEB_FORMATS)
     sides = *spec.shape[:-3], *image.size
     if math.prod(sides) > MAX_PIXELS:
@@ -161,8 +160,7 @@ def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
 
 
 def to_gallery(image: Tensor | PILImage | list[PILImage]) -> PILImage | str:
-    """Return what a gallery shows of an image, uint8 `(..., C, H, W)` or PIL; of a clip, the path of an animated
-    PNG."""
+    """Convert an image, uint8 `(..., C, H, W)` or PIL, for a gallery; a clip to the path of an animated PNG."""
     found = draw_pictures(image.movedim(-3, -1).cpu().numpy()) if isinstance(image, Tensor) else image
     if not isinstance(found, list):
         return found

@@ -97,8 +97,7 @@ def run(config: CalibrateConfig) -> Calibration:
 
 
 def find_remedy(config: CalibrateConfig, units: int) -> str:
-    """Return which settings would do where too few images were chosen. units: number of all held-out images, or with
-    groups, of objects."""
+    """Return which settings would do where there are too few images. units: number of all images, or objects."""
     other = "data.source=FOLDER uses other images"
     least = least_units(config.false_alarms, config.confidence, config.folds)
     for step in range(config.every - 1, 0, -1):

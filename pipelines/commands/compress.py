@@ -118,8 +118,7 @@ def run(config: CompressConfig) -> Path:
 
 
 def name_restored(paths: list[str], root: Path, suffix: str) -> list[str]:
-    """Return the names of the files for the decompressed images below `root`. paths: the file of each; windows of the
-    same clip are numbered."""
+    """Return the names of the decompressed files below `root`; windows of the same clip in `paths` are numbered."""
     names, counts, numbers = list[str](), Counter(paths), Counter[str]()
     for path in paths:
         name = Path(path).relative_to(root if root.is_dir() and Path(path) != root else root.parent).as_posix()
@@ -132,8 +131,7 @@ def name_restored(paths: list[str], root: Path, suffix: str) -> list[str]:
 
 
 def read_image_or_clip(source: Source, row: int, spec: ImageSpec, config: CompressConfig) -> Tensor:
-    """Read an image, or a clip, float `spec.shape`. Raises `UserError` for an unsupported mode, or for another size
-    without `resize`."""
+    """Read an image, or a clip, float `spec.shape`. Raises `UserError` for another size without `resize`."""
     if config.resize:
         return to_float(read_files(source, [row], spec)[0])
     try:

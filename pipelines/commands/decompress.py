@@ -89,8 +89,7 @@ def read_condition_of(config: DecompressConfig, pipeline: ImagePipeline, header:
 
 
 def name_compressed(name: str, suffix: str) -> str:
-    """Return the name of the file that was compressed, given that of the restored file, which may have one more
-    suffix."""
+    """Return the name of the file that was compressed, of which the restored one may have one more suffix."""
     short = name.removesuffix(suffix)
     return short if suffix_of(short) in {*SUFFIXES, *ARRAY_SUFFIXES} else name
 

@@ -262,8 +262,7 @@ def load_input(config: DetectConfig, pipeline: ImagePipeline, view: View) -> Det
 
 
 def list_classes(files: list[Path], config: DetectConfig) -> list[str]:
-    """Return the class of each file: its folder, or what a table of masks says. Raises `UserError` for a file outside
-    the folders of good images and defects."""
+    """Return the class of each file: its folder, or what a table of masks says."""
     if config.ground_truth is None:
         return [file.absolute().parent.name for file in files]
     if Path(config.ground_truth).is_file():
@@ -288,9 +287,7 @@ def list_objects(files: list[Path], config: DetectConfig, division: Inherited) -
 
 
 def skip_used(found: DetectInput, calibration: Calibration) -> tuple[Examination, dict[str, Any]]:
-    """Return the images, and their columns, that the pipeline was neither trained nor calibrated with, and that show no
-    calibrated object. Warns about sizes beyond those of the calibration. Raises `UserError` if no image is left, and
-    for one that is smaller than a tile."""
+    """Return the images, and their columns, that were used neither in training nor (nor their objects) to calibrate."""
     images, trained, count = found.images, found.trained, len(found.images)
     digests, sizes = list[str](), list[tuple[int, int]]()
     with user_errors(ValueError, prefix="images: "):
@@ -321,8 +318,7 @@ def skip_used(found: DetectInput, calibration: Calibration) -> tuple[Examination
 
 
 def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
-    """Return which images are not of a `normal` class, `(n,)`. Raises `UserError` for an unknown class, and if all
-    images or no images are normal."""
+    """Return which images are not of a `normal` class, `(n,)`."""
     if classes is None:
         raise UserError("normal_labels: these images have no classes (data.label_column)")
     wanted, there = {str(label) for label in normal}, set(classes)
@@ -350,8 +346,7 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 def format_results(
     config: DetectConfig, calibration: Calibration, columns: dict[str, Any], figures: dict[str, Any]
 ) -> str:
-    """Format what was flagged, the guarantee, and how well the score separates the classes. columns: of
-    `scores.csv`."""
+    """Format what was flagged, the guarantee, and how well the score separates the classes."""
     flagged, anomalous = columns["flagged"] == 1, columns["anomalous"] == 1 if "anomalous" in columns else None
     share = f"{flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%})"
     promise = calibration.promise if config.fdr is None else f"on average, at most {config.fdr:g} of these are normal"

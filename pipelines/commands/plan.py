@@ -100,8 +100,7 @@ class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
 
 
 class PlannedPrior(PriorTask):
-    """The task of `train_prior` on random tokens. Raises `ConfigError`, and `UserError` if the prior cannot be trained
-    with `objective=cca`."""
+    """The task of `train_prior` on random tokens."""
 
     config: PlanPriorConfig
     progress = 0.5
@@ -130,7 +129,7 @@ class PlannedPrior(PriorTask):
 
 
 class PlannedTokenizer(TokenizerTask):
-    """The task of `train_tokenizer` on random images. Raises `ConfigError` and `UserError`."""
+    """The task of `train_tokenizer` on random images."""
 
     config: PlanTokenizerConfig
 
@@ -235,8 +234,7 @@ def check_plan(config: PlanPriorConfig | PlanTokenizerConfig) -> None:
 
 
 def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, Mapping[str, Column], int | None]:
-    """Return the grid, the columns and the number of training rows, from the keys or the token dataset. Raises
-    `UserError`."""
+    """Return the grid, the columns and the number of training rows, from the keys or the token dataset."""
     values = {"grid": config.grid, "vocab_size": config.vocab_size, "classes": config.classes}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == 3 and (Path(config.tokens) / META).is_file():

@@ -110,8 +110,7 @@ def randomize_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
 
 
 def measure_accuracy(pipeline: ImagePipeline, layers: list[str], train: Labelled, test: Labelled) -> dict[str, float]:
-    """Return the accuracy of a probe for each layer that is not too wide. The prior gets no classes and no
-    columns."""
+    """Return the accuracy of a probe for each layer that is not too wide. The prior gets no condition."""
 
     def embed(images: Tensor) -> list[Tensor]:
         batch = read_batch(pipeline, images)

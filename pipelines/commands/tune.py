@@ -123,8 +123,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
 
 
 def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple[ImageDataset, ImageDataset]:
-    """Return the training images (for the classifier) and the validation images, never the held-out ones, which
-    `evaluate` reports on. Raises `UserError` for too few images, or if the classes are not the pipeline's."""
+    """Return training images, for the classifier, and validation images, never the held-out ones of `evaluate`."""
     images = config.load_images(pipeline, "validation")
     count = 0 if images.validation is None else len(images.validation)
     if images.validation is None or count < LEAST_VALIDATION:

@@ -64,8 +64,7 @@ def run(config: VerifyConfig) -> Path | None:
 
 
 def check_imported_models(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
-    """Check each imported model, built with its default configuration. Yield its name, the promise, and the problem or
-    None."""
+    """Check each imported model with its default configuration. Yield its name, the promise, and the problem if any."""
     from prior import Prior
     from prior.checks import check_prior, example_columns
     from tokenizer import TokenGrid, Tokenizer

@@ -97,8 +97,7 @@ def nest(key: str, value: Any) -> Any:
 
 
 def nest_settings(settings: Data) -> Any:
-    """Return keyword arguments, whose names may have dots, as one nested mapping of plain values. Their order does not
-    matter."""
+    """Return keyword arguments, whose names may have dots, in any order, as a nested mapping of plain values."""
     nested: Any = {}
     for name, value in settings.items():
         if isinstance(value, dict):

@@ -38,8 +38,7 @@ def wrap(text: str, columns: int) -> list[str]:
 
 
 def wrap_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Wrap rows whose last cell is a sentence. The first column is as wide as its widest cell, the columns in between
-    leave at least 30 characters if possible, and the sentence fills the rest."""
+    """Wrap rows whose last cell, a sentence, fills the rest. Columns in between leave at least 30 characters."""
     first, *between = [max(map(len, cells)) for cells in list(zip(*rows, strict=True))[:-1]]
     room = width() - len(GAP) - first - len(GAP)
     most = min(20, max(12, (room - 30) // max(1, len(between)) - len(GAP)))

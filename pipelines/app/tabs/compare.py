@@ -82,8 +82,7 @@ def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Any
 
 
 def format_figures(served: Served, batch: Tensor, again: Tensor, given: dict[str, Any]) -> str:
-    """Format the figures of an image and its reconstruction, both uint8 `(1, *spec.shape)`, given labels and a
-    condition, in Markdown."""
+    """Format the figures of an image and its reconstruction, uint8 `(1, *spec.shape)`, in Markdown."""
     pipeline, count = served.pipeline, len(served.pipeline.prior.grid)
     bits = -float(pipeline.log_prob(batch, **given)) / math.log(2)
     about = "" if pipeline.prior.exact else " (estimated bound)"

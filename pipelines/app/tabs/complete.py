@@ -77,8 +77,7 @@ def enlarge_image(served: Served, step: ReportStep, picked: Picked) -> np.ndarra
 
 
 def find_painted(editor: Any, width: int, height: int) -> np.ndarray:
-    """Return the pixels that are at least half painted, bool `(height, width)`. Raises `ValueError` if nothing is
-    painted."""
+    """Return the pixels that are at least half painted, bool `(height, width)`."""
     found = np.zeros((height, width), dtype=bool)
     for layer in (editor or {}).get("layers") or []:
         alpha = Image.fromarray(layer[..., 3]).resize((width, height), Image.Resampling.BOX)
@@ -126,8 +125,7 @@ def complete_area(
     draws: Any,
     values: Sequence[Any],
 ) -> tuple[list[tuple[Any, str]], str]:
-    """Return the completions of `pixels` `(1, *spec.shape)` with captions, and the arguments as Python source. area:
-    the argument that says what to sample."""
+    """Return the completions with captions, and the arguments as Python source. area: argument for what to sample."""
     arguments = {"draws": int(draws), **controls.sampling_arguments(served.pipeline, label, 1, *values)}
     options: dict[str, Any] = {"progress": False, "callback_on_step_end": report_tokens(step)}
     out = served.pipeline.complete(pixels, **area, **arguments, **options)
