@@ -287,7 +287,7 @@ def list_objects(files: list[Path], config: DetectConfig, division: Inherited) -
 
 
 def skip_used(found: DetectInput, calibration: Calibration) -> tuple[Examination, dict[str, Any]]:
-    """Return the images, and their columns, that were used neither in training nor (nor their objects) to calibrate."""
+    """Return the images, and their columns, that are new: not trained on, and of no calibrated image or object."""
     images, trained, count = found.images, found.trained, len(found.images)
     digests, sizes = list[str](), list[tuple[int, int]]()
     with user_errors(ValueError, prefix="images: "):

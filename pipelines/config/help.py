@@ -54,6 +54,11 @@ class Section(NamedTuple):
     sentence: str = ""
     rows: tuple[KeyRow, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """Heading; empty at the top level."""
+        return ": ".join(filter(None, [f"{self.node}.kind={self.kind}" if self.kind else self.node, self.sentence]))
+
 
 def verb_help_page(
     cls: type[Config],
@@ -98,11 +103,10 @@ def verb_help_page(
 def format_sections(sections: list[Section]) -> str:
     """Format sections below their headings, each with its own column widths."""
     lines: list[str] = []
-    for node, kind, sentence, rows in sections:
+    for section in sections:
         head = [] if lines else [("key", "type", "default", "")]
-        title = ": ".join(filter(None, [f"{node}.kind={kind}" if kind else node, sentence]))
-        lines += ["", *wrap(title, width())] if title else []
-        lines += wrap_rows([*head, *rows])
+        lines += ["", *wrap(section.title, width())] if section.title else []
+        lines += wrap_rows([*head, *section.rows])
     return "\n".join(lines)
 
 
