@@ -118,9 +118,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "docs/extending.md"])
 def test_the_code_of_a_page_runs(page, runs):
-    """All blocks of a page run in order, in one namespace."""
+    """All blocks of a page run in order, in one namespace. The first of loop.md has a test of its own."""
     names: dict[str, Any] = {}
-    for code in blocks(page, "python"):
+    for code in blocks(page, "python")[page == "docs/loop.md" :]:
         exec(compiled(code, page), names)
 
 
