@@ -184,15 +184,6 @@ def test_long_sampling_shows_its_steps_and_stops(page):
     assert np.array_equal(shown(page, "samples"), before)
 
 
-def test_a_narrow_page_does_not_overflow(page, server):
-    page.page.set_viewport_size({"width": 390, "height": 844})
-    for name in ("Sample", "Complete", "Compare", "Anomaly", "Search", "Compress"):
-        page.tab(name)
-        page.page.wait_for_timeout(100)
-        assert page.page.evaluate("document.documentElement.scrollWidth") == 390, name
-    page.page.set_viewport_size({"width": 1280, "height": 900})
-
-
 def test_a_foreign_host_files_and_large_uploads_are_refused(server):
     with httpx.Client(base_url=server.url, trust_env=False) as client:
         port = server.url.rstrip("/").rpartition(":")[2]

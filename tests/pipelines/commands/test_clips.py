@@ -191,17 +191,6 @@ def test_bits_of_frames_are_those_given_the_past():
     assert evaluate_frames(backwards, T, make_split(tokens)) == {}
 
 
-def test_evaluate_prints_bits_per_frame(pipe, folder, tmp_path, capsys):
-    save_clips(tmp_path / "in", 60)
-    data = describe_data(tmp_path / "in")
-    run = ["evaluate", f"pipeline={folder}", *data, "num_images=0", "update_card=false", f"out={tmp_path / 'out'}"]
-    main(run)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bits per frame")]
-    stored = json.loads((tmp_path / "out/evaluation.json").read_text())
-    stored = stored.get("figures", stored)
-    assert len(stored["frame_bits"]) == T and f"{stored['frame_bits'][0]:.0f}, " in line
-
-
 # Streams
 
 
