@@ -62,8 +62,14 @@ def complete(
     frames: int | None = None,
     draws: int = 1,
     order: Order = None,
+    seed: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 64,
     output_type: str = "pil",
+    progress: bool = True,
     **settings: Any,
 ) -> PipelineOutput:
     """Sample the hidden part of images given the known part, or continue clips.
@@ -84,34 +90,59 @@ def complete(
     draws: completions per image. Draw d of image k uses seed + k * draws + d, in any batch. With several draws, images
     are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
     `out.images[k][d]` is draw d of image k; tokens are `(B, draws, *grid.shape)`. With one draw there is no such axis.
-    labels, condition: one for all images, or one per image. order: as in `Prior.sample`, or one per image. A list of
-    generators needs one per completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the
-    tokens of all completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments
-    out of range, `TypeError` unless exactly one of `known`, `mask` and `frames` is given.
+    labels, condition: one for all images, or one per image. order: as in `Prior.sample`, or one per image.
+
+    temperature: below 1 prefers likely ids; 0 takes the likeliest. top_k: sample from the k likeliest ids only. top_p:
+    sample from the likeliest ids with this total probability only. guidance_scale: above 1 follows labels and condition
+    more closely. None is the pipeline's own setting. settings: other arguments of `ImagePipeline.__call__`. A list of
+    generators needs one per completion; `callback_on_step_end` receives the tokens of all completions,
+    `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments out of range, `TypeError`
+    unless exactly one of `known`, `mask` and `frames` is given.
     """
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
-    batch = pipeline.to_images(images)
-    count, known = len(batch), find_known_pixels(known, mask, images, batch, frames)
-    given = pipeline.read_given(labels, condition, count)
+    batch, known, given = read_partly_known(pipeline, images, known, labels, condition, mask, frames)
+    count = len(batch)
     tokens, keep = encode_visible(pipeline, batch, known, batch_size)
     made = pipeline(
         count * draws,
         condition=given.repeat(draws),
         order=select_order(order, [row for row in range(count) for _ in range(draws)], count),
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
         batch_size=batch_size,
         output_type=LATENT,
+        progress=progress,
         tokens=tokens.repeat_interleave(draws, 0),
         known=keep.repeat_interleave(draws, 0),
         **settings,
     )
     lead = (count,) if draws == 1 else (count, draws)
-    images = drawn = made.tokens.unflatten(0, lead)
+    found = sampled = made.tokens.unflatten(0, lead)
     if output_type != LATENT:
         there, original = (each.repeat_interleave(draws, 0) for each in (known.unsqueeze(-3), batch))
-        decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=settings.get("progress", True))
-        images = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
-    return type(made).of(images, drawn, made.class_names, made.axes)
+        decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=progress)
+        found = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
+    return type(made).of(found, sampled, made.class_names, made.axes)
+
+
+def read_partly_known(
+    pipeline: ImagePipeline,
+    images: Images,
+    known: Known,
+    labels: Label | Sequence[Label],
+    condition: Condition,
+    mask: Mask,
+    frames: int | None,
+) -> tuple[Tensor, Tensor, Given]:
+    """Read what `complete` and `conditional_log_prob` share: the images `(B, *spec.shape)`, which pixels are known,
+    bool, the same without channels, and what is given."""
+    batch = pipeline.to_images(images)
+    known = find_known_pixels(known, mask, images, batch, frames)
+    return batch, known, pipeline.read_given(labels, condition, len(batch))
 
 
 def encode_visible(
@@ -171,9 +202,8 @@ def conditional_log_prob(
     tokens (`Tokenizer.pixel_log_prob`) is not included. Raises `ConditionError` if the prior has no such conditional,
     `ValueError` for a mask of another shape.
     """
-    batch = pipeline.to_images(images)
-    known = find_known_pixels(known, mask, images, batch, frames)
-    given, parts = pipeline.read_given(labels, condition, len(batch)), []
+    batch, known, given = read_partly_known(pipeline, images, known, labels, condition, mask, frames)
+    parts = []
     if given.weights:
         raise ValueError("marginal: a mixture given known tokens is not computed; give the class, or leave it null")
     for rows, part, own in pipeline.batches(batch, given, batch_size):

@@ -26,7 +26,7 @@ from torch import Tensor
 from prior.columns import LABEL
 from prior.given import Given, digest_rows
 from prior.options import DecodingOptions, SamplingOptions
-from prior.sampling import choose_orders, make_batch
+from prior.sampling import choose_orders, equal_batches, make_batch
 from tokenizer.files import fsync
 from tokenizer.spec import ImageSpec
 
@@ -35,7 +35,7 @@ from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
-from .image_pipeline import NO_TEXT, ImagePipeline, equal_batches
+from .image_pipeline import NO_TEXT, ImagePipeline
 from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, npy_bytes, png_bytes, to_images, write_picture
@@ -171,7 +171,7 @@ class Request:
     @cached_property
     def sampler(self) -> SamplingOptions:
         """The sampling settings of all images. Raises `ValueError` or `TypeError`."""
-        return self.pipeline.choose_sampler(self.settings, self.given.names, self.decoding)
+        return self.pipeline.resolve_sampling(self.settings, self.given.names, self.decoding)
 
     def describe(self) -> dict[str, Any]:
         pipeline, prior, spec = self.pipeline, self.pipeline.prior, self.pipeline.spec

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import wraps
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -28,7 +27,7 @@ from prior.columns import LABEL, ClassColumn, Column, describe_columns
 from prior.given import Given
 from prior.noise import Generators
 from prior.options import GUIDANCE_FIELDS, DecodingOptions, Order, SamplingOptions, select_order
-from prior.sampling import Step, check_known, progress_bar
+from prior.sampling import OnStep, Step, progress_bar
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError
@@ -230,6 +229,10 @@ class ImagePipeline:
         num_orders: int = 1,
         cache: bool = True,
         parallel: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
         batch_size: int = 64,
         output_type: str = "pil",
         progress: bool = True,
@@ -252,13 +255,16 @@ class ImagePipeline:
         `(B, *grid.shape)` holds the tokens of all images so far (0 if not yet drawn) and known says which are drawn.
         Both are copies. Its return value is ignored; an exception ends the call.
 
-        settings: those that the prior's `Sampling` declares (`temperature`, `top_k`, `top_p`, `guidance_scale`,
-        `guidance_end`, `guidance_power`, `guidance_on`; also `steps`, `confidence_temperature` and `schedule` for a
-        masked-token prior). They default to the pipeline's own (`pipeline.sampler`), except that `steps` is ignored if
-        `order`, `num_orders`, `cache` or `parallel` is given, since it cannot be combined with them. The guidance
-        schedule is replaced as a whole: a given `guidance_scale` is constant unless `guidance_end` is also given, and a
-        given `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of
-        range, `TypeError` for a setting that the prior does not have."""
+        temperature: below 1 prefers likely ids; 0 takes the likeliest. top_k: sample from the k likeliest ids only.
+        top_p: sample from the likeliest ids with this total probability only. guidance_scale: above 1 follows labels
+        and condition more closely, 1 is no guidance. None is the pipeline's own setting (`pipeline.sampler`), as for
+        settings that are left out. settings: the others that the prior's `Sampling` declares (`guidance_end`,
+        `guidance_power`, `guidance_on`; also `steps`, `confidence_temperature` and `schedule` for a masked-token
+        prior). The pipeline's own `steps` are ignored if `order`, `num_orders`, `cache` or `parallel` is given, since
+        they cannot be combined. The guidance schedule is replaced as a whole: a given `guidance_scale` is constant
+        unless `guidance_end` is also given, and a given `guidance_end` is linear unless `guidance_power` is also given.
+
+        Raises `ValueError` for arguments out of range, `TypeError` for a setting that the prior does not have."""
         if isinstance(num_images, str):
             raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
         if num_images_per_label is not None:
@@ -270,66 +276,54 @@ class ImagePipeline:
         num_images = check_count(len(given))
         check_count(batch_size, "batch_size")
         check_output_type(output_type, LATENT)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end should be a function (got {callback_on_step_end!r})")
+        report: OnStep | None = None
+        if callback_on_step_end is not None:
+            if not callable(callback_on_step_end):
+                raise TypeError(f"callback_on_step_end should be a function (got {callback_on_step_end!r})")
+
+            def report(step: Step) -> None:
+                callback_on_step_end(self, step.number, step.rank, {"tokens": step.tokens, "known": step.known})
+
         decoding = DecodingOptions(order, num_orders, cache, parallel)
-        sampler = self.choose_sampler(settings, given.names, decoding)
-        generator = make_generators(seed, generator, num_images)
-        shape = (num_images, *self.prior.grid.shape)
-        tokens, known = (each.reshape(shape) for each in check_known(self.prior, tokens, known, num_images))
-        drawn, done, rows, number = tokens.clone(), known.clone(), slice(0), 0
-
-        def report(step: Step) -> None:
-            nonlocal number
-            drawn[rows], done[rows] = step.tokens, step.known
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, number, step.rank, {"tokens": drawn.clone(), "known": done.clone()})
-            number += 1
-
-        batches = equal_batches(num_images, batch_size)
-        bar: Any = self.progress_bar_config if progress else False
-        for rows in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
-            drawn[rows] = self.prior.sample(
-                rows.stop - rows.start,
-                condition=given[rows],
-                sampling=sampler,
-                decoding=decoding.select(rows, num_images),
-                generator=generator[rows] if isinstance(generator, Sequence) else generator,
-                tokens=tokens[rows],
-                known=known[rows],
-                progress=bar if len(batches) == 1 else False,
-                on_step=report if callback_on_step_end else None,
-            )
-            done[rows] = True
+        shared = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+        tokens = self.prior.sample(
+            num_images,
+            condition=given,
+            sampling=self.resolve_sampling({**shared, **settings}, given.names, decoding),
+            decoding=decoding,
+            generator=make_generators(seed, generator, num_images),
+            tokens=tokens,
+            known=known,
+            batch_size=batch_size,
+            progress=self.progress_bar_config if progress else False,
+            on_step=report,
+        )
         options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
-        images = drawn if output_type == LATENT else self.decode(drawn, **options)
+        images = tokens if output_type == LATENT else self.decode(tokens, **options)
         names = self.class_names(given.rows[LABEL]) if LABEL in given.rows else None
-        return PipelineOutput.of(images, drawn, names, len(self.spec.shape))
+        return PipelineOutput.of(images, tokens, names, len(self.spec.shape))
 
-    def choose_sampler(
-        self, settings: dict[str, Any], given: Collection[str], decoding: DecodingOptions
+    def resolve_sampling(
+        self, settings: Mapping[str, Any], given: Collection[str], decoding: DecodingOptions
     ) -> SamplingOptions:
-        """Complete the given sampling settings with the pipeline's own, which also replace None for a setting shared by
-        all priors. given: the names of the columns that are given. Raises `TypeError` for a setting that the prior does
-        not have, `ValueError` for values out of range."""
-        known = self.prior.Sampling.names()
-        if unknown := [name for name in settings if name not in known]:
-            near = get_close_matches(unknown[0], [*known, *inspect.signature(self.__call__).parameters], 1)
+        """Return these settings, with the pipeline's own in place of those that are missing, and of None for a setting
+        that all priors share. given: the names of the columns that are given. Raises `TypeError` for a setting that the
+        prior does not have, `ValueError` for values out of range."""
+        known, shared = self.prior.Sampling.names(), SamplingOptions.names()
+        chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
+        if unknown := [name for name in chosen if name not in known]:
+            others = inspect.signature(self.__call__).parameters.keys() - unknown
+            near = get_close_matches(unknown[0], [*known, *others], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a {self.prior.name!r} prior takes {', '.join(known)}"
             raise TypeError(f"unexpected argument {unknown[0]!r}; {NO_TEXT if 'prompt' in unknown[0] else hint}")
         own = self.sampler if decoding.is_default else self.sampler.for_given_order()
         if not own.can_guide(given):
             own = own.unguided()  # there is nothing to guide towards
-        shared = SamplingOptions.names()
-        chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
         defaults = dict(vars(own))
         for number, name in enumerate(GUIDANCE_FIELDS, 1):
             if name in chosen:  # the rest of the pipeline's guidance schedule does not apply
                 defaults.update(dict.fromkeys(GUIDANCE_FIELDS[number:]))
-        sampler = self.prior.make_sampling_options(**{**defaults, **chosen})
-        self.prior.check_sampling_options(sampler)
-        sampler.check_guidance(given)
-        return sampler
+        return self.prior.make_sampling_options(**{**defaults, **chosen})
 
     complete = serialized(completion.complete)
 
@@ -812,14 +806,6 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
     if not 0 <= first <= LAST_SEED + 1 - count:
         raise ValueError(f"seed: the seed of each image, seed + k, must be from 0 to 2^64 - 1 (got {first})")
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
-
-
-def equal_batches(count: int, at_most: int) -> list[slice]:
-    """Cut `count` images into the fewest batches of nearly equal size, so that one CUDA graph suits all."""
-    number = -(-count // at_most)
-    size, larger = divmod(count, number)
-    starts = [k * size + min(k, larger) for k in range(number + 1)]
-    return [slice(*ends) for ends in pairwise(starts)]
 
 
 def repeat_labels(labels: Any, condition: Any, per_label: int) -> tuple[Any, Any, int]:

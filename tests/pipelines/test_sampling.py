@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import pickle
@@ -19,6 +20,7 @@ from small_pipelines import LABELS, every_pair, every_prior_pair, make_pipeline,
 from pipelines import ImagePipeline
 from prior import cuda_graph, sampling
 from prior.cuda_graph import release_graph
+from prior.options import SamplingOptions
 
 
 def make_like(pipe, sampler):
@@ -295,6 +297,35 @@ def test_steps_of_a_masked_token_prior(tmp_path):
         pipe(2, steps=7)
     with pytest.raises(TypeError, match="'steps'"):
         make_pipeline()(2, steps=3)
+
+
+ASKED = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize("method", ["__call__", "complete"])
+def test_signatures_show_the_common_settings_and_none_is_the_pipelines_own(method):
+    """Also for a prior whose `Sampling` has more settings."""
+    plain, known = make_pipeline(prior="masked"), torch.zeros(8, 12, dtype=torch.bool)
+    own, first = make_like(plain, ASKED), [2, 1] if method == "__call__" else [pixels_for(plain, 2), known, 1]
+
+    def of(pipe, **settings):
+        return getattr(pipe, method)(*first, seed=0, output_type="latent", **settings).tokens
+
+    parameters = inspect.signature(getattr(ImagePipeline, method)).parameters
+    assert all(parameters[name].kind == inspect.Parameter.KEYWORD_ONLY for name in ASKED)
+    assert all(parameters[name].default is None for name in ASKED)
+    assert of(own).equal(of(plain, **ASKED)) and of(own).equal(of(own, **dict.fromkeys(ASKED)))
+    assert of(own, temperature=1.0, guidance_scale=1.0, top_k=99, top_p=1).equal(of(plain))
+    assert not of(own).equal(of(plain))
+    for name, value in ASKED.items():
+        assert of(plain, **{name: value}).equal(of(make_like(plain, {name: value})))
+
+
+def test_a_setting_that_a_prior_lacks_is_refused_unless_it_is_none():
+    pipe = make_pipeline()
+    pipe.prior.Sampling = type("Few", (SamplingOptions,), {"names": lambda: ["temperature", "top_k", "top_p"]})
+    with pytest.raises(TypeError, match="'guidance_scale'; a 'gpt' prior takes temperature"):
+        pipe(1, 1, guidance_scale=2.0)
 
 
 NO_GUIDANCE = {"guidance_scale": 1.0, "guidance_end": None, "guidance_power": None}
