@@ -4,6 +4,7 @@ ranges and choices of sliders and dropdowns on the server."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -16,7 +17,8 @@ from prior.orders import CURVES, order_problem
 from ..columns import ColumnFormat, formats_of
 from ..image_pipeline import ImagePipeline
 from ..options import Sampling
-from .served import Served
+from .parts import make_condition_picker
+from .served import Served, picked_image
 
 UNCONDITIONAL = -1
 """The class id that means "no class"."""
@@ -66,7 +68,7 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
         return []
     about = "what the image is conditioned on; the rest is left open"
     given = gr.CheckboxGroup(list(columns), value=[], label="Conditions", info=about)
-    fields = {name: column.make_fields(served, tab) for name, column in columns.items()}
+    fields = {name: column.make_fields(partial(make_condition_picker, served, tab)) for name, column in columns.items()}
 
     def show(names: list[str]) -> list[Any]:
         return [gr.update(visible=name in names) for name, own in fields.items() for _ in own]
@@ -83,7 +85,7 @@ def read_fields(pipeline: ImagePipeline, values: Sequence[Any]) -> dict[str, Any
     for name, column in list_others(pipeline).items():
         own, rest = rest[: column.field_count], rest[column.field_count :]
         if name in given:
-            found[name] = column.read_fields(own)
+            found[name] = column.read_fields(own, picked_image)
     return found
 
 
