@@ -40,7 +40,6 @@ def verbs() -> dict[str, str]:
 
 
 def read_summary(module: str) -> str:
-    """Return the first line of a module's docstring."""
     path = Path(__file__).parent / f"{module.replace('.', '/')}.py"
     return path.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
 
@@ -55,7 +54,6 @@ def load_verb(verb: str) -> ModuleType:
 
 
 def help_page() -> str:
-    """Return the text of `smalti --help`."""
     known = verbs()
     groups = {title: {verb: known[verb] for verb in group} for title, group in GROUPS.items()}
     groups["other"] = OTHER

@@ -34,10 +34,7 @@ if TYPE_CHECKING:
     from .image_pipeline import Condition, ImagePipeline, Images, Label, PipelineOutput
 
 Known = Tensor | np.ndarray | None
-"""bool `(H, W)` or `(B, H, W)`, True = keep this pixel."""
 Mask = Picture | Tensor | np.ndarray | list[Any] | None
-"""A picture, or one per image; or an array `(H, W)`, `(B, H, W)` or `(B, 1, H, W)` of bool, integers from 0 to 255 (or
-0 and 1), or floats in [0, 1]. White, True and the upper half of the range are redrawn."""
 WHITE = 128
 MASKS = ("top", "bottom", "left", "right", "box")
 MASK_SEED = 0  # of scattered masks; independent of the sampling seed, so that draws share a mask
@@ -77,9 +74,9 @@ def complete(
     Give one of `known`, `mask` and `frames`. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this
     pixel. mask: the opposite, white = redraw this pixel, as in diffusers and `smalti complete`. It is a PIL image, or
     one per image, of the pipeline's size or of its image's size (then it is resized and cropped like the image); or an
-    array or tensor of the same shapes as `known`, bool, 0 to 255 (128 and above is white) or floats in [0, 1]. frames:
-    of clips, keep this number of frames from the start and redraw the rest. For clips, `known` and `mask` are arrays or
-    tensors `(T, H, W)` or `(B, T, H, W)`.
+    array or tensor of the same shapes as `known` or `(B, 1, H, W)`: bool, integers from 0 to 255 (128 and above is
+    white) or 0 and 1, or floats in [0, 1]. frames: of clips, keep this number of frames from the start and redraw the
+    rest. For clips, `known` and `mask` are arrays or tensors `(T, H, W)` or `(B, T, H, W)`.
 
     Hidden pixels are painted over before encoding, so they cannot leak. A token is known if every pixel of its patch is
     known, and only known tokens are used. If the tokenizer's receptive field is wider than a patch, paint affects known
@@ -149,8 +146,7 @@ def encode_visible(
     pipeline: ImagePipeline, images: Tensor, known: Tensor, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens of `images` and which of them are known, both `(B, *grid.shape)`. Pixels that are not `known`
-    `(B, H, W)` are painted over, since they would leak through the encoder's receptive field; those of a clip frame by
-    frame."""
+    `(B, H, W)` are painted over, since they would leak through the encoder's receptive field."""
     painted = paint_hidden(*(each.flatten(0, -4) for each in (images, known.unsqueeze(-3))))
     tokens = pipeline.encode_batch(painted.view(images.shape), batch_size=batch_size)
     return tokens, pipeline.tokenizer.known_tokens(known)
@@ -249,9 +245,8 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
 
 
 def find_known_pixels(known: Any, mask: Any, images: Any, batch: Tensor, frames: int | None = None) -> Tensor:
-    """Return the known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`. batch: `images` as a tensor `(B, ..., C, H,
-    W)`. frames: see `complete`. Raises `TypeError` unless exactly one of `known`, `mask` and `frames` is given,
-    `ValueError` for another shape, type or number of frames."""
+    """Return the known pixels, bool, of the shape of `batch` without channels. batch: `images` as a tensor. Raises
+    `TypeError` unless exactly one of `known`, `mask` and `frames` is given, `ValueError` for another shape or type."""
     areas = (known, mask, frames)
     if [area is None for area in areas].count(False) != 1:
         raise TypeError(
@@ -276,8 +271,6 @@ def find_first_frames(frames: Any, batch: Tensor) -> Tensor:
 
 
 def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
-    """Return `known` as bool, of the shape of `batch` without channels. Raises `ValueError` for another shape or
-    type."""
     several = known if isinstance(known, (list, tuple)) else [known]
     if any(isinstance(one, Picture) for one in several):
         raise ValueError(
@@ -294,9 +287,6 @@ def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
 
 
 def find_hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """Return the pixels of a `Mask` to redraw, bool, of the shape of `batch` without channels. A picture, for images
-    only, needs the size of the batch or that of its
-    image; in the latter case it is resized and cropped like the image. Raises `ValueError` for another size or type."""
     count, shape = len(batch), tuple(batch.select(-3, 0).shape)
     several = mask if isinstance(mask, (list, tuple)) else [mask]
     if any(isinstance(one, Picture) for one in several):
@@ -371,7 +361,7 @@ def make_mask(name: str, spec: ImageSpec, grid_shape: tuple[int, ...]) -> Tensor
 
 
 def scattered(share: str, height: int, width: int, side: int) -> Tensor:
-    """Return bool `(height, width)`, False in this share (at least one) of the patches of `side` by `side` pixels."""
+    """Return known pixels `(height, width)`: this share of the patches of `side` by `side`, at least one, is hidden."""
     try:
         fraction = float(share)
     except ValueError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -33,8 +33,6 @@ CHUNK = 1 << 20
 
 
 class TableFields(BaseModel):
-    """A table as it is stored."""
-
     model_config = ConfigDict(extra="forbid")
 
     columns: list[str] = Field(min_length=1)
@@ -49,8 +47,6 @@ class TableFields(BaseModel):
 
 
 class FrequencyFile(BaseModel):
-    """The contents of `frequencies.json`."""
-
     model_config = ConfigDict(extra="forbid")
 
     format_version: Whole
@@ -86,7 +82,6 @@ class Table:
         return torch.cat([parts[name] for name in names], 1)
 
     def ids(self, name: str) -> Tensor:
-        """Return the class of each value, -1 for null."""
         return self.columns[name].unpack(self.part([name])[:, 0].to(self.columns[name].stored_type))
 
 
@@ -129,15 +124,12 @@ class Frequencies:
 
     def save(self, folder: Path) -> None:
         """Write `frequencies.json`, unless there are no tables."""
-        if self.tables:
-            write_json(folder / FREQUENCIES, self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
         tables = [
             {"columns": list(table.columns), "values": table.values.tolist(), "counts": table.counts.tolist()}
             for table in self.tables
         ]
-        return {"format_version": FORMAT_VERSION, "tables": tables}
+        if tables:
+            write_json(folder / FREQUENCIES, {"format_version": FORMAT_VERSION, "tables": tables})
 
     def of_columns(self, columns: Mapping[str, Column]) -> Frequencies:
         """Return the frequencies of the columns of a prior that was trained on some of those that were counted; without
@@ -185,7 +177,6 @@ class Frequencies:
         return ((found + share) / (found.sum(1, keepdim=True) + 1)).log()[inverse]
 
     def describe(self, name: str, given: Iterable[str] = ()) -> str:
-        """Say in a few words what the probabilities of the classes of `name` are, if the columns `given` are given."""
         table, names = self.find_table(name), [other for other in given if other != name]
         if table is None:
             return f"all classes of {name} count as equally likely"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer import Tokenizer
 from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec
 
 from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
+from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.clip_files import choose_kind
 from .images.formats import decode_in_threads
@@ -28,11 +30,6 @@ from .images.views import View
 from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
 from .saving import PipelineFolder
 from .shuffling import spread
-
-if TYPE_CHECKING:
-    from tokenizer import Tokenizer
-
-    from .image_pipeline import ImagePipeline
 
 DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
@@ -60,8 +57,6 @@ class UsesPipeline(Config):
     def load_pipeline(self) -> ImagePipeline:
         """Load the pipeline onto its device. Raises `PipelineLoadError`, or `UserError` if the device is not
         available."""
-        from .image_pipeline import ImagePipeline
-
         return ImagePipeline.from_pretrained(self.pipeline, device=choose_device(self.device))
 
 
@@ -145,8 +140,6 @@ class UsesTokenizer(Config):
         """Load the tokenizer onto its device, and the held-out images. whole: for access to images at their own size,
         which are not decoded first. Raises `UserError` for images of another shape, and if some of them were used in
         training."""
-        from tokenizer import Tokenizer
-
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
         single = tokenizer.spec.frames == 1  # trained on the frames of clips

@@ -17,7 +17,7 @@ from ..files import Output
 from ..images import DataConfig, check_shape, load_images
 from ..options import PipelineFolder, UsesImages, require_pictures
 from ..provenance import defaults, inherit
-from ..saving import HERE, list_shipped
+from ..saving import SHIPPED, list_shipped
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -77,7 +77,7 @@ def run(config: AppConfig) -> None:
 
 def list_shipped_configs(config: AppConfig) -> list[AppConfig]:
     """Return the configuration for each pipeline in the package, with the images that it was trained on."""
-    folders = [str(HERE / name) for name in list_shipped()]  # even if a local folder has the same name
+    folders = [str(SHIPPED / name) for name in list_shipped()]  # even if a local folder has the same name
     data = [DataConfig(**defaults({"pipeline": folder})["data"]) for folder in folders]
     return [config.model_copy(update={"pipeline": path, "data": of}) for path, of in zip(folders, data, strict=True)]
 

@@ -133,7 +133,7 @@ def test_the_card_names_public_sources_only(tmp_path, monkeypatch, source, local
     monkeypatch.chdir(tmp_path)
     pipe = pipeline_to_push(rich=False)
     pipe.provenance = {"data": {"source": source, "split": source}, "local": local}
-    card = model_card(pipe.tokenizer, pipe.prior, pipe.labels, pipe.provenance, has_grid=False)
+    card = model_card(pipe, has_grid=False)
     assert f"Trained on {shown}." in card
     shared = shareable(pipe.provenance)
     assert shared["data"]["split"] == source and shareable(shared) == shared
