@@ -88,21 +88,10 @@ class PipelineOutput(OutputFields):
         return found
 
     def __repr__(self) -> str:
-        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
-        tokens = tuple(self.tokens.shape)
-        return f"{type(self).__name__}(images: {self.describe_images()}, tokens: {tokens}, class_names: {names})"
-
-    def describe_images(self) -> str:
-        first, counts = self.images, list[int]()
-        if first is self.tokens:
-            return "not decoded"
-        if not isinstance(first, list):
-            return f"{tuple(first.shape)} {first.dtype}"
-        while isinstance(first, list):
-            counts.append(len(first))
-            first = first[0]
-        clips = "".join(f"clips of {counts.pop()} " for _ in range(3, self.axes))
-        return f"{' x '.join(map(str, counts))} {clips}PIL of {first.width} x {first.height}"
+        is_list = isinstance(self.images, list)
+        images = f"list of {len(self.images)}" if is_list else f"{tuple(self.images.shape)} {self.images.dtype}"
+        names = None if self.class_names is None else f"list of {len(self.class_names)}"
+        return f"{type(self).__name__}(images: {images}, tokens: {tuple(self.tokens.shape)}, class_names: {names})"
 
     def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep

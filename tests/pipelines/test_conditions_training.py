@@ -105,16 +105,8 @@ def test_columns_are_chosen_by_name(data, monkeypatch):
     assert list(given.columns) == ["label"]
     _, given = (bare := task_of(data, monkeypatch, label_dropout=1.0)).batch(np.arange(4), np.zeros(4, np.int64), 0)
     assert (bare.model.columns, given.columns, given.rows) == ({}, {}, {})
-    cases = {
-        "attributes: unknown column 'aeg'; did you mean 'age'.*outline": (data, {"attributes": ["aeg"]}),
-        "attributes: unknown column 'age'; there are no columns": (only_labels(data), {"attributes": ["age"]}),
-    }
-    for message, (some, more) in cases.items():
-        with pytest.raises(UserError, match=message) as caught:
-            task_of(some, monkeypatch, **more)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="^label_dropout: must be below 1 with attributes"):
-        config_of(attributes=["age"], label_dropout=1.0)
+    with pytest.raises(UserError, match="attributes: unknown column 'aeg'; did you mean 'age'.*outline"):
+        task_of(data, monkeypatch, attributes=["aeg"])
 
 
 def fit(task, steps, batch=128, lr=5e-3):

@@ -65,14 +65,6 @@ def test_a_grid_shows_the_images_in_columns_below_the_names_of_their_classes():
         out.grid(0)
 
 
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_completions_of_an_image_form_a_row_of_the_grid(output_type):
-    pipe, known = make_pipeline(), torch.zeros(8, 12, dtype=torch.bool)
-    out = pipe.complete(pixels_for(pipe, 3), known, 1, draws=2, seed=0, output_type=output_type)
-    width, height = out.grid().size
-    assert height > width  # three rows of two images of 8 x 12
-
-
 # Seeds and batches
 
 
@@ -104,7 +96,7 @@ def test_generators_are_one_or_one_per_image(tokenizer, prior):
     assert torch.equal(pipe(2).tokens, first) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(3, 2), (5, 4), (10, 3), (4, 1)])
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (4, 1)])
 def test_batches_of_a_call_share_a_graph(count, batch_size, monkeypatch):
     """The first batch of all is drawn kernel by kernel."""
     pipe, emulated = make_pipeline(), Emulated()
@@ -153,15 +145,6 @@ def test_a_pipeline_works_in_inference_mode():
 # Labels and counts
 
 
-def test_labels_are_ids_or_names_one_or_many():
-    pipe = make_pipeline()
-    wanted = pipe(3, [1, 1, 1], seed=0).tokens
-    for labels in (1, "dog", ["dog", 1, "dog"], torch.tensor([1, 1, 1]), np.array([1, 1, 1]), iter(["dog"] * 3)):
-        assert torch.equal(pipe(3, labels, seed=0).tokens, wanted)
-    assert torch.equal(pipe(3, [None] * 3, seed=0).tokens, pipe(3, seed=0).tokens)
-    assert not any(torch.equal(pipe(3, labels, seed=0).tokens, wanted) for labels in (None, "cat"))
-
-
 def test_labels_say_how_many_images():
     pipe = make_pipeline()
     assert len(pipe(labels="cat", seed=0).images) == len(pipe(seed=0).images) == 1
@@ -183,41 +166,17 @@ def test_a_guided_call_may_have_batches_without_a_class(default, settings):
     assert torch.equal(whole[[1, 2, 4]], torch.cat([pipe(seed=k).tokens for k in (1, 2, 4)]))
 
 
-def test_arrays_may_have_negative_strides_and_any_integer_type():
-    """torch rejects negative strides, and cannot sort uint16, the type of token files."""
-    pipe = make_pipeline(prior="masked")
-    order, tokens, known = np.arange(6), pipe(2, seed=0).tokens.numpy(), np.arange(12).reshape(2, 2, 3) % 2 > 0
-    labels = np.array([0, 2])
-    flipped = {"order": order[::-1], "tokens": tokens[::-1], "known": known[::-1]}
-    whole = {name: torch.from_numpy(value.copy()) for name, value in flipped.items()}
-    plain = pipe(2, labels[::-1], seed=7, **whole).tokens
-    small = {name: flipped[name].astype(np.uint16) for name in ("order", "tokens")}
-    for given in (flipped, {**flipped, **small}, {name: value.tolist() for name, value in flipped.items()}):
-        assert torch.equal(pipe(np.int64(2), labels[::-1], seed=np.int64(7), **given).tokens, plain)
-    images = pipe.decode(torch.from_numpy(tokens), output_type="pt")
-    assert torch.equal(pipe.decode(tokens[::-1].astype(np.uint16), output_type="pt"), images.flip(0))
-
-
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        ({"num_images": 0}, "num_images"),
         ({"num_images": 4, "num_images_per_label": 2}, "num_images_per_label"),
-        ({"seed": "7"}, "seed"),
-        ({"seed": -1}, "seed"),
         ({"num_images": 2, "seed": 2**64 - 1}, "seed"),
-        ({"labels": []}, "num_images"),
-        ({"num_images": 2, "labels": [1]}, "labels"),
         ({"labels": 3}, "cat, dog, eel"),
-        ({"labels": -1}, "-1 is not a class"),
         ({"seed": 1, "generator": torch.Generator()}, "seed or generator"),
-        ({"num_images": 3, "generator": [torch.Generator()]}, "generators"),
         ({"batch_size": 0}, "batch_size"),
-        ({"output_type": "latents"}, "output_type"),
         ({"temperature": -1.0}, "temperature"),
         ({"guidance_scale": 2.0, "labels": [None, None]}, "labels"),
         ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "known"),
-        ({"tokens": torch.rand(2, 3), "known": torch.ones(2, 3).bool()}, "tokens"),
         ({"tokens": torch.full((2, 3), 99), "known": torch.ones(2, 3).bool()}, "ids"),
         ({"order": "column"}, "order"),
     ],
@@ -231,10 +190,8 @@ def test_bad_arguments_are_named(arguments, key):
     ("arguments", "key"),
     [
         ({"num_images": "a photo of a dog"}, "labels"),
-        ({"prompt": "a dog"}, "'prompt'"),
         ({"num_inference_steps": 50}, "'num_inference_steps'.*temperature"),
         ({"temprature": 1}, "'temprature'.*'temperature'"),
-        ({"num_image": 1}, "'num_image'.*'num_images'"),
         ({"num_images": 2, "generator": 3}, "generator"),
     ],
 )
@@ -399,17 +356,6 @@ def test_a_callback_sees_every_step_of_every_batch(tokenizer, prior, batch_size)
     assert before.all()
 
 
-@pytest.mark.parametrize("prior", ["gpt", "masked"])
-def test_a_callback_sees_every_step_of_a_completion(prior):
-    pipe, seen = make_pipeline(prior=prior), []
-    known = torch.zeros(8, 12, dtype=torch.bool)
-    known[:4] = True
-    out = pipe.complete(pixels_for(pipe, 2), known, draws=3, seed=0, callback_on_step_end=recorder(seen))
-    assert seen[-1][3].equal(out.tokens.flatten(0, 1)) and seen[-1][4].all()
-    kept = pipe.tokenizer.known_tokens(known[None])
-    assert all(each[4][:, kept[0]].all() for each in seen)
-
-
 @pytest.mark.parametrize("way", [{}, {"parallel": True}, {"batch_size": 2}, {"guidance_scale": 3.0}])
 def test_a_call_interrupted_by_its_callback_can_be_continued(way):
     """The tokens so far, with the same seeds, lead to the same images."""
@@ -441,26 +387,19 @@ def test_a_callback_may_call_the_pipeline():
 
 
 def test_calls_from_several_threads_run_one_at_a_time():
-    """Also of a copy that was pickled."""
-    pipe = pickle.loads(pickle.dumps(make_pipeline()))
-    wanted, under_way, most = [pipe(2, labels=k % 3, seed=k).tokens for k in range(4)], set(), []
-
-    def count(pipe, step, *_):
-        under_way.add(threading.get_ident())
-        most.append(len(under_way))
-        if step == len(pipe.prior.grid) - 1:
-            under_way.remove(threading.get_ident())
+    """As the app makes them; also of a copy that was pickled."""
+    pipe, found, under_way = pickle.loads(pickle.dumps(make_pipeline())), {}, []
+    wanted = [pipe(2, labels=k, seed=k).tokens for k in range(2)]
 
     def work(k):
-        found[k] = pipe(2, labels=k % 3, seed=k, callback_on_step_end=count).tokens
+        found[k] = pipe(2, labels=k, seed=k, callback_on_step_end=lambda *_: under_way.append(k)).tokens
 
-    found = {}
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert all(found[k].equal(wanted[k]) for k in range(4)) and max(most) == 1
+    assert all(found[k].equal(wanted[k]) for k in range(2)) and under_way == sorted(under_way, key=under_way.index)
 
 
 # Bars

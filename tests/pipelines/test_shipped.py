@@ -58,16 +58,6 @@ def test_it_completes_scores_and_detects_noise(pipe):
     assert (pipe.anomaly_score(noise, p_values=True) < 0.01).all()
 
 
-def test_it_compresses(pipe):
-    pytest.importorskip("constriction")
-    images = pipe(num_images=4, labels=3, seed=0, progress=False).images
-    stream = pipe.compress(images, progress=False)
-    decoded = pipe.decompress(stream, progress=False)
-    assert [np.array(image).tolist() for image in decoded] == [
-        np.array(image).tolist() for image in pipe.reconstruct(images)
-    ]
-
-
 @needs_digits
 def test_held_out_digits_are_normal(pipe):
     """Digits not used in calibration: more than 10 of 60 below p = 0.05 happens once in ten thousand times."""
