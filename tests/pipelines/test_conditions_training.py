@@ -129,7 +129,7 @@ def fit(task, steps, batch=128, lr=5e-3):
 def test_training_listens_to_every_column(data, monkeypatch):
     """Bits per token with all conditions are clearly fewer than without any; each column is worth some."""
     torch.manual_seed(0)
-    task = fit(task_of(data, monkeypatch), 250)
+    task = fit(task_of(data, monkeypatch), 160, lr=1e-2)
     test = task.eval_splits["held_out"]
     with_all = task.evaluate(task.model, "held_out")["bits_per_token"]
     assert with_all == bits_per_token(task.model, test)
