@@ -137,7 +137,7 @@ def test_training_listens_to_every_column(data, monkeypatch):
     assert with_all < 0.6 * without, (with_all, without)
     for name in COLUMNS:
         fewer = replace(test, given=test.given.without([name]))
-        assert bits_per_token(task.model, fewer) > with_all + 0.05, name
+        assert bits_per_token(task.model, fewer) > with_all + 0.02, name
 
 
 # Runs
