@@ -71,7 +71,7 @@ images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}{{ exam
 """
 
 
-def model_card(pipeline: ImagePipeline, has_grid: bool) -> str:
+def pipeline_card(pipeline: ImagePipeline, has_grid: bool) -> str:
     """Return markdown with a metadata header; all figures come from `pipeline.provenance`. has_grid: whether the folder
     contains a picture of samples."""
     from huggingface_hub import ModelCard
@@ -161,11 +161,11 @@ def format_sampler(sampler: SamplingOptions) -> list[str]:
 def format_tuning(tuning: dict[str, Any]) -> list[str]:
     if "settings" not in tuning:
         return []
-    facts = {name: format_number(tuning.get(name)) for name in TUNING}
+    facts = {name: format_fact(tuning.get(name)) for name in TUNING}
     return [TUNED.format_map(facts), ""]
 
 
-def format_number(value: Any) -> str:
+def format_fact(value: Any) -> str:
     """Format a number to four digits, or text as a table cell."""
     return to_cell(value) if isinstance(value, str) else f"{value:.4g}" if isinstance(value, (int, float)) else "?"
 

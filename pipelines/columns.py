@@ -267,7 +267,7 @@ class ClassFormat(NamesFormat[ClassColumn]):
         names = self.column.names
         if str(value) not in names:
             value = YES_NO.get(str(value).lower(), value)
-        return value if value in names else read_numbers(value, int)
+        return value if value in names else read_number_list(value, int)
 
     def read_cell(self, cell: Any, base: Path) -> Any:
         if is_empty(cell):
@@ -363,7 +363,7 @@ class QuantityFormat(ColumnFormat[Q]):
     """One or several numbers; a single one is written without a list."""
 
     def read_text(self, value: Any) -> Any:
-        return read_numbers(value, float)
+        return read_number_list(value, float)
 
     def read_cell(self, cell: Any, base: Path) -> Any:
         is_nan = isinstance(cell, str) and cell.lower() == "nan"
@@ -459,7 +459,7 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return encode_text(encoder, [value])[0]
 
     def read_text(self, value: Any) -> Any:
-        return value if self.takes_text else read_numbers(value, float)
+        return value if self.takes_text else read_number_list(value, float)
 
     @classmethod
     def suits(cls, first: Any, cells: RawColumn) -> bool:
@@ -762,7 +762,7 @@ def split_list(text: str, separators: str) -> list[str]:
     return [part.strip().strip("'\"") for part in re.split(separators, inner)]
 
 
-def read_numbers(value: Any, kind: type[float]) -> Any:
+def read_number_list(value: Any, kind: type[float]) -> Any:
     """Convert text to a number of this type, or to several separated by commas, of which `null` is None. Other values,
     and what is no number, are returned unchanged."""
     if not isinstance(value, str):

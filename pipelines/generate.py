@@ -47,7 +47,7 @@ SHEET = "metadata.jsonl"
 """One line per image with its file and class name, in the format of `datasets`."""
 MAX_IMAGES, IMAGES = 10_000_000, 64  # at most, and by default
 WRITERS = 16
-FILES = (".png", ".npy", *ANIMATIONS)
+FILE_SUFFIXES = (".png", ".npy", *ANIMATIONS)
 """The suffixes of one file per image."""
 
 
@@ -112,7 +112,7 @@ def run(config: GenerateConfig) -> Path:
         count = len(request.given)
         images = ImageFolder(config, count, pipeline.spec)
         group.on_main(lambda: images.check(group.world))
-        job = group.on_main(lambda: describe_job(request, images.file_suffix))
+        job = group.on_main(lambda: request.describe_job(images.file_suffix))
         saved = request.sampler.describe(without=request.settings)
         if group.is_main and saved:
             off = "; guidance_scale=1 turns guidance off" if "guidance_" in saved else ""
@@ -173,7 +173,8 @@ class Request:
         """The sampling settings of all images. Raises `ValueError` or `TypeError`."""
         return self.pipeline.resolve_sampling(self.settings, self.given.names, self.decoding)
 
-    def describe(self) -> dict[str, Any]:
+    def describe_job(self, suffix: str) -> dict[str, Any]:
+        """Return what the bytes of the result depend on, and the device. Raises `UserError`."""
         pipeline, prior, spec = self.pipeline, self.pipeline.prior, self.pipeline.spec
         try:
             batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
@@ -182,6 +183,9 @@ class Request:
             raise UserError(str(error)) from error
         null, others = prior.num_classes, {name: raw for name, raw in self.keys.rows().items() if name != LABEL}
         return {
+            "verb": "generate",
+            "num_images": len(self.given),
+            **({} if suffix == FILE_SUFFIXES[0] else {"suffix": suffix}),
             "class_names": pipeline.class_names(torch.arange(null)) if len(self.labels) else None,
             "image_shape": [spec.channels, spec.frames * spec.height, spec.width],
             "tokenizer": pipeline.tokenizer.fingerprint(),
@@ -216,16 +220,11 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     return Request(pipeline, keys, labels, given, config.seed, decoding, config.sampling_settings())
 
 
-def describe_job(request: Request, suffix: str) -> dict[str, Any]:
-    other = {} if suffix == FILES[0] else {"suffix": suffix}
-    return {"verb": "generate", "num_images": len(request.given), **other, **request.describe()}
-
-
 def choose_suffix(config: GenerateConfig, spec: ImageSpec | None) -> str:
     """Return the suffix of one file per image; in a work folder, of one that keeps every value. spec: None if the
     pipeline is not loaded yet."""
-    suffix = FILES[0] if spec is None else spec.shown_suffix
-    if suffix == FILES[0]:
+    suffix = FILE_SUFFIXES[0] if spec is None else spec.shown_suffix
+    if suffix == FILE_SUFFIXES[0]:
         return suffix
     if Path(config.out).suffix:
         return ".npy"
@@ -330,7 +329,7 @@ class ImageFolder:
     def made(self, job: dict[str, Any]) -> list[str]:
         """Return the names of the files that a job has written here, newest first."""
         there, count = set(os.listdir(self.folder)), job.get("num_images")
-        suffix = next((each for each in FILES if each == job.get("suffix")), FILES[0])
+        suffix = next((each for each in FILE_SUFFIXES if each == job.get("suffix")), FILE_SUFFIXES[0])
         names = [SHEET, *reversed(name_files(min(count, MAX_IMAGES) if isinstance(count, int) else 0, suffix))]
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 

@@ -27,6 +27,7 @@ from prior.columns import LABEL, ClassColumn, Column, describe_columns
 from prior.given import Given
 from prior.noise import Generators
 from prior.options import GUIDANCE_FIELDS, DecodingOptions, Order, SamplingOptions, select_order
+from prior.orders import LAST_SEED
 from prior.sampling import OnStep, Step, progress_bar
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
@@ -56,9 +57,7 @@ only grid."""
 Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
-SAMPLED = 80  # images in a sample picture
 NO_TEXT = "there are no prompts; choose classes with labels=..., and give text with condition=... to a column of text"
-LAST_SEED = (1 << 64) - 1  # torch's limit
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -124,11 +123,11 @@ def stack_pictures(images: Any) -> np.ndarray:
 
 
 def serialized(method: F) -> F:
-    """Let a method hold the pipeline's lock, which is reentrant: a callback may call the pipeline."""
+    """Run a method without gradients, holding the pipeline's lock: reentrant, as a callback may call the pipeline."""
 
     @wraps(method)
     def call(pipeline: ImagePipeline, *args: Any, **kwargs: Any) -> Any:
-        with pipeline._lock:
+        with pipeline._lock, torch.no_grad():
             return method(pipeline, *args, **kwargs)
 
     return cast(F, call)
@@ -310,7 +309,6 @@ class ImagePipeline:
     # Between images and tokens
 
     @serialized
-    @torch.no_grad()
     def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
         """Encode images to tokens `(B, *grid.shape)`.
 
@@ -321,14 +319,12 @@ class ImagePipeline:
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
-    @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """Like `encode`, for float images `(B, *spec.shape)` in [-1, 1], as returned by `to_images`."""
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
         return torch.cat([self.tokenizer.encode(part) for part in self.with_bar(parts, "encoding")])
 
     @serialized
-    @torch.no_grad()
     def decode(self, tokens: Any, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
         """Decode `tokens` `(B, *grid.shape)`, a tensor, an array or lists, to images; or only the first k tokens,
         `(B, k)`, if the tokenizer can decode prefixes (`titok` with `keep`). Raises `ValueError` for ids out of
@@ -337,7 +333,6 @@ class ImagePipeline:
         return self.convert_images(images, output_type)
 
     @serialized
-    @torch.no_grad()
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
         """Like `decode`, but return float images `(B, *spec.shape)` in [-1, 1]."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
@@ -472,7 +467,6 @@ class ImagePipeline:
     # Scoring images
 
     @serialized
-    @torch.no_grad()
     def log_prob(
         self,
         images: Images,
@@ -501,7 +495,6 @@ class ImagePipeline:
         return torch.cat(parts)
 
     @serialized
-    @torch.no_grad()
     def bits_per_dim(
         self,
         images: Images,
@@ -683,17 +676,10 @@ class ImagePipeline:
             shared.provenance = shareable(self.provenance)
             grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
             shared.save_pretrained(folder, variant=variant, sample_grid=grid)
-            return push_folder(
-                folder,
-                repo_id,
-                token=token,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            place: Any = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+            return push_folder(folder, repo_id, commit_message=commit_message, **place)
 
-    def sample_picture(self, count: int = SAMPLED, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
+    def sample_picture(self, count: int = 80, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
         """Return a grid of samples with the pipeline's settings, uint8 (H, W, 3), one class per column (at most ten)
         with its name on top; fewer samples of clips, which are taller. The processes of the group share the
         sampling."""

@@ -29,14 +29,14 @@ POOLS = {
     "embeddings": ("flatten", "mean"),
 }
 """The ways to pool each source over positions, the default first."""
-Layer = str | int | None
+LayerName = str | int | None
 
 
 def embed(
     pipeline: ImagePipeline,
     images: Images,
     *,
-    layer: Layer = None,
+    layer: LayerName = None,
     pool: str | None = None,
     labels: Any = None,
     condition: Condition = None,
@@ -62,7 +62,7 @@ def embed_layers(
     pipeline: ImagePipeline,
     batch: Tensor,
     given: Given,
-    layers: Sequence[Layer],
+    layers: Sequence[LayerName],
     *,
     pool: str | None = None,
     batch_size: int = 64,
@@ -92,7 +92,7 @@ def nearest(
     vectors: Tensor,
     k: int = 1,
     *,
-    layer: Layer = None,
+    layer: LayerName = None,
     pool: str | None = None,
     labels: Any = None,
     condition: Condition = None,
@@ -113,7 +113,7 @@ def list_layers(pipeline: ImagePipeline) -> list[str]:
     return ["pixels", "codes", "embeddings", *(f"prior.{index}" for index in range(pipeline.prior.feature_layers))]
 
 
-def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
+def choose_layer(pipeline: ImagePipeline, layer: LayerName) -> tuple[str, int]:
     """Return the source that `layer` names and the index of the prior's layer (0 for other sources)."""
     names, count = list_layers(pipeline), pipeline.prior.feature_layers
     if layer is None and count:

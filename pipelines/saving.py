@@ -42,7 +42,7 @@ from tokenizer.files import (
 from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, weights_names
 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
-from .card import model_card
+from .card import pipeline_card
 from .columns import FORMATS
 from .config import RunSubfolder
 from .files import Number, Text, validate
@@ -321,7 +321,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
         pipeline.frequencies.save(target)
         if grid is not None:
             write_picture(grid, target / GRID)
-        (target / CARD).write_text(model_card(pipeline, grid is not None), encoding="utf-8")
+        (target / CARD).write_text(pipeline_card(pipeline, grid is not None), encoding="utf-8")
         write_manifest(target)
 
 
