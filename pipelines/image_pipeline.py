@@ -28,7 +28,7 @@ from prior.given import Given
 from prior.noise import Generators
 from prior.options import GUIDANCE_FIELDS, DecodingOptions, Order, SamplingOptions, select_order
 from prior.orders import LAST_SEED
-from prior.sampling import OnStep, Step, progress_bar
+from prior.sampling import Step, progress_bar
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError, read_folder
@@ -253,15 +253,11 @@ class ImagePipeline:
         num_images = None if num_images is None else check_count(num_images)
         given = self.read_given(labels, condition, num_images)
         num_images = check_count(len(given))
-        check_count(batch_size, "batch_size")
         check_output_type(output_type, LATENT)
-        report: OnStep | None = None
-        if callback_on_step_end is not None:
-            if not callable(callback_on_step_end):
-                raise TypeError(f"callback_on_step_end should be a function (got {callback_on_step_end!r})")
 
-            def report(step: Step) -> None:
-                callback_on_step_end(self, step.number, step.rank, {"tokens": step.tokens, "known": step.known})
+        def report(step: Step) -> None:
+            assert callback_on_step_end is not None
+            callback_on_step_end(self, step.number, step.rank, {"tokens": step.tokens, "known": step.known})
 
         decoding = DecodingOptions(order, num_orders, cache, parallel)
         shared = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
@@ -275,7 +271,7 @@ class ImagePipeline:
             known=known,
             batch_size=batch_size,
             progress=self.progress_bar_config if progress else False,
-            on_step=report,
+            on_step=None if callback_on_step_end is None else report,
         )
         options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
         images = tokens if output_type == LATENT else self.decode(tokens, **options)

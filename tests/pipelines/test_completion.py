@@ -151,16 +151,6 @@ def test_completion_needs_tokens_that_belong_to_parts_of_the_image(kind, changes
             call(pipe, pixels_for(pipe), known)
 
 
-def test_an_any_order_prior_conditions_on_all_known_tokens():
-    """The lower half is known: an any-order prior uses it, one in raster order cannot."""
-    known = half("top")
-    for any_order in (False, True):
-        pipe = make_pipeline(any_order=any_order)
-        drawn = [complete(pipe, one.expand(12, -1, -1, -1), known, seed=0) for one in pixels_for(pipe, 2)]
-        assert torch.equal(drawn[0].tokens[:, :1], drawn[1].tokens[:, :1]) != any_order
-        assert not torch.equal(drawn[0].tokens[:, 1:], drawn[1].tokens[:, 1:])
-
-
 def test_hidden_pixels_are_painted_in_nearby_known_colours():
     image, known = torch.rand(1, 3, 9, 7) * 2 - 1, torch.zeros(1, 1, 9, 7, dtype=torch.bool)
     assert torch.equal(paint_hidden(image, known), torch.zeros_like(image)) and torch.equal(
@@ -365,14 +355,6 @@ def test_pictures_are_completed_without_a_data_set(world, tmp_path, capsys):
     _, same = run(world, capsys, tmp_path / "b.png", f"images=[{', '.join(paths)}]", "data.source=/nowhere")
     assert np.array_equal(picture, same)
     assert np.array_equal(picture[2:58:2, 2:58:2, 0], np.asarray(Image.open(paths[0])))
-
-
-def test_pictures_of_other_sizes_are_warned_about(world, tmp_path, capsys):
-    given = [f"pipeline={world}/any", f"out={tmp_path}/a.png", "draws=1", "overwrite=true"]
-    main(["complete", *given, f"images={world}/pictures"])
-    assert "warning" not in capsys.readouterr().err
-    main(["complete", *given, f"images=[{world}/pictures, {world}/wide.png]"])
-    assert "1 of 6 images are not of the pipeline's 28 x 28 pixels" in capsys.readouterr().err
 
 
 BAD = [

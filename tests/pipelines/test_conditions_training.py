@@ -180,19 +180,14 @@ def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypa
     torch.manual_seed(0)
     torch.nn.init.normal_(task.model.condition_encoder.vectors["column_age"].second.weight)
     torch.nn.init.normal_(task.model.head.weight)  # so that an untrained prior listens
-    picture = task.preview(task.model)["samples"]
-    split, tokenizer = data.splits["test"], data.condition_tokenizers["outline"]
-    rows = np.linspace(0, len(split) - 1, 48).astype(int)
-    grids = tokenizer.decode(split.given[rows].raw("outline").clamp(min=0))
+    picture, split = task.preview(task.model)["samples"], data.splits["test"]
+    grids = data.condition_tokenizers["outline"].decode(split.given[:1].raw("outline").clamp(min=0))
     cell = picture.shape[0] // 6
-    first = to_uint8(grids[:1])[0, 0].repeat_interleave(7, 0).repeat_interleave(7, 1)
+    first = to_uint8(grids)[0, 0].repeat_interleave(7, 0).repeat_interleave(7, 1)
     assert np.array_equal(picture[2 : cell - 1, 2 : cell - 1, 0][:50, :50], first[:50, :50].numpy())
-    few, full = (condition_picture(task.pipeline(task.model), split, count=count) for count in (5, 17))
-    assert few.shape[0] == full.shape[0] == 2 * cell + 2 and few.shape[1] < full.shape[1]  # no row is cut
     several = Several(3)
     for shared in several.run(lambda: task.preview(task.model, several.side)["samples"]):
         assert np.array_equal(picture, shared)
-    split = data.splits["test"]
     other = replace(split, given=split.given.with_rows(age=split.given.raw("age").flip(0)))
     changed = condition_picture(task.pipeline(task.model), other)
     assert np.array_equal(picture[:cell], changed[:cell]) and not np.array_equal(picture, changed)

@@ -37,30 +37,6 @@ def test_what_is_saved_is_what_is_loaded(tokenizer, prior, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_no_file_of_an_older_pipeline_remains(tmp_path):
-    old, new = make_pipeline(), make_pipeline(prior="marginal")
-    old.provenance = PROVENANCE
-    old.save_pretrained(tmp_path / "pipe", sample_grid=old.sample_picture(4))
-    new.save_pretrained(tmp_path / "pipe")
-    assert names_in(tmp_path / "pipe") == {"model_index.json", "manifest.json", "README.md", *PARTS}
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe").prior.name == "marginal"
-
-
-def test_a_failed_save_keeps_the_older_pipeline(tmp_path, monkeypatch):
-    pipe = make_pipeline()
-    pipe.save_pretrained(tmp_path / "pipe")
-    before = pipe(2, seed=0).tokens
-
-    def full(*arguments, **options):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(type(pipe.prior), "save_pretrained", full)
-    with pytest.raises(OSError, match="no space"):
-        make_pipeline().save_pretrained(tmp_path / "pipe")
-    assert torch.equal(ImagePipeline.from_pretrained(tmp_path / "pipe")(2, seed=0).tokens, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
-
-
 # Variants
 
 
