@@ -1,7 +1,7 @@
 """The kinds of columns outside of a model, one class each: how values are written on the command line and in tables,
 read from data sets, entered in the app, and described.
 
-`prior.columns` says what a column is and which values Python code may give. A new kind is one class there and one here;
+`prior.columns` defines columns and the values that Python code may give. A new kind is one class there and one here;
 nothing else asks which kind a column is."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ YES_NO = {"true": "yes", "false": "no"}
 
 @dataclass(frozen=True)
 class ColumnFormat(Generic[C]):
-    """How the values of the column `name` are written and shown. tokenizer: that of the pictures of a grid, if any."""
+    """How the values of the column `name` are written and read. tokenizer: of the pictures of a grid, if it has one."""
 
     kind: ClassVar[str]
     of_pictures: ClassVar[bool] = False

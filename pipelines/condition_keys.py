@@ -91,7 +91,7 @@ class UsesCondition(Config):
     def list_written(
         self, formats: dict[str, ColumnFormat[Any]], names: Sequence[str] | None
     ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-        """Return the values of each column as written, and the number of images by the key that says it."""
+        """Return the values of each column as written, and the number of images that each key implies."""
         written, counts = dict[str, list[Any]](), dict[str, int]()
         if self.conditions is not None:
             path = Path(self.conditions)

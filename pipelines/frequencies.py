@@ -146,7 +146,7 @@ class Frequencies:
         return Frequencies(tuple(tables))
 
     def find_table(self, name: str) -> CountTable | None:
-        """Return the table that has the column `name`, and knows its class for any image."""
+        """Return the table with the column `name`, unless the column is null in all of its rows."""
         found = next((table for table in self.tables if name in table.columns), None)
         return None if found is None or not bool((found.ids(name) >= 0).any()) else found
 

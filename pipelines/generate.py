@@ -98,12 +98,8 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
 
 
 def run(config: GenerateConfig) -> Path:
-    """Generate and save images; return the file or folder written.
-
-    After an interruption, run it again with any number of processes: it generates the missing images, and the result is
-    the same. Raises `UserError` for a request that the pipeline cannot satisfy, for more processes than images, and if
-    `out` may not be replaced or contains images of another request.
-    """
+    """Generate and save images; return the file or folder. After an interruption, a second run, with any number of
+    processes, generates the missing images, and the result is the same. Raises `UserError`."""
     out = Path(config.out)
     with join_group(config.device) as (group, device):
         group.on_main(lambda: ImageFolder(config, config.num_images or group.world).check(group.world))
@@ -136,9 +132,9 @@ def run(config: GenerateConfig) -> Path:
 
 @dataclass(frozen=True)
 class Request:
-    """Images identified by number, independent of process and batch: image k has what is given in row k, with class
-    `labels[k % len(labels)]` (no class if there are none), and seed + k. keys: what was written; settings: the sampling
-    settings that were given."""
+    """Images identified by number, independent of process and batch: image k has row k of `given`, which has the class
+    `labels[k % len(labels)]` (none if there are no labels), and seed + k. keys: the condition as written; settings: the
+    sampling settings of the command."""
 
     pipeline: ImagePipeline
     keys: GivenKeys
@@ -263,11 +259,8 @@ def name_files(count: int, suffix: str = ".png") -> list[str]:
 
 
 class ImageFolder:
-    """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours. Of clips, and of
-    other images than 8-bit grey and RGB, files are others (see `choose_suffix`).
-
-    If `out` is a single file (a grid or an archive), this is a work folder beside it, from which the file is made.
-    """
+    """A folder with one file per image (see `choose_suffix`), `metadata.jsonl`, and `job.json`, which marks it as ours.
+    If `out` is a single file (a grid or an archive), a work folder beside it, from which the file is made."""
 
     def __init__(self, config: GenerateConfig, count: int, spec: ImageSpec | None = None) -> None:
         self.spec, self.file_suffix = spec, choose_suffix(config, spec)
@@ -303,11 +296,8 @@ class ImageFolder:
             require_apart(self.output.path, self.output.inputs)
 
     def begin(self, job: dict[str, Any]) -> list[int]:
-        """Start or continue the job; return the numbers of the missing images.
-
-        Files of another job are removed if they may be overwritten. Otherwise raises `UserError`, which says what
-        differs; also if the folder contains other files.
-        """
+        """Start or continue the job; return the numbers of the missing images. Files of another job are removed if they
+        may be overwritten. Raises `UserError` if not, with what differs, and if the folder contains other files."""
         names = {SHEET, self.result.name, *self.names}
         with self.output.errors():
             try:

@@ -35,7 +35,7 @@ DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
 UNKNOWN = "whether images were added or removed since training, which would move others, is not known"
 REMOVE = "; remove or replace this file, then run the command again"
-Named = int | str | list[int | str] | None
+ImageChoice = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
 
 
@@ -176,12 +176,12 @@ class Sampling(Config):
 
 
 def choose_images(
-    named: Named, most: int, spec: ImageSpec, held_out: Callable[[], ImageDataset]
+    choice: ImageChoice, most: int, spec: ImageSpec, held_out: Callable[[], ImageDataset]
 ) -> tuple[Tensor, list[str]]:
-    """Load the images that a user named, as `ImageDataset.pixels` returns them, and return them with their names: files
-    (of clips also folders of frames), up to `most` evenly spread files of folders or windows of clips, or indices of
-    held-out images; by default `most` held-out images. Raises `UserError`."""
-    paths, indices = split_named_images(named)
+    """Load the images that a user chose, as `ImageDataset.pixels` returns them, and their names: files (of clips also
+    folders of frames), up to `most` evenly spread files of folders or windows of clips, or indices of held-out images;
+    by default `most` held-out images. Raises `UserError`."""
+    paths, indices = split_choice(choice)
     if paths:
         source = open_files(paths, spec)
         chosen = spread(source.size, most if source.size > len(paths) else None).tolist()
@@ -228,11 +228,10 @@ def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
 
 
-def split_named_images(images: Named) -> tuple[list[str], list[int]]:
-    """Return the paths and the indices of the images that a user named. Raises `UserError` if both are given."""
-    named = [] if images is None else images if isinstance(images, list) else [images]
-    paths = [part for part in named if isinstance(part, str)]
-    indices = [part for part in named if isinstance(part, int)]
+def split_choice(images: ImageChoice) -> tuple[list[str], list[int]]:
+    """Return the paths and the indices that a user chose. Raises `UserError` if both are given."""
+    every = [] if images is None else images if isinstance(images, list) else [images]
+    paths, indices = [one for one in every if isinstance(one, str)], [one for one in every if isinstance(one, int)]
     if paths and indices:
         raise UserError("images: give files and folders, or indices of the held-out split, not both")
     return paths, indices

@@ -17,7 +17,7 @@ from ..files import Output
 from ..images import ImageDataset
 from ..images.grids import class_grid
 from ..images.pictures import SUFFIXES, write_picture
-from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
+from ..options import ImageChoice, UsesImages, choose_images, require_pictures, split_choice
 from ..provenance import defaults
 from ..representation import choose_layer, choose_pool, embed, nearest
 from ..shuffling import random_rows
@@ -33,7 +33,7 @@ class SearchConfig(UsesImages, OutputConfig):
     often = "pipeline out overwrite images num_images k layer data.source device"
 
     out: str = Field("neighbours.png", description="picture to write; each row has a query and its neighbours")
-    images: Named = Field(
+    images: ImageChoice = Field(
         None,
         description="queries: image files, folders, or indices of held-out images; default: num_images held-out images",
     )
@@ -58,9 +58,7 @@ class SearchConfig(UsesImages, OutputConfig):
 def run(config: SearchConfig) -> Tensor:
     """Search, print the neighbours of each query, and write the picture; return their indices `(n, k)` in the training
     split."""
-    out = Output(
-        config.out, [config.pipeline, config.data.path, *split_named_images(config.images)[0]], config.overwrite
-    )
+    out = Output(config.out, [config.pipeline, config.data.path, *split_choice(config.images)[0]], config.overwrite)
     out.check_file(SUFFIXES)
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "search")
