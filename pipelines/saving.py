@@ -94,13 +94,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {quote(index.get('_class_name'))}, expected 'ImagePipeline'")
     validate(IndexFile, index, path)
-    families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
-    for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
-        if not family.has(index[part]):
-            raise ConfigError(f"{path}: {part}: {family.describe_unknown(index[part])}")
-    for name, kind in index.get(CONDITIONS, {}).items():
-        if not Tokenizer.has(kind):
-            raise ConfigError(f"{path}: {CONDITIONS}.{name}: {Tokenizer.describe_unknown(kind)}")
     return index
 
 
@@ -354,17 +347,19 @@ def load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any
         if unlisted := [name for name in found if name not in listed]:
             raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
     index = read_index(folder)
-    stored = variant or index.get("variant")
+
+    def load_model(family: type[Tokenizer] | type[Prior], name: str, kind: str) -> PretrainedModel:
+        if not family.has(kind):
+            raise ConfigError(f"{folder / INDEX}: {name.replace('/', '.')}: {family.describe_unknown(kind)}")
+        return family.find(kind).load_folder(folder / name, variant=variant or index.get("variant"))
+
+    families: Any = {"tokenizer": Tokenizer, "prior": Prior, BACKGROUND: Prior}
     models: dict[str, Any] = {
-        name: family.find(index[name]).load_folder(folder / name, variant=stored)
-        for name, family in (("tokenizer", Tokenizer), ("prior", Prior), (BACKGROUND, Prior))
-        if name in index
+        name: load_model(family, name, index[name]) for name, family in families.items() if name in index
     }
-    if CONDITIONS in index:
-        models["condition_tokenizers"] = {
-            name: Tokenizer.find(kind).load_folder(folder / CONDITIONS / name, variant=stored)
-            for name, kind in index[CONDITIONS].items()
-        }
+    models["condition_tokenizers"] = {
+        name: load_model(Tokenizer, f"{CONDITIONS}/{name}", kind) for name, kind in index.get(CONDITIONS, {}).items()
+    }
     try:
         pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
     except (ConfigError, IntegrityError) as error:  # the message begins with the file name
