@@ -5,10 +5,27 @@ Modules that need torch are imported on first use, so that `smalti --help` is fa
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizer.files import (
+_root = Path(__file__).resolve().parents[1]
+for _name in ("tokenizer", "prior"):  # these names are common, so that another package may come first
+    _spec = find_spec(_name)
+    if _spec is None or _spec.origin is None or Path(_spec.origin).resolve().parent.parent != _root:
+        _found = "nothing" if _spec is None else _spec.origin or "a folder without an __init__.py"
+        raise ImportError(
+            f"expected Smalti's package `{_name}` in {_root}, but Python found {_found}; "
+            "install Smalti in a separate environment, or start from another folder"
+        )
+
+try:
+    __version__ = version("smalti")
+except PackageNotFoundError:  # a checkout that is not installed
+    _lines = (_root / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    __version__ = next(line.split('"')[1] for line in _lines if line.startswith("version = "))
+
+from tokenizer.files import (  # noqa: E402
     ConfigError,
     FormatError,
     IntegrityError,
@@ -18,12 +35,6 @@ from tokenizer.files import (
     UnreadableError,
     WeightsError,
 )
-
-try:
-    __version__ = version("smalti")
-except PackageNotFoundError:  # a checkout that is not installed
-    _lines = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8").splitlines()
-    __version__ = next(line.split('"')[1] for line in _lines if line.startswith("version = "))
 
 __all__ = [
     "ConfigError",
