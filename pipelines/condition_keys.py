@@ -145,7 +145,7 @@ class SamplesWithCondition(Sampling, UsesCondition):
     )
 
     def sampling_settings(self) -> dict[str, Any]:
-        return {**super().sampling_settings(), **self.model_dump(include={"guidance_on"}, exclude_none=True)}
+        return super().sampling_settings() | self.model_dump(include={"guidance_on"}, exclude_none=True)
 
 
 def read_rows(path: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
