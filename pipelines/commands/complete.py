@@ -34,7 +34,7 @@ from ..images.animations import ANIMATIONS, require_video, write_animation
 from ..images.formats import open_image
 from ..images.grids import GREY, MIN_WIDTH
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
-from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
+from ..options import ImageChoice, UsesImages, choose_images, require_pictures, split_choice
 from ..provenance import defaults
 
 MASK, SHEET = "bottom", "sheet.png"
@@ -59,7 +59,9 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
         "picture of the images' size, white where to fill in",
     )
     frames: int | None = Field(None, description="of clips: frames to keep from the start")
-    images: Named = Field(None, description="image files, folders, or indices of held-out images; default: held-out")
+    images: ImageChoice = Field(
+        None, description="image files, folders, or indices of held-out images; default: held-out"
+    )
     num_images: int = Field(8, ge=1, le=256, description="number of images of a folder or held out, evenly spread")
     draws: int = Field(4, ge=1, le=64, description="completions per image")
     labels: int | str | list[int | str] | None = Field(None, description="classes, one for all or one per image")
@@ -72,7 +74,7 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
 
 def run(config: CompleteConfig) -> dict[str, float]:
     """Complete the images, write the sheet, and print and return the figures."""
-    files, _ = split_named_images(config.images)
+    files, _ = split_choice(config.images)
     inputs = [config.pipeline, config.mask, None if files else config.data.path, *files]
     out = Output(config.out, inputs, config.overwrite)
     with lock_output(config.out):
