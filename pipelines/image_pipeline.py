@@ -23,12 +23,12 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.arguments import as_tensor, check_count, whole_number
+from prior.arguments import check_count, to_tensor, whole_number
 from prior.columns import LABEL, ClassColumn, Column, describe_columns
 from prior.given import Given
 from prior.noise import Generators
 from prior.options import GUIDANCE_FIELDS, DecodingOptions, Order, SamplingOptions, select_order
-from prior.sampling import Step, check_known, progress_bar
+from prior.sampling import SamplingStep, check_known, show_progress
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError
@@ -279,7 +279,7 @@ class ImagePipeline:
         tokens, known = (each.reshape(shape) for each in check_known(self.prior, tokens, known, num_images))
         drawn, done, rows, number = tokens.clone(), known.clone(), slice(0), 0
 
-        def report(step: Step) -> None:
+        def report(step: SamplingStep) -> None:
             nonlocal number
             drawn[rows], done[rows] = step.tokens, step.known
             if callback_on_step_end is not None:
@@ -288,7 +288,7 @@ class ImagePipeline:
 
         batches = equal_batches(num_images, batch_size)
         bar: Any = self.progress_bar_config if progress else False
-        for rows in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
+        for rows in show_progress(batches, bar if len(batches) > 1 else False, unit="batch"):
             drawn[rows] = self.prior.sample(
                 rows.stop - rows.start,
                 condition=given[rows],
@@ -357,7 +357,7 @@ class ImagePipeline:
         """Decode `tokens` `(B, *grid.shape)`, a tensor, an array or lists, to images; or only the first k tokens,
         `(B, k)`, if the tokenizer can decode prefixes (`titok` with `keep`). Raises `ValueError` for ids out of
         range."""
-        images = self.decode_batch(as_tensor(tokens, self.device), batch_size=batch_size, progress=progress)
+        images = self.decode_batch(to_tensor(tokens, self.device), batch_size=batch_size, progress=progress)
         return self.convert_images(images, output_type)
 
     @serialized
@@ -435,7 +435,7 @@ class ImagePipeline:
 
         if len(parts) < 2 or len(getattr(tqdm, "_instances", ())):
             return parts
-        return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit=unit)
+        return show_progress(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit=unit)
 
     # What is known of images
 

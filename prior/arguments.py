@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
+def to_tensor(values: Any, device: torch.device | None = None) -> Tensor:
     """Convert numbers, arrays, or lists of tensors to a tensor."""
     listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
     if listed or isinstance(values, np.ndarray):

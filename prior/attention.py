@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenizer.layers import FusedLinear
 from tokenizer.precision import Constants, at_least_float32
 
-from .masks import Window
+from .masks import AttentionWindow
 
 if TYPE_CHECKING:
     from .transformer import TransformerConfig
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
     causal: attend only to the position itself and earlier ones. window: attend only to nearby ones."""
 
-    def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
+    def __init__(self, config: TransformerConfig, *, causal: bool, window: AttentionWindow | None = None) -> None:
         super().__init__()
         self.window = window
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32

@@ -23,7 +23,7 @@ from tokenizer.base import TokenGrid
 from tokenizer.model import PretrainedModel
 from tokenizer.precision import full_float32, in_finest
 
-from .arguments import as_tensor, check_count, is_integer, whole_number
+from .arguments import check_count, is_integer, to_tensor, whole_number
 from .columns import LABEL, ClassColumn, Column, find_column
 from .condition_encoder import ConditionEncoder, Encoded
 from .config import PriorConfig
@@ -130,7 +130,7 @@ class Prior(PretrainedModel, family="prior"):
             scalars = [one.item() if getattr(one, "ndim", None) == 0 else one for one in labels]
             labels = [None if type(one) is int and one == null else one for one in scalars]
         elif labels is not None:
-            labels = as_tensor(labels)
+            labels = to_tensor(labels)
             labels = torch.where(labels == null, -1, labels.long()) if is_integer(labels.dtype) else labels
             labels = None if not null and bool((labels == -1).all()) else labels
         return Given.read(self.columns, labels, condition, count=count, device=self.device)
@@ -177,7 +177,7 @@ class Prior(PretrainedModel, family="prior"):
         inputs: further arguments of `forward`, by default drawn by `training_inputs`. The loss of a model that draws
         orders or masks is therefore random, and may depend on `progress`, the completed fraction of training. Raises
         `ValueError` for tokens or labels out of range, or of the wrong shape or type."""
-        tokens = as_tensor(tokens, self.device)
+        tokens = to_tensor(tokens, self.device)
         self.grid.check(tokens)
         encoded = self.encode_given(self.read_given(labels, condition, len(tokens)))
         inputs = inputs or self.training_inputs(tokens, progress)
@@ -209,7 +209,7 @@ class Prior(PretrainedModel, family="prior"):
         """Return log p of each token given the blocks before its own, `(B, *grid.shape)` nats in float32 (float64 for
         float64 weights). Arguments: see `log_prob`. Raises `ValueError` for tokens, labels, columns or an order out of
         range."""
-        tokens = as_tensor(tokens, self.device)
+        tokens = to_tensor(tokens, self.device)
         self.grid.check(tokens)
         given = self.read_given(labels, condition, len(tokens))
         if given.weights:
@@ -267,7 +267,7 @@ class Prior(PretrainedModel, family="prior"):
         and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
         requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range."""
         orders, each = self.orders(num_orders, order), list[Tensor]()
-        tokens = as_tensor(tokens, self.device)
+        tokens = to_tensor(tokens, self.device)
         self.grid.check(tokens)
         given = self.read_given(labels, condition, len(tokens))
         if given.weights:
@@ -286,7 +286,7 @@ class Prior(PretrainedModel, family="prior"):
         if not isinstance(found, Partition):
             found = Partition(self.order if found is None else found, self.blocks)
         blocks = tuple(whole_number("order: blocks", size) for size in found.blocks)
-        return Partition(as_tensor(found.order, self.device), blocks)
+        return Partition(to_tensor(found.order, self.device), blocks)
 
     def check_order(self, order: Order, count: int) -> Partition | None:
         """Return `order`, int64 `(N,)` or `(count, N)`, and its blocks, or None for the model's own. Raises
@@ -401,7 +401,7 @@ class Prior(PretrainedModel, family="prior"):
         middle layer. labels, condition: see `log_prob`. Raises `ValueError` for another layer, and for tokens, labels
         or columns out of range."""
         layer = self.feature_layers // 2 if layer is None else layer
-        tokens = as_tensor(tokens, self.device)
+        tokens = to_tensor(tokens, self.device)
         self.grid.check(tokens)
         return self.layer_features(tokens, self.read_given(labels, condition, len(tokens)), [layer])[0]
 
@@ -516,7 +516,7 @@ class Prior(PretrainedModel, family="prior"):
         probability that it gives to the known tokens (at temperature 1, without guidance), at the cost of one pass per
         order; images are then samples of the mixture given the known tokens. cache: False recomputes everything at each
         step. parallel: draw the same tokens in fewer passes over the whole grid (`prior.parallel`). progress: True
-        shows a bar; a mapping holds arguments of `tqdm`. on_step: called with a `Step` after each step; an exception
+        shows a bar; a mapping holds arguments of `tqdm`. on_step: called with a `SamplingStep` after each step; an exception
         ends sampling.
 
         All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`

@@ -25,7 +25,7 @@ from .attention import EPS, Rotations, coordinates, rotate, unit
 from .base import Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .masks import Window
+from .masks import AttentionWindow
 from .orders import Partition, block_numbers, growing
 from .transformer import OrderedConfig, reset
 
@@ -59,18 +59,20 @@ class Layer(nn.Module):
         k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.kv(self.attention_norm(rows)).chunk(2, -1))
         return torch.stack([rotate(unit(k), rotations.unsqueeze(-3)).to(v.dtype), v])
 
-    def forward(self, x: Tensor, rows: Tensor, rotations: Tensor, sees: Tensor | Window) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor, rotations: Tensor, sees: Tensor | AttentionWindow) -> Tensor:
         """Attend from a stream `(B, N, dim)` to rows `(B, 1 + N, dim)` with rotations `(1 + N, width / 2, 2)`: this is
         the whole layer in one call, so it can be compiled, checkpointed and sharded."""
         return self.attend(x, rotations[1:], self.keys_values(rows, rotations), sees)
 
-    def attend(self, x: Tensor, rotations: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, rotations: Tensor, keys_values: Tensor, sees: Tensor | AttentionWindow | None = None
+    ) -> Tensor:
         """Map `(B, n, dim)` to the same shape. sees: bool `([B, 1,] n, m)`, True where allowed; a window; None: all."""
         keys, values = keys_values
         queries = self.q(self.attention_norm(x)).unflatten(-1, (self.heads, -1))
         queries = rotate(unit(queries), rotations.unsqueeze(-3) * self.gain.unsqueeze(-1)).to(x.dtype)
         dropout = self.attention_dropout if self.training else 0.0
-        if isinstance(sees, Window):
+        if isinstance(sees, AttentionWindow):
             attended = sees.attend(queries, keys, values, dropout)
         else:
             queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
@@ -105,11 +107,11 @@ class Blocks(Prior, name="blocks"):
         self.register_buffer("cells", torch.cat([start, coordinates(shape)]), persistent=False)
         self.rotations = Rotations(config, self.cells)
         self.windows: Any = nn.ModuleList(self.make_windows(torch.arange(len(self.position_order), device="cpu")))
-        self.block_windows: list[list[Window]] = []
+        self.block_windows: list[list[AttentionWindow]] = []
         self.windows_on: torch.device | None = None  # the device that `block_windows` are on
         reset(self, self.layers)
 
-    def make_windows(self, at: Tensor) -> list[Window]:
+    def make_windows(self, at: Tensor) -> list[AttentionWindow]:
         """Make each layer's window for the queries at raster indices `at` (n,); none without windows."""
         if self.config.window is None:
             return []
@@ -119,11 +121,11 @@ class Blocks(Prior, name="blocks"):
         if home.type == "cuda":  # tiles are made on the CPU
             sources, at = sources.cpu(), at.cpu()
         targets, dilations = sources[at + 1], set(self.config.dilations)
-        made = {d: Window(targets, sources, self.config.window, d).to(home) for d in dilations}
+        made = {d: AttentionWindow(targets, sources, self.config.window, d).to(home) for d in dilations}
         return [made[dilation] for dilation in self.config.dilations]
 
     @property
-    def stepwise_windows(self) -> list[list[Window]]:
+    def stepwise_windows(self) -> list[list[AttentionWindow]]:
         """The windows of each block's queries, made once; empty without a window."""
         if not len(self.windows):
             return []

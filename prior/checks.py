@@ -197,7 +197,10 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
             drawn = model.sample(4000, condition=others[:1].expand(4000), generator=generator).flatten(1)
             place = torch.tensor([grid.vocab_size**k for k in reversed(range(len(grid)))])
             found = torch.bincount((drawn * place).sum(1), minlength=len(every)).double()
-            expect(not model.exact or fits(found, density() * 4000), "samples do not have the frequencies of log_prob")
+            expect(
+                not model.exact or frequencies_agree(found, density() * 4000),
+                "samples do not have the frequencies of log_prob",
+            )
 
         promises |= {"probabilities sum to one": sums_to_one, "samples follow log_prob": frequencies}
     for promise, check in promises.items():
@@ -211,7 +214,7 @@ def expect_close(one: Tensor, other: Tensor, what: str) -> None:
     expect(apart <= TOLERANCE * max(1.0, float(other.abs().max())), f"{what} differ by up to {apart:.3g}")
 
 
-def fits(found: Tensor, expected: Tensor) -> bool:
+def frequencies_agree(found: Tensor, expected: Tensor) -> bool:
     """Return whether counts are as expected: chi-squared at six standard deviations, rare outcomes pooled."""
     rare = expected < 5
     found = torch.cat([found[~rare], found[rare].sum()[None]])

@@ -552,7 +552,7 @@ class VectorColumn(FloatColumn):
 
 # All kinds ----------------------------------------------------------------------------------------
 
-KINDS: dict[str, type[Column]] = {
+COLUMN_KINDS: dict[str, type[Column]] = {
     kind.kind: kind for kind in (ClassColumn, FlagsColumn, NumberColumn, AngleColumn, VectorColumn, GridColumn)
 }
 
@@ -562,10 +562,10 @@ def read_column(value: Any) -> Column:
     if isinstance(value, Column):
         return value
     kind = value.get("kind") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"a column's kind must be one of {', '.join(KINDS)} (got {quote(kind)})")
+    if not isinstance(kind, str) or kind not in COLUMN_KINDS:
+        raise ValueError(f"a column's kind must be one of {', '.join(COLUMN_KINDS)} (got {quote(kind)})")
     try:
-        return KINDS[kind](**{name: item for name, item in value.items() if name != "kind"})
+        return COLUMN_KINDS[kind](**{name: item for name, item in value.items() if name != "kind"})
     except TypeError as error:
         raise ValueError(str(error)) from error
 

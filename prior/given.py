@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_tensor
+from .arguments import to_tensor
 from .columns import LABEL, Column, describe_columns, find_column, shorten
 
 Convert = Callable[[str, Column, Any], Any]
@@ -149,7 +149,7 @@ class Given:
         if other := [each for each in self.weights if each != name]:
             raise ValueError(f"marginal: {other[0]!r} is open, too; only one column can be")
         uniform = torch.zeros(classes, dtype=torch.float64).log_softmax(0)
-        weights = (uniform if log_weights is None else as_tensor(log_weights)).cpu().double()
+        weights = (uniform if log_weights is None else to_tensor(log_weights)).cpu().double()
         shape = (self.count, classes)
         if tuple(weights.shape) not in (shape, shape[1:]):
             raise ValueError(f"log_weights must have the shape {shape} or {shape[1:]} (got {tuple(weights.shape)})")

@@ -16,7 +16,7 @@ from .attention import EPS, Block, Rotations, coordinates
 from .base import FEW_ROWS, Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .masks import Window, make_windows
+from .masks import AttentionWindow, make_windows
 from .orders import Partition
 from .transformer import OrderedConfig, reset
 
@@ -50,7 +50,7 @@ class GPT(Prior, name="gpt"):
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
         reset(self, self.layers)
 
-    def make_windows(self) -> list[Window | None]:
+    def make_windows(self) -> list[AttentionWindow | None]:
         """Make each layer's window. Rank r predicts cell order[r]; its key belongs to the preceding token."""
         if self.config.window is None:
             return [None] * self.config.depth
@@ -150,9 +150,9 @@ class Cache:
             # A common order is folded in once. Per-image orders are folded in at each step, because their table would
             # be as large as a cache.
             gains = self.rotations * gains if self.same_order else gains
-            memory = None if block.window is None else block.window.memory
-            slots = (memory.slots, block.window.reads) if memory else None
-            keys_values = weight.new_empty(len(encoded), 2, heads, memory.size if memory else order.shape[-1], width)
+            stored = None if block.window is None else block.window.key_slots
+            slots = (stored.slots, block.window.reads) if stored else None
+            keys_values = weight.new_empty(len(encoded), 2, heads, stored.size if stored else order.shape[-1], width)
             weights = (
                 pack(block.qkv.weight, block.attention_norm),
                 pack(block.project.weight),

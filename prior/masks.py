@@ -57,13 +57,15 @@ def covers(window: Sides, dilation: int, shape: Sides) -> bool:
 
 def make_windows(
     targets: Tensor, sources: Tensor, window: Sides, dilations: Sequence[int], shape: Sides
-) -> list[Window | None]:
-    """Make each layer's window, given its dilation; None if it covers the grid. Arguments: see `Window`."""
-    made = {d: None if covers(window, d, shape) else Window(targets, sources, window, d) for d in set(dilations)}
+) -> list[AttentionWindow | None]:
+    """Make each layer's window, given its dilation; None if it covers the grid. Arguments: see `AttentionWindow`."""
+    made = {
+        d: None if covers(window, d, shape) else AttentionWindow(targets, sources, window, d) for d in set(dilations)
+    }
     return [made[dilation] for dilation in dilations]
 
 
-class Memory(NamedTuple):
+class KeySlots(NamedTuple):
     """Slots for the keys that sampling still needs. The key at rank r is stored in one of `size` slots, `slots[r]`,
     which is reused once no later query sees that key. The query at rank r sees the next `counts[r]` slots in `seen`."""
 
@@ -73,7 +75,7 @@ class Memory(NamedTuple):
     counts: list[int]
 
 
-class Window(nn.Module):
+class AttentionWindow(nn.Module):
     """The keys that each query sees: earlier keys at most `window` cells away along each axis: rows and columns, or
     frames, rows and columns.
 
@@ -97,7 +99,7 @@ class Window(nn.Module):
         super().__init__()
         self.window, self.dilation = window, dilation
         # Created on first use, once for each device.
-        self.cached_memory: Memory | None = None
+        self.cached_slots: KeySlots | None = None
         self.slots_read: Sequence[Tensor] = ()
         self.block_mask: Any = None
         self.reads_on: torch.device | None = None
@@ -193,23 +195,23 @@ class Window(nn.Module):
 
     @property
     def reads(self) -> Sequence[Tensor]:
-        """The slots of `memory` that the query at each rank sees, created once per device."""
+        """The slots of `key_slots` that the query at each rank sees, created once per device."""
         if self.reads_on != self.at.device:
-            memory = self.memory
+            slots = self.key_slots
             with torch.inference_mode(False):
-                self.slots_read = memory.seen.to(self.at.device).split(memory.counts)
+                self.slots_read = slots.seen.to(self.at.device).split(slots.counts)
             self.reads_on = self.at.device
         return self.slots_read
 
     @property
-    def memory(self) -> Memory:
+    def key_slots(self) -> KeySlots:
         """The slots for decoding, in which queries and keys have the same ranks; created once."""
-        if self.cached_memory is None:
-            self.cached_memory = self.make_memory()
-        return self.cached_memory
+        if self.cached_slots is None:
+            self.cached_slots = self.assign_slots()
+        return self.cached_slots
 
     @torch.inference_mode(False)
-    def make_memory(self) -> Memory:
+    def assign_slots(self) -> KeySlots:
         """Assign a slot to each key, and free it after the last query that sees the key."""
         at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
         rank, column = mask.nonzero(as_tuple=True)
@@ -223,7 +225,7 @@ class Window(nn.Module):
             slots.append(free.pop())
             leaving[until].append(slots[-1])
             free += leaving.pop(index, [])
-        return Memory(size, slots, torch.tensor(slots, device="cpu")[keys], mask.sum(1).tolist())
+        return KeySlots(size, slots, torch.tensor(slots, device="cpu")[keys], mask.sum(1).tolist())
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import in_finest
 
-from .arguments import as_tensor, is_number
+from .arguments import is_number, to_tensor
 from .orders import Partition
 
 S = TypeVar("S", bound="SamplingOptions")
@@ -196,7 +196,7 @@ def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
         return order
     if isinstance(order, Partition):
         return Partition(select_order(order.order, rows, count), order.blocks)
-    indices = as_tensor(order)
+    indices = to_tensor(order)
     if indices.ndim < 2:
         return indices
     if len(indices) != count:

@@ -63,7 +63,7 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
     if kind not in FORMS:
         known = ", ".join(form for each in FORMS for form in name_forms(each))
         return f"no order is called {quoted}; available: {known}, and NAME/K for blocks of K tokens"
-    if kind == "random" and not (numbers and is_number(numbers[0], 0, LAST_SEED)):
+    if kind == "random" and not (numbers and is_within(numbers[0], 0, LAST_SEED)):
         return f"'random' needs a seed, 0 to {LAST_SEED}, as in random:0 (got {quoted})"
     if kind not in ANY_AXES and len(shape) != 2:
         return f"{quoted} needs a grid of two axes, but this one has {len(shape)}; use raster or random:SEED"
@@ -75,19 +75,19 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
         return None
     if has_blocks(kind, numbers):
         return f"{quoted}: /K cuts an order of single tokens, but {name.partition('/')[0][:40]!r} has its own blocks"
-    return None if is_number(size, 1, math.prod(shape)) else f"/K {limit('tokens', math.prod(shape))} (got {quoted})"
+    return None if is_within(size, 1, math.prod(shape)) else f"/K {limit('tokens', math.prod(shape))} (got {quoted})"
 
 
 def number_problem(kind: str, numbers: tuple[str, ...], shape: tuple[int, ...]) -> str | None:
     """Return why the numbers after `kind:` are invalid, or None. Their count has been checked."""
     if kind == "wave":
         width = shape[1]
-        return None if is_number(numbers[0], 1, width) else f"wave:S {limit('columns', width)}"
+        return None if is_within(numbers[0], 1, width) else f"wave:S {limit('columns', width)}"
     count = numbers[1:] if kind == "random" else numbers
     if not count:
         return None
     form, cells = name_forms(kind)[-1], math.prod(shape)
-    if not is_number(count[0], 1, cells):
+    if not is_within(count[0], 1, cells):
         return f"{form} {limit('regions' if kind == 'regions' else 'blocks', cells)}"
     if kind == "regions" and not region_counts(int(count[0]), (shape[0], shape[1])):
         height, width = shape
@@ -99,7 +99,7 @@ def limit(what: str, largest: int) -> str:
     return f"is a number of {what}, from 1 to {largest} here"
 
 
-def is_number(text: str, lowest: int, highest: int) -> bool:
+def is_within(text: str, lowest: int, highest: int) -> bool:
     """Return whether `text` is a whole number from `lowest` to `highest`, in at most twenty digits."""
     return text.isascii() and text.isdecimal() and len(text) <= 20 and lowest <= int(text) <= highest
 
@@ -129,9 +129,9 @@ def make_partition(name: str, shape: tuple[int, ...]) -> Partition:
         return Partition(torch.randperm(cells, generator=generator, device="cpu"), blocks)
     height, width = shape
     if kind == "halton":
-        order = halton(height, width)
+        order = halton_order(height, width)
     elif kind == "spread":
-        order = spread(height, width, blocks)
+        order = spread_order(height, width, blocks)
     else:
         order = [row * width + col for row, col in CURVES[kind](height, width)]
     return Partition(torch.tensor(order, device="cpu"), blocks)
@@ -373,7 +373,7 @@ def digits_for(count: int, base: int) -> int:
     return next(digits for digits in range(64) if base**digits >= count)
 
 
-def halton(height: int, width: int) -> list[int]:
+def halton_order(height: int, width: int) -> list[int]:
     """Return the cells (raster indices) in the order in which Halton's sequence first visits them, with base 2 for rows
     and 3 for columns (Besnier et al. 2025). Points are computed with integers, so rounding cannot change them."""
     # This many successive points visit each box of 2**-a x 3**-b. Every cell is at least twice as high and wide as such
@@ -389,7 +389,7 @@ def halton(height: int, width: int) -> list[int]:
     return found
 
 
-def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
+def spread_order(height: int, width: int, sizes: Sequence[int]) -> list[int]:
     """Return cells (raster indices) in blocks of these sizes, near known cells but far from each other.
 
     The rule of Locality-aware Parallel Decoding (Zhang et al. 2025), implemented exactly with integers. Cells of
@@ -424,7 +424,7 @@ def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
 
 
 def next_cell(free: NDArray[np.bool_], to_known: Integers, to_block: Integers, support: Integers) -> int:
-    """Apply rules 2 and 3 of `spread` to choose the next cell; `argmax` breaks ties in raster order."""
+    """Apply rules 2 and 3 of `spread_order` to choose the next cell; `argmax` breaks ties in raster order."""
     near = free & (to_known <= TOUCHING) & (to_block > TOUCHING)
     if near.any():
         return int(np.where(near, support * (FAR + 1) + to_block, -1).argmax())

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, in_finest
 
-from .arguments import as_tensor, is_integer
+from .arguments import is_integer, to_tensor
 from .condition_encoder import Encoded
 from .cuda_graph import Graph, compute_by_graph
 from .given import Given
@@ -131,7 +131,7 @@ def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count
     if tokens is None or known is None:
         empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
         return empty, empty.bool()
-    shape, tokens, known = (count, *prior.grid.shape), as_tensor(tokens), as_tensor(known)
+    shape, tokens, known = (count, *prior.grid.shape), to_tensor(tokens), to_tensor(known)
     if known.dtype != torch.bool or tuple(known.shape) not in (shape, prior.grid.shape):
         raise ValueError(
             f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
@@ -182,7 +182,7 @@ def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks
 # Progress
 
 
-class Step:
+class SamplingStep:
     """A decoding step, as passed to `on_step`. Nothing is copied, and no GPU sync happens, until a property is read.
 
     number: step index from 0, over all parts of a request."""
@@ -211,7 +211,7 @@ class Step:
         return self._state[1]
 
 
-OnStep = Callable[[Step], Any]
+OnStep = Callable[[SamplingStep], Any]
 
 
 class Monitor:
@@ -226,7 +226,7 @@ class Monitor:
         self.num_steps = 0
 
     def iterate(self, steps: Sequence[T]) -> Iterable[T]:
-        return progress_bar(steps, self.bar, unit="pass")
+        return show_progress(steps, self.bar, unit="pass")
 
     def report(self, batch: SampleBatch, drawn: Tensor, decided: int | Tensor) -> None:
         """Report a step. drawn: `(b, N)`, in the sequence of `batch`; decided: how many of the first tokens are
@@ -242,7 +242,7 @@ class Monitor:
             every[batch.rows] = batch.to_raster(known)
             return tokens.unflatten(1, self.shape), every.unflatten(1, self.shape)
 
-        step = Step(self.num_steps, decided, read)
+        step = SamplingStep(self.num_steps, decided, read)
         self.num_steps += 1
         with torch.inference_mode(False), torch.no_grad():
             self.on_step(step)
@@ -252,7 +252,7 @@ class Monitor:
         self.known[batch.rows] = True
 
 
-def progress_bar(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = "token") -> Iterable[T]:
+def show_progress(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = "token") -> Iterable[T]:
     """Iterate over `steps`, with a bar on a terminal if `bar` is True or holds arguments of `tqdm`."""
     if not bar and not isinstance(bar, Mapping):
         return steps

@@ -87,7 +87,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
     with lock_output(config.out):
         pipeline = config.load_pipeline()
         require_pictures(pipeline.spec, "complete")
-        area = (Masked if pipeline.frames == 1 else FirstFrames)(config, out, pipeline)
+        area = (MaskedArea if pipeline.frames == 1 else FirstFrames)(config, out, pipeline)
         known, spec = area.known, pipeline.spec
         images, names = choose_images(
             config.images, config.num_images, spec, lambda: config.load_images(pipeline).held_out
@@ -144,7 +144,7 @@ def find_size(name: str) -> tuple[int, int] | None:
         return None
 
 
-class Masked:
+class MaskedArea:
     """The area of images to fill in, and the sheet of its completions. known: the other pixels, bool `(H, W)`. Raises
     `UserError` for settings of clips, and for a mask that cannot be read."""
 
@@ -264,7 +264,11 @@ def frame_cells(cells: np.ndarray, redrawn: np.ndarray) -> np.ndarray:
 
 
 def format_report(
-    config: CompleteConfig, pipeline: ImagePipeline, area: Masked | FirstFrames, figures: dict[str, float], refusal: str
+    config: CompleteConfig,
+    pipeline: ImagePipeline,
+    area: MaskedArea | FirstFrames,
+    figures: dict[str, float],
+    refusal: str,
 ) -> str:
     """Format the figures and what the completions were conditioned on. refusal: why log p is not available."""
     keep = pipeline.tokenizer.known_tokens(area.known[None]).flatten(1).to(pipeline.device)

@@ -25,7 +25,7 @@ from prior import Prior
 from prior.arguments import check_count
 from prior.columns import LABEL, describe_columns
 from prior.given import Given
-from prior.sampling import progress_bar
+from prior.sampling import show_progress
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
@@ -456,4 +456,4 @@ def decompress(
 
 def iterate_chunks(header: Header, progress: bool) -> Iterable[int]:
     """Iterate over chunk numbers. progress: show a bar if there are several."""
-    return progress_bar(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")
+    return show_progress(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")

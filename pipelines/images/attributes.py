@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from prior.columns import KINDS, Column, GridColumn, VectorColumn, find_column, names_problem
+from prior.columns import COLUMN_KINDS, Column, GridColumn, VectorColumn, find_column, names_problem
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec
@@ -54,7 +54,7 @@ CELLS = 1024  # cells of a table that are read at a time
 if TYPE_CHECKING:
     Kind = str
 else:
-    Kind = Literal[tuple(KINDS)]
+    Kind = Literal[tuple(COLUMN_KINDS)]
 
 
 class AttributeSource(Config):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prior.arguments import as_tensor, check_count, whole_number
+from prior.arguments import check_count, to_tensor, whole_number
 from prior.columns import Column
 from prior.given import Given
 from tokenizer import Tokenizer
@@ -329,7 +329,7 @@ def decode_tiles(
             raise ValueError(
                 f"image {number}: expected a size (height, width) of at least {view.size} (got {tuple(size)})"
             )
-        ids = as_tensor(each, pipeline.device)
+        ids = to_tensor(each, pipeline.device)
         wanted = (*(len(starts) for starts in view.sides(size)), *pipeline.tokenizer.grid.shape)
         if tuple(ids.shape) != wanted:
             raise ValueError(
