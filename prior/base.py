@@ -516,8 +516,8 @@ class Prior(PretrainedModel, family="prior"):
         probability that it gives to the known tokens (at temperature 1, without guidance), at the cost of one pass per
         order; images are then samples of the mixture given the known tokens. cache: False recomputes everything at each
         step. parallel: draw the same tokens in fewer passes over the whole grid (`prior.parallel`). progress: True
-        shows a bar; a mapping holds arguments of `tqdm`. on_step: called with a `SamplingStep` after each step; an exception
-        ends sampling.
+        shows a bar; a mapping holds arguments of `tqdm`. on_step: called with a `SamplingStep` after each step; an
+        exception ends sampling.
 
         All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
         for arguments out of range, and `TypeError` for a setting that this prior does not support."""

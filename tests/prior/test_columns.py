@@ -9,9 +9,9 @@ import pytest
 import torch
 from givens.columns import (
     AGE,
-    COLUMN_KINDS,
     COLUMNS,
     GRIDS,
+    KINDS,
     OUTLINE,
     POSE,
     SPEED,
@@ -161,7 +161,7 @@ def test_names_and_sizes_of_columns_are_checked():
     for name in ("label", "labels", "tokens", "a.b", "../age", "", "1st", "a" * 65):
         assert "cannot name a column" in next(names_problem([name]))
     assert "at most 64" in next(names_problem(f"c{k}" for k in range(65)))
-    for kind in COLUMN_KINDS:
+    for kind in KINDS:
         for column in columns_of(kind, (2, 3)).values():
             assert read_column(column.to_dict()) == column == read_column(column)
 

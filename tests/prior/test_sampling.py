@@ -22,7 +22,7 @@ from torch import Tensor
 from prior.masked import MaskedOptions
 from prior.noise import TOKEN_NOISE, TokenNoise, draw_keys, gumbel_noise
 from prior.options import GREEDY, DecodingOptions, SamplingOptions, likeliest
-from prior.sampling import progress_bar
+from prior.sampling import show_progress
 
 examples = settings(deadline=None, max_examples=100, derandomize=True)
 
@@ -251,8 +251,8 @@ def test_a_bar_has_the_arguments_of_the_caller(monkeypatch):
     bars = []
     monkeypatch.setattr(tqdm, "tqdm", lambda steps, **arguments: bars.append(arguments) or steps)
     steps = [1, 2, 3]
-    assert progress_bar(steps, False) is steps and bars == []
-    assert progress_bar(steps, True) == progress_bar(steps, {"desc": "digits", "ncols": 3}, unit="pass") == steps
+    assert show_progress(steps, False) is steps and bars == []
+    assert show_progress(steps, True) == progress_bar(steps, {"desc": "digits", "ncols": 3}, unit="pass") == steps
     assert bars[0]["unit"] == "token" and bars[0]["leave"] is False
     assert bars[1] == {**bars[0], "desc": "digits", "ncols": 3, "unit": "pass"}
 
