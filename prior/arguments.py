@@ -31,12 +31,11 @@ def is_number(value: Any) -> bool:
 def whole_number(name: str, value: Any) -> int:
     """Return `value`, the argument `name`, as an int. Raises `ValueError` unless it is a whole number."""
     try:
-        found = None if isinstance(value, bool) else index(value)
+        if not isinstance(value, bool):
+            return index(value)
     except TypeError:
-        found = None
-    if found is None:
-        raise ValueError(f"{name} must be a whole number (got {value!r})")
-    return found
+        pass
+    raise ValueError(f"{name} must be a whole number (got {value!r})")
 
 
 def check_count(count: Any, name: str = "num_images") -> int:

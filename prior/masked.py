@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, full_float32, in_finest
 
-from .arguments import is_number
 from .attention import EPS, Block, Rotations, coordinates
 from .base import Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .given import Given
 from .noise import CONFIDENCE_NOISE, TokenNoise, gumbel_noise
-from .options import DecodingOptions, Order, SamplingOptions
+from .options import DecodingOptions, Order, SamplingOptions, check_finite
 from .orders import Partition, block_numbers
 from .parallel import rows_per_pass
 from .sampling import Monitor, SampleBatch, UncachedState, encode_rows
@@ -55,8 +54,8 @@ class MaskedOptions(SamplingOptions):
     partition of the grid (`Masked.make_steps`), whose density `log_prob` returns.
 
     Without an order, each pass draws all unknown tokens and keeps the most confident ones, as in MaskGIT; confidence is
-    log p plus Gumbel noise times `confidence_temperature`, which is annealed to 0. Known tokens are kept, and all other
-    tokens see them. **This is not exact**: which tokens are kept depends on their values, so samples do not follow
+    log p plus Gumbel noise times `confidence_temperature`, which is annealed to 0. Known tokens never change, and all
+    other tokens see them. **This is not exact**: the choice of tokens depends on their values, so samples do not follow
     `log_prob`; more steps and a higher `confidence_temperature` (random orders) come closer. A position has the same
     noise in all steps, so for independent tokens the distribution is correct with any number of steps. A step counts as
     a block: with `guidance_end`, the guidance scale depends on the share of tokens known before the step."""
@@ -67,9 +66,7 @@ class MaskedOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        temperature = self.confidence_temperature
-        if not (is_number(temperature) and 0 <= temperature < float("inf")):
-            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {temperature})")
+        check_finite("confidence_temperature", self.confidence_temperature)
         if self.schedule not in list(SCHEDULES):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
 
@@ -78,8 +75,7 @@ class MaskedOptions(SamplingOptions):
             raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
 
     def for_given_order(self) -> MaskedOptions:
-        """See `SamplingOptions`: drop `steps`, which choose an order or cut one into blocks."""
-        return replace(self, steps=None)
+        return replace(self, steps=None)  # which choose an order or cut one into blocks
 
     def passes(self) -> list[tuple[float, float]]:
         """Return for each step the share of unknown tokens that stay masked, and the confidence temperature."""
@@ -114,8 +110,6 @@ def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
 
 
 class MaskedConfig(TransformerConfig):
-    """Sizes of the transformer, and settings of masking and likelihood."""
-
     takes_blocks = takes_heads = True
 
     schedule: Literal["linear", "cosine", "arccos", "square"] = Field(
@@ -187,10 +181,9 @@ class Masked(Prior, name="masked"):
         known: Tensor | None = None,
         block_of: Tensor | None = None,
     ) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. With bool `known`, `(B, N)` or `(B, *grid.shape)`, they come from a
-        single pass that sees only these tokens. Otherwise they are teacher-forced, with one pass per block. order:
-        `(N,)` or `(B, N)`, cut into the model's own blocks; block_of: the block number of each token, `(N,)` or `(B,
-        N)`."""
+        """See `Prior.outputs`. With bool `known`, `(B, N)` or `(B, *grid.shape)`, outputs come from a single pass that
+        sees only these tokens. Otherwise they are teacher-forced, with one pass per block. order: `(N,)` or `(B, N)`,
+        cut into the model's own blocks; block_of: the block number of each token, `(N,)` or `(B, N)`."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
         if known is not None:
             return self.outputs_of_pass(torch.where(known.flatten(1), tokens, self.mask), encoded)
@@ -206,13 +199,13 @@ class Masked(Prior, name="masked"):
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
     def rows_per_pass(self) -> int:
-        """Return how many rows to process together when there are many passes, or when sampling on a CPU."""
+        """Return how many rows to process together."""
         return max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // len(self.grid))
 
     # Training
 
     def masked_counts(self, u: Tensor) -> Tensor:
-        """Return how many tokens the schedule masks at `u` in [0, 1], `(...)` whole numbers from 1 to N."""
+        """Return how many tokens the schedule masks at `u` in [0, 1], from 1 to N."""
         return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
@@ -244,15 +237,14 @@ class Masked(Prior, name="masked"):
 
     @property
     def loss_is_likelihood(self) -> bool:
-        """See `Prior`: True only with the linear schedule and without label smoothing."""
         return self.config.schedule == "linear" and not self.config.label_smoothing
 
     # Likelihood
 
     @full_float32()
     def estimate_log_probs(self, tokens: Tensor, given: Given, order: Order) -> Tensor:
-        """See `Prior` if `exact`. Otherwise return each token's share of an estimated bound, `(B, *grid.shape)`, from
-        `bound_passes` passes.
+        """Unless `exact`, return each token's share of an estimated bound, `(B, *grid.shape)`, from `bound_passes`
+        passes.
 
         The shares sum to an unbiased estimate of E_order log p(tokens | order) <= log E_order p(tokens | order) (ARDM,
         eq. 4). The estimate for a single image may exceed the right-hand side; the mean over many images is a bound.
@@ -279,7 +271,6 @@ class Masked(Prior, name="masked"):
 
     @property
     def likelihood_passes(self) -> int:
-        """One pass per block if `exact`, else `bound_passes`."""
         return len(self.blocks) if self.exact else self.config.bound_passes
 
     def likelihood_pass(self, tokens: Tensor) -> None:
@@ -293,15 +284,14 @@ class Masked(Prior, name="masked"):
         return list(self.layers)
 
     def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:
-        """See `Prior`. Features come from one pass over the unmasked tokens, so they depend on all tokens, including
-        their own. (Teacher-forced features would take N passes and see half as many tokens.)"""
+        """Return features from one pass over the unmasked tokens, which depend on all tokens, including their own.
+        (Teacher-forced features would take N passes and see half as many tokens.)"""
         known = torch.ones_like(tokens, dtype=torch.bool)
         return super().layer_features(tokens, given, layers, **{"known": known, **inputs})
 
     # Sampling
 
     def rows_at_once(self) -> int | None:
-        """See `Prior`: on a CPU, the number of rows whose activations fit in cache."""
         return self.rows_per_pass() if self.device.type == "cpu" else None
 
     def make_steps(self, order: Order, steps: int, schedule: str = "cosine") -> Partition:
@@ -316,19 +306,18 @@ class Masked(Prior, name="masked"):
         return Partition(order, options.sizes(len(self.grid)))
 
     def start(self, encoded: Encoded, order: Order = None) -> UncachedState:
-        """See `Prior`: start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached,
-        because all tokens see each other."""
+        """Start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached, because all
+        tokens see each other."""
         tokens = torch.full((len(encoded), len(self.grid)), self.mask, device=self.device)
         return UncachedState(tokens, encoded, *self.to_partition(order))
 
     def next_logits(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
-        """See `Prior`: reveal the last block's tokens, and predict the next."""
         at = state.advance(tokens)
         return self.predict(state.tokens, state.encoded, (torch.arange(len(at), device=at.device)[:, None], at))
 
     def draw(self, batch: SampleBatch, options: MaskedOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
-        """See `Prior`: draw one block per pass, or in `steps`. (`parallel` is no faster, because each of its passes
-        runs the network once per block.) Raises `ValueError` for options that cannot be combined with `steps`."""
+        """Draw one block per pass, or in `steps`. (`parallel` is no faster, because each of its passes runs the network
+        once per block.) Raises `ValueError` for options that cannot be combined with `steps`."""
         if options.steps is None:
             return super().draw(batch, options, decoding, monitor)
         if decoding.order is not None:
@@ -343,7 +332,7 @@ class Masked(Prior, name="masked"):
             self.draw_by_confidence(part, options, monitor)
 
     def draw_by_confidence(self, batch: SampleBatch, options: MaskedOptions, monitor: Monitor) -> None:
-        """Draw all masked tokens, keep the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
+        """Draw all masked tokens, reveal the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
         size = len(self.grid)
         encoded = encode_rows(self, batch, options)
         noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)

@@ -252,7 +252,7 @@ def test_a_bar_has_the_arguments_of_the_caller(monkeypatch):
     monkeypatch.setattr(tqdm, "tqdm", lambda steps, **arguments: bars.append(arguments) or steps)
     steps = [1, 2, 3]
     assert show_progress(steps, False) is steps and bars == []
-    assert show_progress(steps, True) == progress_bar(steps, {"desc": "digits", "ncols": 3}, unit="pass") == steps
+    assert show_progress(steps, True) == show_progress(steps, {"desc": "digits", "ncols": 3}, unit="pass") == steps
     assert bars[0]["unit"] == "token" and bars[0]["leave"] is False
     assert bars[1] == {**bars[0], "desc": "digits", "ncols": 3, "unit": "pass"}
 
