@@ -85,7 +85,7 @@ class ColumnFormat(Generic[C]):
         are one per image, rather than one for all. names: of the images, which choose pictures in a folder. Raises
         `ValueError` for a path that does not exist."""
         value = self.read_text(value)
-        if isinstance(value, list) and not self.column.is_one_value(value):
+        if isinstance(value, list) and not self.column.is_of_one_image(value):
             return [self.read_text(one) for one in value], True
         return [value], False
 

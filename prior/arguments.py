@@ -24,7 +24,6 @@ def is_integer(dtype: torch.dtype) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

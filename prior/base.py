@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid
 from tokenizer.model import PretrainedModel
 from tokenizer.precision import full_float32, in_finest
 
@@ -78,21 +77,20 @@ class Prior(PretrainedModel, family="prior"):
         self.grid, self.num_classes = config.grid, config.num_classes
         self._label = {LABEL: ClassColumn.numbered(config.num_classes)} if config.num_classes else {}
         self.output_head: Head = make_head(config)
-        self.set_partition(config.partition())
-        self.condition_encoder = ConditionEncoder(config) if config.conditions else None
-
-    def set_partition(self, partition: Partition) -> None:
-        """Set the order and blocks of positions, and derive those of tokens."""
-        several = self.output_head.ids_per_position > 1
-        order, self.blocks = order_levels(partition, self.grid) if several else partition
+        partition, several = config.partition(), self.output_head.ids_per_position
+        order, self.blocks = partition
         self.position_blocks = partition.blocks
-        for name, cells in (("order", order), ("position_order", partition.order)):
-            self.register_buffer(name, cells, persistent=False)
+        if several > 1:  # of each block the first ids, then the second ids, and so on
+            cells = self.grid.cells
+            order = torch.cat([part.t().flatten() for part in cells[partition.order].split(partition.blocks)])
+            self.blocks = tuple(size for size in partition.blocks for _ in range(several))
+            self.register_buffer("position_cells", cells, persistent=False)
+            self.register_buffer("token_places", cells.flatten().argsort(), persistent=False)
+        self.register_buffer("order", order, persistent=False)
         self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
+        self.register_buffer("position_order", partition.order, persistent=False)
         self.register_buffer("position_block_of", block_numbers(*partition), persistent=False)
-        if several:
-            self.register_buffer("position_cells", self.grid.cells, persistent=False)
-            self.register_buffer("token_places", self.grid.cells.flatten().argsort(), persistent=False)
+        self.condition_encoder = ConditionEncoder(config) if config.conditions else None
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the network's teacher-forced outputs `(B, P, output_head.size)`, in raster order; the outputs at
@@ -151,7 +149,6 @@ class Prior(PretrainedModel, family="prior"):
         return Encoded(labels, *self.condition_encoder(given))
 
     def encode_nothing(self, count: int) -> Encoded:
-        """Encode the null class and null columns for `count` images."""
         return self.encode_given(Given(self.columns, {}, count))
 
     # Training
@@ -374,7 +371,6 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def feature_layers(self) -> int:
-        """Number of layers from which `features` can be read."""
         return len(self.feature_modules)
 
     def arrange_features(self, output: Any) -> Tensor:
@@ -454,7 +450,6 @@ class Prior(PretrainedModel, family="prior"):
         return UncachedState(tokens, encoded, *partition, inputs)
 
     def next_logits_uncached(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
-        """Return `next_logits` from one forward pass over the whole grid."""
         at = state.advance(tokens)
         logits = self(state.tokens.unflatten(1, self.grid.shape), state.encoded, **state.inputs)
         return logits.take_along_dim(at[..., None], 1)
@@ -536,17 +531,6 @@ class Prior(PretrainedModel, family="prior"):
     def rows_at_once(self) -> int | None:
         """Return how many rows to sample together; None samples all at once."""
         return None
-
-
-FEW_ROWS = 4
-"""With fewer rows, reading the weights bounds a matrix product, so caches store weights row-major."""
-
-
-def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
-    """Expand a partition of positions to ids: the first ids of a block, then its second ids, and so on."""
-    parts = grid.cells[partition.order].split(partition.blocks)
-    blocks = tuple(size for size in partition.blocks for _ in range(grid.ids_per_position))
-    return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
 
 
 @contextmanager

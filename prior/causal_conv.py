@@ -25,8 +25,6 @@ from .orders import Partition
 
 
 class CausalConvConfig(PriorConfig):
-    """Sizes of the network."""
-
     takes_heads = takes_positions = takes_conditions = True
 
     dim: int = Field(64, ge=1, le=16384, description="channels of the residual stream and of a block's gated output")
@@ -97,7 +95,6 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`: the `reach` preceding positions in decoding order."""
         behind = self.ranks[:, None] - self.ranks
         return (behind > 0) & (behind <= self.reach)
 
@@ -120,11 +117,9 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """Each block's gated output, which the residual stream and the skip connections read."""
         return [block.dropout for block in self.layers]
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Rearrange `(B, dim, N)` in decoding order to `(B, N, dim)` in raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Buffers:

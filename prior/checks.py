@@ -208,7 +208,6 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
 
 def expect_close(one: Tensor, other: Tensor, what: str) -> None:
-    """Raise `ValueError` unless two computations of the same logits agree within rounding."""
     expect(one.shape == other.shape, f"{what} have shapes {tuple(one.shape)} and {tuple(other.shape)}")
     apart = float((one - other).abs().max())
     expect(apart <= TOLERANCE * max(1.0, float(other.abs().max())), f"{what} differ by up to {apart:.3g}")

@@ -101,7 +101,6 @@ class GPT(Prior, name="gpt"):
         return list(self.layers)
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Rearrange a residual stream from decoding to raster order."""
         return output[:, self.position_order.argsort()]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:

@@ -169,22 +169,21 @@ class MADE(Prior, name="made"):
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """Draw what training is agnostic to, an order `(N,)` and degrees: new ones, or some of the first `masks`."""
         inputs: dict[str, Any] = {}
+        masks, size = self.config.masks, len(self.grid)
         if self.config.order_agnostic:
-            inputs["order"] = to_device_async(self._draw_order(), tokens.device)
+            if masks is None:
+                order = torch.randperm(size, device="cpu")
+            else:
+                number = int(torch.randint(masks, ()))
+                order = make_order(f"random:{number}", self.grid.shape) if number else self.order
+            inputs["order"] = to_device_async(order, tokens.device)
         if self.config.connectivity_agnostic:
-            inputs["degrees"] = [to_device_async(each, tokens.device) for each in self._draw_degrees()]
+            if masks is None:
+                degrees = random_degrees(self.config.hidden, size)
+            else:
+                degrees = self.numbered_degrees(int(torch.randint(masks, ())))
+            inputs["degrees"] = [to_device_async(each, tokens.device) for each in degrees]
         return inputs
-
-    def _draw_order(self) -> Tensor:
-        if self.config.masks is None:
-            return torch.randperm(len(self.grid), device="cpu")
-        number = int(torch.randint(self.config.masks, ()))
-        return make_order(f"random:{number}", self.grid.shape) if number else self.order
-
-    def _draw_degrees(self) -> list[Tensor]:
-        if self.config.masks is None:
-            return random_degrees(self.config.hidden, len(self.grid))
-        return self.numbered_degrees(int(torch.randint(self.config.masks, ())))
 
     def numbered_degrees(self, number: int) -> list[Tensor]:
         """Return the degrees `(units,)` of each layer in connectivity `number`; 0 is the model's own."""

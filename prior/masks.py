@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .compiling import can_compile
 
-TILE = (4, 16)
-"""Rows and columns of a tile of queries, which lies in one frame: best or nearly best in CPU tests at 28x28 and 64x64
-positions."""
+TILE = (4, 16)  # rows and columns of a tile of queries: (nearly) the fastest on a CPU at 28x28 and 64x64 positions
 MAX_MASKS = 1 << 27  # elements of all tile masks; limited because masks are built before weights are read
 FLEX_TYPES, MIN_FLEX_WIDTH = (torch.float32, torch.bfloat16, torch.float16), 16
 
@@ -84,14 +82,10 @@ class AttentionWindow(nn.Module):
 
     targets: Tensor
     sources: Tensor
-    queries: Tensor
-    """int64 `(tiles, q)`: the queries of each tile, padded with arbitrary ones."""
-    keys: Tensor
-    """int64 `(tiles, k)`: the keys of each tile, padded with arbitrary ones."""
-    mask: Tensor
-    """bool `(tiles, q, k)`: whether a query sees a key."""
-    at: Tensor
-    """int64 `(N,)`: the index of each query among the queries of all tiles."""
+    queries: Tensor  # int64 (tiles, q): the queries of each tile, padded with arbitrary ones
+    keys: Tensor  # int64 (tiles, k): the keys of each tile, padded with arbitrary ones
+    mask: Tensor  # bool (tiles, q, k): whether a query sees a key
+    at: Tensor  # int64 (N,): the index of each query among the queries of all tiles
 
     def __init__(self, targets: Tensor, sources: Tensor, window: Sides, dilation: int = 1) -> None:
         """targets: `(N, 1 + axes)`, the time of each query, and the coordinates of the cell that it predicts; sources:
@@ -99,7 +93,6 @@ class AttentionWindow(nn.Module):
         super().__init__()
         self.window, self.dilation = window, dilation
         # Created on first use, once for each device.
-        self.cached_slots: KeySlots | None = None
         self.slots_read: Sequence[Tensor] = ()
         self.block_mask: Any = None
         self.reads_on: torch.device | None = None
@@ -203,16 +196,11 @@ class AttentionWindow(nn.Module):
             self.reads_on = self.at.device
         return self.slots_read
 
-    @property
-    def key_slots(self) -> KeySlots:
-        """The slots for decoding, in which queries and keys have the same ranks; created once."""
-        if self.cached_slots is None:
-            self.cached_slots = self.assign_slots()
-        return self.cached_slots
-
+    @cached_property
     @torch.inference_mode(False)
-    def assign_slots(self) -> KeySlots:
-        """Assign a slot to each key, and free it after the last query that sees the key."""
+    def key_slots(self) -> KeySlots:
+        """The slots for decoding, in which queries and keys have the same ranks: a slot is free again after the last
+        query that sees its key."""
         at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
         rank, column = mask.nonzero(as_tuple=True)
         keys = self.keys.cpu()[at[rank] // self.queries.shape[1], column]
@@ -243,7 +231,6 @@ def can_flex(q: Tensor) -> bool:
 
 @cache
 def compiled_flex() -> Callable[..., Any]:
-    """Return the compiled `flex_attention`; uncompiled, it is slow."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

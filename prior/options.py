@@ -90,7 +90,6 @@ class SamplingOptions:
             raise ValueError(f"{name} other than 1 needs {needs}")
 
     def can_guide(self, given: Collection[str]) -> bool:
-        """Return whether guidance removes one of the `given` columns."""
         return bool(given if self.guidance_on is None else set(self.guidance_on).intersection(given))
 
     def for_given_order(self: S) -> S:
@@ -230,5 +229,4 @@ class DecodingOptions:
         return self.order is None and self.num_orders == 1 and self.cache and not self.parallel
 
     def select(self, rows: slice | Sequence[int], count: int) -> DecodingOptions:
-        """Return the options of the images `rows` out of `count`."""
         return replace(self, order=select_order(self.order, rows, count))

@@ -39,10 +39,8 @@ LAST_SEED = (1 << 64) - 1  # the largest seed that torch accepts
 class Partition(NamedTuple):
     """An order of a grid's cells, cut into blocks; the cells of a block are drawn at once."""
 
-    order: Tensor
-    """(N,) int64; `order[r]` is the raster index of the r-th token."""
-    blocks: tuple[int, ...]
-    """Sizes that sum to N and cut the ranks into blocks."""
+    order: Tensor  # (N,) int64; order[r] is the raster index of the r-th token
+    blocks: tuple[int, ...]  # sizes that sum to N and cut the ranks into blocks
 
 
 def parse_name(name: str) -> tuple[str, tuple[str, ...], str | None]:
@@ -80,15 +78,13 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
 
 def number_problem(kind: str, numbers: tuple[str, ...], shape: tuple[int, ...]) -> str | None:
     """Return why the numbers after `kind:` are invalid, or None. Their count has been checked."""
-    if kind == "wave":
-        width = shape[1]
-        return None if is_within(numbers[0], 1, width) else f"wave:S {limit('columns', width)}"
     count = numbers[1:] if kind == "random" else numbers
     if not count:
         return None
-    form, cells = name_forms(kind)[-1], math.prod(shape)
-    if not is_within(count[0], 1, cells):
-        return f"{form} {limit('regions' if kind == 'regions' else 'blocks', cells)}"
+    what = {"wave": "columns", "regions": "regions"}.get(kind, "blocks")
+    most = shape[1] if kind == "wave" else math.prod(shape)
+    if not is_within(count[0], 1, most):
+        return f"{name_forms(kind)[-1]} {limit(what, most)}"
     if kind == "regions" and not region_counts(int(count[0]), (shape[0], shape[1])):
         height, width = shape
         return f"no {count[0]} regions fit a grid of {height}x{width}: K is a * b, with a <= {height} and b <= {width}"
@@ -105,7 +101,6 @@ def is_within(text: str, lowest: int, highest: int) -> bool:
 
 
 def has_blocks(kind: str, numbers: tuple[str, ...]) -> bool:
-    """Return whether the order defines its own blocks."""
     return kind in OWN_BLOCKS or len(numbers) > (kind == "random")
 
 
@@ -114,14 +109,10 @@ def make_partition(name: str, shape: tuple[int, ...]) -> Partition:
     if problem := order_problem(name, shape):
         raise ValueError(problem)
     kind, numbers, size = parse_name(name)
-    if kind in OWN_BLOCKS:
-        order, blocks = group_cells(key_of(kind, numbers, (shape[0], shape[1])), (shape[0], shape[1]))
-        return Partition(torch.tensor(order, device="cpu"), blocks)
     cells = math.prod(shape)
-    if has_blocks(kind, numbers):
+    blocks = even(cells, int(size or 1))
+    if kind not in OWN_BLOCKS and has_blocks(kind, numbers):
         blocks = growing(cells, int(numbers[-1]))
-    else:
-        blocks = even(cells, int(size or 1))
     if kind == "raster":
         return Partition(torch.arange(cells, device="cpu"), blocks)
     if kind == "random":
@@ -132,18 +123,16 @@ def make_partition(name: str, shape: tuple[int, ...]) -> Partition:
         order = halton_order(height, width)
     elif kind == "spread":
         order = spread_order(height, width, blocks)
-    else:
+    elif kind in CURVES:
         order = [row * width + col for row, col in CURVES[kind](height, width)]
+    else:
+        keys = {"diagonal": wave(1), "rows": lambda row, col: (row,), "dyadic": dyadic}
+        if kind == "regions":
+            key = regions(int(numbers[0]), (height, width))
+        else:
+            key = wave(int(numbers[0])) if kind == "wave" else keys[kind]
+        order, blocks = group_cells(key, (height, width))
     return Partition(torch.tensor(order, device="cpu"), blocks)
-
-
-def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf:
-    """Return the key function of an order; cells with equal keys form a block."""
-    if kind == "regions":
-        return regions(int(numbers[0]), shape)
-    if kind == "wave":
-        return wave(int(numbers[0]))
-    return {"diagonal": wave(1), "rows": lambda row, col: (row,), "dyadic": dyadic}[kind]
 
 
 def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -279,7 +268,6 @@ def subsample(height: int, width: int) -> list[Cell]:
 CURVES: dict[str, Callable[[int, int], Iterable[Cell]]] = {
     curve.__name__: curve for curve in (column, snake, spiral_in, spiral_out, z_curve, hilbert, subsample)
 }
-"""Orders of two-axis grids that draw one cell at a time, by name."""
 
 
 # Blocks of cells that share a key: a diagonal, a row, a scale, a position within a region
@@ -311,7 +299,7 @@ def dyadic(row: int, col: int) -> Key:
 
 def regions(count: int, shape: tuple[int, int]) -> KeyOf:
     """Draw the first cell of each of `count` regions, one at a time; then draw cells at the same position of all
-    regions together (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer."""
+    regions at once (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer."""
     counts = region_counts(count, shape) or ()  # never empty after `order_problem`
     downs, acrosses = (places(side, parts) for side, parts in zip(shape, counts, strict=True))
 
@@ -355,7 +343,6 @@ def group_cells(key: KeyOf, shape: tuple[int, int]) -> tuple[list[int], tuple[in
 
 
 Integers = NDArray[np.int64]
-
 FAR = 1 << 40  # larger than any squared distance
 TOUCHING = 2  # largest squared distance between a cell and its eight neighbours
 

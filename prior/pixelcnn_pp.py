@@ -42,8 +42,6 @@ ABOVE, LEFT = (-1, 1), (-1, 0)
 
 
 class PixelCNNPPConfig(RowsConfig):
-    """Sizes of the network."""
-
     dim: int = Field(64, ge=1, le=8192, description="channels of each stream (the paper: 160)")
     depth: int = Field(3, ge=1, le=64, description="gated residual blocks on a stage's down path (the paper: 5)")
     stages: int = Field(

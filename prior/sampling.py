@@ -131,14 +131,13 @@ def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count
     if tokens is None or known is None:
         empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
         return empty, empty.bool()
-    shape, tokens, known = (count, *prior.grid.shape), to_tensor(tokens), to_tensor(known)
-    if known.dtype != torch.bool or tuple(known.shape) not in (shape, prior.grid.shape):
-        raise ValueError(
-            f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
-        )
-    if not is_integer(tokens.dtype) or tuple(tokens.shape) not in (shape, prior.grid.shape):
-        found = f"{tokens.dtype} of {tuple(tokens.shape)}"
-        raise ValueError(f"tokens should be whole numbers of shape {prior.grid.shape} or {shape}, got {found}")
+    one, shape, tokens, known = prior.grid.shape, (count, *prior.grid.shape), to_tensor(tokens), to_tensor(known)
+    right = {"known": (known, known.dtype == torch.bool), "tokens": (tokens, is_integer(tokens.dtype))}
+    for name, (values, is_type) in right.items():
+        if not is_type or tuple(values.shape) not in (shape, one):
+            what = "bool" if name == "known" else "whole numbers"
+            found = f"{values.dtype} of {tuple(values.shape)}"
+            raise ValueError(f"{name} should be {what} of shape {one} or {shape}, got {found}")
     known = known.to(prior.device).expand(shape).flatten(1)
     tokens = torch.where(known, tokens.to(prior.device).expand(shape).flatten(1).long(), 0)
     prior.grid.check(tokens.reshape(shape))

@@ -166,7 +166,7 @@ def test_what_is_no_class_is_given_or_costs_too_much_is_refused_in_one_line():
             many,
             "label",
             None,
-            "marginal: 'label' has 10,000 classes, that is 10,000 passes of the prior for each image",
+            "marginal: 'label' has 10,000 classes: 10,000 passes of the prior for each image",
         ),
         (given, "label", torch.zeros(3), "the probabilities of all classes must sum to one"),
         (given, "label", torch.zeros(4), "log_weights must have the shape (2, 3) or (3,) (got (4,))"),
