@@ -160,16 +160,6 @@ def test_gpt_anneals_from_random_orders_to_its_own():
     assert make_prior("gpt").training_inputs(tokens, 0.5) == {}
 
 
-def test_queries_and_keys_rotate_by_the_cells_of_next_and_last_tokens():
-    """The query of rank r rotates by the cell of the r-th token, the key by that of the one before, the start's at
-    the start."""
-    model, order = make_prior("gpt", any_order=True), torch.tensor([7, 2, 11, 0, 1, 3, 4, 5, 6, 8, 9, 10])
-    table, rotations = model.rotations.table, model.make_rotations(order)
-    assert torch.equal(rotations[:, 0], table[order])
-    assert torch.equal(rotations[:, 1], table[[12, *order[:-1].tolist()]])
-    assert torch.equal(table[:, 0, 0], torch.tensor([row for row in [0, 1, 2] for _ in range(4)] + [-1]).float().cos())
-
-
 @every_model
 def test_orders_guidance_known_tokens_and_mixtures_go_together(name, orders):
     model, labels = make(name), torch.arange(5) % 3

@@ -28,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import encode, make_prior
 
-from prior.columns import GridColumn, NumberColumn, names_problem, read_column
+from prior.columns import NumberColumn, names_problem, read_column
 from prior.condition_encoder import AreaResize, ConditionEmbedding, GridEncoder, fold, fold_factors
 from prior.transformer import reset
 from tokenizer import TokenGrid
@@ -99,12 +99,6 @@ def test_columns_are_stored_in_small_types(name):
         stored = column.pack(some)
         assert stored.dtype == column.stored_type == types.get(column.kind, torch.float32)
         assert stored.is_contiguous() and equal(column.unpack(stored), some)
-
-
-def test_a_grid_of_256_ids_and_null_needs_two_bytes():
-    column = GridColumn(grid=TokenGrid((2,), 256))
-    stored = column.pack(torch.tensor([[255, -1]]))
-    assert stored.dtype == torch.uint16 and stored.tolist() == [[255, 256]]
 
 
 NOT_ALLOWED = [

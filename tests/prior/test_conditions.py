@@ -14,9 +14,7 @@ from givens.headed import HEADED, MODELS, MODELS_IN_ORDERS, all_grids, numbers_o
 from small import ANY_ORDER, PRIORS, draw_known, draw_tokens, generators
 
 from prior import Prior
-from prior.condition_encoder import Encoded
 from prior.orders import Partition
-from prior.pixelcnn_pp import halve
 from prior.sampling import choose_by_known, make_batch
 
 CONDITIONED = [name for name in MODELS if name != "marginal"]
@@ -175,11 +173,6 @@ def test_the_map_is_added_at_the_position_that_is_predicted(name):
                 assert int(moved.sum()) == 1
 
 
-def test_coarser_stages_of_pixelcnn_pp_see_every_other_row_and_column():
-    at = torch.arange(15.0)[None, :, None]
-    assert halve(Encoded(LABELS[:1], at[:, 0], at), 5).map.flatten().tolist() == [0, 2, 4, 10, 12, 14]
-
-
 @pytest.mark.sparse
 @every_case
 def test_frequencies_match_the_conditional_density(name, kind):
@@ -269,21 +262,6 @@ def test_masks_of_made(kind):
     assert torch.equal(drawn[0][2:3], model.sample(1, condition=given[2:3], generator=generators(4)[2], **guided))
 
 
-@pytest.mark.parametrize("settings", [{"steps": 3}, {"steps": 4, "confidence_temperature": 0.0}, {"exact": False}])
-def test_schedules_and_bounds_of_masked(settings):
-    model = make_conditioned("masked", "all")
-    model.exact = settings.get("exact", True)
-    given, tokens = draw_given(model, 4, "all"), draw_tokens(model, 4)
-    settings = {key: value for key, value in settings.items() if key != "exact"}
-    plain, guided = (
-        model.sample(4, condition=given, generator=generators(4), guidance_scale=scale, **settings)
-        for scale in (1.0, 5.0)
-    )
-    assert not torch.equal(plain, guided)
-    with torch.no_grad():
-        assert (model.log_prob(tokens, condition=given) - model.log_prob(tokens)).abs().min() > 1e-6
-
-
 # Training and precision
 
 
@@ -301,25 +279,6 @@ def test_every_weight_of_the_encoder_learns(name, bf16):
     loss.backward()
     still = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not [key for key in still if "condition_encoder" in key or "columns" in key]
-
-
-@every_plain_model
-def test_weights_may_be_bfloat16(name):
-    model = make_conditioned(name, "all").bfloat16()
-    given = draw_given(model, 4, "some null")
-    for path in ({}, {"cache": False}, {"parallel": True}):
-        drawn = model.sample(4, condition=given, guidance_scale=2.0, generator=generators(4), **path)
-        assert drawn.min() >= 0 and drawn.max() < model.grid.vocab_size
-    assert model.log_prob(drawn, condition=given).isfinite().all()
-
-
-def test_save_and_load(tmp_path):
-    model = make_conditioned("gpt", "all").float()
-    tokens, given = draw_tokens(model, 3), draw_given(model, 3, "all")
-    model.save_pretrained(tmp_path / "prior")
-    loaded = Prior.from_pretrained(tmp_path / "prior")
-    assert loaded.columns == model.columns and loaded.fingerprint() == model.fingerprint()
-    assert torch.equal(loaded.log_prob(tokens, condition=given), model.log_prob(tokens, condition=given))
 
 
 @every_plain_model

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from threading import Barrier, BrokenBarrierError, Event
+from collections.abc import Iterator
 
 import pytest
 import torch
-from emulated_graphs import Emulated, TwoCards
+from emulated_graphs import Emulated
 from givens.columns import draw_given, make_conditioned
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 
 from prior import cuda_graph, sampling
-from prior.cuda_graph import Graph, capture, release_graph
+from prior.cuda_graph import Graph, release_graph
 
 
 @pytest.fixture(autouse=True)
@@ -112,50 +109,3 @@ def test_the_memory_of_a_graph_is_freed_when_weights_move() -> None:
     assert Emulated.captured == 1 and Graph.last is not None
     model.to(torch.bfloat16)
     assert Graph.last is None
-
-
-CARDS = [torch.device("cuda", index) for index in range(2)]
-
-
-@pytest.mark.parametrize("device", CARDS, ids=str)
-def test_kernels_of_any_card_are_recorded_and_streams_are_restored(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The current card is the first. Afterwards it is again, and both cards have their streams, if a capture failed,
-    too."""
-    cards, recorded = TwoCards(), list[bool]()
-    before = list(cards.current)
-    monkeypatch.setattr(cuda_graph, "STREAMS", {})
-
-    def fails() -> None:
-        raise RuntimeError("a copy from the host")
-
-    with cards.installed():
-        for _ in range(2):
-            capture(lambda: recorded.append(cards.launch(device.index)), device)
-        assert recorded == [True, True] and (cards.device, cards.current) == (0, before)
-        with pytest.raises(RuntimeError, match="previous error") as raised:
-            capture(fails, device)
-        assert "host" in str(raised.value.__context__) and (cards.device, cards.current) == (0, before)
-
-
-def test_one_thread_captures_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    models, begun, both, overlaps = [make_prior("gpt"), make_prior("gpt")], Event(), Barrier(2), list[bool]()
-
-    def slow(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        begun.set()
-        with suppress(BrokenBarrierError):
-            both.wait(0.3)
-        overlaps.append(not both.broken)
-        run()
-        return run
-
-    monkeypatch.setattr(cuda_graph, "capture", slow)
-    models[0].sample(2)
-    with ThreadPoolExecutor() as pool:
-        capturing = pool.submit(models[0].sample, 2)
-        assert begun.wait(10)
-        for _ in range(2):
-            models[1].sample(2)
-        capturing.result()
-    assert overlaps == [False, False]

@@ -7,10 +7,9 @@ import math
 
 import pytest
 import torch
-from givens.headed import HEADED, HEADS, TOGETHER, make_model
-from small import PRIORS, draw_tokens
+from givens.headed import HEADED, make_model
+from small import draw_tokens
 
-from prior import Prior
 from prior.heads import (
     FLOOR,
     Depth,
@@ -27,11 +26,6 @@ from tokenizer import TokenGrid
 
 
 every_headed = pytest.mark.parametrize("name", HEADED)
-
-
-def test_every_head_is_found():
-    assert Head.available() == ["depth", "logistic"] == sorted(HEADS)
-    assert {kind for kind in PRIORS if Prior.find(kind).Config.takes_positions} >= set(TOGETHER)
 
 
 @every_headed

@@ -114,14 +114,6 @@ def test_classes_of_weight_zero_cost_no_pass():
 
 
 @torch.no_grad()
-def test_no_images_have_no_densities():
-    model = make_prior("gpt")
-    tokens, given = torch.zeros(0, 3, 4, dtype=torch.long), Given(model.columns, {}, 0).over("label")
-    assert model.log_prob(tokens, condition=given).shape == (0,)
-    assert model.token_log_probs(tokens, condition=given).shape == (0, 3, 4)
-
-
-@torch.no_grad()
 def test_an_estimate_of_a_bound_has_a_mixture_but_no_parts_of_tokens():
     model = make_prior("masked", exact=False)
     tokens, given = torch.zeros(2, 3, 4, dtype=torch.long), Given(model.columns, {}, 2)

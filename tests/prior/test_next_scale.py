@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from unittest import mock
 
 import pytest
@@ -74,17 +73,6 @@ def test_the_input_of_a_scale_is_what_the_earlier_ones_add_up_to():
     expected = model.lift(small.flatten(2).transpose(1, 2))
     assert torch.allclose(plain[:, 1:5], expected, atol=1e-4)
     assert torch.allclose(plain[:, 5:], model.lift(canvas.flatten(2).transpose(1, 2)), atol=1e-4)
-
-
-def test_positions_of_all_scales_lie_on_one_map():
-    """A position of a coarse scale is rotated as the middle of those that it covers."""
-    model = of_scales(((1, 1), (2, 2), (4, 4)))
-    table = torch.view_as_complex(model.rotations.table)
-    whole = table[5:].reshape(4, 4, -1)
-    for row, column in itertools.product(range(2), repeat=2):
-        corners = whole[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-        middle = corners[0, 0] * corners[1, 1]  # twice the angle of the middle
-        assert torch.allclose(table[1 + 2 * row + column] ** 2, middle, atol=1e-5)
 
 
 def test_full_attention_looks_at_coarser_scales_and_markov_at_its_own():
