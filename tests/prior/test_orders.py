@@ -294,15 +294,6 @@ def test_spread_begins_in_the_middle_and_continues_beside_known_cells(shape):
     assert all(steps[rank, :rank].min() == 1 for rank in range(1, len(steps)))
 
 
-def test_a_block_of_spread_is_beside_the_known_cells_and_apart():
-    """Blocks of four on 9x9: all cells of the second touch the first, and none touches another of its block."""
-    steps = distances("spread/4", (9, 9)) + 9 * torch.eye(81).long()
-    assert steps[4:8, :4].amin(1).tolist() == [1, 1, 1, 1]
-    assert steps[4:8, 4:8].min() >= 2 and steps[:4, :4].min() >= 4
-    third = distances("spread", (9, 9))[2, :2]
-    assert third.tolist() == [1, 1], "the third cell touches both before it, which is the most support"
-
-
 # Known tokens first
 
 
