@@ -135,11 +135,6 @@ def test_scans_follow_their_formulas(shape):
     assert torch.equal(make_order("subsample", shape), torch.cat(quarters))
 
 
-def test_random_orders_are_those_of_torch():
-    generator = torch.Generator().manual_seed(7)
-    assert torch.equal(make_order("random:7", (4, 5)), torch.randperm(20, generator=generator))
-
-
 def quadrants(curve, side):
     """The cells (row, column) of a curve over a square: four squares of half the side, placed by `curve`."""
     if side == 1:
@@ -201,13 +196,6 @@ def test_dyadic_halves_its_stride():
         [2, 6, 4, 6, 1],
     ]
     assert cells_of("dyadic", (1, 6)) == [[(0, 0)], [(0, 4)], [(0, 2)], [(0, 1), (0, 3), (0, 5)]]
-
-
-@examples
-@given(shapes)
-def test_dyadic_draws_no_neighbours_at_once(shape):
-    numbers = block_numbers(*make_partition("dyadic", shape)).view(shape)
-    assert (numbers[1:] != numbers[:-1]).all() and (numbers[:, 1:] != numbers[:, :-1]).all()
 
 
 def test_regions_draw_their_first_cells_one_by_one_and_then_one_place_of_all():

@@ -10,8 +10,6 @@ from torch import nn
 
 from prior import Prior
 from prior.condition_encoder import Encoded
-from prior.layers import CausalConv2d, RowCache, WholeRows, see
-from prior.pixelcnn_pp import Grow
 from tokenizer import TokenGrid
 
 KIND = "pixelcnn_pp"
@@ -181,43 +179,3 @@ def test_steps_are_the_forward_pass(stages, rows, shape):
 
 
 # The parts
-
-
-@pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
-@pytest.mark.parametrize("shape", [(1, 1), (4, 6), (5, 7)])
-def test_a_stride_leaves_rows_and_columns_out(columns, shape):
-    conv, every = (CausalConv2d(2, 3, (-1, 0), columns, stride=stride).double() for stride in (2, 1))
-    every.load_state_dict(conv.state_dict())
-    x, bias = torch.randn(2, *shape, 2).double(), torch.randn(2, 3).double()
-    expected = every(x)[:, ::2, ::2]
-    assert torch.allclose(conv(x), expected)
-    rows, cache = WholeRows(conv, shape[1], bias), RowCache(conv, shape[1], bias)
-    for row in range(shape[0]):
-        rows.next_row().copy_(x[:, row].transpose(0, 1))
-        if row % 2 == 0:
-            found = (rows.read() - bias).transpose(0, 1)
-            assert torch.allclose(found, expected[:, row // 2])
-            cache.start_row()
-        for column in range(shape[1] if columns[1] == 0 else 0):
-            cache.cells[column].copy_(x[:, row, column])
-            if row % 2 == column % 2 == 0:
-                assert torch.allclose(cache.read(column // 2) - bias, expected[:, row // 2, column // 2])
-
-
-@pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
-@pytest.mark.parametrize("size", [(4, 6), (5, 7), (5, 6)])
-def test_growing_is_the_transpose_of_a_stride(columns, size):
-    """<grow(x), y> = <x, shrink(y)> except for the bias."""
-    grow, (height, width) = Grow(3, columns).double(), size
-    nn.init.zeros_(grow.conv.bias)
-    half = -(-height // 2), -(-width // 2)
-    x, y = torch.randn(1, *half, 3).double(), torch.randn(1, height, width, 3).double()
-    left, right_side = columns[1], 1  # the transpose looks down, and to the other side
-    padded = F.pad(y.movedim(-1, 1), (left, 1 + right_side, 0, 1))[:, :, :, : 2 * half[1] + left + right_side]
-    shrunk = F.conv2d(padded, grow.conv.weight, stride=2)[:, :, : half[0], : half[1]]
-    assert torch.allclose((grow(x, *size) * y).sum(), (x.movedim(-1, 1) * shrunk).sum())
-    field = torch.eye(half[0] * half[1]).bool().view(*half, -1)
-    nn.init.ones_(grow.conv.weight)
-    reached = grow(torch.eye(len(field.flatten(0, 1))).double().view(-1, *half, 1).expand(-1, -1, -1, 3), *size)
-    assert torch.equal(grow.see(field, *size), reached[..., 0].movedim(0, -1) > 0.5)
-    assert see(field, [(0, 0)]).equal(field)
