@@ -85,28 +85,14 @@ class MaskedOptions(SamplingOptions):
         temperatures = (self.confidence_temperature * (1 - share)).tolist()
         return list(zip(masked, temperatures, strict=True))
 
-    def sizes(self, unknown: int) -> tuple[int, ...]:
-        """Return how many of `unknown` tokens each step draws, omitting empty steps."""
-        left, sizes = unknown, []
+    def masked_before_steps(self, unknown: Tensor) -> Tensor:
+        """Return how many of `unknown` (B,) tokens are masked before each step and at the end, `(steps + 1, B)`. Each
+        step reveals at least one token while any is left."""
+        counts = [unknown]
         for share, _ in self.passes():
-            still = max(0, min(left - 1, int(unknown * share + ROUNDS_DOWN)))
-            sizes.append(left - still)
-            left = still
-        return tuple(size for size in sizes if size)
-
-    def last_size(self, unknown: Tensor) -> Tensor:
-        """Return how many of `unknown` (B,) tokens the last non-empty step draws."""
-        left = last = unknown
-        for share, _ in self.passes():
-            left = still_masked(left, unknown, share)
-            last = torch.where(left > 0, left, last)
-        return last
-
-
-def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
-    """Return how many tokens stay masked, `(B,)`, after a step that starts with `left` masked tokens and aims for
-    `share` of `unknown`. Each step reveals at least one token while any is left."""
-    return torch.minimum(left - 1, (in_finest(unknown) * share + ROUNDS_DOWN).long()).clamp(min=0)
+            aim = (in_finest(unknown) * share + ROUNDS_DOWN).long()
+            counts.append(torch.minimum(counts[-1] - 1, aim).clamp(min=0))
+        return torch.stack(counts)
 
 
 class MaskedConfig(TransformerConfig):
@@ -303,7 +289,8 @@ class Masked(Prior, name="masked"):
             raise ValueError("steps: the order already has blocks; give an order of single tokens")
         options = MaskedOptions(steps=steps, schedule=schedule)
         options.check(self.grid)
-        return Partition(order, options.sizes(len(self.grid)))
+        masked = options.masked_before_steps(torch.tensor([len(self.grid)], device="cpu"))[:, 0]
+        return Partition(order, tuple(size for size in (masked[:-1] - masked[1:]).tolist() if size))
 
     def start(self, encoded: Encoded, order: Order = None) -> UncachedState:
         """Start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached, because all
@@ -337,21 +324,21 @@ class Masked(Prior, name="masked"):
         encoded = encode_rows(self, batch, options)
         noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)
         ids = torch.where(batch.known, batch.tokens, self.mask)
-        left = unknown = (~batch.known).sum(1)
-        before_last = (size - options.last_size(unknown)).clamp(min=1)
-        for step, (share, temperature) in enumerate(monitor.iterate(options.passes())):
-            if not bool(left.any()):
+        masked = options.masked_before_steps((~batch.known).sum(1))
+        last_size = torch.where(masked > 0, masked, masked[0]).amin(0)  # of the last step that draws any
+        before_last = (size - last_size).clamp(min=1)
+        for step, (_, temperature) in enumerate(monitor.iterate(options.passes())):
+            if not bool(masked[step].any()):
                 break
-            decided = ((size - left) / before_last).clamp(max=1)
+            decided = ((size - masked[step]) / before_last).clamp(max=1)
             logits = at_least_float32(self.predict(options.with_unconditional(ids), encoded))
             logits = options.guide(logits, options.scale_at(decided[:, None]))
             drawn = options.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
             jitter = gumbel_noise(batch.keys, CONFIDENCE_NOISE, step * size, size)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
-            left = still_masked(left, unknown, share)
             ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
-            ids = torch.where((ids == self.mask) & (ranks < (size - left)[:, None]), drawn, ids)
+            ids = torch.where((ids == self.mask) & (ranks < (size - masked[step + 1])[:, None]), drawn, ids)
             monitor.report(batch, ids, ids != self.mask)
         monitor.finish(batch, ids)
 
