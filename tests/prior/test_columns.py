@@ -133,16 +133,13 @@ NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [
 @pytest.mark.parametrize(
     ("column", "key"),
     [
-        ({"kind": "words"}, "kind"),
         ({"kind": ["class"]}, "kind"),
         ({"kind": "class", "names": []}, "names"),
-        ({**NUMBER, "std": [0.0]}, "std"),
         ({**NUMBER, "std": [math.nan]}, "std"),
         ({**NUMBER, "extra": 1}, "extra"),
         ({**NUMBER, "low": [0.0, 1.0]}, "equally many"),
-        ({"kind": "angle", "size": 0}, "size"),
         ({"kind": "vector", "size": 1 << 20}, "size"),
-        *(({"kind": "grid", "grid": {"shape": [side, 3], "vocab_size": 4}}, "grid") for side in (0, 1 << 40)),
+        ({"kind": "grid", "grid": {"shape": [1 << 40, 3], "vocab_size": 4}}, "grid"),
     ],
 )
 def test_bad_columns_are_refused(column, key):

@@ -15,7 +15,6 @@ from prior.heads import (
     Depth,
     DepthConfig,
     Head,
-    IdEmbedding,
     Logistic,
     LogisticConfig,
     Softmax,
@@ -29,31 +28,12 @@ every_headed = pytest.mark.parametrize("name", HEADED)
 
 
 @every_headed
-def test_the_ids_of_a_position_see_the_same_other_positions_and_each_its_earlier_ids(name):
-    model = make_model(name)
-    field = model.receptive_field
-    for own in model.grid.cells:
-        others = torch.ones(len(field), dtype=torch.bool).index_fill(0, own, False)
-        assert field[own][:, own].equal(torch.ones(len(own), len(own)).tril(-1).bool())
-        assert (field[own][:, others] == field[own[0], others]).all()
-
-
-@every_headed
 def test_a_gradient_reaches_every_weight(name):
     model = make_model(name, std=0.1).train()
     tokens, labels = draw_tokens(model, 16), torch.arange(16) % 4
     model.loss(tokens, labels, progress=0.5).backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     assert [name for name in still if "nothing" not in name] == []
-
-
-@pytest.mark.parametrize("together", [1, 3])
-def test_an_embedding_of_rows_is_the_sum_of_the_levels_tables(together):
-    grid = TokenGrid((3, 2), 4, levels=together)
-    table, ids = IdEmbedding(grid, together, 5), torch.randint(4, (6, together))
-    expected = sum(table.weight[level * 4 + ids[:, level]] for level in range(together))
-    assert torch.allclose(table(ids), expected)
-    assert torch.allclose(table.embed_rows(ids if together > 1 else ids[:, 0]), expected)
 
 
 # Heads alone

@@ -14,7 +14,7 @@ from givens.headed import grid_with
 from small import SMALL, draw_tokens, generators, make_prior
 
 from prior import Prior
-from prior.orders import Partition, make_partition
+from prior.orders import Partition
 from tokenizer import TokenGrid
 from tokenizer.model import ConfigError
 
@@ -162,14 +162,3 @@ def test_a_prior_of_one_order_takes_it_by_its_name(kind, settings):
     assert torch.equal(model.sample(2, generator=generators(2), **own), model.sample(2, generator=generators(2)))
     with pytest.raises(ValueError, match="order"):
         model.sample(2, order="random:7")
-
-
-def test_a_name_a_partition_and_a_list_of_sizes_are_the_same_order():
-    model = make_prior("blocks", any_order=True)
-    for name in ("rows", "halton:3"):
-        order, blocks = make_partition(name, (3, 4))
-        drawn = model.sample(2, order=name, generator=generators(2))
-        for same in (Partition(order, list(blocks)), Partition(order.numpy(), blocks)):
-            assert torch.equal(drawn, model.sample(2, order=same, generator=generators(2)))
-    for other in (model, make_prior("gpt")):
-        assert other.check_order(Partition(other.order, list(other.blocks)), 2) is None

@@ -82,15 +82,6 @@ def test_settings_are_given_as_values_or_as_keywords(kind, settings, decoding):
 # The course of guidance
 
 
-def test_guidance_goes_from_the_unconditional_logits_through_the_conditional_ones():
-    logits, guiding = torch.randn(4, 3, 5), SamplingOptions(guidance_scale=2.0)
-    with_label, without = logits.chunk(2)
-    assert SamplingOptions().guide(logits, 3.0) is logits
-    for scale in (0.0, 1.0, 2.5, torch.tensor([0.0, 1.0, 3.0]), torch.tensor([[0.0], [1.0]])):
-        by = scale[..., None] if isinstance(scale, Tensor) else scale
-        torch.testing.assert_close(guiding.guide(logits, scale), without + by * (with_label - without))
-
-
 numbers = st.floats(0, 8)
 powers = st.none() | st.floats(0.25, 200)
 
@@ -163,8 +154,8 @@ PATHS = [{}, {"cache": False}, {"parallel": True}]
 
 
 @pytest.mark.sparse
-@pytest.mark.parametrize("vocab_size", [2, 3, 8, 16, 33, 257, 600])
-@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-7])
+@pytest.mark.parametrize("vocab_size", [2, 33, 600])
+@pytest.mark.parametrize("temperature", [0.0, 1e-7])
 def test_the_first_of_equal_ids_is_taken(vocab_size, temperature):
     model, labels = flat(vocab_size), torch.arange(5) % 3
     for path, more in itertools.product(PATHS, ({}, {"guidance_scale": 2.0}, {"top_k": 2}, {"top_p": 0.5})):
