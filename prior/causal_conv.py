@@ -67,8 +67,7 @@ class CausalConv(Prior, name="causal_conv"):
 
     Config = CausalConvConfig
     ranks: Tensor
-    cells: Tensor
-    """Coordinates `(axes, N)` of the grid's cells, in decoding order."""
+    cells: Tensor  # (axes, N): coordinates of the grid's cells, in decoding order
 
     def __init__(self, config: CausalConvConfig) -> None:
         super().__init__(config)

@@ -218,7 +218,7 @@ class ClassColumn(IdColumn):
 
     @classmethod
     def numbered(cls, count: int, names: Sequence[str] = ()) -> ClassColumn:
-        """Return a column of `count` classes, by default named by their numbers; more than a file may have."""
+        """Return a column of `count` classes, also more than a file may have. names: by default their numbers."""
         return cls.model_construct(names=list(names) or [str(number) for number in range(count)])
 
     @property

@@ -28,8 +28,7 @@ from .objectives import mean_nats, token_nats
 class Head(Registered, nn.Module, family="prior.heads"):
     """The distribution of a position's ids, each given those before it."""
 
-    size: int
-    """Number of network outputs per position."""
+    size: int  # number of network outputs per position
 
     def __init__(self, config: Any, grid: TokenGrid) -> None:
         nn.Module.__init__(self)

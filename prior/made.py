@@ -148,13 +148,13 @@ class MADE(Prior, name="made"):
             nn.init.normal_(self.embedding)
             nn.init.normal_(self.head, std=self.width**-0.5)
 
-    def degrees(self) -> list[Tensor]:
-        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those of `connected`."""
-        return list(self.current_degrees.split(self.config.hidden))
-
     @property
     def current_degrees(self) -> Tensor:
+        """The degrees of all hidden layers: the model's own, ascending, or those of `connected`."""
         return self.all_degrees if self.chosen_degrees is None else self.chosen_degrees
+
+    def degrees(self) -> list[Tensor]:
+        return list(self.current_degrees.split(self.config.hidden))  # (units,) of each layer
 
     @property
     def position_field(self) -> Tensor:
@@ -329,8 +329,7 @@ def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 class RunningSums:
-    """The first layer's sums over the tokens so far, and the units that are complete, that is, have received all of
-    their tokens.
+    """The first layer's sums over the tokens so far, and the units that have received all of their tokens.
 
     Units are sorted by degree, so all masks are prefixes: the token of rank r is added to units of degree > r, which
     completes the units of degree r + 1, and the next position reads all complete units. Each unmasked weight is used

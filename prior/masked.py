@@ -333,12 +333,12 @@ class Masked(Prior, name="masked"):
             decided = ((size - masked[step]) / before_last).clamp(max=1)
             logits = at_least_float32(self.predict(options.with_unconditional(ids), encoded))
             logits = options.guide(logits, options.scale_at(decided[:, None]))
-            drawn = options.choose(logits, noise)
-            confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            sampled = options.choose(logits, noise)
+            confidence = logits.log_softmax(-1).gather(-1, sampled[..., None])[..., 0]
             jitter = gumbel_noise(batch.keys, CONFIDENCE_NOISE, step * size, size)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
             ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
-            ids = torch.where((ids == self.mask) & (ranks < (size - masked[step + 1])[:, None]), drawn, ids)
+            ids = torch.where((ids == self.mask) & (ranks < (size - masked[step + 1])[:, None]), sampled, ids)
             monitor.report(batch, ids, ids != self.mask)
         monitor.finish(batch, ids)
 

@@ -27,8 +27,7 @@ from .condition_encoder import ConditionEmbedding, Encoded
 from .orders import Partition
 from .transformer import TransformerConfig, reset
 
-Modulation = tuple[Tensor, ...] | None
-"""Scale, shift and gate of a branch, each `(B, 1, dim)`; None without modulation."""
+Modulation = tuple[Tensor, ...] | None  # scale, shift and gate of a branch, each (B, 1, dim)
 Ranges = list[tuple[int, int]]
 
 

@@ -23,9 +23,7 @@ Order = Tensor | str | Partition | None
 """A name; raster indices `(N,)` or `(B, N)`, cut into the model's own blocks; an order with its blocks; or None for the
 model's own."""
 
-GREEDY = 1e-6
-"""Below this temperature the likeliest id is chosen, because rounding of logits / temperature would swallow the
-noise."""
+GREEDY = 1e-6  # at a lower temperature the likeliest id is chosen: logits / temperature would swallow the noise
 GUIDANCE_FIELDS = ("guidance_scale", "guidance_end", "guidance_power")
 """The settings of guidance's scale: one that is given, and those after it, are one choice."""
 
@@ -182,8 +180,8 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def likeliest(logits: Tensor, mass: float) -> Tensor:
-    """Mark the likeliest ids until their probabilities reach `mass`, bool `(..., V)`; ties keep the first. An id is
-    kept if the probabilities before it sum to less: of 0.5, 0.3, 0.2, two ids are kept for 0.7."""
+    """Mark the likeliest ids until their probabilities reach `mass`, bool `(..., V)`; among equal ones the first. An
+    id is marked if the probabilities before it sum to less: of 0.5, 0.3, 0.2, two are marked for 0.7."""
     ordered, ids = in_finest(logits).sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)

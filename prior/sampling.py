@@ -227,17 +227,17 @@ class Monitor:
     def iterate(self, steps: Sequence[T]) -> Iterable[T]:
         return show_progress(steps, self.bar, unit="pass")
 
-    def report(self, batch: SampleBatch, drawn: Tensor, decided: int | Tensor) -> None:
-        """Report a step. drawn: `(b, N)`, in the sequence of `batch`; decided: how many of the first tokens are
+    def report(self, batch: SampleBatch, sampled: Tensor, decided: int | Tensor) -> None:
+        """Report a step. sampled: `(b, N)`, in the sequence of `batch`; decided: how many of the first tokens are
         decided, or which, bool `(b, N)`. An exception in `on_step` ends sampling."""
         if self.on_step is None:
             return
 
         def read() -> tuple[Tensor, Tensor]:
-            ranks = torch.arange(drawn.shape[1], device=drawn.device)
+            ranks = torch.arange(sampled.shape[1], device=sampled.device)
             known = batch.known | (decided if isinstance(decided, Tensor) else ranks < decided)
             tokens, every = self.tokens.clone(), self.known.clone()
-            tokens[batch.rows] = batch.to_raster(torch.where(known, drawn, 0))
+            tokens[batch.rows] = batch.to_raster(torch.where(known, sampled, 0))
             every[batch.rows] = batch.to_raster(known)
             return tokens.unflatten(1, self.shape), every.unflatten(1, self.shape)
 
@@ -246,8 +246,8 @@ class Monitor:
         with torch.inference_mode(False), torch.no_grad():
             self.on_step(step)
 
-    def finish(self, batch: SampleBatch, drawn: Tensor) -> None:
-        self.tokens[batch.rows] = batch.to_raster(drawn)
+    def finish(self, batch: SampleBatch, sampled: Tensor) -> None:
+        self.tokens[batch.rows] = batch.to_raster(sampled)
         self.known[batch.rows] = True
 
 
@@ -287,7 +287,7 @@ class UncachedState:
 
 
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
-    drawn = None
+    sampled = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("keys", "tokens", "known", "order")}
         given = batch.given
@@ -301,10 +301,10 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
             there = {name: tensor for name, tensor in inputs.items() if name not in columns}
             return draw_blocks(prior, replace(batch, **there, given=every), options, cache)
 
-        drawn = compute_by_graph(prior, key, len(batch), inputs, draw)
-    if drawn is None:
-        drawn = draw_blocks(prior, batch, options, cache, monitor)
-    monitor.finish(batch, drawn)
+        sampled = compute_by_graph(prior, key, len(batch), inputs, draw)
+    if sampled is None:
+        sampled = draw_blocks(prior, batch, options, cache, monitor)
+    monitor.finish(batch, sampled)
 
 
 def can_capture(device: torch.device) -> bool:
@@ -325,7 +325,7 @@ def draw_blocks(
     if monitor is not None:
         some_known = bool(batch.known.any())
         unknown = (~batch.known).any(0).tolist()
-        last = max((rank for rank, drawn in enumerate(unknown) if drawn), default=-1)
+        last = max((rank for rank, is_unknown in enumerate(unknown) if is_unknown), default=-1)
         cuts = [(begin, end) for begin, end in cuts if begin <= last]
         skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
     encoded, partition = encode_rows(prior, batch, options), batch.partition(options)
@@ -334,7 +334,7 @@ def draw_blocks(
     )
     state: Any = start(encoded, partition)
     noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
-    drawn, tokens = batch.tokens.clone(), None
+    sampled, tokens = batch.tokens.clone(), None
     steps = cuts if monitor is None else monitor.iterate(cuts)
     for (begin, end), scale in zip(steps, options.scale_by_block(batch.blocks), strict=False):
         if begin in skipped and isinstance(state, UncachedState):  # a cache would need the block's keys and values
@@ -343,9 +343,9 @@ def draw_blocks(
             logits = options.guide(at_least_float32(next_logits(state, tokens)), scale)
             chosen = options.choose(logits, noise.of_ranks(begin, end))
             if some_known:
-                chosen = torch.where(batch.known[:, begin:end], drawn[:, begin:end], chosen)
-            drawn[:, begin:end] = chosen
-        tokens = options.with_unconditional(drawn[:, begin:end])
+                chosen = torch.where(batch.known[:, begin:end], sampled[:, begin:end], chosen)
+            sampled[:, begin:end] = chosen
+        tokens = options.with_unconditional(sampled[:, begin:end])
         if monitor is not None:
-            monitor.report(batch, drawn, end)
-    return drawn
+            monitor.report(batch, sampled, end)
+    return sampled

@@ -20,16 +20,15 @@ from givens.columns import (
     VIEW,
     WIND,
     columns_of,
-    draw_values,
     equal,
     make_conditioned,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from small import encode, make_prior
+from small import make_prior
 
 from prior.columns import NumberColumn, names_problem, read_column
-from prior.condition_encoder import AreaResize, ConditionEmbedding, GridEncoder, fold, fold_factors
+from prior.condition_encoder import AreaResize, GridEncoder, fold, fold_factors
 from prior.transformer import reset
 from tokenizer import TokenGrid
 
@@ -249,15 +248,3 @@ def test_the_encoder_keeps_its_initialization(name):
         assert weights[f"vectors.column_{column}.second.bias"].abs().max() == 0
     assert 0.8 < float(model.class_embedding.columns.weight.detach().std()) * 8**0.5 < 1.25
     assert float(model.class_embedding.weight.detach().std()) < 0.03
-
-
-def test_the_embedding_follows_the_order_of_each_image():
-    model = make_conditioned("gpt", "grid same")
-    embed, size = model.class_embedding, len(model.grid)
-    assert isinstance(embed, ConditionEmbedding)
-    encoded = encode(model, 3, None, {"outline": draw_values(model.columns["outline"], 3)})
-    orders, raster = torch.stack([torch.randperm(size) for _ in range(3)]), embed.at_positions(encoded)
-    for k in range(3):
-        assert torch.equal(embed.at_positions(encoded, orders)[k], raster[k, orders[k]])
-        assert torch.equal(embed.at_positions(encoded, orders[0])[k], raster[k, orders[0]])
-    assert torch.equal(embed.on_map(encoded, 4).flatten(1, 2), raster)

@@ -223,12 +223,3 @@ def test_every_weight_of_the_encoder_learns(name, bf16):
     loss.backward()
     still = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not [key for key in still if "condition_encoder" in key or "columns" in key]
-
-
-@every_plain_model
-def test_features_depend_on_the_condition(name):
-    model = make_conditioned(name, "all")
-    tokens, given = draw_tokens(model, 3), draw_given(model, 3, "all")
-    found, null = model.features(tokens, condition=given), model.features(tokens)
-    assert found.shape == null.shape and not torch.equal(found, null)
-    assert model.log_prob(tokens[:0], condition=given[:0]).shape == (0,)

@@ -147,20 +147,6 @@ def test_random_degrees_leave_no_unit_blind(hidden, size):
     assert all(own.min() >= below.min() for below, own in itertools.pairwise(degrees))
 
 
-@pytest.mark.parametrize("hidden", [(11,), (11, 11), (23, 11), (200, 40, 17), (10,), (11, 10), (3, 40), (1,)])
-def test_the_receptive_field_is_that_of_the_product_of_masks(hidden):
-    """Paths from input to output, as the paper counts them: the product of all masks."""
-    model = make_prior("made", hidden=hidden, order="z_curve")
-    degrees, ranks = model.degrees(), torch.argsort(model.order)
-    paths = (degrees[0][:, None] > ranks).double()
-    for below, own in itertools.pairwise(degrees):
-        paths = (own[:, None] >= below).double() @ paths
-    paths = (ranks[:, None] >= degrees[-1]).double() @ paths
-    assert not (paths > 0)[~earlier(model.order)].any()
-    assert model.receptive_field.equal(paths > 0)
-    assert model.receptive_field.equal(earlier(model.order)) == (min(hidden) >= 11)
-
-
 # Running sums
 
 

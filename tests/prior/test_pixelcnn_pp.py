@@ -117,25 +117,6 @@ def test_published_size():
 # What is seen
 
 
-def test_coarser_stages_see_farther():
-    seen = [int(make_prior(KIND, (28, 28), stages=stages).receptive_field.sum()) for stages in (1, 2, 3)]
-    assert 2 * seen[0] < seen[1] < seen[2] == max(seen)
-    missing = torch.ones(784, 784).tril(-1).bool() & ~make_prior(KIND, (28, 28), stages=3, depth=3).receptive_field
-    here, there = missing.nonzero().t() // 28
-    assert set((here - there).tolist()) == {0, 1}, "all but the far ends of the row at hand and the one above"
-
-
-@every_stages
-def test_every_part_is_used(stages):
-    """A gradient reaches each weight: of each way, each short-cut, each resolution; of each tap, too."""
-    model = make_prior(KIND, (9, 10), stages=stages).double()
-    logits_of(model, draw_tokens(model, 8), torch.arange(8) % 4).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad.flatten(2) if parameter.ndim > 2 else parameter.grad).abs().sum() > 0, name
-        assert parameter.ndim < 4 or (parameter.grad.abs().sum((0, 1)) > 0).all(), name
-    assert sum("coarser.stage.down" in name for name, _ in model.named_parameters()) > 0 or stages == 1
-
-
 # What is put in
 
 
