@@ -8,7 +8,7 @@ import torch
 from costs import all_steps
 from frequencies import as_frequent
 from givens.columns import KINDS, draw_given, make_conditioned
-from givens.headed import HEADED, MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
+from givens.headed import MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
 from small import ANY_ORDER, PRIORS, draw_known, draw_tokens, generators
 
 from prior import Prior
@@ -17,7 +17,6 @@ from prior.sampling import choose_by_known, make_batch
 CONDITIONED = [name for name in MODELS if name != "marginal"]
 every_case = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CONDITIONED for kind in KINDS])
 every_model = pytest.mark.parametrize("name", CONDITIONED)
-every_plain_model = pytest.mark.parametrize("name", [name for name in CONDITIONED if name not in HEADED])
 IN_ORDERS = [(name, order, "some null") for name, order in MODELS_IN_ORDERS if name in CONDITIONED]
 LABELS = torch.tensor([0, 3, 1, 2, 3, 1])
 """Of six images, two of them without a class."""
