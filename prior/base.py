@@ -34,7 +34,17 @@ from .noise import Generators
 from .options import DecodingOptions, Order, SamplingOptions
 from .orders import Partition, block_numbers, blocks_problem, known_first, make_order, make_partition
 from .parallel import rows_per_pass, sample_parallel
-from .sampling import Monitor, OnStep, SampleBatch, UncachedState, choose_orders, make_batch, sample_blocks
+from .sampling import (
+    Monitor,
+    OnStep,
+    SampleBatch,
+    UncachedState,
+    choose_orders,
+    equal_batches,
+    make_batch,
+    sample_blocks,
+    show_progress,
+)
 
 
 class Prior(PretrainedModel, family="prior"):
@@ -481,6 +491,7 @@ class Prior(PretrainedModel, family="prior"):
         generator: Generators = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
+        batch_size: int | None = None,
         progress: bool | Mapping[str, Any] = False,
         on_step: OnStep | None = None,
         **settings: Any,
@@ -489,9 +500,9 @@ class Prior(PretrainedModel, family="prior"):
 
         sampling, decoding: an instance of this prior's `Sampling`, and `DecodingOptions`; or, in their place, settings:
         their fields (`temperature`, `top_k`, `guidance_scale`, `order`, `parallel`, ...). generator: one generator, or
-        a list with one per image; image k depends on the key drawn from its generator, not on its batch. progress: True
-        shows a bar; a mapping holds arguments of `tqdm`. on_step: called with a `SamplingStep` after each step; an
-        exception ends sampling.
+        a list with one per image; image k depends on the key drawn from its generator, not on its batch. batch_size:
+        images drawn at a time, None for all. progress: True shows a bar; a mapping holds arguments of `tqdm`. on_step:
+        called with a `SamplingStep` after each step; an exception ends sampling.
 
         tokens, known: the result equals `tokens` where bool `known` (`grid.shape` or `(B, *grid.shape)`) is True. A
         model with `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the
@@ -508,12 +519,12 @@ class Prior(PretrainedModel, family="prior"):
         if not isinstance(sampling, self.Sampling):
             expected = self.Sampling.__name__
             raise TypeError(f"sampling: a {self.name} prior takes {expected} (got {type(sampling).__name__})")
-        self.check_sampling_options(sampling)
-        decoding = decoding or DecodingOptions(**of_decoding)
+        decoding, parts = decoding or DecodingOptions(**of_decoding), equal_batches(num_images, batch_size)
         with torch.inference_mode(), evaluation_mode(self):
             batch = make_batch(self, given, sampling, generator, tokens, known)
-            monitor = Monitor(progress, on_step, batch, self.grid)
-            self.draw(batch, sampling, decoding, monitor)
+            monitor = Monitor(progress if len(parts) == 1 else False, on_step, batch, self.grid)
+            for rows in show_progress(parts, progress if len(parts) > 1 else False, unit="batch"):
+                self.draw(batch[rows], sampling, decoding.select(rows, num_images), monitor)
         return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training
 
     def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:
