@@ -519,12 +519,12 @@ class Prior(PretrainedModel, family="prior"):
         if not isinstance(sampling, self.Sampling):
             expected = self.Sampling.__name__
             raise TypeError(f"sampling: a {self.name} prior takes {expected} (got {type(sampling).__name__})")
-        decoding, parts = decoding or DecodingOptions(**of_decoding), equal_batches(num_images, batch_size)
+        decoding, parts = decoding or DecodingOptions(**of_decoding), equal_batches(len(given), batch_size)
         with torch.inference_mode(), evaluation_mode(self):
             batch = make_batch(self, given, sampling, generator, tokens, known)
             monitor = Monitor(progress if len(parts) == 1 else False, on_step, batch, self.grid)
             for rows in show_progress(parts, progress if len(parts) > 1 else False, unit="batch"):
-                self.draw(batch[rows], sampling, decoding.select(rows, num_images), monitor)
+                self.draw(batch[rows], sampling, decoding.select(rows, len(given)), monitor)
         return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training
 
     def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:
