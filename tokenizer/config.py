@@ -49,8 +49,7 @@ FACT = "a fact of the data"
 
 T = TypeVar("T")
 Data = dict[str, Any]
-Fact = Annotated[T, FACT]
-"""A setting determined by the data (grid, classes, image size); presets may not set it."""
+Fact = Annotated[T, FACT]  # a setting determined by the data (grid, classes, image size); presets may not set it
 
 
 class Settings(BaseModel):
@@ -66,8 +65,7 @@ class Settings(BaseModel):
         origins = {get_origin(hint) or hint for hint in hints}
         if isinstance(value, list) and tuple in origins:
             if len(value) > MAX_ITEMS:
-                context = {"field_type": "Tuple", "max_length": MAX_ITEMS, "actual_length": len(value)}
-                raise PydanticKnownError("too_long", context)
+                raise ValueError(f"expected at most {MAX_ITEMS} values (got {len(value)})")
             return tuple(value)
         if isinstance(value, str) and float in origins and str not in origins:
             try:
@@ -91,7 +89,6 @@ class Settings(BaseModel):
 
 
 def find_mark(field: FieldInfo, mark: type[T]) -> T | None:
-    """Return the field's metadata of type `mark`, or None."""
     return next((found for found in field.metadata if isinstance(found, mark)), None)
 
 
@@ -140,7 +137,6 @@ class Node:
         return self.load().find(kind)
 
     def to_config(self, value: Any) -> ModelConfig:
-        """Parse a node into the configuration of its kind."""
         if isinstance(value, ModelConfig):
             if self.only:
                 self.find_member({"kind": value.kind})
@@ -180,15 +176,18 @@ def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
     ""."""
     if node := find_mark(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
-    hints = type_options(field.annotation)
-    models = [hint for hint in hints if isinstance(hint, type) and issubclass(hint, Settings)]
+    models = [hint for hint in type_options(field.annotation) if is_settings(hint)]
     return {"": models[-1]} if models else {}
 
 
 def mapped_model(field: FieldInfo) -> type[Settings] | None:
     """Return the configuration class of the values of a field `dict[str, Settings]`, or None."""
     values = [get_args(hint)[1] for hint in type_options(field.annotation) if get_origin(hint) is dict]
-    return next((hint for hint in values if isinstance(hint, type) and issubclass(hint, Settings)), None)
+    return next((hint for hint in values if is_settings(hint)), None)
+
+
+def is_settings(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Settings)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -294,18 +293,16 @@ def to_plain(value: Any) -> Any:
 
 # One-line messages for pydantic's errors -----------------------------------------------------------
 
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-TEXT, MAPPING = "text", "a mapping of keys"
-EXPECTED = {
+TYPES = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
-    "string_type": TEXT,
+    "string_type": "text",
     "tuple_type": "a list",
     "list_type": "a list",
-    "dict_type": MAPPING,
-    "model_type": MAPPING,
-    "model_attributes_type": MAPPING,
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
 }
 
 
@@ -315,7 +312,7 @@ def explain(
     error: ValidationError,
     search: Callable[[str, Any], list[str]] | None = None,
 ) -> list[str]:
-    """Describe pydantic's errors about `data`, one line per key, for at most 20 keys. `search` returns the lines for an
+    """Describe pydantic's errors about `data`, one line per key, for at most 20 keys. search: returns the lines for an
     unknown key outside models."""
     details: dict[str, list[ErrorDetails]] = {}
     owners: dict[str, type[Any]] = {}
@@ -331,10 +328,8 @@ def explain(
         elif unknown and search is not None:
             lines += search(key, found[0]["input"])
         else:
-            lines += describe_problems(key, found)
-        if len(lines) > MAX_PROBLEMS:
-            return [*lines[:MAX_PROBLEMS], "and more"]
-    return lines
+            lines.append(describe_problems(key, found).removeprefix(": "))
+    return lines if len(lines) <= MAX_PROBLEMS else [*lines[:MAX_PROBLEMS], "and more"]
 
 
 def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[Any]]:
@@ -343,7 +338,7 @@ def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[
     keys: list[str] = []
     owner: type[Any] = cls
     model: type[Any] | None = cls
-    values: type[Any] | None = None
+    values: type[Any] | None = None  # of a `dict[str, Settings]`
     for position, part in enumerate(location):
         if values is not None:  # a name chosen by the user
             keys.append(str(part))
@@ -373,41 +368,27 @@ def describe_unknown_key(model: type[Any], key: str) -> str:
     return f"{prefix}{name}: unknown key; {hint}"
 
 
-def describe_problems(key: str, details: list[ErrorDetails]) -> list[str]:
+def describe_problems(key: str, details: list[ErrorDetails]) -> str:
     """Describe the problems of one key. If all branches of a union failed, omit type errors where other errors
     exist."""
-    details = [detail for detail in details if detail["type"] != "too_short"] or details  # too_short says least
-    value = details[0]["input"]
-    complaints = [describe_problem(detail) for detail in details if detail["type"] not in EXPECTED]
-    if complaints:
-        return [f"{key}: {text}".removeprefix(": ") for text in dict.fromkeys(complaints)]
-    expected = " or ".join(dict.fromkeys(EXPECTED[detail["type"]] for detail in details))
-    if isinstance(value, dict) and value and MAPPING not in expected:
-        return [f"{key}.{next(iter(value))}: {key} takes no nested keys; expected {expected}"]
-    quoting = "; quote text that YAML would read as another type" if TEXT in expected and value is not None else ""
-    return [f"{key}: expected {expected} (got {show_value(value)}{quoting})"]
+    problems = [describe_problem(detail) for detail in details if detail["type"] not in TYPES]
+    if problems:
+        return f"{key}: {'; '.join(dict.fromkeys(problems))}"
+    value, expected = details[0]["input"], " or ".join(dict.fromkeys(TYPES[detail["type"]] for detail in details))
+    if isinstance(value, dict) and value and "mapping" not in expected:
+        return f"{key}.{next(iter(value))}: {key} takes no nested keys; expected {expected}"
+    quoting = "; quote text that YAML would read as another type" if "text" in expected and value is not None else ""
+    return f"{key}: expected {expected} (got {show_value(value)}{quoting})"
 
 
 def describe_problem(detail: ErrorDetails) -> str:
-    """Describe the problem of a value whose type is correct."""
-    kind, context, got = detail["type"], detail.get("ctx", {}), f" (got {show_value(detail['input'])})"
-    for name, sign in SIGNS.items():
-        if name in context:
-            return f"must be {sign} {show_number(context[name])}{got}"
-    if kind == "missing" and isinstance(detail["loc"][-1], str):
+    if detail["type"] == "missing":
         return "missing"
-    if kind in ("missing", "too_short"):  # from a list
-        return f"too few values{got}"
-    if kind == "too_long":
-        return f"expected at most {context['max_length']} values{got}"
-    if kind == "literal_error":
-        one = "one of " if " or " in context["expected"] else ""
-        return f"must be {one}{context['expected'].replace(' or ', ', ')}{got}"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "problem":
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if detail["type"] == "problem":  # from `make_validation_error`
         return detail["msg"]
-    return "must be finite" + got if kind == "finite_number" else detail["msg"][:1].lower() + detail["msg"][1:] + got
+    return f"{detail['msg'].removeprefix('Input ')} (got {show_value(detail['input'])})"
 
 
 def make_validation_error(*problems: Sequence[str]) -> ValidationError:
@@ -421,11 +402,6 @@ def make_validation_error(*problems: Sequence[str]) -> ValidationError:
         for key, problem in problems
     ]
     return ValidationError.from_exception_data("", details)
-
-
-def show_number(value: float) -> str:
-    """Format a bound, without `.0` for integers."""
-    return str(int(value)) if float(value).is_integer() else str(value)
 
 
 def show_value(value: Any) -> str:

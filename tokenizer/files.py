@@ -27,20 +27,15 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 READS = 5  # attempts to read a folder that is being replaced
-ASIDE = ".del"
-"""Name prefix of a folder while it is being replaced."""
+ASIDE = ".del"  # name prefix of a folder while it is being replaced
 MAX_JSON_BYTES = 1 << 20
 MAX_MESSAGE, MAX_QUOTED, MAX_PATH = 900, 80, 300  # characters
 MAX_NAME = 255  # bytes of a file's name
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk."""
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""Error numbers of calls that a file system does not support."""
-EDITABLE = (".json", ".md")
-"""Text files that users may edit; they are not overwritten if they differ from the manifest."""
-LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
-HUB_CACHE = ".cache/huggingface/"
-"""Files created by desktops and `hf download`, which may be deleted with the folder."""
+FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a full disk
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)  # of calls that a file system lacks
+EDITABLE = (".json", ".md")  # texts that users may edit; not overwritten if they differ from the manifest
+# Files created by desktops and `hf download`, which may be deleted with the folder.
+LITTER, HUB_CACHE = (".DS_Store", "Thumbs.db", "desktop.ini"), ".cache/huggingface/"
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -96,7 +91,6 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def quote(value: Any, limit: int = MAX_QUOTED) -> str:
-    """Return the `repr` of a value, truncated to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
@@ -119,11 +113,10 @@ def stat_file(path: Path | str) -> os.stat_result:
     """Return the `stat` of a regular file. Raises `PathError` for anything else, such as a pipe, which would block."""
     try:
         info = os.stat(path)
-    except (OSError, ValueError) as error:  # ValueError: the name contains a null character
-        number = getattr(error, "errno", errno.ENOENT)
-        if number in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
-            raise PathError(f"{path}: no such file") from error
-        raise UnreadableError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a null character
+        raise PathError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(info.st_mode):
         raise PathError(f"{path}: not a regular file")
     return info
@@ -149,7 +142,7 @@ def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
     """Parse `data`, the content of `path`, as a JSON object. Raises `FormatError`, also for NaN and Infinity."""
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a JSON number")
+        raise ValueError(f"{constant} is not a number")
 
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=refuse)
@@ -176,7 +169,7 @@ def check_name(name: str, path: Path | str) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file."""
+    """Return the sha256 in hexadecimal. Raises `UnreadableError`."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -185,7 +178,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `manifest.json`, whose `files` maps each name to a sha256 and a size. Raises a `PipelineLoadError`."""
+    """Read `manifest.json`; `files` maps each name to its `sha256` and `size`. Raises a `PipelineLoadError`."""
     path = folder / MANIFEST
     manifest = read_json(path)
     files = manifest.get("files")
@@ -208,14 +201,11 @@ def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> di
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        size = stat_file(folder / name).st_size
-        if size != entry["size"]:
-            raise IntegrityError(f"{folder / name}: {size} bytes, {MANIFEST} says {entry['size']}")
-    for name, entry in manifest["files"].items():
-        if name not in unhashed and hash_file(folder / name) != entry["sha256"]:
-            raise IntegrityError(
-                f"{folder / name}: its sha256 differs from {MANIFEST}; the file was changed after saving"
-            )
+        path = folder / name
+        if (size := stat_file(path).st_size) != entry["size"]:
+            raise IntegrityError(f"{path}: {size} bytes, {MANIFEST} says {entry['size']}")
+        if name not in unhashed and hash_file(path) != entry["sha256"]:
+            raise IntegrityError(f"{path}: its sha256 differs from {MANIFEST}; the file was changed after saving")
     return manifest
 
 
@@ -240,10 +230,8 @@ def folders_aside(path: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`, which reads files of `folder`; retry if a run replaces the folder in the meantime.
-
-    Propagates the errors of `read`; raises `UnreadableError` if the folder is replaced during every attempt.
-    """
+    """Return `read()`, which reads files of `folder`; retry if a run replaces the folder in the meantime. Raises
+    `UnreadableError` if it is replaced during every attempt."""
     for _ in range(READS):
         find_local_folder(folder)
         before = _identity(folder)
@@ -270,18 +258,14 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as indented JSON with a trailing newline."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
     """Write `manifest.json` with `facts` and the sha256 and size of every other file in `folder`."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {
-        name: {"sha256": hash_file(folder / name), "size": (folder / name).stat().st_size}
-        for name in names
-        if name != MANIFEST
-    }
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths.pop(MANIFEST, None)
+    files = {name: {"sha256": hash_file(path), "size": path.stat().st_size} for name, path in paths.items()}
     write_json(folder / MANIFEST, {**facts, "files": files})
 
 
@@ -320,8 +304,8 @@ def make_folder(path: Path) -> None:
 class FolderKind:
     """How to recognise a folder that we wrote and may replace as a whole.
 
-    title: for messages, such as "a pipeline". marker: a JSON file, whose content `is_ours` checks. may_hold: whether a
-    file of this name may be in the folder; None allows the files listed in the manifest.
+    title: for messages, such as "a pipeline". marker: a JSON file whose content `is_ours` checks. may_hold: whether the
+    folder may contain a file of this name; None allows the files listed in the manifest.
     """
 
     title: str
@@ -356,34 +340,34 @@ def require_replaceable(folder: Path, kind: FolderKind | None, *, title: Path | 
         raise PathError(f"{title} cannot be written: use the folder's full path, {os.path.realpath(folder)}")
     try:
         os.lstat(folder)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise PathError(f"{title}: cannot be written ({error.strerror})") from error
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:  # the name is too long, or the parent is closed to us
+        raise PathError(f"{title}: cannot be written ({error.strerror})") from error
     if folder.is_symlink() or not folder.is_dir():
         what = "a link" if folder.is_symlink() else "a file"
         raise PathError(f"{title} cannot be written: {what} with this name exists; nothing was overwritten")
-    names = list_files(folder)
+    names = list_contents(folder)
     problem = None if not names else kind.find_problem(folder, names) if kind else f"it holds {summarize(names)}"
     if problem:
         what = f"is not empty and not {kind.title}" if kind else "exists and is not empty"
         raise PathError(f"{title} {what}: {problem}; choose another folder, nothing was overwritten")
 
 
-def list_files(folder: Path) -> list[str]:
+def list_contents(folder: Path) -> list[str]:
     """List files, links, and empty or unreadable folders below `folder`, except `LITTER` and the Hub cache."""
-    found: list[str] = []
+    found: list[Path] = []
 
     def keep(error: OSError) -> None:
-        found.append(os.path.relpath(error.filename, folder))
+        found.append(Path(error.filename))
 
     for parent, folders, files in os.walk(folder, onerror=keep):
-        inside = os.path.relpath(parent, folder)
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [os.path.normpath(os.path.join(inside, name)) for name in (*files, *links) if name not in LITTER]
-        if not folders and not files and inside != ".":
+        inside = Path(parent)
+        links = [name for name in folders if (inside / name).is_symlink()]
+        found += [inside / name for name in (*files, *links) if name not in LITTER]
+        if not folders and not files and inside != folder:
             found.append(inside)
-    names = sorted(name.replace(os.sep, "/") for name in found)
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
     return [name for name in names if not name.startswith(HUB_CACHE)]
 
 
@@ -399,7 +383,8 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
 
     An existing folder is replaced as a whole if `require_replaceable` allows it both before and after the block. A
     killed process leaves at most a hidden `.tmp-*` folder; power loss leaves the old folder, perhaps as `.del-*`, or
-    the new one. The files are readable by all users unless the umask is stricter. Raises `PathError`.
+    the new one. The files are readable by all users unless the umask is stricter. Raises `PathError`, also for a parent
+    that cannot be a folder.
     """
     target = Path(target)
     require_replaceable(target, kind)
@@ -407,10 +392,8 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
     try:
         make_folder(target.parent)
         temporary.mkdir()
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST):
-            raise PathError(f"{target}: cannot be written ({error.strerror})") from error
-        raise
+    except (NotADirectoryError, FileExistsError) as error:
+        raise PathError(f"{target}: cannot be written ({error.strerror})") from error
     try:
         yield temporary
         publish_folder(temporary, target, kind=kind)
@@ -419,8 +402,8 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
 
 
 def publish_folder(temporary: Path, target: Path, *, kind: FolderKind | None) -> None:
-    """Flush `temporary` to disk and rename it to `target`, replacing a folder of this kind (see `atomic_folder`).
-    Raises `PathError`, and keeps `temporary`, if `target` may not be replaced."""
+    """Flush `temporary` to the disk, then rename it to `target` as `atomic_folder` does. Raises `PathError`, and keeps
+    `temporary`, if `target` may not be replaced."""
     readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
     for path in [temporary, *sorted(temporary.rglob("*"))]:
         with suppress(PermissionError):  # a file system without permissions
@@ -430,11 +413,8 @@ def publish_folder(temporary: Path, target: Path, *, kind: FolderKind | None) ->
 
 
 def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> None:
-    """Rename `temporary` to `target`, and delete the old folder unless a foreign file was added to it.
-
-    `target` does not exist between the two renames; a process killed there leaves the old folder intact as
-    `.del-NAME-*`.
-    """
+    """Rename `temporary` to `target`, and delete the old folder unless a foreign file was added to it. A process that
+    is killed between the two renames leaves the old folder intact as `.del-NAME-*`."""
     require_replaceable(target, kind)
     if not os.path.lexists(target):
         temporary.rename(target)
@@ -460,10 +440,7 @@ HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
 def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path:
     """Return the local folder `source`, or download files matching `patterns` from a Hub repository into the cache.
-
-    options: `revision`, `token`, `cache_dir`, `local_files_only`, `repo_type` of huggingface_hub's
-    `snapshot_download`. Raises `PathError`.
-    """
+    options: those of huggingface_hub's `snapshot_download`. Raises `PathError`."""
     if str(source) and find_local_folder(Path(source)):
         return Path(source)
     name = quote(str(source), MAX_PATH)
@@ -538,9 +515,9 @@ def push_folder(
         # them.
         place["revision"] = revision
         return api.create_commit(operations=operations, commit_message=commit_message, create_pr=create_pr, **place)
-    except (TypeError, AttributeError, NameError, AssertionError, PushError):
-        raise  # programming errors, and our own error
-    except Exception as error:
+    except PushError:
+        raise
+    except Exception as error:  # the client, httpx and json raise many types
         raise PushError(one_line(f"{repo_id} cannot be written to: {_reason(error)}")) from error
 
 

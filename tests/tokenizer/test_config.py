@@ -82,7 +82,7 @@ def test_json_becomes_a_configuration_and_json_again() -> None:
         ({"first": {}}, ["first.kind", "shelf, signs, words"]),
         ({"first": {"kind": ["words"]}}, ["first.kind"]),
         ({"first": {"kind": "words", "wrods": 3}}, ["first.wrods", "'first.words'"]),
-        ({"first": {"kind": "words", "words": 1}}, ["first.words", ">= 2"]),
+        ({"first": {"kind": "words", "words": 1}}, ["first.words", "equal to 2"]),
         ({"first": {"kind": "words", "scale": "x"}}, ["first.scale", "'x'"]),
         ({"first": {"kind": "words", "words": 300}}, ["first.words", "first.scale"]),
         ({"second": {"kind": "words"}}, ["second.kind", "signs"]),

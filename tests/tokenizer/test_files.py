@@ -198,7 +198,9 @@ def test_a_folder_is_replaced_as_a_whole(notes):
     with atomic_folder(notes, kind=NOTES) as folder:
         write_json(folder / "notes.json", {"ours": True, "new": 1})
         write_manifest(folder)
-    assert sorted(files.list_files(notes)) == [MANIFEST, "notes.json"] and read_json(notes / "notes.json")["new"] == 1
+    assert (
+        sorted(files.list_contents(notes)) == [MANIFEST, "notes.json"] and read_json(notes / "notes.json")["new"] == 1
+    )
     assert [path.name for path in notes.parent.iterdir()] == ["notes"]
 
 

@@ -468,7 +468,7 @@ def test_a_mistake_in_a_mapping_names_the_key() -> None:
     lines = str(caught.value).splitlines()
     for start in (
         "parts.a.size: unknown key",
-        "parts.b.kind: must be one of",
+        "parts.b.kind: should be",
         "parts.c: ",
         "parts.d.sizes: ",
         "part.e: ",
