@@ -68,7 +68,6 @@ class Autoencoder(Tokenizer):
     @torch.no_grad()
     @full_float32()
     def encode(self, images: Tensor) -> Tensor:
-        """Return tokens `(B, *grid.shape)`. Raises `ValueError` for images of another size."""
         self.check_images(images)
         return self.quantizer.encode(self._embed(images))
 
@@ -82,7 +81,6 @@ class Autoencoder(Tokenizer):
 
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return images clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self._image(self._decode_tokens(tokens)).clamp(-1, 1)
 
@@ -101,7 +99,6 @@ class Autoencoder(Tokenizer):
         return self._reconstruction(images, z_q, tokens, losses)
 
     def _reconstruction(self, images: Tensor, z: Tensor, tokens: Tensor, losses: dict[str, Tensor]) -> Reconstruction:
-        """Decode `z`, and with a likelihood add `nll` to `losses`."""
         outputs = self._decode_vectors(z)
         if self.likelihood is not None:
             losses = {**losses, "nll": -self.likelihood.log_prob(outputs, to_values(images)).mean()}
@@ -135,7 +132,6 @@ class Autoencoder(Tokenizer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The quantizer's loss weights, and 1 for `nll`."""
         return {**self.quantizer.loss_weights, **({} if self.likelihood is None else {"nll": 1.0})}
 
     def _embed(self, images: Tensor) -> Tensor:

@@ -117,12 +117,10 @@ class Node:
     only: tuple[str, ...] = ()
 
     def load(self) -> Any:
-        """Import the family's class."""
         module, _, name = self.family.partition(":")  # a constant in our code, never read from a file
         return getattr(importlib.import_module(module), name)
 
     def kinds(self) -> list[str]:
-        """List the allowed kinds."""
         return list(self.only) or self.load().available()
 
     def find_member(self, node: Data) -> Any:

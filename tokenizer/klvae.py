@@ -82,7 +82,6 @@ class KLVAE(Autoencoder, name="klvae"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """`beta` for the KL, 1 for the likelihood."""
         return {"kl": self.config.beta, **super().loss_weights}
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -142,7 +141,6 @@ class Bins(Quantizer):
         return torch.searchsorted(self.edges, rows.contiguous(), right=True)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Look up the centres `(B, dim, *spatial)` of `tokens` `(B, dim * rows, ...)`."""
         ids = tokens.unflatten(1, (self.dim, -1)).transpose(0, 1)
         return self.centres.gather(1, ids.flatten(1)).reshape(ids.shape).transpose(0, 1).contiguous()
 

@@ -227,7 +227,6 @@ class NarrowBlock(nn.Module):
 
 
 def norm(width: int) -> nn.GroupNorm:
-    """Group normalisation with eight channels per group."""
     return GroupNorm(width // 8, width, eps=1e-6)
 
 

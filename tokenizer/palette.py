@@ -67,7 +67,6 @@ class Palette(Tokenizer, name="palette"):
         return F.embedding(tokens.long(), self.table).movedim(-1, 1).float().clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct with the nearest colours, without losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 

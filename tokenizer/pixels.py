@@ -38,7 +38,6 @@ class PixelsConfig(TokenizerConfig):
 
     @property
     def ids(self) -> int:
-        """Number of ids."""
         return self.levels ** (self.patch * self.patch)
 
     def check(self) -> Iterator[str]:
@@ -90,12 +89,10 @@ class Pixels(Tokenizer, name="pixels"):
         return (self.cut_patches(levels) * self._place_values(levels)).sum(-1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return the levels' intensities, `(B, C, H, W)` in [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self._to_levels(tokens).float() * 2 / (self.config.levels - 1) - 1
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct with the nearest levels, without losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 

@@ -45,12 +45,10 @@ class ImageSpec:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)."""
         return self.height, self.width
 
     @property
     def frame(self) -> ImageSpec:
-        """The spec of a single frame."""
         return replace(self, frames=1)
 
     @property
@@ -85,7 +83,6 @@ class ImageSpec:
         return ".npy" if self.shown_suffix == ".gif" and self.channels > 1 else self.shown_suffix
 
     def at(self, height: int, width: int) -> ImageSpec:
-        """Return the spec of images of another size."""
         return replace(self, height=height, width=width)
 
     def to_unit(self, values: Tensor | Array) -> Tensor:

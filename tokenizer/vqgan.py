@@ -185,8 +185,6 @@ class Attention(nn.Module):
 
 
 class UnitLength(nn.Module):
-    """Scales vectors `(B, width, H, W)` to length 1."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1)
 
@@ -209,7 +207,6 @@ def size_problems(config: Any) -> Iterator[str]:
 
 
 def levels_of(chosen: tuple[int, ...] | None, levels: int) -> set[int]:
-    """Return the chosen levels as indices from 0 to `levels` - 1; negative indices count from the end."""
     return {level % levels for level in chosen or ()}
 
 
@@ -224,7 +221,6 @@ def norm(width: int, groups: int) -> nn.GroupNorm:
 
 
 def conv3(width: int, wide: int) -> nn.Conv2d:
-    """Build a 3x3 convolution that preserves height and width."""
     return nn.Conv2d(width, wide, 3, padding=1)
 
 

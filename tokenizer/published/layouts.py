@@ -28,7 +28,6 @@ SHARED = (
 
 
 def unchanged(weights: Weights) -> Weights:
-    """Return the weights unchanged, as the default of `Layout.prepare`."""
     return weights
 
 
@@ -85,7 +84,6 @@ class Shapes:
         return shape
 
     def has(self, key: str) -> bool:
-        """Return whether this weight exists."""
         return self.layout.published(key, self.levels) in self.weights
 
     def count(self, key: str) -> int:
@@ -93,7 +91,6 @@ class Shapes:
         return next(index for index in range(len(self.weights) + 1) if not self.has(key.format(index)))
 
     def stem_and_levels(self) -> dict[str, Any]:
-        """Return `channels`, `widths`, `stem` and `blocks` of an encoder."""
         stem = self.of("encoder.stem.weight")
         levels = range(max(1, self.levels))  # with zero levels, report level 0 as missing
         widths = tuple(self.of(f"encoder.levels.{level}.blocks.0.conv1.weight")[0] for level in levels)
@@ -105,6 +102,5 @@ class Shapes:
         }
 
     def codebook(self) -> dict[str, Any]:
-        """Return the configuration of a `vq` quantizer."""
         codes, dim = self.of("quantizer.codebook", axes=2)
         return {"kind": "vq", "codes": codes, "dim": dim}

@@ -113,7 +113,6 @@ def prepare(weights: Weights) -> Weights:
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of a `magvit2`."""
     return {**shapes.stem_and_levels(), "quantizer": {"kind": "lfq", "bits": shapes.of("encoder.head.weight")[0]}}
 
 

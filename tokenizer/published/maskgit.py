@@ -72,7 +72,6 @@ def decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of a `maskgit`."""
     return {**shapes.stem_and_levels(), "quantizer": shapes.codebook()}
 
 

@@ -31,12 +31,10 @@ class PlainConfig(AutoencoderConfig):
 
     @property
     def halved(self) -> int:
-        """Number of levels that halve height and width."""
         return len(self.widths) - 1
 
     @property
     def factor(self) -> int:
-        """Image pixels per token along each side."""
         return 2**self.halved
 
     def check(self) -> Iterator[str]:
@@ -57,14 +55,12 @@ class Block(nn.Module):
         self.skip = nn.Identity() if width == wide else self.shortcut(width, wide)
 
     def shortcut(self, width: int, wide: int) -> nn.Module:
-        """Build the layer that adapts the input to `wide` channels."""
         return nn.Conv2d(width, wide, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x) + self.residual(x)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Apply the two convolutions: `(B, wide, H, W)`."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv2(F.silu(self.norm2(h)))
 
@@ -104,7 +100,6 @@ def level_blocks(config: PlainConfig, block: type[Block], width: int, wide: int)
 
 
 def bare_conv3(width: int, wide: int) -> nn.Conv2d:
-    """Build a 3x3 convolution without bias that preserves height and width."""
     return nn.Conv2d(width, wide, 3, padding=1, bias=False)
 
 

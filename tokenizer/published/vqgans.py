@@ -34,7 +34,6 @@ OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 
 def rename_old_attention(weights: Weights) -> Weights:
-    """Rename attention weights to diffusers' current names."""
     renamed = {}
     for key, value in weights.items():
         for old, new in OLD_ATTENTION.items():

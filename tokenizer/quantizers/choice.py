@@ -124,7 +124,6 @@ class _Noise:
 
 
 def _block_size(rows: Tensor, weight: Tensor) -> int:
-    """Return the number of rows per block."""
     elements = BLOCK_ELEMENTS if rows.device.type == "cpu" else 64 * BLOCK_ELEMENTS
     return max(1, elements // len(weight))
 

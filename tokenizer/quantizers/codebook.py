@@ -63,7 +63,6 @@ class Codebook(SelfUpdating, Quantizer):
         return F.normalize(self.codebook.clone(), dim=1)  # `update` may write to the codebook before a backward pass
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Look up the codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return F.embedding(tokens, self.table()).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:
@@ -118,7 +117,6 @@ class CountedCodebook(Codebook):
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means, and set all usage counts equal."""
         super().start(rows)
         self.counts.fill_(len(rows) * world_size() / self.vocab_size)
 
@@ -135,7 +133,6 @@ class CountedCodebook(Codebook):
         self.codebook.copy_(means)
 
     def revives(self, step: int) -> bool:
-        """Return whether dead codes are revived after this step."""
         return (step + 1) % self.config.revive_every == 0
 
     def dead_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:

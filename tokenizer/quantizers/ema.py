@@ -47,16 +47,13 @@ class EMA(CountedCodebook, name="ema"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """beta for the commitment; the codebook needs no loss."""
         return {"commitment": self.config.beta}
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return the commitment |z - sg(e)|^2, averaged over elements."""
         return {"commitment": F.mse_loss(rows, codes)}
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means, and set all usage counts equal."""
         super().start(rows)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 

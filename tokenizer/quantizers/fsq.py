@@ -65,7 +65,6 @@ class FSQ(Quantizer, name="fsq"):
         return (z + torch.atanh(offset / reach)).tanh() * reach - offset
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Return the rounded channels of `tokens` `(B, *spatial)`, scaled to [-1, 1]: `(B, dim, *spatial)`."""
         half = self.sizes // 2
         digits = tokens.unsqueeze(-1) // self.radix % self.sizes
         return ((digits - half).float() / half).movedim(-1, 1)

@@ -64,7 +64,6 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Look up the codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return self.embed(tokens).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:

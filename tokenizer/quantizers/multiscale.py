@@ -121,7 +121,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The codebook's beta for `commitment`, 1 for `codebook`, and the codebook's other weights."""
         others = {k: v for k, v in self.book.loss_weights.items() if k not in ("commitment", "codebook")}
         learned = {"codebook": 1.0} if self.learned else {}
         return {"commitment": getattr(self.config.book, "beta", 0.25), **learned, **others}
@@ -140,7 +139,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return (sum(areas(self.scales)),)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Return the sums of codes `(B, dim, H, W)` of `tokens` `(B, L)`."""
         return self.lookup_scales(tokens, len(self.scales))
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
@@ -158,7 +156,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return self.squares.clamp(min=1e-12).sqrt()
 
     def _table(self) -> Tensor | None:
-        """Return the codes `(codes, dim)`, or None for a codebook without a table."""
         return self.book.table() if isinstance(self.book, Codebook) else None
 
     def _codes(self, ids: Tensor, table: Tensor | None) -> Tensor:

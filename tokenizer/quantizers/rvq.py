@@ -71,12 +71,9 @@ class RVQ(Quantizer, name="rvq"):
         return self.books[0].loss_weights
 
     def tables(self) -> list[Tensor]:
-        """Return the codes of each level, `(codes, dim)`."""
         return self._per_level([book.table() for book in self.books])
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Return the sums of codes `(B, dim, *spatial)`, added coarse to fine, of `tokens` `(B, levels * rows,
-        ...)`."""
         levels = zip(tokens.chunk(self.levels, 1), self.tables(), strict=True)
         return add_up(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
 
@@ -136,7 +133,6 @@ class RVQ(Quantizer, name="rvq"):
             self.books[0].lloyd_step(every)
 
     def _record(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
-        """Record for each codebook the vectors of all its levels."""
         each = self.levels // len(self.books)
         for index, book in enumerate(self.books):
             levels = slice(index * each, (index + 1) * each)

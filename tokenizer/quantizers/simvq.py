@@ -34,7 +34,6 @@ class SimVQ(Codebook, name="simvq"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """1 for the codebook loss, beta for the commitment."""
         return {"codebook": 1.0, "commitment": self.config.beta}
 
     def table(self) -> Tensor:
@@ -43,5 +42,4 @@ class SimVQ(Codebook, name="simvq"):
             return self.comparable(self.map(self.codebook))
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return |sg(z) - e|^2, which trains the map, and |z - sg(e)|^2, averaged over elements."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}

@@ -40,11 +40,9 @@ class VQ(CountedCodebook, name="vq"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """1 for the codebook loss, beta for the commitment."""
         return {"codebook": 1.0, "commitment": self.config.beta}
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return |sg(z) - e|^2 and |z - sg(e)|^2, averaged over elements."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
