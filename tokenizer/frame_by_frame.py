@@ -34,7 +34,9 @@ class FrameByFrameConfig(OuterConfig):
 
     @classmethod
     def inner_facts(cls, values: dict[str, Any]) -> dict[str, Any]:
-        facts, size, frames = super().inner_facts(values), values.get("image_size"), values.get("frames")
+        facts: dict[str, Any] = super().inner_facts(values)
+        size: Any = values.get("image_size")
+        frames: Any = values.get("frames")
         with suppress(TypeError, ValueError, ZeroDivisionError):  # of invalid settings, which pydantic reports
             height, width = [size, size] if isinstance(size, int) else size
             facts["image_size"] = [height // frames, width]

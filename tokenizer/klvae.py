@@ -20,7 +20,7 @@ from torch import Tensor
 from .autoencoder import Autoencoder, DecoderConfig
 from .base import Reconstruction
 from .config import ModelConfig
-from .layers import ConvolutionsConfig, decoder, encoder
+from .layers import ConvolutionsConfig, build_decoder, build_encoder
 from .precision import at_least_float32, in_finest
 from .quantizers import Quantized, Quantizer
 from .quantizers.gradients import straight_through
@@ -55,8 +55,8 @@ class KLVAE(Autoencoder, name="klvae"):
 
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__(config, config.factor, Bins(config.latent, config.bins))
-        self.encoder = encoder(config.channels, config.sizes, 2 * config.latent)
-        self.decoder = decoder(self.outputs, config.sizes, config.latent)
+        self.encoder = build_encoder(config.channels, config.sizes, 2 * config.latent)
+        self.decoder = build_decoder(self.outputs, config.sizes, config.latent)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Reconstruction:
@@ -66,7 +66,7 @@ class KLVAE(Autoencoder, name="klvae"):
         self.check_images(images)
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
-        z = sample(mean, log_variance) if self.training else z_q
+        z = sample_gaussian(mean, log_variance) if self.training else z_q
         return self._reconstruction(images, z, tokens, {"kl": self.kl(mean, log_variance)})
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     return (mean.square() + torch.expm1(log_variance) - log_variance) / 2
 
 
-def sample(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def sample_gaussian(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw a reparametrised sample from N(mean, variance), by default with torch's global generator."""
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return mean + (log_variance / 2).exp() * noise

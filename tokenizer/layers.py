@@ -226,11 +226,12 @@ class NarrowBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
-def norm(width: int) -> nn.GroupNorm:
-    return GroupNorm(width // 8, width, eps=1e-6)
+def norm(width: int, groups: int | None = None) -> nn.GroupNorm:
+    """Build a group normalisation, by default with eight channels per group."""
+    return GroupNorm(groups or width // 8, width, eps=1e-6)
 
 
-def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
+def build_encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
     """Build a network from `(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
     widths, patch = sizes.widths, sizes.patch
     layers: list[nn.Module] = [Unshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
@@ -243,7 +244,7 @@ def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
     return nn.Sequential(*layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
 
 
-def decoder(outputs: int, sizes: Sizes, dim: int) -> nn.Sequential:
+def build_decoder(outputs: int, sizes: Sizes, dim: int) -> nn.Sequential:
     """Build the mirrored network, from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`."""
     widths, blocks = sizes.widths, sizes.blocks
     upsample = Shuffle if sizes.subpixel else Upsample

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .base import FACTS, OuterConfig, Reconstruction, Tokenizer
 from .config import ModelConfig, Node
 from .files import ConfigError
-from .klvae import KLVAE, KLVAEConfig, sample
+from .klvae import KLVAE, KLVAEConfig, sample_gaussian
 from .quantizers.codebook import rows_of
 
 IMAGES_AT_A_TIME = 64
@@ -87,7 +87,7 @@ class Posthoc(Tokenizer, name="posthoc"):
             )
         generator = torch.Generator(self.device).manual_seed(0)
         rows = [
-            rows_of(sample(*self.vae.posterior(part.to(self.device)), generator=generator))
+            rows_of(sample_gaussian(*self.vae.posterior(part.to(self.device)), generator=generator))
             for part in images.split(IMAGES_AT_A_TIME)
         ]
         try:

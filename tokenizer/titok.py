@@ -62,7 +62,7 @@ class TiTok(Autoencoder, name="titok"):
     accepts the first k tokens, `(B, k)`, for any k."""
 
     Config = TiTokConfig
-    encoder: Encoder
+    encoder: PatchEncoder
 
     def __init__(self, config: TiTokConfig) -> None:
         super().__init__(config, config.factor)
@@ -72,8 +72,10 @@ class TiTok(Autoencoder, name="titok"):
             )
         self.grid = replace(self.grid, shape=(self.levels * config.registers,))
         self.prefixes = powers(config.registers) if config.keep else ()
-        self.encoder = Encoder(config, self.quantizer.dim)
-        self.decoder = nn.Sequential(Decoder(config, self.quantizer.dim, self.outputs), nn.PixelShuffle(config.factor))
+        self.encoder = PatchEncoder(config, self.quantizer.dim)
+        self.decoder = nn.Sequential(
+            PatchDecoder(config, self.quantizer.dim, self.outputs), nn.PixelShuffle(config.factor)
+        )
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -129,7 +131,7 @@ class Tower(nn.Module):
         return self.head(self.norm(rows[:, -len(self.queries) :]))
 
 
-class Encoder(Tower):
+class PatchEncoder(Tower):
     """Maps images `(B, C, H, W)` to the registers' vectors `(B, width, K)`."""
 
     def __init__(self, config: TiTokConfig, width: int) -> None:
@@ -143,7 +145,7 @@ class Encoder(Tower):
         return (self.attend(self.embed(patches)) - self.center).transpose(1, 2)
 
 
-class Decoder(Tower):
+class PatchDecoder(Tower):
     """Maps codes `(B, width, k)` of the first k registers to patches `(B, outputs * factor ** 2, h, w)`."""
 
     def __init__(self, config: TiTokConfig, width: int, outputs: int) -> None:

@@ -18,7 +18,7 @@ from tokenizer import Tokenizer
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.files import ConfigError, hash_file, read_json
 from tokenizer.model import open_weights
-from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
+from tokenizer.published import Layout, Shapes, build_published, prefix_of, recognise
 
 from ..config import Config, UserError, run_command
 from ..config.table import table
@@ -79,7 +79,7 @@ def run(config: ImportConfig) -> Path:
     sizes = layout.sizes(Shapes(weights, layout, path))
     beside = read_settings(layout, sizes, path)
     model_config = describe(sizes, beside, layout, path, config)
-    model, unused = build(model_config, weights, layout, path)
+    model, unused = build_published(model_config, weights, layout, path)
     size = model_config.image_size
     data = {"source": UNKNOWN_SOURCE, "image_size": list(size), "channels": model_config.channels}
     facts = {"layout": layout.title, "file": path.name, "sha256": digest}

@@ -10,7 +10,7 @@ from small import make_tokenizer
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.files import ConfigError
-from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample
+from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample_gaussian
 from tokenizer.losses import total_loss
 from tokenizer.quantizers import Quantizer
 
@@ -143,7 +143,7 @@ def test_kl_is_the_integral():
     """Against a Monte Carlo estimate of E_q[log q - log p]."""
     mean, log_variance = torch.tensor([0.0, 1.5, -0.3, 0.0]), torch.tensor([0.0, -2.0, 1.0, -9.0])
     exact = gaussian_kl(mean, log_variance)
-    z = sample(mean.double().expand(200_000, 4), log_variance.double())
+    z = sample_gaussian(mean.double().expand(200_000, 4), log_variance.double())
     q, p = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     assert torch.allclose((q.log_prob(z) - p.log_prob(z)).mean(0).float(), exact, atol=0.02)
     assert exact[0] == 0 and (gaussian_kl(torch.zeros(999), torch.randn(999) * 1e-4) >= -1e-8).all()
@@ -189,9 +189,9 @@ def test_only_training_adds_noise():
     assert torch.equal(found[False][0].tokens, first.tokens)
     mean, log_variance = vae.posterior(images)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
-    a, b, c = (sample(mean, log_variance, generator) for generator in generators)
+    a, b, c = (sample_gaussian(mean, log_variance, generator) for generator in generators)
     assert torch.equal(a, b) and not torch.equal(a, c)
-    standard = (sample(mean.expand(2000, *mean.shape), log_variance) - mean) / (log_variance / 2).exp()
+    standard = (sample_gaussian(mean.expand(2000, *mean.shape), log_variance) - mean) / (log_variance / 2).exp()
     assert standard.mean().abs() < 0.01 and (standard.std() - 1).abs() < 0.01
 
 

@@ -18,11 +18,11 @@ from .cosmos import COSMOS
 from .layouts import Layout, Weights
 from .magvit2 import MAGVIT2
 from .maskgit import MASKGIT
-from .vqgans import DIFFUSERS, IBQ, JANUS, LLAMAGEN, TAMING
+from .vqgans import DIFFUSERS, JANUS, LLAMAGEN, SEED_IBQ, TAMING
 
 # The first layout that fits is used. TAMING comes last, because it also fits weights of other projects.
 LAYOUTS = (DIFFUSERS, LLAMAGEN, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
-TAMING_VARIANTS = {"ibq": IBQ}
+TAMING_VARIANTS = {"ibq": SEED_IBQ}
 """Layouts with the same names as TAMING, selected by the option `layout`."""
 PREFIXES = ("model.vqmodel.", "vqmodel.")
 """Prefixes of the tokenizer's weights in a complete transformers model."""
@@ -46,7 +46,7 @@ def prefix_of(names: Collection[str]) -> str:
     return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
-def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
+def build_published(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
     """Return the model with float32 weights, and the names of weights that only training needs.
 
     Raises a `WeightsError` that lists missing, unexpected, misshapen or non-finite weights; propagates the errors of

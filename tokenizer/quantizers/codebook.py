@@ -69,7 +69,7 @@ class Codebook(SelfUpdating, Quantizer):
         rows = self.comparable(rows_of(z))
         recorded = self.may_record(rows.detach())
         table = self.table()
-        tokens = nearest(rows.detach(), table.detach())
+        tokens = nearest_codes(rows.detach(), table.detach())
         codes = F.embedding(tokens, table)
         losses = self.losses(rows, codes)
         z_q = pass_gradient(self.config.gradient, rows, codes)
@@ -78,7 +78,7 @@ class Codebook(SelfUpdating, Quantizer):
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def _encode(self, z: Tensor) -> Tensor:
-        tokens = nearest(self.comparable(rows_of(z)), self.table())
+        tokens = nearest_codes(self.comparable(rows_of(z)), self.table())
         return tokens.reshape(z.shape[0], *z.shape[2:])
 
     def comparable(self, rows: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def map_of(rows: Tensor, z: Tensor) -> Tensor:
     return rows.reshape(z.shape[0], *z.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
+def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, in
     blocks of rows."""
     squares, transposed = codebook.square().sum(1), codebook.t()
@@ -174,7 +174,7 @@ def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
     their centre."""
     centres = rows[:clusters].clone()
     for _ in range(iterations):
-        tokens = nearest(rows, centres)
+        tokens = nearest_codes(rows, centres)
         counts = uses(tokens, clusters).unsqueeze(1)
         sums = torch.zeros_like(centres).index_add_(0, tokens, rows)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)

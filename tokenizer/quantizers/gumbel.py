@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .choice import ChoiceOptions, choose
-from .codebook import first_rows, kmeans, map_of, nearest, rows_of
+from .codebook import first_rows, kmeans, map_of, nearest_codes, rows_of
 from .updates import SelfUpdating, world_size
 
 
@@ -88,7 +88,7 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
         if len(sample) < self.vocab_size:
             return
         centres = kmeans(sample, self.vocab_size, self.config.kmeans_iterations)
-        spread = F.mse_loss(sample, centres[nearest(sample, centres)])
+        spread = F.mse_loss(sample, centres[nearest_codes(sample, centres)])
         # The spread is near 0 if rows hardly outnumber codes.
         spread = spread.clamp(min=0.01 * sample.var(0).mean()).clamp(min=1e-6)
         self.embed.weight.copy_(centres)

@@ -22,7 +22,7 @@ from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from .base import Quantized, Quantizer
-from .codebook import Codebook, map_of, nearest, rows_of
+from .codebook import Codebook, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .updates import SelfUpdating, mean_over_ranks
@@ -208,7 +208,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         if table is None:
             found = self.book.quantize(vectors)
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
-        ids = nearest(rows_of(vectors.detach()), table.detach())
+        ids = nearest_codes(rows_of(vectors.detach()), table.detach())
         return ids.reshape(vectors.shape[0], *vectors.shape[2:]), {}
 
     def _truncate(self, sums: list[Tensor]) -> Tensor:

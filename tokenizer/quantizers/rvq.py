@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, Node
 from .base import Quantized, Quantizer
-from .codebook import CodebookConfig, map_of, nearest, rows_of
+from .codebook import CodebookConfig, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 
@@ -75,7 +75,7 @@ class RVQ(Quantizer, name="rvq"):
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         levels = zip(tokens.chunk(self.levels, 1), self.tables(), strict=True)
-        return add_up(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
+        return sum_in_order(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
 
     def _per_level(self, per_book: Any) -> list[Any]:
         """Expand a list with one entry per book to one entry per level."""
@@ -86,7 +86,7 @@ class RVQ(Quantizer, name="rvq"):
         recorded = self.books[0].may_record(rows.detach(), self.start)
         residuals, tokens, codes = self._descend(rows, self.tables())
         losses = self._losses(residuals, codes)
-        z_q = pass_gradient(self.config.book.gradient, rows, add_up(codes))
+        z_q = pass_gradient(self.config.book.gradient, rows, sum_in_order(codes))
         if recorded:
             self._record(residuals, tokens)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
@@ -97,7 +97,7 @@ class RVQ(Quantizer, name="rvq"):
         codes `(n, dim)`."""
         residuals, tokens, codes = [rows], [], []
         for table in tables:
-            tokens.append(nearest(residuals[-1].detach(), table.detach()))
+            tokens.append(nearest_codes(residuals[-1].detach(), table.detach()))
             codes.append(F.embedding(tokens[-1], table))
             residuals.append(residuals[-1] - codes[-1].detach())
         return residuals[:-1], tokens, codes
@@ -139,7 +139,7 @@ class RVQ(Quantizer, name="rvq"):
             book.record(interleave(residuals[levels]).detach(), interleave(tokens[levels]))
 
 
-def add_up(codes: Iterable[Tensor]) -> Tensor:
+def sum_in_order(codes: Iterable[Tensor]) -> Tensor:
     """Sum in order, so that rounding is always the same."""
     return reduce(torch.add, codes)
 

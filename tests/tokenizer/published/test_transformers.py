@@ -107,16 +107,12 @@ def test_the_default_sizes_of_janus_configuration_are_read():
 # Its config.json
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("num_attention_heads", 2), ("num_embeddings", 50), ("channel_multiplier", [1, 4]), ("latent_channels", 7)],
-)
-def test_settings_of_another_network_are_refused(tmp_path, capsys, key, value):
+def test_settings_of_another_network_are_refused(tmp_path, capsys):
     saved(tmp_path / "model", "JanusVQVAE", JANUS)
     path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 2}))
     error = fails(capsys, "import", f"source={tmp_path}/model", f"out={tmp_path}/out", "image_size=16")
-    assert key in error and str(path) in error and not (tmp_path / "out").exists()
+    assert "num_attention_heads" in error and str(path) in error and not (tmp_path / "out").exists()
 
 
 def test_settings_of_other_models_are_ignored(tmp_path):

@@ -106,11 +106,9 @@ def test_former_names_of_attention_and_half_precision_are_read(tmp_path, as_matr
         ({"norm_type": "spatial"}, "norm_type"),
         ({"down_block_types": ["DownBlock2D", "DownEncoderBlock2D"]}, "down_block_types"),
         ({"_class_name": "AutoencoderKL"}, "_class_name"),
-        ({"block_out_channels": [8, 8]}, "block_out_channels"),
         ({"whitening": True}, "whitening"),
         ({"norm_num_groups": 3}, "groups"),
         ({"norm_num_groups": "four"}, "groups"),
-        ({"sample_size": 15}, "15x15"),
         ({"sample_size": [16, 16, 3]}, "image_size"),
     ],
 )

@@ -12,7 +12,7 @@ from small import QUANTIZERS, latents, make_quantizer, node_of, train_on
 from torch import Tensor
 
 from tokenizer.quantizers import Quantizer
-from tokenizer.quantizers.codebook import nearest
+from tokenizer.quantizers.codebook import nearest_codes
 
 BUSY = {"decay": 0.5, "revive_every": 3, "revive_below": 0.5}  # codes are revived all the time
 BOOK = {"kind": "ema", "codes": 32, "dim": 8}
@@ -162,9 +162,9 @@ def test_ranks_train_as_one_process_does(name):
 def test_nearest_is_the_nearest(monkeypatch):
     rows, codes = torch.randn(100, 6), torch.randn(40, 6)
     expected = torch.cdist(rows, codes).argmin(1)
-    assert torch.equal(nearest(rows, codes), expected)
+    assert torch.equal(nearest_codes(rows, codes), expected)
     monkeypatch.setattr("tokenizer.quantizers.codebook.SEARCH_ELEMENTS", 400)  # several parts
-    assert torch.equal(nearest(rows, codes), expected)
+    assert torch.equal(nearest_codes(rows, codes), expected)
 
 
 def test_beta_is_on_the_commitment():

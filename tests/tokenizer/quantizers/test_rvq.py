@@ -12,7 +12,7 @@ from small import make_quantizer, train_on
 from torch import Tensor
 
 from tokenizer.quantizers import Quantizer
-from tokenizer.quantizers.codebook import nearest
+from tokenizer.quantizers.codebook import nearest_codes
 from tokenizer.quantizers.gradients import rotate_through
 
 KINDS = [(book, shared) for book in ("ema", "vq", "simvq") for shared in (False, True)]
@@ -192,7 +192,9 @@ def test_only_the_map_learns_and_moves_all_codes():
     after = quantizer.table().detach()
     assert torch.equal(quantizer.codebook, frozen)
     assert ((after - before).norm(dim=1) > 1e-4).all()
-    assert F.mse_loss(quantizer.eval().quantize(z).z_q, z) < F.mse_loss(before[nearest(rows_of(z), before)], rows_of(z))
+    assert F.mse_loss(quantizer.eval().quantize(z).z_q, z) < F.mse_loss(
+        before[nearest_codes(rows_of(z), before)], rows_of(z)
+    )
 
 
 def test_beta_is_on_the_commitment_of_the_mapped_codes():

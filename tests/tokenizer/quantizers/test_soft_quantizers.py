@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenizer.quantizers import Quantizer, choice
 from tokenizer.quantizers.choice import ChoiceOptions, choose
-from tokenizer.quantizers.codebook import nearest
+from tokenizer.quantizers.codebook import nearest_codes
 from tokenizer.quantizers.entropy import diversity
 
 
@@ -117,7 +117,7 @@ def test_ibq_starts_with_all_codes_within_reach(normalize):
     tokens = quantizer.quantize(z).tokens
     lengths = quantizer.table().detach().norm(dim=1)
     assert lengths.std() < 1e-4 and float(lengths[0]) == pytest.approx(1.0 if normalize else 4.2, abs=0.4)
-    assert torch.equal(tokens.flatten(), nearest(z.movedim(1, -1).reshape(-1, 8), quantizer.table()))
+    assert torch.equal(tokens.flatten(), nearest_codes(z.movedim(1, -1).reshape(-1, 8), quantizer.table()))
     assert len(tokens.unique()) == 32
 
 
@@ -203,7 +203,7 @@ def test_gumbel_starts_as_a_mixture_around_the_centres():
     z = torch.randn(8, 8, 8, 8) + 3
     quantizer.quantize(z)
     rows, centres = z.movedim(1, -1).reshape(-1, 8), quantizer.embed.weight
-    near = nearest(rows, centres)
+    near = nearest_codes(rows, centres)
     error = (rows - centres[near]).square().mean()
     assert error < 0.6 * rows.var(0).mean()
     assert torch.equal(quantizer.eval().quantize(z).tokens.flatten(), near) and len(near.unique()) == 32
