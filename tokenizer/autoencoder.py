@@ -49,8 +49,7 @@ class Autoencoder(Tokenizer):
 
     encoder: nn.Module
     decoder: nn.Module
-    outputs: int
-    """Number of decoder output channels: the image's channels, or the likelihood's parameters."""
+    outputs: int  # the decoder's channels: those of the image, or the likelihood's parameters
 
     def __init__(self, config: Any, factor: int, quantizer: Quantizer | None = None) -> None:
         """factor: image pixels per position along each side. quantizer: replaces the configured one."""
@@ -74,8 +73,7 @@ class Autoencoder(Tokenizer):
     @torch.no_grad()
     @full_float32()
     def embed(self, images: Tensor) -> Tensor:
-        """Return the vectors `(B, quantizer.dim, h, w)` that `encode` quantizes. Raises `ValueError` for images of
-        another size."""
+        """Return the vectors `(B, quantizer.dim, h, w)` that `encode` quantizes."""
         self.check_images(images)
         return self._embed(images)
 
@@ -86,14 +84,12 @@ class Autoencoder(Tokenizer):
 
     @full_float32()
     def decode_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """Decode only the `count` coarsest of `grid.scales`. Raises `ValueError` as `decode` does, and for a quantizer
-        without scales."""
+        """Decode only the `count` coarsest of `grid.scales`. Raises `ValueError`, also without scales."""
         self.grid.check(tokens)
         return self._image(self._decode_vectors(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Return reconstruction, tokens and losses; clamp images only in eval mode. Raises `ValueError` for images of
-        another size."""
+        """Return reconstruction, tokens and losses; clamp images only in eval mode."""
         self.check_images(images)
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
         return self._reconstruction(images, z_q, tokens, losses)

@@ -38,10 +38,9 @@ def smallest_type(vocab_size: int) -> torch.dtype:
 class TokenGrid:
     """The shape of an image's tokens and the vocabulary size; `len(grid)` is the number of tokens.
 
-    scales: (height, width) of each map, coarse to fine, if the tokens `(L,)` hold several maps of one image.
-    levels: number of ids per position; along the first axis, the first ids of all positions precede the second ids.
-    channels: number of channels if ids are pixel intensities (row `channels * i + c` holds channel c of image row i);
-    0 if ids are codes.
+    scales: (height, width) of each map, coarse to fine, if the tokens `(L,)` are several maps of one image. levels: ids
+    per position; along the first axis, the first ids of all positions precede the second. channels: those of the image
+    if ids are intensities (row `channels * i + c` holds channel c of image row i); 0 if ids are codes.
     """
 
     shape: tuple[int, ...]
@@ -220,7 +219,7 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     """Maps images `(B, *spec.shape)` in [-1, 1], `(B, C, H, W)` or of clips `(B, T, C, H, W)`, to tokens
     `(B, *grid.shape)` and back.
 
-    `encode`, `decode` and the likelihoods run in `full_float32`, so GPUs and CPUs agree up to rounding. `forward`
+    `encode`, `decode` and the likelihoods run in `full_float32`, so GPUs and CPUs agree up to rounding; `forward`
     computes in the precision that the user chose for training.
 
     A training loop calls `initialize` once, then the tokenizer itself, which runs `forward`. In training mode and with
@@ -229,9 +228,7 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
     grid: TokenGrid
     spec: ImageSpec
-    """What the images are, from the configuration."""
-    levels: int = 1
-    """Number of ids per position; each row of positions takes this many rows of the grid."""
+    levels: int = 1  # ids per position; each row of positions takes this many rows of the grid
     prefixes: tuple[int, ...] = ()
     """Prefix lengths to show in previews, ending with the full length; empty if prefixes cannot be decoded."""
 
@@ -263,8 +260,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need no images)
-        """Initialize from training images `(B, *spec.shape)` in [-1, 1]; called once before training. Raises
-        `ConfigError` if the images do not suit the configuration."""
+        """Initialize from training images `(B, *spec.shape)`, once before training. Raises `ConfigError` if they do not
+        suit the configuration."""
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`. Raises a `ConfigError` that lists settings on which the two differ."""
@@ -335,10 +332,7 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         known if all pixels of its patch are. Tokens of a two-axis grid tile the image, once per level. Raises
         `ValueError` unless tokens are `placed`."""
         if self.grid.scales:
-            raise ValueError(
-                "multi-scale tokens do not represent single image regions, so known pixels do not determine known "
-                "tokens"
-            )
+            raise ValueError("multi-scale tokens are not regions of the image, so pixels do not give known tokens")
         height, width = self.spec.size
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)
@@ -350,10 +344,7 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
     """Return `usage`, the fraction of ids that occur, and `perplexity` (1 to vocab_size), exp of the entropy of the id
-    frequencies.
-
-    counts: number of occurrences of each id, `(vocab_size,)`.
-    """
+    frequencies. counts: occurrences of each id, `(vocab_size,)`."""
     p = in_finest(counts) / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()
     return {"usage": in_finest(counts > 0).mean(), "perplexity": entropy.exp()}

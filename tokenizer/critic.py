@@ -44,8 +44,6 @@ class PatchCritic(nn.Module):
     The network has `layers` convolutions of stride 2, then two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on
     every convolution; "batch" on the inner ones, without running statistics, which would differ between ranks; or
     "none".
-
-    Raises `ValueError` for an unknown norm and for sizes below 1.
     """
 
     real_mean: Tensor
@@ -54,10 +52,6 @@ class PatchCritic(nn.Module):
 
     def __init__(self, channels: int, width: int = 64, layers: int = 3, norm: str = "spectral") -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm: must be one of {', '.join(NORMS)} (got {norm!r})")
-        if min(channels, width, layers) < 1:
-            raise ValueError(f"a critic's sizes must be >= 1 (got {channels} channels, width {width}, {layers} layers)")
         self.strides = (2,) * layers + (1, 1)
         widths = [channels, *(width * min(2**level, 8) for level in range(layers + 1)), 1]
         body: list[nn.Module] = []
@@ -106,9 +100,8 @@ class PatchCritic(nn.Module):
         return height, width
 
     def track(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Update the running means of real and fake logits with these logits of all ranks, and return them `(2,)`. The
-        first call initialises the means. They are stored only in training with gradients enabled, and only if
-        finite."""
+        """Update the running means of real and fake logits with these logits of all ranks, and return them `(2,)`. They
+        are stored only in training with gradients enabled, and only if finite."""
         stores = updates_now(self)
         with torch.no_grad():
             means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
@@ -158,11 +151,8 @@ def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> T
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
     """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, clamped to [0,
-    1e4] and detached (Esser et al. 2021, equation 7). This makes both gradients equally large there.
-
-    Gradients are averaged over ranks before the norms are computed, so the weight is that of the global batch. Both
-    graphs are retained. Raises `RuntimeError` if a loss does not depend on the layer.
-    """
+    1e4] and detached (Esser et al. 2021, equation 7). Gradients are averaged over ranks first, so the weight is that of
+    the global batch. Both graphs are retained."""
     losses = (reconstruction_loss, adversarial_loss)
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
     norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)

@@ -63,8 +63,7 @@ class UnreadableError(PathError):
 class ConfigError(PipelineLoadError):
     """A configuration key is unknown, or a value has the wrong type or is out of range."""
 
-    details: ValueError | None = None
-    """The underlying pydantic error, if any."""
+    details: ValueError | None = None  # pydantic's error, if any
 
 
 class IntegrityError(PipelineLoadError):
@@ -123,7 +122,7 @@ def stat_file(path: Path | str) -> os.stat_result:
 
 
 def is_file(path: Path | str) -> bool:
-    """Return whether `path` is a regular file. Raises `UnreadableError` if that cannot be determined."""
+    """Return whether `path` is a regular file. Raises `UnreadableError` if that is unknown."""
     try:
         stat_file(path)
     except UnreadableError:
@@ -193,11 +192,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> dict[str, Any]:
-    """Check the size and sha256 of every file listed in `manifest.json`; return the manifest.
-
-    unhashed: files to check by size only. Raises `PathError` for a missing file, `IntegrityError` for a
-    changed one, `FormatError` for a bad manifest.
-    """
+    """Check the size and sha256 of every file in `manifest.json`, and return the manifest. unhashed: files to check by
+    size only. Raises `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad
+    manifest."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
@@ -246,7 +243,6 @@ def read_folder(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
-    """Return device, inode and modification time of a folder, or None if it does not exist."""
     try:
         info = os.stat(folder)
     except OSError:
@@ -461,10 +457,7 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
 
 def _suggest_folder(path: Path) -> str:
     """Suggest the folder beside a missing `path` with the most similar name, or return ""."""
-    try:
-        folders = [other.name for other in path.parent.iterdir() if other.is_dir()]
-    except OSError:
-        return ""
+    folders = [other.name for other in path.parent.glob("*/")]
     near = difflib.get_close_matches(path.name, folders, 1, 0.75)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
@@ -486,9 +479,9 @@ def push_folder(
 ) -> Any:
     """Upload `folder` with a manifest in one commit; create the repository if needed.
 
-    The commit deletes files of an earlier upload: those listed in the repository's `manifest.json` that `folder` lacks.
-    Other files stay. revision: the branch. create_pr: open a pull request. Returns huggingface_hub's `CommitInfo`.
-    Raises `PushError`, also if the repository holds a pipeline and `folder` does not.
+    The commit deletes files of an earlier upload: those in the repository's `manifest.json` that `folder` lacks. Other
+    files stay. revision: the branch. create_pr: open a pull request. Returns huggingface_hub's `CommitInfo`. Raises
+    `PushError`, also if the repository holds a pipeline and `folder` does not.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

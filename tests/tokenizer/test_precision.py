@@ -218,13 +218,9 @@ def test_compiled_blocks_sample(backend):
 
 SETTINGS: dict[str, Callable[[], Any]] = {
     "nothing": int,
-    "TF32 for products": partial(setattr, BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
     "TF32 for all": partial(setattr, BACKENDS, "fp32_precision", "tf32"),
-    "TF32 for CUDA": partial(setattr, BACKENDS.cudnn, "fp32_precision", "tf32"),
-    "no TF32 in convolutions": partial(setattr, BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
     "bfloat16 on the CPU": partial(setattr, BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
     "medium, by the older API": partial(torch.set_float32_matmul_precision, "medium"),
-    "TF32, by the older API": partial(setattr, BACKENDS.cuda.matmul, "allow_tf32", True),
     "no TF32 in convolutions, by the older API": partial(setattr, BACKENDS.cudnn, "allow_tf32", False),
 }
 

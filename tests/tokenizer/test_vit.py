@@ -46,12 +46,6 @@ def test_every_position_sees_the_whole_image():
     assert ((tokenizer.encoder(images) - z).abs().amax((0, 1)) > 0).all()
 
 
-def test_equal_patches_at_different_places_differ():
-    tokenizer = make_tokenizer("vit", (12, 8), 3, factor=4)
-    z = tokenizer.encoder(torch.full((1, 3, 12, 8), 0.5))[0].flatten(1).t()
-    assert len(z.unique(dim=0)) == 6
-
-
 def test_memory_formats_give_the_same_bits():
     tokenizer = make_tokenizer("vit").eval()
     z = torch.randn(2, 8, 3, 2)

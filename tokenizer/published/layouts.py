@@ -27,34 +27,22 @@ SHARED = (
 )
 
 
-def unchanged(weights: Weights) -> Weights:
-    return weights
-
-
 @dataclass(frozen=True)
 class Layout:
     """A project's weight names. The regular-expression substitutions `SHARED` and then `names` map our names to the
     project's."""
 
     title: str
-    kind: Any
-    """Our network for the weights, a subclass of `Autoencoder`."""
-    fits: Callable[[Weights], bool]
-    """Whether weights have this project's names and, for the first layers, shapes."""
-    sizes: Callable[[Shapes], dict[str, Any]]
-    """Derives the part of the configuration that shapes determine. Raises `WeightsError`."""
+    kind: Any  # our network for the weights, a subclass of `Autoencoder`
+    fits: Callable[[Weights], bool]  # whether weights have this project's names and, for the first layers, shapes
+    sizes: Callable[[Shapes], dict[str, Any]]  # the configuration that shapes determine; raises `WeightsError`
     names: tuple[tuple[str, str], ...]
-    training: str = r"(?!)"
-    """Pattern of weights that only training needs."""
-    finest_first: bool = False
-    """Whether the decoder's levels are numbered from the finest, the reverse of their order of execution."""
-    prepare: Callable[[Weights], Weights] = unchanged
-    """Converts weights to our form, keeping the project's names."""
-    settings: SettingsReader | None = None
-    """Reads the `config.json` beside the weights, if the project writes one."""
+    training: str = r"(?!)"  # pattern of weights that only training needs
+    finest_first: bool = False  # whether the decoder's levels are numbered against their order of execution
+    prepare: Callable[[Weights], Weights] = lambda weights: weights  # converts weights to our form, under their names
+    settings: SettingsReader | None = None  # reads the `config.json` beside the weights, if the project writes one
     needs_settings: bool = False
-    more: dict[str, Any] = field(default_factory=dict)
-    """Configuration that shapes do not determine."""
+    more: dict[str, Any] = field(default_factory=dict)  # configuration that shapes do not determine
 
     def published(self, key: str, levels: int) -> str:
         """Return the project's name for our weight `key`, in a network of `levels` levels."""

@@ -92,7 +92,7 @@ class Codebook(SelfUpdating, Quantizer):
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
         """Run k-means over the rows `(n, dim)` of all ranks and use rank 0's result everywhere. With fewer rows than
-        codes, repeat them with a little noise and skip k-means."""
+        codes, repeat them with a little noise."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         iterations = self.config.kmeans_iterations
         if len(sample) < self.vocab_size:
@@ -106,14 +106,11 @@ class Codebook(SelfUpdating, Quantizer):
 
 
 class CountedCodebook(Codebook):
-    """Counts code usage, and revives rarely used codes by moving them to vectors of the batch.
-
-    `config` has `decay`, `revive_below` and `revive_every`.
-    """
+    """Counts code usage, and revives rarely used codes by moving them to vectors of the batch. `config` has `decay`,
+    `revive_below` and `revive_every`."""
 
     has_means = True
-    counts: Tensor
-    """Running mean of each code's use per batch, (codes,)."""
+    counts: Tensor  # (codes,) running mean of each code's use per batch
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
@@ -155,8 +152,7 @@ def map_of(rows: Tensor, z: Tensor) -> Tensor:
 
 
 def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, in
-    blocks of rows."""
+    """Return the index `(n,)` of the code `(V, D)` nearest to each row `(n, D)`: argmin |e|^2 - 2 z.e, in blocks."""
     squares, transposed = codebook.square().sum(1), codebook.t()
     elements = SEARCH_ELEMENTS if rows.device.type == "cpu" else 64 * SEARCH_ELEMENTS
     blocks = rows.split(max(1, elements // len(codebook)))
@@ -170,8 +166,7 @@ def uses(tokens: Tensor, size: int) -> Tensor:
 
 
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
-    """Run Lloyd's algorithm from the first `clusters` rows, and return the centres (clusters, D). Empty clusters keep
-    their centre."""
+    """Run Lloyd's algorithm from the first rows; return the centres (clusters, D). Empty clusters keep theirs."""
     centres = rows[:clusters].clone()
     for _ in range(iterations):
         tokens = nearest_codes(rows, centres)

@@ -99,12 +99,9 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
     """
 
     Config = MultiScaleConfig
-    mean: Tensor
-    """(dim,) running mean of the latents, the first term of the sum; zero without `center`."""
-    squares: Tensor
-    """(scales,) running mean square of each scale's residuals."""
-    left: Tensor
-    """(scales,) running share of the latents' variance that remains after each scale."""
+    mean: Tensor  # (dim,) running mean of the latents, the first term of the sum; zero without `center`
+    squares: Tensor  # (scales,) running mean square of each scale's residuals
+    left: Tensor  # (scales,) running share of the latents' variance that remains after each scale
 
     def __init__(self, config: MultiScaleConfig) -> None:
         super().__init__(config)
@@ -131,8 +128,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return {f"left_{by(sides)}": share for sides, share in zip(self.scales, self.left, strict=True)}
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Return a single axis for the ids of all scales. Raises `ConfigError` unless the last scale has the size of
-        the latents."""
         if self.scales[-1] != (height, width):
             size, scales = by((height, width)), ", ".join(map(by, self.scales))
             raise ConfigError(f"quantizer.scales: must end with the latents' size {size} (got {scales})")
@@ -142,7 +137,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return self.lookup_scales(tokens, len(self.scales))
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """Look up only the first `count` scales. Raises `ValueError` if there are fewer."""
         if not 1 <= count <= len(self.scales):
             raise ValueError(f"count should be 1 to {len(self.scales)}, the number of scales (got {count})")
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
@@ -171,8 +165,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return up.lerp(self.phis[self._phi_of(k)](up), 0.5) if self.phis else up
 
     def _phi_of(self, k: int) -> int:
-        """Return the index of scale `k`'s convolution: scales and convolutions are spread evenly over [0, 1], and each
-        scale uses the nearest. Four convolutions are spread slightly wider, as in VAR."""
+        """Return the index of the convolution nearest to scale `k`, both spread evenly over [0, 1]. Four convolutions
+        are spread slightly wider, as in VAR."""
         margin = 1 / (3 if len(self.phis) == 4 else 2) / len(self.phis)
         ticks = torch.linspace(margin, 1 - margin, len(self.phis), dtype=torch.float64, device="cpu")
         return int((ticks - k / max(1, len(self.scales) - 1)).abs().argmin())
@@ -203,8 +197,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return found
 
     def _search(self, vectors: Tensor, table: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the codebook's losses other than the
-        commitment."""
+        """Return the ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the codebook's losses but the commitment."""
         if table is None:
             found = self.book.quantize(vectors)
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
@@ -231,7 +224,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Initialize mean, root mean squares and codebook from latents `z` `(B, dim, H, W)`."""
         if self.config.center:
             self.mean.copy_(mean_over_ranks(z.mean((0, 2, 3))))
         self._start(self._perfect(z))
@@ -247,8 +239,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return rests
 
     def _start(self, rests: list[Tensor]) -> None:
-        """Set each scale's root mean square, and fit the codebook by k-means to the normalised residuals, using equally
-        many from each scale, or all from a smaller scale. (Duplicate vectors would tie between two centres.)"""
+        """Set each scale's root mean square, and fit the codebook to equally many normalised residuals of each scale,
+        or all of a smaller scale. (Duplicate vectors would tie between two centres.)"""
         if self.config.rms:
             self.squares.copy_(mean_over_ranks(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):

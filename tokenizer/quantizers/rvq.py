@@ -78,7 +78,6 @@ class RVQ(Quantizer, name="rvq"):
         return sum_in_order(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
 
     def _per_level(self, per_book: Any) -> list[Any]:
-        """Expand a list with one entry per book to one entry per level."""
         return list(per_book) * (self.levels // len(self.books))
 
     def _quantize(self, z: Tensor) -> Quantized:

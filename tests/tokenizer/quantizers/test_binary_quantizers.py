@@ -46,7 +46,7 @@ def entropy_of(p: torch.Tensor) -> torch.Tensor:
 
 
 @both
-@pytest.mark.parametrize("bits", [2, 5, 6])
+@pytest.mark.parametrize("bits", [2, 5])
 def test_entropies_are_those_of_all_codes(name, bits):
     """Value and gradient, against the softmax over the whole codebook; a group that holds all bits is exact."""
     quantizer = make(name, bits=bits, group=bits, temperature=TEMPERATURE[name])
@@ -61,7 +61,7 @@ def test_entropies_are_those_of_all_codes(name, bits):
         assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max() and wanted.abs().max() > 1e-4, loss
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("group", [1, 2, 5])
 def test_groups_bound_the_diversity_from_below(group):
     """H(E[p]) <= the sum of the groups' entropies; the gap is their mutual information."""
     logits = torch.randn(200, 6) * 3
@@ -110,16 +110,7 @@ def test_ids_are_the_bits_of_the_signs(name):
 
 
 @both
-def test_zero_is_negative(name):
-    quantizer = make(name, bits=4).eval()
-    z = torch.tensor([0.0, -0.0, 1e-30, 1.0]).reshape(1, 4, 1)
-    z_q, tokens, _ = quantizer.quantize(z)
-    assert int(tokens) == (12 if name == "lfq" else 8 + 4)
-    assert torch.equal(z_q.flatten().sign(), torch.tensor([-1.0, -1.0, 1.0, 1.0]))
-
-
-@both
-@pytest.mark.parametrize(("bits", "levels"), [(18, 1), (18, 2), (18, 18), (256, 16)])
+@pytest.mark.parametrize(("bits", "levels"), [(18, 1), (256, 16)])
 def test_many_bits(name, bits, levels):
     quantizer = make(name, bits=bits, levels=levels).eval()
     z = torch.randn(1, bits, 3, 2)
@@ -134,7 +125,7 @@ def test_many_bits(name, bits, levels):
 
 @pytest.mark.sparse
 @both
-@pytest.mark.parametrize("bits", [6, 9, 18, 36])
+@pytest.mark.parametrize("bits", [6, 36])
 @pytest.mark.parametrize("loss", ["z_q", "commitment", "entropy", "diversity"])
 def test_each_loss_moves_every_channel_of_random_vectors(name, bits, loss):
     """At the default temperature, every channel's gradient is more than a tenth of the largest."""
@@ -146,12 +137,6 @@ def test_each_loss_moves_every_channel_of_random_vectors(name, bits, loss):
     assert strength.min() > 0.1 * strength.max()
     share = (z.grad.abs() > 0.01 * z.grad.abs().max()).float().mean()
     assert share > 0.2, f"only {share:.0%} of the elements have a gradient"
-
-
-def test_lfq_is_straight_through():
-    quantizer, z, weight = make("lfq", bits=4), torch.randn(1, 4, 3, requires_grad=True), torch.randn(1, 4, 3)
-    (quantizer.quantize(z).z_q * weight).sum().backward()
-    assert torch.equal(z.grad, weight)
 
 
 def test_bsq_depends_on_directions_only():

@@ -210,27 +210,6 @@ def test_beta_is_on_the_commitment_of_the_mapped_codes():
     torch.testing.assert_close(bias, (2 * rows_of(z_q - z.detach()) / z.numel()).sum(0))
 
 
-def test_codes_that_move_together_are_not_left_behind():
-    """While the vectors turn, grow and shift, free codes that are nearest to none of them stay behind."""
-    use, errors = {}, {}
-    turn = torch.randn(8, 8, generator=torch.Generator().manual_seed(3)) / 3
-    for name, config in (("simvq", {}), ("vq", {"revive_below": 0.0})):
-        torch.manual_seed(0)
-        quantizer = make_quantizer(name, codes=128, **config).train()
-        optimizer = torch.optim.Adam(quantizer.parameters(), 1e-2)
-        for step in range(150):
-            share = step / 150
-            turned = torch.matrix_exp(share * (turn - turn.t())) * (1 + share)
-            z = (rows_of(batch(step, 32)) @ turned.t() + 3 * share).t()[None]
-            quantized = quantizer.quantize(z)
-            optimizer.zero_grad()
-            quantized.losses["codebook"].backward()
-            optimizer.step()
-        use[name] = len(quantized.tokens.unique())
-        errors[name] = quantized.losses["codebook"].item()
-    assert use["simvq"] > 1.5 * use["vq"] and errors["simvq"] < 0.5 * errors["vq"], (use, errors)
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_lloyd_steps_lower_the_error_level_by_level(shared):
     """Each codebook moves to the means of what the levels before it leave."""
