@@ -18,8 +18,6 @@ from .quantizers.ema import EMAConfig
 
 
 class DecoderConfig(TokenizerConfig):
-    """The decoder's pixel distribution."""
-
     likelihood: Annotated[ModelConfig | None, Node("tokenizer.likelihoods:Likelihood")] = Field(
         None,
         description="distribution over a pixel's 256 values, required for bits per dim and lossless compression; null: "
@@ -33,8 +31,6 @@ class DecoderConfig(TokenizerConfig):
 
 
 class AutoencoderConfig(DecoderConfig):
-    """Settings of the decoder and the quantizer."""
-
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
         EMAConfig(), description="maps vectors to ids"
     )

@@ -136,8 +136,6 @@ PLAIN = {"dtype": "uint8", "range": None, "show": None}  # defaults that the fil
 
 
 class TokenizerConfig(ModelConfig):
-    """Settings shared by all tokenizers."""
-
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
         description="height and width of the images; a single number sets both"
     )
@@ -331,8 +329,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         """Map known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`, to known tokens `(B, *grid.shape)`: a token is
         known if all pixels of its patch are. Tokens of a two-axis grid tile the image, once per level. Raises
         `ValueError` unless tokens are `placed`."""
-        if self.grid.scales:
-            raise ValueError("multi-scale tokens are not regions of the image, so pixels do not give known tokens")
+        if not self.placed:
+            raise ValueError("these tokens are not regions of the image, so pixels do not determine known tokens")
         height, width = self.spec.size
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)

@@ -19,8 +19,6 @@ from .spec import ImageSpec
 
 
 class FrameByFrameConfig(OuterConfig):
-    """The number of frames and the tokenizer of a single frame."""
-
     inner = "tokenizer"
     default = "vqvae"
 

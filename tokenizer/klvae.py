@@ -29,8 +29,6 @@ LOG_VARIANCES = (-30.0, 20.0)
 
 
 class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
-    """Sizes of the networks and of the latents, and the weight of the KL."""
-
     latent: int = Field(4, ge=1, le=256, description="dimensions of a latent vector; each becomes one token")
     beta: float = Field(
         0.02,

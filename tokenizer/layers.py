@@ -35,8 +35,6 @@ class Sizes(NamedTuple):
 
 
 class ConvolutionsConfig(TokenizerConfig):
-    """Sizes of encoder and decoder."""
-
     factor: Literal[2, 4, 8, 16] = Field(4, description="image pixels per token along each side")
     widths: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
         (128,),

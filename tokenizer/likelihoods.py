@@ -98,8 +98,6 @@ class Categorical(Likelihood, name="categorical"):
 
 
 class DiscretizedLogisticConfig(ModelConfig):
-    """The size of the mixture and its smallest scale."""
-
     components: int = Field(5, ge=1, le=64, description="number of logistics in each channel's mixture")
     min_log_scale: float = Field(-7.0, le=0, description="log of the smallest scale, for intensities from -1 to 1")
 

@@ -17,8 +17,6 @@ from .quantizers.codebook import nearest_codes, rows_of
 
 
 class PaletteConfig(TokenizerConfig):
-    """The size of the palette and the settings of k-means."""
-
     colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
     iterations: int = Field(50, ge=0, description="maximum number of k-means steps; stops early when no colour moves")
     seed: int = Field(0, ge=0, description="seed of the initial colours")

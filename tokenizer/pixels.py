@@ -18,8 +18,6 @@ MAX_IDS = 1 << 16
 
 
 class PixelsConfig(TokenizerConfig):
-    """The number of intensities, and of pixels that share an id."""
-
     levels: int = Field(
         256,
         ge=2,

@@ -26,8 +26,6 @@ SIZES = (*FACTS, "factor", "widths", "blocks", "attention", "upsampling", "tail"
 
 
 class PosthocConfig(OuterConfig):
-    """The VAE and the number of bins."""
-
     inner = "vae"
     default = "klvae"
 

@@ -39,8 +39,6 @@ IMAGES_AT_A_TIME = 256
 
 
 class TiTokConfig(ViTConfig):
-    """Sizes of the two transformers, the number of tokens, and whether prefixes can be decoded."""
-
     registers: int = Field(16, ge=1, le=4096, description="number of tokens per image; at most one per pixel")
     keep: Keep | None = Field(
         None,
@@ -98,19 +96,10 @@ class TiTok(Autoencoder, name="titok"):
         most = len(self.grid)
         count = tokens.shape[1] if tokens.ndim == 2 else most
         if count != most and not (self.prefixes and 1 <= count <= most):
-            hint = ""
-            if 1 <= count < most:
-                hint = "; to decode prefixes, train with model.keep=uniform or powers"
-                hint += " and a quantizer with one id per register" if self.levels > 1 else ""
             number = f"1 to {most}" if self.prefixes else f"all {most}"
+            hint = "" if self.prefixes else "; to decode prefixes, train with model.keep=uniform or powers"
             raise ValueError(f"expected {number} tokens per image, got {count}{hint}")
         replace(self.grid, shape=(count,)).check(tokens)
-
-    def known_tokens(self, known: Tensor) -> Tensor:
-        """Raise `ValueError`, because tokens have no position."""
-        raise ValueError(
-            "registers do not represent single image regions, so known pixels do not determine known tokens"
-        )
 
 
 class Tower(nn.Module):

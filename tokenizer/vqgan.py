@@ -24,8 +24,6 @@ LevelNumbers = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class LevelsConfig(AutoencoderConfig):
-    """Sizes of networks whose levels each halve the sides of the previous one."""
-
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (128, 128, 256, 256, 512),
         min_length=1,
@@ -88,8 +86,6 @@ class NetworkConfig(LevelsConfig):
 
 
 class VQGANConfig(NetworkConfig):
-    """Sizes of the networks, and whether the decoder receives unit-length codes."""
-
     unit_codes: bool = Field(
         False,
         description="scale codes to length 1 before the decoder, whatever quantizer.normalize is (transformers' "

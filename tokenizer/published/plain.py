@@ -12,8 +12,6 @@ from ..vqgan import Block, Level, LevelsConfig, conv3, named_sequential
 
 
 class PlainConfig(LevelsConfig):
-    """Sizes of encoder and decoder."""
-
     blocks: int = Field(2, ge=1, le=64, description="residual blocks at each level, and at the token resolution")
 
     def check(self) -> Iterator[str]:

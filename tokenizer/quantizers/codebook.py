@@ -22,8 +22,6 @@ SEARCH_ELEMENTS = 1 << 20
 
 
 class CodebookConfig(ModelConfig):
-    """Settings shared by all codebooks."""
-
     codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
     dim: int = Field(64, ge=1, le=4096, description="width of a code")
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls vectors to their codes")
@@ -43,8 +41,16 @@ class CodebookConfig(ModelConfig):
             yield f"normalize: needs a dim of 2 or more (got {self.dim})"
 
 
+class CountedConfig(CodebookConfig):
+    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch")
+    revive_below: float = Field(
+        0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
+    )
+    revive_every: int = Field(10, ge=1, description="training batches between revivals")
+
+
 class Codebook(SelfUpdating, Quantizer):
-    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim) and its losses.
+    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim).
 
     With `normalize`, directions are compared and looked up (Yu et al. 2021, ViT-VQGAN).
     """
@@ -86,8 +92,12 @@ class Codebook(SelfUpdating, Quantizer):
         return F.normalize(rows, dim=1) if self.config.normalize else rows
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return unweighted scalar losses of rows `(n, dim)` and their codes `(n, dim)`."""
-        raise NotImplementedError
+        """Return |sg(z) - e|^2 and |z - sg(e)|^2 of rows z and their codes e, `(n, dim)`, averaged over elements."""
+        return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"codebook": 1.0, "commitment": self.config.beta}
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
@@ -106,8 +116,7 @@ class Codebook(SelfUpdating, Quantizer):
 
 
 class CountedCodebook(Codebook):
-    """Counts code usage, and revives rarely used codes by moving them to vectors of the batch. `config` has `decay`,
-    `revive_below` and `revive_every`."""
+    """Counts code usage, and revives rarely used codes by moving them to vectors of the batch."""
 
     has_means = True
     counts: Tensor  # (codes,) running mean of each code's use per batch

@@ -22,8 +22,6 @@ from .gradients import straight_through
 
 
 class FSQConfig(ModelConfig):
-    """Number of levels of each channel."""
-
     levels: tuple[Annotated[int, Field(ge=3, le=256)], ...] = Field(
         (8, 8, 8),
         min_length=1,

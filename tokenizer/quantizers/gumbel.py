@@ -24,8 +24,6 @@ from .updates import SelfUpdating, world_size
 
 
 class GumbelConfig(ModelConfig):
-    """The codebook, and the annealing of the temperature."""
-
     codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
     dim: int = Field(64, ge=1, le=4096, description="width of a code")
     hard: bool = Field(

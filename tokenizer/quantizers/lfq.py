@@ -25,8 +25,6 @@ LARGEST = 18  # bits of an id, and of a group
 
 
 class LFQConfig(ModelConfig):
-    """Number of bits, and the losses that keep them in use."""
-
     bits: int = Field(9, ge=2, le=256, description="number of channels, each of which becomes one bit")
     levels: int = Field(
         1,

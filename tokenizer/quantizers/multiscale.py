@@ -34,8 +34,6 @@ DECAY = 0.9  # of the running means, per training batch, if the codebook has no 
 
 
 class MultiScaleConfig(ModelConfig):
-    """The scales, and their common codebook."""
-
     scales: tuple[Annotated[int, Field(ge=1, le=256)] | str, ...] = Field(
         (1, 2, 4, 7),
         min_length=1,

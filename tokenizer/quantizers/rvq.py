@@ -27,8 +27,6 @@ SHARED_STARTS = 2  # the first reduces the error by 15 to 90 %, the second by up
 
 
 class RVQConfig(ModelConfig):
-    """Number of levels, and their codebooks."""
-
     depth: int = Field(
         4, ge=1, le=64, description="ids per position; each quantizes the residual of the preceding ones"
     )
