@@ -99,15 +99,6 @@ def test_the_power_iteration_is_float32_under_autocast(monkeypatch):
         assert torch.equal(value, same.state_dict()[name]), name
 
 
-def test_batch_norm_has_no_running_statistics():
-    critic = PatchCritic(3, width=4, layers=2, norm="batch")
-    assert [name for name, _ in critic.named_buffers()] == ["real_mean", "fake_mean", "tracked"]
-    layers = [layer for layer in critic.body if isinstance(layer, nn.BatchNorm2d)]
-    assert [layer.num_features for layer in layers] == [8, 16]  # not after the first convolution, not after the last
-    images = torch.randn(4, 3, 16, 16)
-    assert torch.equal(critic.eval()(images), critic.train()(images))
-
-
 # Losses
 
 REAL, FAKE = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 1.5, -0.25])

@@ -20,7 +20,6 @@ from tokenizer.files import (
     FolderKind,
     FormatError,
     IntegrityError,
-    LimitError,
     PathError,
     UnreadableError,
     atomic_folder,
@@ -64,14 +63,6 @@ def test_an_error_is_one_line_of_printable_text():
 def test_anything_but_a_json_object_is_a_format_error(text):
     with pytest.raises(FormatError, match=r"^some\.json: "):
         parse_json(text.encode("utf-8", "surrogateescape"), "some.json")
-
-
-def test_json_is_at_most_a_mebibyte(tmp_path):
-    (tmp_path / "a.json").write_text("{}" + " " * ((1 << 20) - 2))
-    assert read_json(tmp_path / "a.json") == {}
-    (tmp_path / "a.json").write_text("{}" + " " * (1 << 20))
-    with pytest.raises(LimitError, match=r"a\.json"):
-        read_json(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev", "/nowhere", "a\0b", "x" * 5000])

@@ -61,17 +61,9 @@ def test_fitted_centres_minimise_the_squared_error():
     rows = torch.randn(4000, 2).exp()
     quantizer, tokens = fitted(rows, 8)
 
-    def error():
-        return float((quantizer.lookup(tokens)[:, :, 0] - rows).double().square().mean())
-
-    best, kept = error(), quantizer.centres.clone()
-    assert torch.allclose(kept[:, 3], torch.stack([rows[tokens[:, d] == 3, d].mean() for d in range(2)]), rtol=1e-5)
     for dimension in range(2):
-        for k in range(8):
-            for step in (-0.03, 0.03):
-                quantizer.centres.copy_(kept)
-                quantizer.centres[dimension, k] += step
-                assert error() > best, (dimension, k, step)
+        means = torch.stack([rows[tokens[:, dimension] == k, dimension].mean() for k in range(8)])
+        torch.testing.assert_close(quantizer.centres[dimension], means)
 
 
 def test_each_value_lies_between_the_edges_of_its_bin():
@@ -165,9 +157,6 @@ def test_only_training_adds_noise():
     assert torch.equal(found[False][0].images, found[False][2].images)
     assert torch.equal(found[False][0].tokens, first.tokens)
     mean, log_variance = vae.posterior(images)
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
-    a, b, c = (sample_gaussian(mean, log_variance, generator) for generator in generators)
-    assert torch.equal(a, b) and not torch.equal(a, c)
     standard = (sample_gaussian(mean.expand(2000, *mean.shape), log_variance) - mean) / (log_variance / 2).exp()
     assert standard.mean().abs() < 0.01 and (standard.std() - 1).abs() < 0.01
 

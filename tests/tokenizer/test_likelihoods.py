@@ -44,16 +44,6 @@ def test_all_256_values_sum_to_one(name, channels, scale):
             assert table.logsumexp(1).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("components", [1, 5])
-def test_logistics_sum_to_one_at_all_means_and_scales(components):
-    model = likelihood_of("discretized_logistic", components=components)
-    means, scales = torch.meshgrid(torch.linspace(-1.5, 1.5, 13), torch.linspace(-12, 4, 17), indexing="ij")
-    parts = [torch.zeros_like(means), means, scales]
-    parameters = torch.stack([part for part in parts for _ in range(components)])[None].double()
-    table = model.table(parameters, torch.zeros(1, 1, 13, 17, dtype=torch.long), 0)
-    assert table.logsumexp(1).abs().max() < 1e-10
-
-
 @every_likelihood
 @each_channel_count
 def test_log_prob_is_the_tables_entry(name, channels):

@@ -16,7 +16,7 @@ from pipelines.config.command import parse
 from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
-from tokenizer.palette import distinct_colors, lattice, weighted_kmeans
+from tokenizer.palette import distinct_colors, lattice
 from tokenizer.quantizers import codebook
 from tokenizer.spec import to_float, to_uint8
 
@@ -183,15 +183,6 @@ def test_a_palette_of_all_colors_is_exact(channels):
     assert torch.equal(more.table, before)
 
 
-def test_distinct_colors_are_counted():
-    pixels = torch.randint(0, 3, (2, 3, 4, 5), dtype=torch.uint8) * 127
-    points, counts = distinct_colors(to_float(pixels))
-    rows = to_float(pixels).movedim(1, -1).reshape(-1, 3)
-    expected, times = rows.unique(dim=0, return_counts=True)
-    order = sorted(range(len(points)), key=lambda k: points[k].tolist())
-    assert torch.equal(points[order], expected) and torch.equal(counts[order], times.double())
-
-
 @pytest.mark.parametrize("count", [2, 7, 512])
 def test_a_palette_that_is_not_fitted_is_a_lattice_of_distinct_colors(count):
     for channels in (1, 3):
@@ -235,13 +226,6 @@ def test_every_color_is_used_and_different():
             assert torch.equal(tokenizer.encode(tokenizer.decode(tokens)), tokens)
 
 
-def test_a_color_without_pixels_moves_to_the_largest_error(monkeypatch):
-    points, counts = torch.tensor([[0.0], [0.1], [0.9], [1.0]]), torch.tensor([1.0, 1, 1, 5]).double()
-    monkeypatch.setattr("tokenizer.palette.kmeans_plus_plus", lambda *_: torch.tensor([[0.05], [7.0], [7.0]]))
-    assert sorted(weighted_kmeans(points, counts, 3, 0, 0)[1:].flatten().tolist()) == pytest.approx([0.9, 1.0])
-    assert sorted(weighted_kmeans(points, counts, 3, 10, 0).flatten().tolist()) == pytest.approx([0.05, 0.9, 1.0])
-
-
 def test_a_palette_is_precise_in_every_dtype():
     images = shaded_images()
     tokenizer, half = fitted(images, 200), fitted(images, 200).to(dtype=torch.bfloat16)
@@ -255,9 +239,7 @@ def test_a_palette_is_precise_in_every_dtype():
 
 # In the steps of a pipeline
 
-PIXELS = {"kind": "pixels", "levels": 4}
 PALETTE = {"kind": "palette", "colors": 9, "seed": 3}
-both_kinds = pytest.mark.parametrize("model", [PIXELS, PALETTE], ids=["pixels", "palette"])
 
 
 def test_a_palette_is_fitted_to_a_sample_of_the_training_images(tmp_path, monkeypatch):
@@ -272,14 +254,13 @@ def test_a_palette_is_fitted_to_a_sample_of_the_training_images(tmp_path, monkey
     assert one.shape == (30, 1, 28, 28) and torch.equal(one, again) and not torch.equal(one, other)
 
 
-@both_kinds
-def test_from_pixels_to_a_pipeline(tmp_path, model):
+def test_from_pixels_to_a_pipeline(tmp_path):
     """Fit, encode, train a prior, sample, complete, save and load."""
-    run = train_tokenizer(tmp_path / "tokenizer", model=model, data__image_size=8)
+    run = train_tokenizer(tmp_path / "tokenizer", model=PALETTE, data__image_size=8)
     (line,) = metrics(run)
     assert line["step"] == 0 and 20 < line["held_out/psnr"] < 60
-    with pytest.raises(UserError, match=r"model\.(levels|colors)"):  # a run keeps its settings
-        train_tokenizer(run, data__image_size=8, model={**model, "levels" if model is PIXELS else "colors": 5})
+    with pytest.raises(UserError, match=r"model\.colors"):  # a run keeps its settings
+        train_tokenizer(run, data__image_size=8, model={**PALETTE, "colors": 5})
     argv = [f"tokenizer={run / 'tokenizer'}", f"out={tmp_path / 'tokens'}"]
     config = parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=tokenizer_defaults)
     assert config.data.limit == 72 and config.data.image_size == 8
@@ -293,7 +274,5 @@ def test_from_pixels_to_a_pipeline(tmp_path, model):
     filled = pipe.complete(images, known, seed=1, output_type="pt")
     assert torch.equal(filled.images[..., :4], images[..., :4]) and not torch.equal(filled.images, images)
     assert torch.equal(filled.tokens[..., :4], pipe.encode(images)[..., :4])
-    if model is PIXELS:
-        assert 0 < float(pipe.bits_per_dim(images).mean()) < 8.5
     facts = json.loads((trained / "pipeline" / "provenance.json").read_text())
     assert facts["tokenizer"]["evaluation"]["psnr"] == line["held_out/psnr"]

@@ -79,19 +79,7 @@ def seen_in(call: Callable[[], Any]) -> ProductSettings:
 
 
 def precisions() -> dict[str, str]:
-    """The precisions in force, by torch's newer and older API."""
-    found = {name: holder.fp32_precision for name, holder in HOLDERS.items()}
-    older = {
-        "matmul": lambda: str(BACKENDS.cuda.matmul.allow_tf32),
-        "conv": lambda: str(BACKENDS.cudnn.allow_tf32),
-        "precision": torch.get_float32_matmul_precision,
-    }
-    for name, read in older.items():
-        try:
-            found[f"older {name}"] = read()
-        except RuntimeError:
-            found[f"older {name}"] = "mixed"
-    return found
+    return {name: holder.fp32_precision for name, holder in HOLDERS.items()}
 
 
 def image_models() -> Iterator[Any]:
@@ -200,18 +188,6 @@ def test_a_likelihood_is_as_precise_as_the_weights(name):
 
 
 # Compiled blocks
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("lowered", "compiler")
-def test_compiled_blocks_sample(backend):
-    """They are compiled again without gradients."""
-    model = make_prior("gpt")
-    expected = model.sample(2, generator=generators(2))
-    for block in model.layers:
-        block.forward = torch.compile(block.forward, backend=backend)
-    model(torch.randint(5, (2, 3, 4))).sum().backward()
-    assert torch.equal(model.sample(2, generator=generators(2), cache=False), expected)
 
 
 # Settings of torch

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from small import make_tokenizer
 
 
 def images_for(tokenizer, count=2):
     return torch.rand(count, *tokenizer.image_shape) * 2 - 1
-
-
-@pytest.mark.parametrize(("size", "factor"), [((8, 6), 2), ((14, 21), 7), ((28, 14), 14)])
-def test_every_patch_size(size, factor):
-    tokenizer = make_tokenizer("vit", size, 3, factor=factor).train()
-    images = images_for(tokenizer)
-    assert tokenizer.encoder(images).shape == (2, 8, size[0] // factor, size[1] // factor)
-    assert tokenizer(images).tokens.shape == (2, *tokenizer.grid.shape) == (2, size[0] // factor, size[1] // factor)
-    tokenizer.eval()
-    assert torch.equal(tokenizer.decode(tokenizer.encode(images)), tokenizer(images).images)
 
 
 def test_a_position_is_a_patch():

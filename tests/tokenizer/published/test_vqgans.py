@@ -72,8 +72,7 @@ def test_diffusers_tokens_and_images_are_the_same(tmp_path, choices):
     assert sum(p.numel() for p in tokenizer.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("as_matrix", [True, False])
-def test_former_names_of_attention_and_half_precision_are_read(tmp_path, as_matrix):
+def test_former_names_of_attention_and_half_precision_are_read(tmp_path):
     model = diffusers_model(tmp_path / "model", down=(PLAIN, ATTENTION)).half()
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
@@ -81,7 +80,7 @@ def test_former_names_of_attention_and_half_precision_are_read(tmp_path, as_matr
     old = {}
     for name, value in load_file(path).items():
         found = next((today for today in names if f".{today}." in name), None)
-        if found and value.ndim == 2 and not as_matrix:
+        if found and value.ndim == 2:
             value = value[..., None, None]
         old[name.replace(f".{found}.", f".{names[found]}.") if found else name] = value
     assert any(".proj_attn." in name for name in old)

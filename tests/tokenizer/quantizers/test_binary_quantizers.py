@@ -151,13 +151,6 @@ def test_bsq_depends_on_directions_only():
     assert (z.grad * z).sum(1).abs().max() < 1e-4 and z.grad.abs().max() > 0.1
 
 
-def test_bsq_of_zeros_has_a_bounded_gradient():
-    quantizer, z = make("bsq", bits=9), torch.zeros(1, 9, 2, requires_grad=True)
-    output = quantizer.quantize(z)
-    (output.z_q.sum() + weighted(quantizer, output.losses)).backward()
-    assert torch.isfinite(z.grad).all() and z.grad.abs().max() < 1e4
-
-
 def test_commitment_is_in_units_of_the_code():
     z = torch.tensor([0.6, 0.8, 0.0, 0.0]).reshape(1, 4, 1)
     codes = torch.tensor([1.0, 1.0, -1.0, -1.0])
@@ -172,7 +165,7 @@ def test_commitment_is_in_units_of_the_code():
 def usage(name: str, weight: float, offset: float) -> tuple[int, int]:
     """The number of codes that 64 clusters use before and after a linear encoder learns from the losses alone."""
     torch.manual_seed(0)
-    points = torch.randn(64, 16).repeat(8, 1) + 0.05 * torch.randn(512, 16)
+    points = torch.randn(64, 16).repeat(2, 1) + 0.05 * torch.randn(128, 16)
     quantizer, encoder = make(name, diversity=weight), nn.Linear(16, 9)
     nn.init.constant_(encoder.bias, offset)
     optimizer, used = torch.optim.Adam(encoder.parameters(), 0.03), []

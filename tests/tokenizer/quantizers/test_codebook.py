@@ -19,7 +19,6 @@ from tokenizer.quantizers import Quantizer, codebook, gumbel
 from tokenizer.quantizers.codebook import (
     Codebook,
     CountedCodebook,
-    first_rows,
     kmeans,
     rows_of,
 )
@@ -208,15 +207,6 @@ def test_ema_smooths_small_counts_as_the_paper_does():
 
 
 # Ranks
-
-
-def test_first_rows_are_the_same_for_any_number_of_ranks():
-    rows = torch.randn(12, 5)
-    for most, count in ((7, 7), (12, 12), (40, 12)):
-        alone = first_rows(rows, most, 3)
-        assert alone.shape == (count, 5) and len(alone.unique(dim=0)) == count
-        found = of_ranks(2, lambda rank, most=most: first_rows(rows[6 * rank : 6 * rank + 6], most, 3))
-        assert torch.equal(found[0], alone) and torch.equal(found[1], alone)
 
 
 @pytest.mark.parametrize("name", [*CODEBOOKS, "gumbel", "rvq", "multiscale"])

@@ -8,7 +8,7 @@ from small import QUANTIZERS, make_quantizer, train_on
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import Codebook
-from tokenizer.quantizers.gradients import Gradient, pass_gradient, rotate_through
+from tokenizer.quantizers.gradients import Gradient, pass_gradient
 
 GRADIENTS = get_args(Gradient)
 CODEBOOKS = [name for name in QUANTIZERS if issubclass(Quantizer.find(name), Codebook)]
@@ -51,17 +51,6 @@ def test_rotation_is_the_formula_with_constants():
     (expected,) = torch.autograd.grad(formula, x, upstream)
     torch.testing.assert_close(pulled("rotation", z, codes, upstream), expected, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(expected, upstream, atol=0.1)
-
-
-def test_rotation_maps_the_vector_to_its_code():
-    z, code = torch.randn(2, 1, 6, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: rotate_through(x, code), z)[0, :, 0]
-    torch.testing.assert_close(jacobian @ z[0], code[0])
-    rotation = jacobian * z.norm() / code.norm()
-    torch.testing.assert_close(rotation @ rotation.t(), torch.eye(6, dtype=torch.float64))
-    assert float(torch.linalg.det(rotation)) == pytest.approx(1)  # and not a reflection
-    across = torch.linalg.qr(torch.cat([z, code, torch.randn(4, 6, dtype=torch.float64)]).t())[0][:, 2:]
-    torch.testing.assert_close(rotation @ across, across)  # directions orthogonal to z and its code stay
 
 
 @every_gradient
