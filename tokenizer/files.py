@@ -102,20 +102,27 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
     size = stat_file(path).st_size
     if size > limit:
         raise LimitError(f"{path}: {size} bytes, at most {limit} are allowed")
-    try:
+    with reading(path):
         return Path(path).read_bytes()
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn operating-system errors about `path` into `PathError` or `UnreadableError`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PathError(f"{path}: no such file") from error
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def stat_file(path: Path | str) -> os.stat_result:
     """Return the `stat` of a regular file. Raises `PathError` for anything else, such as a pipe, which would block."""
-    try:
+    if "\0" in str(path):
+        raise PathError(f"{path}: no such file")
+    with reading(path):
         info = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a null character
-        raise PathError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(info.st_mode):
         raise PathError(f"{path}: not a regular file")
     return info
@@ -168,12 +175,8 @@ def check_name(name: str, path: Path | str) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 in hexadecimal. Raises `UnreadableError`."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -220,10 +223,7 @@ def find_local_folder(path: Path) -> bool:
 
 def folders_aside(path: Path) -> list[Path]:
     """Return the folders that an interrupted replacement of `path` moved aside."""
-    try:
-        return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
-    except (OSError, ValueError):
-        return []
+    return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
@@ -398,19 +398,13 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
 
 
 def publish_folder(temporary: Path, target: Path, *, kind: FolderKind | None) -> None:
-    """Flush `temporary` to the disk, then rename it to `target` as `atomic_folder` does. Raises `PathError`, and keeps
-    `temporary`, if `target` may not be replaced."""
+    """Flush `temporary` to the disk, then rename it to `target` as `atomic_folder` does; between two renames, the old
+    folder is `.del-NAME-*`. Raises `PathError`, and keeps `temporary`, if `target` may not be replaced."""
     readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
     for path in [temporary, *sorted(temporary.rglob("*"))]:
         with suppress(PermissionError):  # a file system without permissions
             path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors creates private files
         fsync(path)
-    _replace_folder(temporary, target, kind)
-
-
-def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> None:
-    """Rename `temporary` to `target`, and delete the old folder unless a foreign file was added to it. A process that
-    is killed between the two renames leaves the old folder intact as `.del-NAME-*`."""
     require_replaceable(target, kind)
     if not os.path.lexists(target):
         temporary.rename(target)

@@ -39,7 +39,6 @@ from .files import (
     FolderKind,
     PathError,
     PipelineLoadError,
-    UnreadableError,
     WeightsError,
     atomic_folder,
     check_name,
@@ -48,6 +47,7 @@ from .files import (
     quote,
     read_folder,
     read_json,
+    reading,
     stat_file,
     write_json,
 )
@@ -458,9 +458,7 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
     """Open a safetensors file. Raises `WeightsError` if it is damaged, `PathError` or `UnreadableError`."""
     stat_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             yield WeightsFile(file, path)
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error

@@ -145,7 +145,7 @@ def test_a_reader_waits_while_a_folder_is_being_replaced(notes):
 
 def test_after_an_interrupted_replacement_the_error_names_the_old_folder(notes, monkeypatch):
     """As when a process is killed between two renames."""
-    monkeypatch.setattr(files, "_replace_folder", lambda *_: notes.rename(notes.with_name(".del-notes-0123abcd")))
+    monkeypatch.setattr(files, "publish_folder", lambda *_, **__: notes.rename(notes.with_name(".del-notes-0123abcd")))
     with atomic_folder(notes, kind=NOTES) as folder:
         write_json(folder / "notes.json", {"ours": True})
     with pytest.raises(PathError, match=r"\.del-notes-0123abcd"):

@@ -80,7 +80,7 @@ def mark_as_trained(model: Autoencoder) -> None:
 def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
     """Convert `weight` to float32 and to the shape of `expected`. (Some projects store 1x1 convolutions as matrices.)
     Raises `WeightsError`."""
-    if matrix_shape(weight) != matrix_shape(expected):
+    if squeezed_shape(weight) != squeezed_shape(expected):
         raise WeightsError(f"{path}: {name} has shape {list(weight.shape)}, expected {list(expected.shape)}")
     if not weight.is_floating_point():
         raise WeightsError(f"{path}: {name} has dtype {weight.dtype}, expected a floating-point one")
@@ -89,6 +89,6 @@ def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
     return weight.float().reshape(expected.shape)
 
 
-def matrix_shape(weight: Tensor) -> tuple[int, ...]:
+def squeezed_shape(weight: Tensor) -> tuple[int, ...]:
     """Return the shape without the two spatial axes of a 1x1 convolution."""
     return tuple(weight.shape[:2] if weight.shape[2:] == (1, 1) else weight.shape)
