@@ -53,8 +53,8 @@ class KLVAE(Autoencoder, name="klvae"):
 
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__(config, config.factor, Bins(config.latent, config.bins))
-        self.encoder = build_encoder(config.channels, config.sizes, 2 * config.latent)
-        self.decoder = build_decoder(self.outputs, config.sizes, config.latent)
+        self.encoder = build_encoder(config, 2 * config.latent)
+        self.decoder = build_decoder(config, config.latent, self.outputs)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Reconstruction:
