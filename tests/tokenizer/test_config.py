@@ -76,7 +76,6 @@ def test_json_becomes_a_configuration_and_json_again() -> None:
     ("values", "keys"),
     [
         ({"steps": True}, ["steps"]),
-        ({"sides": [1] * 65}, ["sides", "64"]),
         ({"first": None}, ["first"]),
         ({"first": {}}, ["first.kind", "shelf, signs, words"]),
         ({"first": {"kind": ["words"]}}, ["first.kind"]),
