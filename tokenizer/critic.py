@@ -39,7 +39,8 @@ class Convolution(nn.Conv2d):
 
 
 class PatchCritic(nn.Module):
-    """Maps images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one per overlapping patch.
+    """Maps images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one per overlapping patch,
+    whose side is 16, 34, 70 or 142 pixels for 1 to 4 layers.
 
     The network has `layers` convolutions of stride 2, then two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on
     every convolution; "batch" on the inner ones, without running statistics, which would differ between ranks; or
@@ -73,14 +74,6 @@ class PatchCritic(nn.Module):
         return self.body(images).float()
 
     @property
-    def receptive_field(self) -> int:
-        """Side in pixels of the patch behind each logit: 34, 70, 142 for 2, 3, 4 layers."""
-        field = 1
-        for stride in reversed(self.strides):
-            field = (field - 1) * stride + KERNEL
-        return field
-
-    @property
     def smallest(self) -> int:
         """The smallest supported image side, which yields one logit."""
         side = 1
@@ -92,7 +85,7 @@ class PatchCritic(nn.Module):
         """Return height and width of the logits for this image size. Raises `ValueError` if it is too small."""
         if min(height, width) < self.smallest:
             raise ValueError(
-                f"a critic with {len(self.strides) - 2} layers needs at least {self.smallest} pixels per side  "
+                f"a critic with {len(self.strides) - 2} layers needs at least {self.smallest} pixels per side "
                 f"(got {height} x {width}); use fewer layers"
             )
         for stride in self.strides:

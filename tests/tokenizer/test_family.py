@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import load_state_dict_from_file
 from safetensors.torch import save_file
-from small import QUANTIZERS, SMALL, TOKENIZERS, make_tokenizer, quantizer_of
+from small import QUANTIZERS, SMALL, TOKENIZERS, images_for, make_tokenizer, quantizer_of
 from torch import Tensor
 
 from tokenizer import Tokenizer
@@ -30,10 +30,6 @@ def create(name: str, image_size: Any = (12, 8), channels: int = 3) -> Any:
     """The tokenizer of a case."""
     kind, config = CASES[name]
     return make_tokenizer(kind, image_size, channels, **config)
-
-
-def images_for(tokenizer: Tokenizer, count: int = 3) -> Tensor:
-    return torch.randint(256, (count, *tokenizer.image_shape)) / 127.5 - 1
 
 
 def train_loss(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

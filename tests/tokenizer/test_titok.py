@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from givens.waves import trained_on_waves
-from small import QUANTIZERS, make_tokenizer, quantizer_of
+from small import QUANTIZERS, images_for, make_tokenizer, quantizer_of
 from torch import Tensor
 
 from tokenizer import Tokenizer, titok
@@ -16,10 +16,6 @@ from tokenizer.losses import psnr, total_loss
 from tokenizer.titok import draw_counts, powers
 
 SINGLE = [kind for kind in QUANTIZERS if kind not in ("multiscale", "rvq", "lfq")]
-
-
-def images_for(tokenizer: Tokenizer, count: int = 3) -> Tensor:
-    return torch.rand(count, *tokenizer.image_shape) * 2 - 1
 
 
 def responsive(**config: Any) -> Any:

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import make_tokenizer
-from torch import Tensor
+from small import images_for, make_tokenizer
 
-from tokenizer import Tokenizer
 from tokenizer.losses import total_loss
 
 FORMS = [(2, 1), (2, 2), (4, 1), (4, 3), (8, 2), (16, 1), (16, 4), (16, 5)]
@@ -21,17 +19,13 @@ def form(factor: int, count: int, **more: Any) -> dict[str, Any]:
     return {"factor": factor, "widths": (8,) * count, "blocks": (1,) * count, **more}
 
 
-def images_for(tokenizer: Tokenizer, count: int = 2) -> Tensor:
-    return torch.rand(count, *tokenizer.image_shape) * 2 - 1
-
-
 @pytest.mark.parametrize(("factor", "count"), FORMS)
 def test_every_factor_decodes_every_size(factor, count):
     channels = 3 if count % 2 else 1
     tokenizer = make_tokenizer(
         "vqvae", (3 * factor, factor), channels, **form(factor, count, attention=count > 2)
     ).train()
-    images = images_for(tokenizer)
+    images = images_for(tokenizer, 2)
     output = tokenizer(images)
     assert output.images.shape == images.shape == (2, channels, 3 * factor, factor) and tokenizer.grid.shape == (3, 1)
     loss, _ = total_loss(output, images, {"l1": 1.0, "l2": 1.0, **tokenizer.loss_weights})

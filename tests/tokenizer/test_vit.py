@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import torch
-from small import make_tokenizer
-
-
-def images_for(tokenizer, count=2):
-    return torch.rand(count, *tokenizer.image_shape) * 2 - 1
+from small import images_for, make_tokenizer
 
 
 def test_a_position_is_a_patch():

@@ -22,10 +22,8 @@ from .vqgans import DIFFUSERS, JANUS, LLAMAGEN, SEED_IBQ, TAMING
 
 # The first layout that fits is used. TAMING comes last, because it also fits weights of other projects.
 LAYOUTS = (DIFFUSERS, LLAMAGEN, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
-TAMING_VARIANTS = {"ibq": SEED_IBQ}
-"""Layouts with the same names as TAMING, selected by the option `layout`."""
-PREFIXES = ("model.vqmodel.", "vqmodel.")
-"""Prefixes of the tokenizer's weights in a complete transformers model."""
+TAMING_VARIANTS = {"ibq": SEED_IBQ}  # layouts with the names of TAMING, selected by the option `layout`
+PREFIXES = ("model.vqmodel.", "vqmodel.")  # of the tokenizer's weights in a complete transformers model
 
 
 def recognise(weights: Weights, path: Path, variant: str | None = None) -> Layout:
@@ -47,11 +45,8 @@ def prefix_of(names: Collection[str]) -> str:
 
 
 def build_published(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
-    """Return the model with float32 weights, and the names of weights that only training needs.
-
-    Raises a `WeightsError` that lists missing, unexpected, misshapen or non-finite weights; propagates the errors of
-    `build_on_meta`.
-    """
+    """Return the model with float32 weights, and the names of weights that only training needs. Raises `WeightsError`
+    for missing, unexpected, misshapen or non-finite weights, and as `build_on_meta` does."""
     expected = dict(build_on_meta(lambda: layout.kind(config), path).named_parameters())
     names = {key: layout.published(key, len(config.widths)) for key in expected}
     missing = sorted(name for name in names.values() if name not in weights)

@@ -30,11 +30,10 @@ TAMING_FIRST = "encoder.down.0.block.0.conv1.weight"  # present in every layout 
 # Attention names before diffusers 0.15.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
-DIFFUSERS_SIZES = {
+DIFFUSERS_SIZES = {  # settings that the shapes of the weights determine
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels"),
     *("num_vq_embeddings", "vq_embed_dim", "mid_block_add_attention"),
 }
-"""Settings that the shapes of the weights determine."""
 
 
 # Weights
