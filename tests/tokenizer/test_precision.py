@@ -187,9 +187,6 @@ def test_a_likelihood_is_as_precise_as_the_weights(name):
         assert model.to(dtype).token_log_probs(tokens).dtype == expected
 
 
-# Compiled blocks
-
-
 # Settings of torch
 
 SETTINGS: dict[str, Callable[[], Any]] = {

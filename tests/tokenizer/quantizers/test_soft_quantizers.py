@@ -197,6 +197,3 @@ def test_gumbel_starts_as_a_mixture_around_the_centres():
     assert torch.equal(quantizer.eval().quantize(z).tokens.flatten(), near) and len(near.unique()) == 32
     posterior = (-torch.cdist(rows, centres).square() / (2 * error)).softmax(1)
     assert torch.allclose(quantizer.proj(rows).softmax(1), posterior, atol=1e-3)
-
-
-# Training
