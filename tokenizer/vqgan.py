@@ -113,9 +113,10 @@ def encoder_layers(config: NetworkConfig, channels: int) -> dict[str, nn.Module]
     """Build named layers from `(B, channels, H, W)` to `(B, z_channels, H / f, W / f)`, f = 2 ** halved."""
     width, groups, levels = config.stem or config.widths[0], config.groups, []
     stem = conv3(channels, width)
+    attentive = {level % len(config.widths) for level in config.encoder_attention or ()}
     for level, wide in enumerate(config.widths):
         resample = Downsample(wide) if level < config.halved else nn.Identity()
-        levels.append(attentive_level(config, config.encoder_attention, level, (width, wide), config.blocks, resample))
+        levels.append(build_level(width, wide, config.blocks, groups, level in attentive, resample))
         width = wide
     return {
         "stem": stem,
@@ -132,10 +133,10 @@ def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, n
     width, groups, last = config.widths[-1], config.groups, len(config.widths) - 1
     project, stem = nn.Conv2d(dim, config.z_channels, 1), conv3(config.z_channels, width)
     between, levels = middle(width, config.mid_attention, groups), []
+    attentive = {level % len(config.widths) for level in config.decoder_attention or ()}
     for level, wide in reversed(list(enumerate(config.widths))):
         resample = Upsample(wide, wide) if last - level < config.halved else nn.Identity()
-        count = config.blocks + 1
-        levels.append(attentive_level(config, config.decoder_attention, level, (width, wide), count, resample))
+        levels.append(build_level(width, wide, config.blocks + 1, groups, level in attentive, resample))
         width = wide
     return {
         "project": project,
@@ -148,18 +149,9 @@ def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, n
     }
 
 
-def attentive_level(
-    config: NetworkConfig,
-    attended: tuple[int, ...] | None,
-    level: int,
-    widths: tuple[int, int],
-    count: int,
-    resample: nn.Module,
-) -> Level:
-    """Build a level of `count` blocks, with attention if its number is `attended` (negative: from the coarsest)."""
-    blocks = [Block(widths[1] if index else widths[0], widths[1], config.groups) for index in range(count)]
-    attends = level in {number % len(config.widths) for number in attended or ()}
-    return Level(blocks, resample, [Attention(widths[1], config.groups) for _ in blocks] if attends else None)
+def build_level(width: int, wide: int, count: int, groups: int, attentive: bool, resample: nn.Module) -> Level:
+    blocks = [Block(wide if index else width, wide, groups) for index in range(count)]
+    return Level(blocks, resample, [Attention(wide, groups) for _ in blocks] if attentive else None)
 
 
 class Level(nn.Module):
