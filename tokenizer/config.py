@@ -364,6 +364,7 @@ def describe_unknown_key(model: type[Any], key: str) -> str:
 def describe_problems(key: str, details: list[ErrorDetails]) -> str:
     """Describe the problems of one key. If all branches of a union failed, omit type errors where other errors
     exist."""
+    details = [detail for detail in details if detail["type"] != "too_short"] or details  # too_short says least
     problems = [describe_problem(detail) for detail in details if detail["type"] not in TYPES]
     if problems:
         return f"{key}: {'; '.join(dict.fromkeys(problems))}"
@@ -375,13 +376,16 @@ def describe_problems(key: str, details: list[ErrorDetails]) -> str:
 
 
 def describe_problem(detail: ErrorDetails) -> str:
-    if detail["type"] == "missing":
-        return "missing"
-    if detail["type"] == "value_error":
+    kind, got = detail["type"], f"(got {show_value(detail['input'])})"
+    if kind == "value_error":
         return str(detail["ctx"]["error"])
-    if detail["type"] == "problem":  # from `make_validation_error`
+    if kind == "problem":  # from `make_validation_error`
         return detail["msg"]
-    return f"{detail['msg'].removeprefix('Input ')} (got {show_value(detail['input'])})"
+    if kind == "missing" and isinstance(detail["loc"][-1], str):
+        return "missing"
+    if kind in ("missing", "too_short", "too_long"):  # from a list
+        return f"too {'many' if kind == 'too_long' else 'few'} values {got}"
+    return f"{detail['msg'].removeprefix('Input ')} {got}"
 
 
 def make_validation_error(*problems: Sequence[str]) -> ValidationError:
