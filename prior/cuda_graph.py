@@ -1,11 +1,12 @@
 """Run a whole computation as one CUDA graph, replacing hundreds of small kernel launches by one.
 
 A graph reads and writes the memory with which it was captured, so inputs are copied there; a smaller batch leaves the
-last rows as they were. A graph holds all memory of the computation, such as a key/value cache, so only the last one
-remains, and only while its model exists."""
+last rows as they were. A graph holds all memory of the computation, such as a key/value cache, so only the last one is
+kept, and only while its model exists."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LOCK = threading.Lock()  # a process can capture one graph at a time, and all threads share the last one
 STREAMS: dict[torch.device, torch.cuda.Stream] = {}  # on which graphs are captured
 
 
@@ -54,17 +56,18 @@ def compute_by_graph(
     """Return `compute(inputs)` from a CUDA graph, or None if the caller should compute eagerly: on the first call, to
     warm up, and after a failed capture, which warns. A graph of up to twice as many rows is used, too."""
     weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
-    key, graph = (key, tuple(weights)), Graph.last
-    if graph is None or graph.model() is not model or graph.key != key or not rows <= graph.rows <= 2 * rows:
-        Graph.last = Graph(model, key, rows, inputs)
-        return None
-    try:
-        return None if graph.failed else graph.compute(rows, inputs, compute)
-    except RuntimeError as error:
-        graph.failed, graph.replay = True, None
-        cause = error.__context__ or error  # the end of a capture raises an error of its own
-        warnings.warn(f"CUDA graph capture failed, so sampling is slower: {cause}", stacklevel=2)
-        return None
+    with LOCK:
+        key, graph = (key, tuple(weights)), Graph.last
+        if graph is None or graph.model() is not model or graph.key != key or not rows <= graph.rows <= 2 * rows:
+            Graph.last = Graph(model, key, rows, inputs)
+            return None
+        try:
+            return None if graph.failed else graph.compute(rows, inputs, compute)
+        except RuntimeError as error:
+            graph.failed, graph.replay = True, None
+            cause = error.__context__ or error  # the end of a capture raises an error of its own
+            warnings.warn(f"CUDA graph capture failed, so sampling is slower: {cause}", stacklevel=2)
+            return None
 
 
 def release_graph() -> None:

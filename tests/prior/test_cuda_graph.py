@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError, Event
 
 import pytest
 import torch
-from emulated_graphs import Emulated
+from emulated_graphs import Emulated, TwoCards
 from givens.columns import draw_given, make_conditioned
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 
 from prior import cuda_graph, sampling
-from prior.cuda_graph import Graph, release_graph
+from prior.cuda_graph import Graph, capture, release_graph
 
 
 @pytest.fixture(autouse=True)
@@ -72,10 +75,7 @@ def test_only_the_last_graph_is_kept_and_it_does_not_keep_its_model() -> None:
     model = make_prior("gpt")
     for count in (2, 2, 5, 5, 2, 2):
         model.sample(count)
-    assert Emulated.captured == 3 and Graph.last is not None
-    model.to(torch.bfloat16)
-    assert Graph.last is None, "weights that move free the memory"
-    model.sample(2)
+    assert Emulated.captured == 3
     alive = weakref.ref(model)
     del model
     gc.collect()
@@ -103,3 +103,59 @@ def test_moved_weights_and_a_failed_capture_are_drawn_without_a_graph(monkeypatc
         assert torch.equal(model.sample(3, generator=generators(3)), expected)
     assert Graph.last is not None and Graph.last.failed
     assert torch.equal(model.sample(3, generator=generators(3)), expected)
+
+
+def test_the_memory_of_a_graph_is_freed_when_weights_move() -> None:
+    model = make_prior("gpt")
+    for _ in range(2):
+        model.sample(3)
+    assert Emulated.captured == 1 and Graph.last is not None
+    model.to(torch.bfloat16)
+    assert Graph.last is None
+
+
+CARDS = [torch.device("cuda", index) for index in range(2)]
+
+
+@pytest.mark.parametrize("device", CARDS, ids=str)
+def test_kernels_of_any_card_are_recorded_and_streams_are_restored(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current card is the first. Afterwards it is again, and both cards have their streams, if a capture failed,
+    too."""
+    cards, recorded = TwoCards(), list[bool]()
+    before = list(cards.current)
+    monkeypatch.setattr(cuda_graph, "STREAMS", {})
+
+    def fails() -> None:
+        raise RuntimeError("a copy from the host")
+
+    with cards.installed():
+        for _ in range(2):
+            capture(lambda: recorded.append(cards.launch(device.index)), device)
+        assert recorded == [True, True] and (cards.device, cards.current) == (0, before)
+        with pytest.raises(RuntimeError, match="previous error") as raised:
+            capture(fails, device)
+        assert "host" in str(raised.value.__context__) and (cards.device, cards.current) == (0, before)
+
+
+def test_one_thread_captures_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, begun, both, overlaps = [make_prior("gpt"), make_prior("gpt")], Event(), Barrier(2), list[bool]()
+
+    def slow(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        begun.set()
+        with suppress(BrokenBarrierError):
+            both.wait(0.3)
+        overlaps.append(not both.broken)
+        run()
+        return run
+
+    monkeypatch.setattr(cuda_graph, "capture", slow)
+    models[0].sample(2)
+    with ThreadPoolExecutor() as pool:
+        capturing = pool.submit(models[0].sample, 2)
+        assert begun.wait(10)
+        for _ in range(2):
+            models[1].sample(2)
+        capturing.result()
+    assert overlaps == [False, False]

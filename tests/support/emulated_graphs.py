@@ -6,7 +6,10 @@ copying values from the host during capture is an error. A replay reads and writ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -106,3 +109,71 @@ class Emulated:
                     out.copy_(new)
 
         return replay
+
+
+class Stream:
+    """A stream of a card; equal to itself only."""
+
+    def __init__(self, card: int) -> None:
+        self.device = torch.device("cuda", card)
+
+
+class TwoCards:
+    """The streams of two pretended GPUs, for the real `torch.cuda.graph`. Each card has a current stream, on which its
+    kernels are launched; those on the stream of a capture are recorded."""
+
+    def __init__(self) -> None:
+        self.device, self.current = 0, [Stream(0), Stream(1)]
+        self.capturing: Any = None
+
+    def launch(self, card: int) -> bool:
+        """Launch a kernel on a card, and return whether it is recorded."""
+        return self.current[card] is self.capturing
+
+    def set_stream(self, stream: Any) -> None:
+        self.device = stream.device.index
+        self.current[self.device] = stream
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before = self.current[self.device]
+        self.set_stream(stream)
+        yield
+        self.set_stream(before)
+
+    @contextmanager
+    def on(self, device: Any) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def graph(self) -> Any:
+        """A graph whose capture takes place on the current stream, and whose end reports what went wrong before."""
+
+        def begin(**_: Any) -> None:
+            self.capturing = self.current[self.device]
+
+        def end() -> None:
+            self.capturing = None
+            if sys.exc_info()[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        return SimpleNamespace(capture_begin=begin, capture_end=end, replay=None)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """A context in which torch uses these cards."""
+        cuda = {
+            "CUDAGraph": self.graph,
+            "Stream": lambda: Stream(self.device),
+            "current_stream": lambda: self.current[self.device],
+            "set_stream": self.set_stream,
+            "stream": self.stream,
+            "device": self.on,
+            **dict.fromkeys(("synchronize", "empty_cache"), lambda: None),
+        }
+        empty = mock.patch.object(torch._C, "_host_emptyCache", lambda: None, create=True)
+        with mock.patch.multiple(torch.cuda, **cuda), empty:
+            yield
