@@ -27,7 +27,7 @@ from .images.unseen import require_unseen
 from .images.views import View
 from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
 from .saving import PipelineFolder
-from .shuffling import spread
+from .shuffling import spread_rows
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -195,12 +195,12 @@ def choose_images(
     paths, indices = split_named_images(named)
     if paths:
         source = open_files(paths, spec)
-        chosen = spread(source.size, most if source.size > len(paths) else None).tolist()
+        chosen = spread_rows(source.size, most if source.size > len(paths) else None).tolist()
         return read_files(source, chosen, spec), [source.name(row) for row in chosen]
     images = held_out()
     if outside := [index for index in indices if not 0 <= index < len(images)]:
         raise UserError(f"images: indices of the held-out split go from 0 to {len(images) - 1} (got {outside[0]})")
-    chosen = indices or spread(len(images), most).tolist()
+    chosen = indices or spread_rows(len(images), most).tolist()
     return images.pixels(chosen), images.names(chosen)
 
 

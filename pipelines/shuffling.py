@@ -142,7 +142,7 @@ def _stored_permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
     return _permutations[key]
 
 
-def spread(size: int, limit: int | None) -> np.ndarray:
+def spread_rows(size: int, limit: int | None) -> np.ndarray:
     """Return all rows below `size`, or `limit` of them, evenly spaced, because rows of a class may be consecutive."""
     return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)
 

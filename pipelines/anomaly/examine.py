@@ -21,7 +21,7 @@ from prior.given import Given
 from tokenizer.spec import to_float
 
 from ..images.views import LazyImages, Size, Tile, View, as_lazy, check_places, cut, give_places, paste, read_image
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .calibration import digest_of, digest_of_pixels
 from .filters import filter_responses
 from .hidden import hidden_bits
@@ -152,8 +152,8 @@ class Examination:
                 responses = filter_responses(to_float(image).to(self.pipeline.device)).cpu()
             if measured is not None:
                 tiles = self.view.tiles(number, size)
-                used = spread(len(tiles), most)
-                few.update(tiles[row] for row in used[spread(len(used), measured)])
+                used = spread_rows(len(tiles), most)
+                few.update(tiles[row] for row in used[spread_rows(len(used), measured)])
             found[number] = Evidence(number, size, "", responses)
             if "digest" in want and self.view.is_tiled:
                 (found[number].digest,) = self.digest(image[None])

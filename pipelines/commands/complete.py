@@ -32,7 +32,7 @@ from ..image_pipeline import ImagePipeline
 from ..images.animations import ANIMATIONS, require_video, write_animation
 from ..images.formats import open_image
 from ..images.grids import GREY, MIN_WIDTH
-from ..images.pictures import SUFFIXES, grid_picture, write_picture
+from ..images.pictures import PICTURE_SUFFIXES, grid_picture, write_picture
 from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
 from ..provenance import defaults
 
@@ -152,7 +152,7 @@ class Masked:
         self.out, self.name = out, config.mask or MASK
         if config.frames is not None:
             raise UserError("frames: this pipeline makes images, not clips; use mask")
-        out.check_file(SUFFIXES)
+        out.check_file(PICTURE_SUFFIXES)
         self.known = read_mask(self.name, pipeline)
         self.sheet = f"{config.out}: original, masked, {config.draws} completions"
 
@@ -180,7 +180,7 @@ class FirstFrames:
         if not out.path.suffix:
             out.check_files([SHEET])
         else:
-            out.check_file((*SUFFIXES, *ANIMATIONS))
+            out.check_file((*PICTURE_SUFFIXES, *ANIMATIONS))
         if out.path.suffix.lower() == ".mp4":
             require_video("out")
         self.name = f"after {config.frames} of {total} frames"
@@ -214,7 +214,7 @@ def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
     """Make or read a mask, and return the known pixels, bool `(H, W)`. Raises `UserError`."""
     spec, path = pipeline.spec, Path(name)
     try:
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in PICTURE_SUFFIXES:
             return make_mask(name, spec, pipeline.prior.grid.shape)
         hidden = find_white(open_image(path), None, spec.size)
     except Exception as error:  # damaged files make Pillow raise almost anything

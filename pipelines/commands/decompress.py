@@ -25,7 +25,7 @@ from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.animations import gif_bytes
-from ..images.folder import ARRAY_SUFFIXES, SUFFIXES, suffix_of
+from ..images.folder import ARRAY_SUFFIXES, IMAGE_SUFFIXES, suffix_of
 from ..images.pictures import npy_bytes, png_bytes
 from ..options import UsesPipeline, require_pictures
 
@@ -87,7 +87,7 @@ def name_compressed(name: str, suffix: str) -> str:
     """Return the name of the file that was compressed, given that of the restored file, which may have one more
     suffix."""
     short = name.removesuffix(suffix)
-    return short if suffix_of(short) in {*SUFFIXES, *ARRAY_SUFFIXES} else name
+    return short if suffix_of(short) in {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES} else name
 
 
 def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, given: Given, batch_size: int | None) -> int:

@@ -31,7 +31,7 @@ from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 from tokenizer.spec import Array, ImageSpec
 
-from ..images.formats import FORMATS, OWN_SIZE, Payload, Window, decode_image, open_image, read_values
+from ..images.formats import FORMATS, OWN_SIZE, Payload, ClipWindow, decode_image, open_image, read_values
 from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_image
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
@@ -56,14 +56,14 @@ PIXEL_IMAGES = 16
 def read_exact(payload: Payload, spec: ImageSpec, lossless: bool, formats: tuple[str, ...] = FORMATS) -> Tensor:
     """Read an encoded image, or a window of a clip, uint8 `spec.shape`; see `exact_pixels`. Raises `ValueError`, and
     whatever Pillow raises for damaged files."""
-    if isinstance(payload, Window):
+    if isinstance(payload, ClipWindow):
         return torch.stack([read_frame(payload, k, spec.frame, lossless) for k in range(payload.frames)])
     if isinstance(payload, np.ndarray):
         raise ValueError("an array, not a file")
     return exact_pixels(open_image(payload, formats), spec, lossless)
 
 
-def read_frame(window: Window, k: int, spec: ImageSpec, lossless: bool) -> Tensor:
+def read_frame(window: ClipWindow, k: int, spec: ImageSpec, lossless: bool) -> Tensor:
     """Read frame k of a window, uint8 `(C, H, W)`. Raises `ValueError`, which names the frame of the clip."""
     try:
         frame = window.read(window.start + k, lossless)

@@ -28,7 +28,7 @@ from tokenizer.spec import ImageSpec
 from ..columns import FORMATS, guess_format, is_empty
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
-from .checking import SameSize, check_bad, decode_all
+from .checking import StackedCache, check_bad, decode_all
 from .clip_files import choose_kind
 from .crops import CropImages
 from .dataset import Epochs, ImageDataset
@@ -38,14 +38,14 @@ from .folder import (
     find_sheets,
     full_path,
     image_paths,
-    list_rows,
     natural_key,
     normalize_path,
+    read_rows,
 )
 from .formats import NO_IMAGE, Payload, Pixels, try_decode
 from .settings import DataConfig
 from .sources import Source
-from .splits import Part
+from .splits import SplitPart
 from .tables import read_payload
 from .views import PLACE
 
@@ -280,7 +280,7 @@ class Sheets:
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         images = [f"{config.image_column}_file_name", "file_name"]
         places = (root, "table") if table else (None, "data.source")
-        for sheet, image, _, cells in list_rows(self.files, images, *places):
+        for sheet, image, _, cells in read_rows(self.files, images, *places):
             folder = root if table else sheet.parent
             if None in cells:
                 raise ValueError(f"{sheet}: a row has more cells than columns: {cells}")
@@ -405,7 +405,7 @@ class AttributeImages(ImageDataset):
         self,
         config: DataConfig,
         spec: ImageSpec,
-        part: Part,
+        part: SplitPart,
         missing: NDArray[np.bool_],
     ) -> None:
         super().__init__(config.model_copy(update={"binarize": None}), part)
@@ -442,13 +442,13 @@ def load_pictures(
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer))
     pictures, every, spec = Source(cells.size, read, cells.name), np.arange(cells.size), tokenizer.spec
-    memory = SameSize(cells.size, 0, spec)
+    memory = StackedCache(cells.size, 0, spec)
     _, bad = decode_all(pictures, every, partial(try_decode, spec=spec), memory, distributed)
     check_bad([([image for image in bad if image.reason != NO_IMAGE], cells.size)], config)
     missing = np.isin(every, [image.row for image in bad])
     parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])
     images = {
-        split: AttributeImages(config, spec, Part(pictures, part, every.astype(np.uint64)), missing[part])
+        split: AttributeImages(config, spec, SplitPart(pictures, part, every.astype(np.uint64)), missing[part])
         for split, part in zip(splits, parts, strict=True)
     }
     column = GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint())

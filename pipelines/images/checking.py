@@ -37,7 +37,7 @@ class BadImage(NamedTuple):
     reason: str
 
 
-class Memory:
+class PixelCache:
     """Decoded images of any sizes in memory: the first ones of `count`, until one does not fit in `room` bytes."""
 
     at_once = max(1, CHUNK // AHEAD)
@@ -58,7 +58,7 @@ class Memory:
         self.images = [self.images[k] for k in good.tolist()]
 
 
-class SameSize(Memory):
+class StackedCache(PixelCache):
     """Decoded images of one shape in memory: all of `count`, or none if they do not fit in `room` bytes."""
 
     at_once = CHUNK
@@ -83,7 +83,7 @@ def decode_all(
     source: Source,
     positions: NDArray[np.int64],
     decode: Callable[[Payload], Pixels | str],
-    memory: Memory,
+    memory: PixelCache,
     distributed: bool = False,
 ) -> tuple[NDArray[np.int64], list[BadImage]]:
     """Decode each image at `positions` once, into `memory` as far as it fits; return the positions of the good ones,

@@ -24,15 +24,15 @@ from tokenizer.spec import Array, ImageSpec
 from ..config import is_first_process, tell
 from ..config.table import count_of
 from .animations import MP4, require_video
-from .folder import ARRAY_SUFFIXES, SUFFIXES, files_below, image_paths, natural_key, suffix_of
+from .folder import ARRAY_SUFFIXES, IMAGE_SUFFIXES, files_below, image_paths, natural_key, suffix_of
 from .formats import (
     PARSING,
     WORKERS,
+    ClipWindow,
     Payload,
-    Window,
-    check_size,
+    check_pixel_count,
     open_image,
-    read_file,
+    read_image_file,
     read_npz,
     read_page,
     require_plain_page,
@@ -43,7 +43,7 @@ from .sources import Source
 ALWAYS_CLIPS = {".gif", *ARRAY_SUFFIXES}
 """Suffixes of files that are clips, whatever the other files of their folder are."""
 MAYBE_CLIPS = {".png", ".webp", ".tif", ".tiff"}
-STILLS = SUFFIXES - ALWAYS_CLIPS
+STILLS = IMAGE_SUFFIXES - ALWAYS_CLIPS
 OPEN_CLIPS = 2 * WORKERS  # at a time, for each split
 FrameKeys = Sequence[int] | NDArray[np.int64]
 
@@ -120,7 +120,7 @@ class WindowSource(Source):
         def read(wanted: Sequence[int]) -> list[Payload]:
             windows = self.payloads([row // frames for row in wanted])
             return [
-                window.frame(row % frames) if isinstance(window, Window) else window
+                window.frame(row % frames) if isinstance(window, ClipWindow) else window
                 for row, window in zip(wanted, windows, strict=True)
             ]
 
@@ -156,7 +156,9 @@ def cut_windows(files: Source, frames: int) -> WindowSource:
 
     def read(wanted: Sequence[int]) -> list[Payload]:
         some = [places[row] for row in wanted]
-        return [problems.get(number) or Window(partial(read_frame, number), start, frames) for number, start in some]
+        return [
+            problems.get(number) or ClipWindow(partial(read_frame, number), start, frames) for number, start in some
+        ]
 
     def name(row: int) -> str:
         number, start = places[row]
@@ -265,7 +267,7 @@ class ArrayClip(Clip):
 
     def __init__(self, path: str) -> None:
         if suffix_of(path) == ".npz":
-            array = read_npz(read_file(Path(path)))
+            array = read_npz(read_image_file(Path(path)))
         else:
             require_file(path)
             with PARSING:
@@ -298,7 +300,7 @@ class VideoClip(Clip):
         self._stream, self._next = self._file.streams.video[0], -1
         self._stream.codec_context.thread_count = 1  # clips are decoded side by side
         self._size = self._stream.width, self._stream.height
-        check_size(*self._size)
+        check_pixel_count(*self._size)
         self._times = self._find_times() if frame_keys is None else np.asarray(frame_keys)
         self.frame_keys = self._times
 

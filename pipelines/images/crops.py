@@ -19,11 +19,11 @@ from tokenizer.spec import ImageSpec
 
 from ..prefetch import prefetch
 from ..shuffling import DRAWS, uniforms
-from .checking import BadImage, Memory
+from .checking import BadImage, PixelCache
 from .dataset import Epochs, ImageDataset
 from .formats import WORKERS, Payload, Pixels, try_decode
 from .settings import DataConfig
-from .splits import Part
+from .splits import SplitPart
 from .views import View
 
 DOWN, RIGHT = DRAWS, DRAWS + 1
@@ -36,12 +36,12 @@ class CropImages(ImageDataset):
     def __init__(
         self,
         config: DataConfig,
-        part: Part,
+        part: SplitPart,
         labels: NDArray[np.int64] | None = None,
         class_names: Sequence[str] = (),
         *,
         bad: Sequence[BadImage] = (),
-        memory: Memory | None = None,
+        memory: PixelCache | None = None,
     ) -> None:
         self._per_image = self.count_crops(config)
         repeated = part._replace(positions=part.positions.repeat(self._per_image))
@@ -55,8 +55,8 @@ class CropImages(ImageDataset):
         raise NotImplementedError
 
     @staticmethod
-    def reserve(count: int, room: int, spec: ImageSpec) -> Memory:
-        return Memory(count, room)
+    def reserve(count: int, room: int, spec: ImageSpec) -> PixelCache:
+        return PixelCache(count, room)
 
     @staticmethod
     def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:

@@ -22,15 +22,15 @@ from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, to_float
 
 from ..config import UserError, is_first_process, tell
-from ..shuffling import positions_of, samples_of, spread
+from ..shuffling import positions_of, samples_of, spread_rows
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
-from .checking import BadImage, Memory, SameSize, write_bad_images
+from .checking import BadImage, PixelCache, StackedCache, write_bad_images
 from .classes import warn_about_absent
 from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
-from .splits import Part, SplitFacts, name_units
+from .splits import SplitFacts, SplitPart, name_units
 from .views import LazyImages, read_whole
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ class ImageDataset:
     def __init__(
         self,
         config: DataConfig,
-        part: Part,
+        part: SplitPart,
         labels: NDArray[np.int64] | None = None,
         class_names: Sequence[str] = (),
         *,
         bad: Sequence[BadImage] = (),
-        memory: Memory | None = None,
+        memory: PixelCache | None = None,
     ) -> None:
         """part: the good images. labels: those of all images of the source. memory: the images, as far as they are in
         memory, from `reserve`."""
@@ -70,14 +70,14 @@ class ImageDataset:
         self.class_names = list(class_names)
         self.bad = list(bad)
         self.units = units[self._positions]
-        held = memory.pixels if isinstance(memory, SameSize) else None
+        held = memory.pixels if isinstance(memory, StackedCache) else None
         self._pixels = None if held is None else torch.from_numpy(held)
         self._binarize = config.binarize
 
     @staticmethod
-    def reserve(count: int, room: int, spec: ImageSpec) -> Memory:
+    def reserve(count: int, room: int, spec: ImageSpec) -> PixelCache:
         """Return memory for up to `room` bytes of `count` images."""
-        return SameSize(count, room, spec)
+        return StackedCache(count, room, spec)
 
     @staticmethod
     def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:
@@ -268,7 +268,7 @@ def warn_about_colour(images: ImageDataset) -> None:
     """Print one line if most of a sample of the images are coloured but are converted to grey."""
     if not (images.spec.is_picture and images.spec.channels == 1) or not is_first_process():
         return
-    decoded = images.decode(spread(len(images), COLOUR_SAMPLE).tolist(), replace(images.spec, channels=3))
+    decoded = images.decode(spread_rows(len(images), COLOUR_SAMPLE).tolist(), replace(images.spec, channels=3))
     coloured = [int(np.ptp(image, axis=-3).max()) > GREY_SPREAD for image in decoded if not isinstance(image, str)]
     if 2 * sum(coloured) > len(coloured):
         tell("warning: data.channels=1 converts these colour images to grey; data.channels=3 keeps the colours")

@@ -29,7 +29,7 @@ MAX_DEPTH = 100  # nested folders
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 """Of files that are images where there are no others."""
-SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2"}
+IMAGE_SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2"}
 """Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -71,7 +71,7 @@ def image_paths(folder: Path) -> list[str]:
                     f"{os.path.join(parent, name)}: links to folders are not followed; use the folder itself"
                 )
         files = [name for name in files if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in files if suffix_of(name) in SUFFIXES]
+        found += [os.path.join(parent, name) for name in files if suffix_of(name) in IMAGE_SUFFIXES]
         arrays += [os.path.join(parent, name) for name in files if suffix_of(name) in ARRAY_SUFFIXES]
     return sorted(found or arrays, key=os.fsencode)
 
@@ -113,7 +113,7 @@ def kinds_below(folder: Path) -> set[str]:
                 found.add("sheet")
             elif suffix in (".parquet", ".tar"):
                 found.add(suffix)
-            elif suffix.lower() in SUFFIXES and not name.startswith("."):
+            elif suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 found.add("image")
     return found
 
@@ -165,7 +165,7 @@ def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
     own = root / config.split
     found = {name: path for name, path in found.items() if name == config.split or are_disjoint(path, own)}
     if not found:
-        require_classes(root)
+        refuse_split_names(root)
     return found or {"train": root}
 
 
@@ -175,7 +175,7 @@ def are_disjoint(one: Path, other: Path) -> bool:
     return not here.startswith(there) and not there.startswith(here)
 
 
-def require_classes(root: Path) -> None:
+def refuse_split_names(root: Path) -> None:
     """Raise `UserError` if the folders of `root` look like splits, whose test images would be trained on: all are named
     like splits, and the names are capitalised (`Train`, `Test`) or each folder has class folders itself."""
     folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
@@ -226,7 +226,7 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
 # Sheets
 
 
-def list_rows(
+def read_rows(
     sheets: Sequence[Path], image_columns: Sequence[str], folder: Path | None = None, key: str = "data.source"
 ) -> Iterator[tuple[Path, str, set[str], dict[str, Any]]]:
     """Yield for each row of the sheets its sheet, the full path of its image, those of its other files, such as masks
@@ -260,7 +260,7 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
     label, group = config.label_column, config.group
     own = "file_name" if config.image_column == IMAGE else f"{config.image_column}_file_name"
     try:
-        for sheet, image, further, cells in list_rows(sheets, [f"{config.image_column}_file_name", own]):
+        for sheet, image, further, cells in read_rows(sheets, [f"{config.image_column}_file_name", own]):
             columns |= dict.fromkeys(cells)
             if image not in found:
                 raise ValueError(f"{sheet}: lists {image}, which is not an image in {folder}")
@@ -291,11 +291,11 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
         labels = [cells[label] for cells in listed]
         labels = parse_labels(labels) if sheets[0].suffix == ".csv" else labels
     if group is not None and group in columns:
-        objects = name_objects([cells[group] for cells in listed], paths.__getitem__, str(sheets[0]), group)
+        objects = read_objects([cells[group] for cells in listed], paths.__getitem__, str(sheets[0]), group)
     return replace(of_files(paths, labels), objects=objects)
 
 
-def name_objects(cells: list[Any], name: Callable[[int], str], table: str, column: str) -> list[str]:
+def read_objects(cells: list[Any], name: Callable[[int], str], table: str, column: str) -> list[str]:
     """Return the objects in the column `data.group`, and print where they come from. name: that of a row. Raises
     `UserError` for an empty cell."""
     if (empty := next((row for row, cell in enumerate(cells) if cell in (None, "")), None)) is not None:

@@ -77,7 +77,7 @@ class Unsupported(ValueError):
 
 
 @dataclass(frozen=True)
-class Window:
+class ClipWindow:
     """Consecutive frames of a clip. `read(index, deep)` returns a frame of the clip: its values as stored if `deep`, or
     an upright picture, unless the clip is an array."""
 
@@ -85,8 +85,8 @@ class Window:
     start: int
     frames: int
 
-    def frame(self, k: int) -> Window:
-        return Window(self.read, self.start + k, 1)
+    def frame(self, k: int) -> ClipWindow:
+        return ClipWindow(self.read, self.start + k, 1)
 
     def values(self) -> Iterator[Array]:
         """Yield the values of each frame as stored."""
@@ -108,7 +108,7 @@ class Window:
         return np.stack(parts).reshape(spec.shape)
 
 
-Payload = Single | Window
+Payload = Single | ClipWindow
 
 
 # From payloads to pixels
@@ -143,7 +143,7 @@ def decode_image(
     least: return an image (C, H, W) at its own size instead, enlarged until its sides (height, width) are at least
     these. Raises `ValueError` for a wrong type, number of channels or size, and for values that are not finite, and
     whatever Pillow raises for damaged files."""
-    if isinstance(payload, Window):
+    if isinstance(payload, ClipWindow):
         if least is not None:
             raise ValueError("a clip, which is not cut into tiles")
         return payload.decode(spec)
@@ -241,7 +241,7 @@ def flatten(image: Image.Image) -> Image.Image:
 # Opening pictures
 
 
-def read_file(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
     """Return the bytes of a file. Raises `ValueError` if it is missing, unreadable, too large, or not a regular file
     (reading a pipe may never end)."""
     try:
@@ -262,7 +262,7 @@ def open_image(
 ) -> Image.Image:
     """Open an image of a known format and limited size. deep: also a TIFF with several pages or of another depth.
     Raises `ValueError`, and whatever Pillow raises."""
-    data = read_file(payload) if isinstance(payload, Path) else payload
+    data = read_image_file(payload) if isinstance(payload, Path) else payload
     if isinstance(data, str):
         raise ValueError(data)
     if not data:
@@ -273,7 +273,7 @@ def open_image(
         image = Image.open(io.BytesIO(data), formats=formats)
     except (Image.UnidentifiedImageError, KeyError):  # the message contains a memory address, or a number
         raise Unsupported(f"not an image in one of the formats {', '.join(formats)}") from None
-    check_size(*image.size)  # from the header: a file of 20 kB can claim 1 GB of pixels
+    check_pixel_count(*image.size)  # from the header: a file of 20 kB can claim 1 GB of pixels
     if image.format == "PPM" and image.mode not in ("1", "L", "I", "RGB"):  # floats, and inventions of Pillow
         raise ValueError(f"a PPM of mode {image.mode}, not black and white, grey or RGB; convert it to PNG")
     if isinstance(image, TiffImageFile):
@@ -283,7 +283,7 @@ def open_image(
     return image
 
 
-def check_size(width: int, height: int, what: str = "") -> None:
+def check_pixel_count(width: int, height: int, what: str = "") -> None:
     """Raise `ValueError` for more pixels than are decoded. what: of what they are, such as "a page of "."""
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"{what}{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
@@ -309,7 +309,7 @@ def require_plain_page(image: TiffImageFile) -> None:
 def require_small_tiles(image: TiffImageFile) -> None:
     """Raise `ValueError` for a TIFF with tiles too large to decode."""
     width, height = (int(image.tag_v2.get(side, 0)) for side in (TILEWIDTH, TILELENGTH))
-    check_size(width, height, "tiles of ")
+    check_pixel_count(width, height, "tiles of ")
 
 
 # Reading arrays
@@ -332,7 +332,7 @@ def read_values(payload: Single | Image.Image, spec: ImageSpec) -> Array:
         raise ValueError(f"its values are {found}; convert them to uint8, uint16 or floats")
     if found != spec.dtype:
         raise ValueError(f"its values are {found}, not {spec.dtype} (data.dtype)")
-    check_size(array.shape[2], array.shape[1])
+    check_pixel_count(array.shape[2], array.shape[1])
     require_finite(array)
     return array
 
@@ -343,7 +343,7 @@ def read_array(payload: Single | Image.Image, channels: int) -> Array:
         return payload
     if isinstance(payload, Image.Image):
         return read_pages(payload, channels)
-    data = read_file(payload) if isinstance(payload, Path) else payload
+    data = read_image_file(payload) if isinstance(payload, Path) else payload
     if isinstance(data, bytes) and data.startswith(NUMPY):
         return read_npy(data)
     if isinstance(data, bytes) and data.startswith(ZIP):
@@ -401,7 +401,7 @@ def read_pages(image: Image.Image, channels: int) -> Array:
             image.seek(len(pages))
         except EOFError:
             break
-        check_size(*image.size, "a page of ")
+        check_pixel_count(*image.size, "a page of ")
         pages.append(read_page(image))
     return join_pages(pages)
 
@@ -434,7 +434,7 @@ def read_tiff(data: bytes, channels: int) -> Array:
             count += page.samplesperpixel * page.imagedepth
             if count > channels:
                 raise ValueError(f"a TIFF of {count} or more channels, not {channels} (data.channels)")
-            check_size(max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength))
+            check_pixel_count(max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength))
             if page.photometric not in COLOURS or page.tags.valueof("Orientation", default=1) != 1:
                 raise ValueError("a TIFF that is rotated, or whose values are not grey, RGB or inks; convert it")
             sizes = page.databytecounts
@@ -498,7 +498,7 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
     bits is if RGB is wanted; None for 8 bits, and for what cannot be read. Raises `UserError` if that takes another
     package."""
     try:
-        if isinstance(payload, Window):
+        if isinstance(payload, ClipWindow):
             array = np.asarray(payload.read(payload.start, True))
             found = "uint8" if channels == 3 and array.ndim == 2 else name_type(array.dtype)
         else:
@@ -521,7 +521,7 @@ def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | No
     """Return the values of an image or a window, (frames, C, H, W); None for another type, NaN, and what cannot be
     read."""
     try:
-        frames = payload.values() if isinstance(payload, Window) else [read_array(payload, channels)]
+        frames = payload.values() if isinstance(payload, ClipWindow) else [read_array(payload, channels)]
         array = np.stack([channels_first(frame, channels) for frame in frames])
         require_finite(array)
     except Exception:  # decoding reports it

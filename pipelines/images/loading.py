@@ -16,8 +16,8 @@ from tokenizer.files import one_line
 from tokenizer.spec import ValueType
 
 from ..config import UserError, is_first_process, tell
-from ..shuffling import spread
-from .checking import BadImage, Memory, check_bad, decode_all
+from ..shuffling import spread_rows
+from .checking import BadImage, PixelCache, check_bad, decode_all
 from .classes import number_labels
 from .clip_files import choose_kind, report_windows
 from .crops import CentredCrops, RandomCrops
@@ -26,8 +26,8 @@ from .folder import open_folder
 from .formats import CHUNK, WORKERS, clipped_share, good_values, guess_type, try_decode
 from .settings import DataConfig, require_plain_data
 from .sources import Source, SourceSplits, open_digits
-from .splits import Division, Inherited, Part, choose_splits
-from .streaming import StreamedImages, open_stream
+from .splits import Division, Inherited, SplitPart, choose_splits
+from .streaming import StreamedImages, open_streamed_splits
 from .tables import open_tables
 
 RANGE_SAMPLE, MOST_CLIPPED = 64, 0.01
@@ -55,7 +55,7 @@ def load_images(
     """
     streamed: StreamedImages | None = None
     if config.is_stream:
-        division, streamed = open_stream(config, stream, inherited)
+        division, streamed = open_streamed_splits(config, stream, inherited)
     else:
         division = divide_source(config, inherited)
         config = settle_values(config, division.parts["train"])
@@ -63,7 +63,7 @@ def load_images(
     report_windows(sources)
     labels, class_names = number_labels(sources)
     is_lazy = streamed is None and (config.streaming or not check) and config.on_error == "fail"
-    room, decoded = config.cache_mb * 2**20 if check else 0, dict[str, tuple[Part, list[BadImage], Memory]]()
+    room, decoded = config.cache_mb * 2**20 if check else 0, dict[str, tuple[SplitPart, list[BadImage], PixelCache]]()
     for name, part in division.parts.items():
         view, bad = choose_view(config, name), list[BadImage]()
         memory = view.reserve(len(part.positions), 0 if is_lazy else room, config.spec)
@@ -108,7 +108,7 @@ def open_source(config: DataConfig) -> SourceSplits:
     return open_digits() if config.source == "digits" else open_tables(config)
 
 
-def settle_values(config: DataConfig, train: Part) -> DataConfig:
+def settle_values(config: DataConfig, train: SplitPart) -> DataConfig:
     """Return the settings with the type and range of the images: those of the training images if they are not
     declared, and neither for 8 bits. Raises `UserError` for the digits, and if all values are equal; warns
     about a range that clips more than 1 % of a sample."""
@@ -162,7 +162,7 @@ def warn_about_range(config: DataConfig, source: Source, positions: NDArray[np.i
     """Print one line if the declared range clips more than 1 % of the values of a sample."""
     if not is_first_process():
         return
-    some = positions[spread(len(positions), RANGE_SAMPLE)].tolist()
+    some = positions[spread_rows(len(positions), RANGE_SAMPLE)].tolist()
     spec = config.spec
     shares = [clipped_share(payload, spec) for payload in source.payloads(some)]
     if (mean := float(np.mean(shares))) > MOST_CLIPPED:

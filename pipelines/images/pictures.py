@@ -24,7 +24,7 @@ INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not us
 _warned = False  # about floats in [0, 1], once per process
 
 LATENT = "latent"  # return tokens instead of images
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def grid_picture(pixels: np.ndarray, columns: int, *, min_side: int = 56) -> np.ndarray:
@@ -148,11 +148,11 @@ def refuse(images: Any, spec: ImageSpec) -> NoReturn:
     pictures = "PIL images" if spec.frames == 1 else f"lists of {spec.frames} frames (PIL images)"
     raise ValueError(
         f"{spec.noun}s must be {pictures}, {kind} or float tensors of shape (B, {tensors}), {kind} or float "
-        f"arrays of shape {forms}, or a list of single {spec.noun}s; got {describe_type(images)}"
+        f"arrays of shape {forms}, or a list of single {spec.noun}s; got {describe_images(images)}"
     )
 
 
-def describe_type(images: Any) -> str:
+def describe_images(images: Any) -> str:
     """Return the type of what was given as images, with its shape or the types of its items."""
     found = type(images).__name__
     if isinstance(images, (list, tuple)):

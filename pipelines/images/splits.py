@@ -281,7 +281,7 @@ def hash_images(source: Source, units: Units, config: DataConfig) -> Hashes:
     """Return the hash of each image, for the choice of some of them."""
     if units.by == "position" or units.unit == "image":
         return units.hashes
-    return hash_names(paths_within(source.paths, config)) if source.identity is None else source.identity.hashes()
+    return hash_names(list_paths_within(source.paths, config)) if source.identity is None else source.identity.hashes()
 
 
 def name_units(paths: list[str] | None, config: DataConfig) -> list[str]:
@@ -289,7 +289,7 @@ def name_units(paths: list[str] | None, config: DataConfig) -> list[str]:
     otherwise its own path, which with `data.frames` is that of a clip. Raises `UserError` if images are not files."""
     if paths is None:
         require_single_images(config)
-    within = paths_within(paths, config)
+    within = list_paths_within(paths, config)
     if config.group is not None:
         return find_objects(within, config.group)
     return [os.path.dirname(path) for path in within] if config.unit == "folder" else within
@@ -302,7 +302,7 @@ def require_single_images(config: DataConfig) -> None:
         raise UserError(f"data.{key}: needs a folder of images{more}")
 
 
-def paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
+def list_paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
     """Return paths within the source."""
     root = "" if config.path is None else os.path.join(config.path, "")
     return [path.removeprefix(root).replace(os.sep, "/") for path in paths or []]
@@ -323,7 +323,7 @@ def name_shards(files: list[str], config: DataConfig) -> list[str]:
 # Division
 
 
-class Part(NamedTuple):
+class SplitPart(NamedTuple):
     """Some images of a source, and the hash of the unit of each of its images."""
 
     source: Source
@@ -336,7 +336,7 @@ class Division:
     """The parts of a source by name. facts: None if it is divided by position. note: what is known to have changed
     since training, or is unknown; None if nothing. is_carved: whether images are held out of the split to train on."""
 
-    parts: dict[str, Part]
+    parts: dict[str, SplitPart]
     facts: SplitFacts | None
     note: str | None
     is_carved: bool
@@ -384,11 +384,11 @@ def choose_splits(
         thresholds = facts.thresholds
     below, above = is_below(units.hashes, thresholds[0]), ~is_below(units.hashes, thresholds[1])
     chosen = {"train": ~below & ~above, "validation": above & ~below, "held_out": below}
-    parts = {name: Part(source, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
+    parts = {name: SplitPart(source, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
     limit = None if is_stream else config.limit
     images = {source: units.hashes if limit is None else hash_images(source, units, config)}
     if other is not None and theirs is not None:
-        parts["held_out"] = Part(other, np.arange(other.size), theirs.hashes)
+        parts["held_out"] = SplitPart(other, np.arange(other.size), theirs.hashes)
         images[other] = theirs.hashes if limit is None else hash_images(other, theirs, config)
     require_images(parts, facts, units, config, own)
     parts = {name: part for name, part in parts.items() if len(part.positions)}
@@ -440,7 +440,7 @@ def is_below(hashes: Hashes, threshold: int) -> NDArray[np.bool_]:
     return np.ones(len(hashes), bool) if threshold >= HASHES else hashes < np.uint64(threshold)
 
 
-def limit_part(part: Part, hashes: Hashes, by: NamedBy, limit: int | None) -> Part:
+def limit_part(part: SplitPart, hashes: Hashes, by: NamedBy, limit: int | None) -> SplitPart:
     """Return at most `limit` images of a part, by their hashes; in runs of 0.3 the first."""
     if limit is None or len(part.positions) <= limit:
         return part
@@ -451,7 +451,7 @@ def limit_part(part: Part, hashes: Hashes, by: NamedBy, limit: int | None) -> Pa
 
 
 def describe_parts(
-    parts: dict[str, Part], units: Units, held_out_split: str | None, thresholds: tuple[int, int]
+    parts: dict[str, SplitPart], units: Units, held_out_split: str | None, thresholds: tuple[int, int]
 ) -> SplitFacts:
     """Return what is stored about a division."""
     distinct = {name: np.unique(part.units[part.positions]) for name, part in parts.items()}
@@ -467,7 +467,7 @@ def describe_parts(
             name: PartFacts(
                 units=len(distinct[name]),
                 images=None if units.unit == "shard" else len(part.positions),
-                digest=digest(distinct[name]),
+                digest=digest_units(distinct[name]),
             )
             for name, part in parts.items()
         },
@@ -475,7 +475,7 @@ def describe_parts(
     )
 
 
-def digest(units: Hashes) -> str:
+def digest_units(units: Hashes) -> str:
     """Return a hash of a set of sorted hashes."""
     return hashlib.sha256(units.astype(">u8").tobytes()).hexdigest()
 
@@ -512,7 +512,7 @@ def require_same_units(facts: SplitFacts, units: Units, splits: Collection[str],
 
 
 def require_images(
-    parts: dict[str, Part], facts: SplitFacts | None, units: Units, config: DataConfig, own: str | None
+    parts: dict[str, SplitPart], facts: SplitFacts | None, units: Units, config: DataConfig, own: str | None
 ) -> None:
     """Raise `UserError` if no images are left to train on or to evaluate on."""
     for part, name in (("train", config.split), ("held_out", own or "held_out")):

@@ -22,8 +22,8 @@ from .attributes import CELLS, AttributeSource, RawColumn, list_cells, report_ki
 from .classes import describe_label, is_label, number_labels, warn_about_absent
 from .settings import DataConfig
 from .sources import Source
-from .streaming import read_files, require_classes
-from .tables import Sample, names_in, suffix_of
+from .streaming import read_shards, require_same_classes
+from .tables import Sample, names_in, url_suffix
 
 
 class Input(NamedTuple):
@@ -98,7 +98,7 @@ def join_column(each: StreamedColumn, inputs: list[Input], scans: list[Scan]) ->
     return column
 
 
-def open_columns(data: DataConfig, sources: Mapping[str, AttributeSource], inputs: list[Input]) -> list[StreamedColumn]:
+def choose_kinds(data: DataConfig, sources: Mapping[str, AttributeSource], inputs: list[Input]) -> list[StreamedColumn]:
     """Return the columns, each of the configured kind, or of that which the first cells of the training
     shards suggest."""
     found = [
@@ -123,9 +123,9 @@ def open_columns(data: DataConfig, sources: Mapping[str, AttributeSource], input
 def scan_shard(shard: Input, data: DataConfig, attributes: list[StreamedColumn], classes: tuple[str, ...]) -> Scan:
     """Read the columns of a shard; a tar is not read if none is needed. classes: those in the schema of the first
     shard. Raises `UserError`, which names the shard, also for one without images."""
-    if suffix_of(shard.path) == ".tar" and data.label_column is None and not attributes:
+    if url_suffix(shard.path) == ".tar" and data.label_column is None and not attributes:
         return Scan(None, {}, {})
-    require_classes(shard.path, classes, data)
+    require_same_classes(shard.path, classes, data)
     for each in attributes:
         if names_in(shard.path, each.key) != each.names:
             raise UserError(f"attributes.{each.name}: {shard.path} and the first shard have different classes")
@@ -182,6 +182,6 @@ def read_shard(
 ) -> Iterator[list[Sample]]:
     """Yield the samples of a shard, `size` at a time. Raises `UserError`."""
     columns = sorted({each.key for each in attributes})
-    samples = read_files([shard.path], data, columns=columns, with_images=with_images)
+    samples = read_shards([shard.path], data, columns=columns, with_images=with_images)
     while some := list(islice(samples, size)):
         yield some

@@ -28,14 +28,14 @@ from .dataset import Epochs, ImageDataset, Indices
 from .formats import Payload, decode_in_threads
 from .settings import DataConfig, require_plain_data
 from .sources import Identity, Source, hash_names
-from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards, require_single_images
-from .tables import Sample, files_of, find_tables, names_in, naming, read_parquet, read_tar, suffix_of
+from .splits import MOST, Division, Inherited, SplitPart, choose_splits, name_shards, require_single_images
+from .tables import Sample, files_of, find_tables, names_in, naming, read_parquet, read_tar, url_suffix
 
 FEW = 1000  # bad images are limited as if at least this many were read
 MIXED = 2000  # size of the shuffle buffer for splits held in memory
 
 
-def open_stream(
+def open_streamed_splits(
     config: DataConfig, stream: bool, inherited: Inherited | None = None
 ) -> tuple[Division, StreamedImages]:
     """Return up to 2,000 images of each split (with `stream`, except the training split), and the stream of training
@@ -46,17 +46,17 @@ def open_stream(
     files = {name: [part.source.name(k) for k in part.positions.tolist()] for name, part in shards.parts.items()}
     classes = names_in(files["train"][0], config.label_column)
     for part in files.values():  # the other shards are checked when they are read
-        require_classes(part[0], classes, config)
+        require_same_classes(part[0], classes, config)
     if is_first_process():
         tell(
             "data.streaming: shuffling is approximate, and a resumed run does not repeat the order; evaluation uses at "
             f"most {MOST:,} images of a split{'' if stream else ', including train'}"
         )
-    parts = dict[str, Part]()
+    parts = dict[str, SplitPart]()
     for name in files:
         if name != "train" or not stream:
             some = read_some(files[name], config, classes)
-            parts[name] = Part(some, np.arange(some.size), np.arange(some.size, dtype=np.uint64))
+            parts[name] = SplitPart(some, np.arange(some.size), np.arange(some.size, dtype=np.uint64))
     return replace(shards, parts=parts), StreamedImages(config, files["train"])
 
 
@@ -72,7 +72,7 @@ def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Divi
         raise UserError("data.key: with data.streaming, whole shards are held out; set one of them to null or false")
 
     def open_split(files: list[str]) -> Source:
-        if strange := [file for file in sorted(files) if suffix_of(file) not in (".parquet", ".tar")]:
+        if strange := [file for file in sorted(files) if url_suffix(file) not in (".parquet", ".tar")]:
             raise UserError(f"data.source: {strange[0]}: data.streaming reads only .parquet and .tar; set it to false")
         identity = Identity("path", lambda: hash_names(name_shards(sorted(files), config)))
         return Source(len(files), lambda rows: [], sorted(files).__getitem__, identity=identity)
@@ -80,7 +80,7 @@ def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Divi
     return choose_splits({name: partial(open_split, files) for name, files in splits.items()}, config, inherited)
 
 
-def read_files(
+def read_shards(
     files: Sequence[str],
     config: DataConfig,
     classes: tuple[str, ...] | None = None,
@@ -92,27 +92,27 @@ def read_files(
     columns. Raises `UserError` for a shard that cannot be read, or whose classes are not `classes`, if given (a tuple,
     because `datasets` would split a list among processes)."""
     for file in files:
-        read = read_tar if suffix_of(file) == ".tar" else read_parquet
+        read = read_tar if url_suffix(file) == ".tar" else read_parquet
         if classes is not None:
-            require_classes(file, classes, config)
+            require_same_classes(file, classes, config)
         with naming(file):
             yield from read(file, config.image_column, config.label_column, columns, with_images=with_images)
 
 
-def require_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
+def require_same_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
     """Raise `UserError` if a shard has other class names."""
     if names_in(file, config.label_column) != classes:
         raise UserError(f"data.label_column: {file} and the first shard have different classes; {WITHOUT}")
 
 
-def shuffled(
+def shuffle_images(
     files: list[str], config: DataConfig, seed: int, window: int, classes: tuple[str, ...] | None = None
 ) -> Any:
-    """Return a shuffled `IterableDataset` of the encoded images of shards; see `read_files`."""
+    """Return a shuffled `IterableDataset` of the encoded images of shards; see `read_shards`."""
     import datasets
 
     options = {"files": files, "config": config, "classes": classes}
-    images = datasets.IterableDataset.from_generator(read_files, gen_kwargs=options)
+    images = datasets.IterableDataset.from_generator(read_shards, gen_kwargs=options)
     images = images if config.limit is None else images.take(config.limit)
     return images.shuffle(seed=seed, buffer_size=window)
 
@@ -120,7 +120,7 @@ def shuffled(
 def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) -> Source:
     """Return up to 2,000 images of shards, in memory. Raises `UserError` if there are no images."""
     names, labels, payloads = list[str](), list[Any](), list[Payload]()
-    images = islice(shuffled(files, config, 0, MIXED, classes), MOST)
+    images = islice(shuffle_images(files, config, 0, MIXED, classes), MOST)
     while chunk := list(islice(images, 256)):
         decoded = decode_in_threads([image["data"] for image in chunk], config.spec)
         payloads += [i if isinstance(i, str) else np.ascontiguousarray(i.transpose(1, 2, 0).squeeze()) for i in decoded]
@@ -142,7 +142,7 @@ class StreamedImages(ImageDataset):
     """
 
     def __init__(self, config: DataConfig, files: list[str]) -> None:
-        nothing = Part(Source(0, lambda rows: [], str), np.empty(0, np.int64), np.empty(0, np.uint64))
+        nothing = SplitPart(Source(0, lambda rows: [], str), np.empty(0, np.int64), np.empty(0, np.uint64))
         super().__init__(config, nothing)
         self._files = files
         self._stream: Iterator[dict[str, Any]] | None = None
@@ -162,7 +162,7 @@ class StreamedImages(ImageDataset):
 
     def examples(self, count: int, seed: int) -> Tensor:
         """Return the first `count` images of the stream; training sees them again."""
-        stream = iter(shuffled(self._files, self.config, seed, min(self.config.shuffle_window, count)))
+        stream = iter(shuffle_images(self._files, self.config, seed, min(self.config.shuffle_window, count)))
         return self.prepare(self._take(stream, count))
 
     def names(self, indices: Indices) -> list[str]:
@@ -185,7 +185,7 @@ class StreamedImages(ImageDataset):
         from datasets.distributed import split_dataset_by_node
 
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        images = shuffled(self._files, self.config, seed, self.config.shuffle_window)
+        images = shuffle_images(self._files, self.config, seed, self.config.shuffle_window)
         images = split_dataset_by_node(images, rank, world)
         for epoch in count():
             images.set_epoch(epoch)

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from tokenizer.files import one_line, quote
 
 from ..config import UserError, is_first_process, tell
-from .folder import SUFFIXES, files_below, name_objects
-from .formats import MAX_FILE, Payload, read_file
+from .folder import IMAGE_SUFFIXES, files_below, read_objects
+from .formats import MAX_FILE, Payload, read_image_file
 from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
 from .sources import IMAGE, LABEL, Identity, Source, SourceSplits, hash_arrays, hash_bytes, hash_names
@@ -69,7 +69,7 @@ def find_tables(config: DataConfig) -> Any:
             else:  # the suffixes of the files decide the format
                 place = glob.escape(str(path)) if path.exists() else source if "://" in source else str(path)
                 builder = datasets.load_dataset_builder("webdataset", data_files={"train": place})
-                suffixes = set(map(suffix_of, files_of(builder)["train"]))
+                suffixes = set(map(url_suffix, files_of(builder)["train"]))
                 if suffixes == {".parquet"} or path.is_file() and suffixes != {".tar"}:
                     builder = datasets.load_dataset_builder("parquet", data_files={"train": place})
                 elif suffixes != {".tar"}:
@@ -113,7 +113,7 @@ def check_place(source: str, path: Path, is_hub: bool) -> None:
         raise UserError(f"data.source: there is no file or folder {source}")
 
 
-def suffix_of(file: str) -> str:
+def url_suffix(file: str) -> str:
     """Return the suffix of a path or URL."""
     return os.path.splitext(file.partition("?")[0] if "://" in file else file)[1]
 
@@ -227,7 +227,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
     objects, key = None, config.key
     if not is_tar and config.group in table.column_names:
         cells = table[config.group][:]
-        objects = name_objects(cells, lambda row: f"row {row} of {split}", config.source, str(config.group))
+        objects = read_objects(cells, lambda row: f"row {row} of {split}", config.source, str(config.group))
     if key is not None and (is_tar or key not in table.column_names):
         there = "a .tar has no columns" if is_tar else f"there are {table.column_names}"
         raise UserError(f"data.key: no column {key!r}; {there}")
@@ -299,7 +299,7 @@ def hash_batch(batch: dict[str, list[Any]], column: str, source: str) -> dict[st
     for value in batch[column]:
         payload = read_payload(value, source)
         try:
-            data = read_file(payload) if isinstance(payload, Path) else payload
+            data = read_image_file(payload) if isinstance(payload, Path) else payload
         except ValueError:
             data = str(payload)
         found.append(hash_bytes(data if isinstance(data, bytes) else os.fsencode(str(data))))
@@ -388,7 +388,7 @@ def names_in(file: str, column: str | None) -> tuple[str, ...]:
     import datasets
     import pyarrow.parquet as pq
 
-    if column is None or suffix_of(file) != ".parquet":
+    if column is None or url_suffix(file) != ".parquet":
         return ()
     with naming(file), open_file(file) as source:
         feature = datasets.Features.from_arrow_schema(pq.read_schema(source)).get(column)
@@ -416,7 +416,7 @@ def read_tar(
     the content of `.cls`, or `label` in `.json`; other columns are keys of `.json`. with_images: False passes over the
     contents of images. Raises `UserError` for a damaged tar or one without images.
     """
-    suffixes = {suffix[1:] for suffix in SUFFIXES} if image == IMAGE else {image.lower()}
+    suffixes = {suffix[1:] for suffix in IMAGE_SUFFIXES} if image == IMAGE else {image.lower()}
     sources = {"json", *([label.lower()] if label else []), *(["cls"] if label == LABEL else [])} if label else set()
     sources |= {"json"} if columns else set()
     number = 0

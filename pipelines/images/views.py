@@ -25,7 +25,7 @@ from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, check_output_type, to_float
 
 from ..config import UserError
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .formats import OWN_SIZE, decode_image
 from .pictures import convert_image, refuse, to_images
 from .sources import Source
@@ -145,7 +145,7 @@ def cut(
     for number in range(len(images)):
         image = read_image(images, number, view)
         every = view.tiles(number, image.shape[-2:])
-        for row in spread(len(every), most).tolist():
+        for row in spread_rows(len(every), most).tolist():
             windows.append(to_float(view.window(image, every[row].top, every[row].left)))
             tiles.append(every[row])
             if len(tiles) == batch_size:

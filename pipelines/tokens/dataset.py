@@ -55,8 +55,8 @@ from .shards import (
     check_ids,
     check_labels,
     cut_shards,
+    join_columns,
     map_shard,
-    open_columns,
     pack_columns,
     shard_names,
     stored_grid,
@@ -264,5 +264,5 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
                 raise IntegrityError(f"{path}: {error}") from error
     tokens = [file["tokens"] for file in files]
     found = MappedRows(tokens, partial(check_ids, grid.vocab_size), folder) if mapped else torch.cat(tokens)
-    given = Given(meta.columns, open_columns(files, meta.columns, folder, mapped), len(found))
+    given = Given(meta.columns, join_columns(files, meta.columns, folder, mapped), len(found))
     return TokenSplit(found, given, split in meta.stochastic)

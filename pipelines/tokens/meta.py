@@ -34,7 +34,7 @@ from ..files import FieldError, Text, Whole, validate
 from ..frequencies import FREQUENCIES, Frequencies
 from ..images.classes import is_printable
 from ..images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
-from .shards import map_shard, open_columns, shard_names, stored_grid
+from .shards import join_columns, map_shard, shard_names, stored_grid
 
 META, FORMAT_VERSION = "meta.json", 1
 CONDITIONS = "conditions"
@@ -122,7 +122,7 @@ def count_classes(folder: Path, meta: Meta) -> Frequencies:
     columns = {name: column for name, column in meta.columns.items() if column.is_counted}
     grid, names = stored_grid(meta.grid, TRAIN in meta.stochastic), shard_names(TRAIN, len(sizes))
     files = [map_shard(folder / name, rows, grid, columns) for name, rows in zip(names, sizes, strict=True)]
-    rows = open_columns(files, columns, folder, mapped=True) if files else {}
+    rows = join_columns(files, columns, folder, mapped=True) if files else {}
     return Frequencies.count(Given(columns, rows, sum(sizes)))
 
 
@@ -143,13 +143,13 @@ def check_rows(found: Any) -> list[int]:
     return found
 
 
-def check_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
+def check_split_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
     if strange := [name for name in splits if not re.fullmatch(r"\w[\w-]*", name)]:
         raise ValueError(f"invalid name {quote(strange[0])} (letters, digits, _ and -)")
     return splits
 
 
-def read_conditions(found: Any) -> dict[str, tuple[Column, dict[str, Any]]]:
+def parse_conditions(found: Any) -> dict[str, tuple[Column, dict[str, Any]]]:
     """Parse columns by name, each with facts about its source. Raises `ValueError`, which names the column."""
     if not isinstance(found, dict):
         raise ValueError(f"should be a mapping (found {quote(found)})")
@@ -195,11 +195,11 @@ class MetaFile(BaseModel):
 
     grid: GridFields
     classes: list[Annotated[Text, AfterValidator(check_printable)]]
-    splits: Annotated[dict[str, Annotated[list[int], PlainValidator(check_rows)]], AfterValidator(check_names)]
+    splits: Annotated[dict[str, Annotated[list[int], PlainValidator(check_rows)]], AfterValidator(check_split_names)]
     source: dict[str, Any]
     augmentations: Whole
     tokenizer: Text
-    conditions: Annotated[dict[str, tuple[Column, dict[str, Any]]], PlainValidator(read_conditions)] = {}
+    conditions: Annotated[dict[str, tuple[Column, dict[str, Any]]], PlainValidator(parse_conditions)] = {}
     drawn: list[Text] = []
 
     @model_validator(mode="after")

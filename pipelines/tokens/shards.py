@@ -121,7 +121,7 @@ def write_shard(
         temporary.write_bytes(save(tensors, remarks))
 
 
-def read_header(path: Path) -> tuple[int, dict[str, str]]:
+def read_shard_header(path: Path) -> tuple[int, dict[str, str]]:
     """Return the number of rows of a file, and the remarks in its header. Raises `FormatError` for an invalid file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -175,7 +175,7 @@ def check_labels(path: Path, labels: Tensor | None, classes: Column | None) -> N
         raise IntegrityError(f"{path}: labels must lie in [0, {count}), got {found}")
 
 
-def open_columns(
+def join_columns(
     parts: list[dict[str, Tensor]], columns: Mapping[str, Column], folder: Path, mapped: bool
 ) -> dict[str, Tensor | MappedRows]:
     """Return the raw rows of all columns of mapped files: labels in memory, others `mapped` or, as they are stored, in

@@ -19,7 +19,7 @@ from givens.images import BAD, Row, config, identities, load, rows_of, write_ima
 
 from pipelines.config import UserError
 from pipelines.images import checking, crops, dataset, load_images
-from pipelines.images.checking import BAD_IMAGES, BadImage, Memory, list_bad
+from pipelines.images.checking import BAD_IMAGES, BadImage, PixelCache, list_bad
 from pipelines.images.sources import Source
 
 GOOD = 40
@@ -215,7 +215,7 @@ def test_images_at_their_own_size_are_held_by_all_processes_or_checked_by_one(mo
         return "bad" if k % 9 == 5 else np.full((1, sides[k], sides[k]), k, np.uint8)
 
     def check() -> tuple[list[int], list[int], list[int | None]]:
-        memory = Memory(60, room)
+        memory = PixelCache(60, room)
         good, bad = checking.decode_all(source, np.arange(60), decode, memory, distributed=True)
         return (
             good.tolist(),

@@ -100,7 +100,7 @@ def test_shards_give_the_rows_that_were_written(tmp_path_factory, kind, labels, 
     rows = [(key, data, label) for (key, data, _), label in zip(ROWS, labels, strict=False)]
     folder = write_shards(tmp_path_factory.mktemp("shards"), kind, rows, min(shards, len(rows)))
     files = sorted(map(str, folder.glob("*")))
-    found = [(sample["data"], int(sample["label"])) for sample in streaming.read_files(files, stream_config(folder))]
+    found = [(sample["data"], int(sample["label"])) for sample in streaming.read_shards(files, stream_config(folder))]
     assert found == [(data, label) for _, data, label in rows]
 
 
@@ -219,7 +219,7 @@ def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
         train = load(f"{url}/a.{kind}", streaming=False).train
         assert identities(train.pixels(range(18))) == train._positions.tolist() and train.labels is not None
         found = list(
-            streaming.read_files(
+            streaming.read_shards(
                 [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train.config
             )
         )

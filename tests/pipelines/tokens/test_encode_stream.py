@@ -274,7 +274,7 @@ def test_the_first_pass_reads_no_image(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(tarfile.TarFile, "extractfile", extractfile)
     write_shards(tmp_path, kind, rows_of(6), 1)
     settings = config(tmp_path, tmp_path, tmp_path).data
-    found = list(streaming.read_files([str(next(tmp_path.iterdir()))], settings, with_images=False))
+    found = list(streaming.read_shards([str(next(tmp_path.iterdir()))], settings, with_images=False))
     assert [(sample["data"], int(sample["label"])) for sample in found] == [(None, k % 3) for k in range(6)]
     assert columns == ([["label"]] if kind == "parquet" else []) and sizes == ([1] * 6 if kind == "tar" else [])
 
@@ -330,7 +330,7 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
     options = {"augmentations": 1, "data": AUGMENT, "attributes": ATTRIBUTES}
     run(config(tokenizer, tmp_path / "whole", source, **options))
     batches, read, real = list[None](), list[str](), encode_stream.StreamedShards._encode_batch
-    real_read = stream_columns.read_files
+    real_read = stream_columns.read_shards
 
     def stop(*given: Any) -> Any:
         batches.append(None)
@@ -338,12 +338,12 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
             raise KeyboardInterrupt
         return real(*given)
 
-    def read_files(files: list[str], *given: Any, with_images: bool, **options: Any) -> Any:
+    def read_shards(files: list[str], *given: Any, with_images: bool, **options: Any) -> Any:
         read.extend(files if with_images else [])
         return real_read(files, *given, with_images=with_images, **options)
 
     monkeypatch.setattr(encode_stream.StreamedShards, "_encode_batch", stop)
-    monkeypatch.setattr(stream_columns, "read_files", read_files)
+    monkeypatch.setattr(stream_columns, "read_shards", read_shards)
     attempts, work = 0, work_folder(tmp_path / "parts", "encode")
     while not (tmp_path / "parts").exists():
         done = len(list(work.glob("[tv]*.safetensors")))
