@@ -18,7 +18,7 @@ from tokenizer.spec import ImageSpec
 
 from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
-from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
+from .images import DataConfig, ImageDataset, Splits, load_images, require_same_spec, require_same_values
 from .images.clip_files import choose_kind
 from .images.formats import decode_in_threads
 from .images.sources import Source, of_files
@@ -85,8 +85,8 @@ class UsesImages(UsesPipeline):
         for access to images at their own size, which are not decoded first. check, distributed: see `load_images`.
         Raises `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
         training."""
-        check_shape(self.data, pipeline.tokenizer)
-        data = self.data.without_crop() if whole else self.data
+        require_same_spec(self.data, pipeline.tokenizer)
+        data = self.data.model_copy(update={"crop": None, "crops_per_image": 1}) if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
         splits = load_images(data, inherited=inherited, check=check and not whole, distributed=distributed)
         may_change = inherited.rule == "position" and data.source != "digits"
@@ -94,7 +94,7 @@ class UsesImages(UsesPipeline):
             splits = replace(splits, note=f"{data.source} is divided as in 0.3, by position: {UNKNOWN}")
         if splits.note and is_first_process():
             tell(one_line(splits.note))
-        return check_type(splits, pipeline.tokenizer)
+        return require_same_values(splits, pipeline.tokenizer)
 
 
 class TileSettings(Config):
@@ -150,13 +150,13 @@ class UsesTokenizer(Config):
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
         single = tokenizer.spec.frames == 1  # trained on the frames of clips
-        check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
+        require_same_spec(self.data, tokenizer, "tokenizer", single_frames=single)
         inherited = find_division(self.data, read_training_facts(self.tokenizer), "held_out")
-        data = self.data.without_crop() if whole else self.data
+        data = self.data.model_copy(update={"crop": None, "crops_per_image": 1}) if whole else self.data
         splits = load_images(data, inherited=inherited, single_frames=single, check=not whole)
         if splits.note and is_first_process():
             tell(one_line(splits.note))
-        return tokenizer, check_type(splits, tokenizer, "tokenizer").held_out
+        return tokenizer, require_same_values(splits, tokenizer, "tokenizer").held_out
 
 
 class Sampling(Config):

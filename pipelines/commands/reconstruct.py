@@ -26,7 +26,7 @@ from ..config import OutputConfig, UserError, run_command
 from ..files import Output
 from ..images import ImageDataset
 from ..images.pictures import PICTURE_SUFFIXES, write_picture
-from ..images.views import View, decode_large, encode_large, read_image
+from ..images.views import View, decode_large, encode_large, read_large
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..options import TileSettings, UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
@@ -82,7 +82,7 @@ def reconstruct_tiles(
     rows, names = list[list[Tensor]](), list[list[str]]()
     for number in range(len(several)):
         try:
-            image = to_float(read_image(several, number, view))
+            image = to_float(read_large(several, number, view))
         except ValueError as error:
             raise UserError(f"data: {error}") from error
         tokens = encode_large(tokenizer, image, view, BATCH)

@@ -31,8 +31,8 @@ from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 from tokenizer.spec import Array, ImageSpec
 
-from ..images.formats import FORMATS, OWN_SIZE, Payload, ClipWindow, decode_image, open_image, read_values
-from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_image
+from ..images.formats import FORMATS, OWN_SIZE, ClipWindow, Payload, decode_image, open_image, read_values
+from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_large
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
 
@@ -376,7 +376,7 @@ def write_tiles(
 
 def sizes_of(images: LazyImages, view: View) -> list[tuple[int, int]]:
     """Return (height, width) of each image. Raises `ValueError` for one that is smaller than a tile."""
-    found = [read_image(images, number, view).shape for number in range(len(images))]
+    found = [read_large(images, number, view).shape for number in range(len(images))]
     return [(height, width) for *_, height, width in found]
 
 

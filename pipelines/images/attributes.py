@@ -84,11 +84,11 @@ class AttributeSource(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> AttributeSource:
-        given = [name for name in ("column", "images", "frame") if getattr(self, name) is not None]
-        if self.place and (given or self.tokenizer or self.encoder or self.kind not in (None, "vector")):
+        origins = [name for name in ("column", "images", "frame") if getattr(self, name) is not None]
+        if self.place and (origins or self.tokenizer or self.encoder or self.kind not in (None, "vector")):
             raise ValueError("place is computed, and takes no other settings")
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
+        if len(origins) > 1:
+            raise ValueError(f"{' and '.join(origins)} exclude each other")
         if self.kind not in (None, "grid") and (self.is_picture or self.tokenizer):
             raise ValueError(f"images, frame and tokenizer are for columns of kind grid (got {self.kind})")
         if self.tokenizer is None and (self.is_picture or self.kind == "grid"):
@@ -99,7 +99,6 @@ class AttributeSource(Config):
 
     @model_serializer(mode="wrap")
     def _omit_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `place` where it is not set, as files written before it existed do."""
         found: dict[str, Any] = handler(self)
         return {key: value for key, value in found.items() if key != "place" or value}
 
@@ -117,18 +116,16 @@ class AttributeSource(Config):
 
 @dataclass(frozen=True)
 class LoadedColumn:
-    """A column of all splits, by name (`train`, `validation`, `test`), parallel to the split's images."""
+    """A column of all splits, by name (`train`, `validation`, `test`), parallel to the split's images.
+
+    source: where it came from, without local paths. values: raw values `(n, *column.shape)`, of crops those of one
+    variant of the images after another. For grids, the `images` to encode and their `tokenizer` instead."""
 
     column: Column
     source: dict[str, Any]
-    """Where it came from, without local paths."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Raw values `(n, *column.shape)`, or for crops, one after another, those of all variants of the images; empty for
-    grids."""
     images: dict[str, AttributeImages] = field(default_factory=dict)
-    """For grids: the images to encode."""
     tokenizer: Tokenizer | None = None
-    """For grids: what encodes `images`."""
 
 
 def choose_data(config: DataConfig, sources: Mapping[str, AttributeSource]) -> DataConfig:
@@ -177,7 +174,7 @@ def load_attributes(
     seed: int = 0,
 ) -> dict[str, LoadedColumn]:
     """Read the columns of `splits` (by the names of `encode.name_splits`, `train` first), whose images were loaded
-    with `choose_data(config, sources)`. Kinds that are guessed are printed.
+    with `choose_data(config, sources)`. Prints the kinds that are guessed.
 
     table: a CSV, TSV, JSON lines or parquet file with a column `file_name`, relative to the folder of the images.
     distributed: all launched processes call this. augmentations, seed: those of `encode`, which move random crops.
@@ -216,7 +213,6 @@ def load_attributes(
 
 
 def report_kind(name: str, source: AttributeSource, column: Column) -> None:
-    """Print the kind of a column if it was guessed."""
     if not (source.kind or source.encoder) and is_first_process():
         about = f"of kind {column.kind}, guessed from its values ({column.describe()})"
         tell(one_line(f"attributes.{name}: {about}; attributes.{name}.kind=KIND chooses another"))
@@ -239,16 +235,16 @@ def locate_crops(
 
 @dataclass(frozen=True)
 class RawColumn:
-    """A column, parallel to the images of all splits. Cells are read on access; None is null."""
+    """A column, parallel to the images of all splits. Cells are read on access; None is null.
+
+    name: returns the name of a cell for messages. names: those of the classes or flags, if the data set has them.
+    open: for pictures, converts a cell to what is decoded."""
 
     size: int
     read: Callable[[Sequence[int]], list[Any]]
     name: Callable[[int], str]
-    """Name of a cell for messages."""
     names: list[str] | None = None
-    """Names of the classes or flags, if the data set has them."""
     open: Callable[[Any], Payload] | None = None
-    """For pictures: converts a cell to what is decoded."""
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, self.size, CELLS):
@@ -401,13 +397,7 @@ class AttributeImages(ImageDataset):
     """Images in the shape of their tokenizer, moved as those they belong to: shifts are in pixels of the others. Those
     `missing`, bool (n,), are black; their ids must become -1."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        spec: ImageSpec,
-        part: SplitPart,
-        missing: NDArray[np.bool_],
-    ) -> None:
+    def __init__(self, config: DataConfig, spec: ImageSpec, part: SplitPart, missing: NDArray[np.bool_]) -> None:
         super().__init__(config.model_copy(update={"binarize": None}), part)
         self.spec = spec
         down, right = (side / other for side, other in zip(spec.size, config.spec.size, strict=True))

@@ -40,8 +40,7 @@ class BadImage(NamedTuple):
 class PixelCache:
     """Decoded images of any sizes in memory: the first ones of `count`, until one does not fit in `room` bytes."""
 
-    at_once = max(1, CHUNK // AHEAD)
-    """Images that a thread decodes at a time."""
+    at_once = max(1, CHUNK // AHEAD)  # images that a thread decodes at a time
 
     def __init__(self, count: int, room: int) -> None:
         self.images: list[Pixels | None] = [None] * count
@@ -54,7 +53,6 @@ class PixelCache:
             self.room -= image.nbytes
 
     def select(self, good: NDArray[np.int64]) -> None:
-        """Forget the other images."""
         self.images = [self.images[k] for k in good.tolist()]
 
 
@@ -149,7 +147,6 @@ def check_bad(parts: list[tuple[list[BadImage], int]], config: DataConfig) -> No
 
 
 def list_bad(bad: list[BadImage]) -> str:
-    """Return a line for each of the first ten bad images, and the number of the others."""
     more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
     return "".join("\n  " + one_line(f"{image.path}: {image.reason}") for image in bad[:10]) + more
 

@@ -82,12 +82,10 @@ def describe_label(label: Any, names: list[str] | None, some: bool) -> str:
 
 
 def is_label(label: Any) -> bool:
-    """Whether a value can be a label: a string, or an integer from 0."""
     return isinstance(label, str) or (isinstance(label, int) and label >= 0)
 
 
 def is_class_name(name: str) -> bool:
-    """Whether this is a valid class name; pipelines and token datasets refuse others."""
     return len(name) <= LONGEST and is_printable(name)
 
 

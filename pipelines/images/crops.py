@@ -31,7 +31,7 @@ DOWN, RIGHT = DRAWS, DRAWS + 1
 
 
 class CropImages(ImageDataset):
-    """Crops of images, several of each, which are only enlarged if they are smaller than a crop."""
+    """Several crops of each image, which is only enlarged if it is smaller than a crop."""
 
     def __init__(
         self,
@@ -51,7 +51,6 @@ class CropImages(ImageDataset):
 
     @staticmethod
     def count_crops(config: DataConfig) -> int:
-        """Return the number of crops of each image."""
         raise NotImplementedError
 
     @staticmethod
@@ -67,7 +66,7 @@ class CropImages(ImageDataset):
         raise NotImplementedError
 
     def centres(self, rows: NDArray[np.int64], epoch: int, seed: int) -> Tensor:
-        """Return where the centres of crops are in their images, from 0 to 1 down and right, float32 (B, 2)."""
+        """Return the centres of crops in their images, from 0 to 1 down and right, float32 (B, 2)."""
         places, found = self.places(rows, epoch, seed).tolist(), np.empty((len(rows), 2), np.float32)
         for crops, image in self._list_images(rows):
             for k in crops:

@@ -22,7 +22,7 @@ from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, to_float
 
 from ..config import UserError, is_first_process, tell
-from ..shuffling import positions_of, samples_of, spread_rows
+from ..shuffling import Indices, positions_of, samples_of, spread_rows
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
 from .checking import BadImage, PixelCache, StackedCache, write_bad_images
@@ -36,7 +36,6 @@ from .views import LazyImages, read_whole
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
 
-Indices = Sequence[int] | NDArray[np.int64] | Tensor
 Epochs = NDArray[np.int64] | int
 COLOUR_SAMPLE, GREY_SPREAD = 32, 16
 """Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
@@ -76,12 +75,10 @@ class ImageDataset:
 
     @staticmethod
     def reserve(count: int, room: int, spec: ImageSpec) -> PixelCache:
-        """Return memory for up to `room` bytes of `count` images."""
         return StackedCache(count, room, spec)
 
     @staticmethod
     def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:
-        """Return an image as it is in memory, or the reason why it cannot be decoded."""
         return try_decode(payload, spec)
 
     def __len__(self) -> int:
@@ -171,7 +168,6 @@ class ImageDataset:
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether black and white pixels are drawn; see `data.binarize`."""
         return self._binarize == "drawn"
 
     def grey(self) -> ImageDataset:
@@ -221,9 +217,8 @@ def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint sets of images for training, for evaluation and, if any, for choosing the best weights. facts: how they
-    were divided, None for runs of 0.3. note: what has changed since training, or is not known. is_carved: whether the
-    held-out images are a part of the split to train on."""
+    """Disjoint sets of images for training, for evaluation and, if any, for choosing the best weights. facts, note,
+    is_carved: see `Division`."""
 
     train: ImageDataset
     held_out: ImageDataset
@@ -241,9 +236,8 @@ class Splits:
         write_bad_images(folder, {name: images.bad for name, images in self.by_name().items()})
 
 
-def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
-    """Return the splits. Raises `UserError` if their type and range, which may have been measured, are not the
-    tokenizer's."""
+def require_same_values(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
+    """Return the splits. Raises `UserError` if their type and range, perhaps measured, are not the tokenizer's."""
     require_spec(tokenizer.spec, splits.train.spec, whose)
     return splits
 

@@ -25,7 +25,6 @@ from .sources import IMAGE, LABEL, Source, SourceSplits, of_files
 if TYPE_CHECKING:
     from .settings import DataConfig
 
-MAX_DEPTH = 100  # nested folders
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 """Of files that are images where there are no others."""
@@ -41,21 +40,16 @@ Find = Callable[[Path], list[str]]
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield what `os.walk` yields. Raises `UserError` for folders nested too deeply, and for an unreadable folder,
-    whose files would otherwise be missing silently."""
+    """Yield what `os.walk` yields. Raises `UserError` for an unreadable folder, whose files would otherwise be missing
+    silently."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    top = str(folder).count(os.sep)
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        if parent.count(os.sep) - top > MAX_DEPTH:
-            raise UserError(f"{folder}: folders are nested more than {MAX_DEPTH} deep")
-        yield parent, folders, files
+    return os.walk(folder, onerror=refuse)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder. Raises `UserError` like `walk`."""
     return (Path(parent, name) for parent, _, files in walk(folder) for name in files)
 
 
@@ -93,7 +87,6 @@ def match_names(entries: Mapping[str, Any], names: Sequence[str], where: str, wh
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix of a file in lower case."""
     return os.path.splitext(name)[1].lower()
 
 
@@ -119,7 +112,6 @@ def kinds_below(folder: Path) -> set[str]:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether a folder is read as image files rather than as tables (parquet files, or tar files without images)."""
     kinds = kinds_below(folder)
     return ".parquet" not in kinds and ("image" in kinds or ".tar" not in kinds)
 
@@ -128,9 +120,9 @@ def holds_files(folder: Path) -> bool:
 
 
 def open_folder(root: Path, config: DataConfig, find: Find) -> SourceSplits:
-    """Return the files of the splits of a folder of images or clips: its folders named after splits, if any. Classes
-    come from sheets, if there are any, and otherwise from folder names. find: what finds the files of a split. Raises
-    `UserError` for a sheet beside the splits, and for a split that is itself a clip."""
+    """Return the splits of a folder of images or clips: its folders named after splits, if any. Classes come from
+    sheets, if there are any, and otherwise from folder names. Raises `UserError` for a sheet beside the splits, and for
+    a split that is itself a clip."""
 
     def find_separate(folder: Path) -> list[str]:
         found = find(folder)
@@ -176,11 +168,16 @@ def are_disjoint(one: Path, other: Path) -> bool:
 
 
 def refuse_split_names(root: Path) -> None:
-    """Raise `UserError` if the folders of `root` look like splits, whose test images would be trained on: all are named
-    like splits, and the names are capitalised (`Train`, `Test`) or each folder has class folders itself."""
+    """Raise `UserError` if the folders of `root` look like splits, whose test images would be trained on: all have such
+    names, which are capitalised (`Train`, `Test`), or each has class folders itself."""
     folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
     if len(folders) < 2 or not {name.lower() for name in folders} <= set(SPLIT_FOLDERS):
         return
+
+    def holds_classes(folder: Path) -> bool:
+        inside = [Path(path).relative_to(folder).parts for path in image_paths(folder)]
+        return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
+
     if any(name != name.lower() for name in folders) or all(holds_classes(root / name) for name in folders):
         raise UserError(
             f"{root}: {', '.join(folders)} look like splits, not classes; rename them train, test and validation, or "
@@ -188,23 +185,15 @@ def refuse_split_names(root: Path) -> None:
         )
 
 
-def holds_classes(folder: Path) -> bool:
-    """Whether all images of a folder are in subfolders, and at least two subfolders have images."""
-    inside = [path[len(os.path.join(folder, "")) :].split(os.sep) for path in image_paths(folder)]
-    return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
-
-
 def folder_source(folder: Path, config: DataConfig, find: Find) -> Source:
     """Return a split whose top-level folders are classes. Raises `UserError` if it has no images."""
     paths = find(folder)
     if not paths:
         raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES | ARRAY_SUFFIXES))})")
-    if config.label_column is None:
-        return of_files(paths)
     start = len(os.path.join(folder, ""))
     inner = [path[start:].split(os.sep) for path in paths]
     labels = [parts[0] if len(parts) > 1 + config.clips else None for parts in inner]
-    if all(label is None for label in labels):
+    if config.label_column is None or all(label is None for label in labels):
         return of_files(paths)
     report_merged_classes(folder, inner)
     return of_files(paths, labels)
@@ -230,9 +219,9 @@ def read_rows(
     sheets: Sequence[Path], image_columns: Sequence[str], folder: Path | None = None, key: str = "data.source"
 ) -> Iterator[tuple[Path, str, set[str], dict[str, Any]]]:
     """Yield for each row of the sheets its sheet, the full path of its image, those of its other files, such as masks
-    in `mask_file_name`, and all cells. image_columns: those that may name the image; the first that does counts.
-    folder: to which paths are relative; None: that of each sheet. key: the setting that names the sheets. Raises
-    `ValueError` for a row without an image, and `UserError` for a sheet that cannot be read."""
+    in `mask_file_name`, and all cells. image_columns: the first that names an image counts. folder: to which paths are
+    relative; None: that of each sheet. key: the setting that names the sheets. Raises `ValueError` for a row without an
+    image, and `UserError` for a sheet that cannot be read."""
     for sheet in sheets:
         for cells in read_sheet(sheet, key):
             files = {
@@ -285,11 +274,15 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
     listed = [rows[key] for key in found if key in rows]
     labels: list[Any] | None = None
     objects: list[str] | None = None
-    if label is None or label not in columns:
-        report_missing_classes(sheets[0], list(columns), label)
-    else:
+    if label is not None and label in columns:
         labels = [cells[label] for cells in listed]
         labels = parse_labels(labels) if sheets[0].suffix == ".csv" else labels
+    elif label is not None:
+        missing_label = f"no column {label!r}; columns: {', '.join(columns)}"
+        if label != LABEL:
+            raise UserError(f"data.label_column: {missing_label}")
+        if is_first_process():
+            tell(one_line(f"data.label_column: {sheets[0]} has {missing_label}, so there are no classes"))
     if group is not None and group in columns:
         objects = read_objects([cells[group] for cells in listed], paths.__getitem__, str(sheets[0]), group)
     return replace(of_files(paths, labels), objects=objects)
@@ -303,18 +296,6 @@ def read_objects(cells: list[Any], name: Callable[[int], str], table: str, colum
     if is_first_process():
         tell(one_line(f"data.group: the column {column!r} of {table} names the object of each image"))
     return [str(cell) for cell in cells]
-
-
-def report_missing_classes(sheet: Path, columns: list[str], column: str | None) -> None:
-    """Print one line about a sheet without classes. Raises `UserError` if a column other than the default was
-    requested."""
-    there = ", ".join(name for name in columns if name != "file_name") or "none"
-    if column not in (None, LABEL):
-        raise UserError(f"data.label_column: no column {column!r}; columns: {there}")
-    if column == LABEL and is_first_process():
-        tell(
-            one_line(f"data.label_column: {sheet} has no column {column!r}, so there are no classes; columns: {there}")
-        )
 
 
 def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]]:
@@ -341,9 +322,7 @@ def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]
 def parse_labels(labels: list[Any]) -> list[Any]:
     """Convert the labels of a CSV file to whole numbers if all are numbers; an empty cell means no label."""
     labels = [None if label == "" else label for label in labels]
-    whole = all(
-        isinstance(label, int) or re.fullmatch(r"\d{1,18}", str(label)) for label in labels if label is not None
-    )
+    whole = all(re.fullmatch(r"\d{1,18}", str(label)) for label in labels if label is not None)
     return [int(label) if whole and label is not None else label for label in labels]
 
 
@@ -353,5 +332,4 @@ def normalize_path(path: str) -> str:
 
 
 def full_path(path: Path | str) -> str:
-    """Return a path in the one form in which it is looked up."""
     return normalize_path(os.path.abspath(path))

@@ -23,10 +23,10 @@ from .clip_files import choose_kind, report_windows
 from .crops import CentredCrops, RandomCrops
 from .dataset import ImageDataset, Splits
 from .folder import open_folder
-from .formats import CHUNK, WORKERS, clipped_share, good_values, guess_type, try_decode
+from .formats import CHUNK, WORKERS, good_values, guess_type, try_decode
 from .settings import DataConfig, require_plain_data
 from .sources import Source, SourceSplits, open_digits
-from .splits import Division, Inherited, SplitPart, choose_splits
+from .splits import Inherited, SplitPart, divide_images
 from .streaming import StreamedImages, open_streamed_splits
 from .tables import open_tables
 
@@ -45,19 +45,17 @@ def load_images(
 ) -> Splits:
     """Open the source, decode every image once and return its splits.
 
-    inherited: the division with which a model was trained. distributed: all launched processes call this; each checks a
-    share of the images if these do not fit in memory. stream: with `data.streaming`, return the training images as
-    `StreamedImages` instead of up to 2,000 of them with random access. check: False decodes images only on access,
-    unless `on_error=skip`. single_frames: with `data.frames`, return the frames of the clips, each an image, in the
-    splits of their clips. Raises `UserError` for a source that is missing, empty or lacks a split, for missing or
-    negative labels, and for images that cannot be decoded (with `on_error=skip`, only if they exceed
-    `max_bad_fraction`).
-    """
+    inherited: the division of training. distributed: all launched processes call this; each checks a share of the
+    images that do not fit in memory. stream: with `data.streaming`, return the training images as `StreamedImages`
+    instead of up to 2,000 of them with random access. check: False decodes images only on access, unless
+    `on_error=skip`. single_frames: with `data.frames`, return the frames of the clips as images, in the splits of their
+    clips. Raises `UserError` for a source that is missing, empty or lacks a split, for missing or negative labels, and
+    for images that cannot be decoded (with `on_error=skip`, only for more than `max_bad_fraction`)."""
     streamed: StreamedImages | None = None
     if config.is_stream:
         division, streamed = open_streamed_splits(config, stream, inherited)
     else:
-        division = divide_source(config, inherited)
+        division = divide_images(open_source(config), config, inherited)
         config = settle_values(config, division.parts["train"])
     sources = list(dict.fromkeys(part.source for part in division.parts.values()))
     report_windows(sources)
@@ -86,15 +84,9 @@ def load_images(
 
 
 def choose_view(config: DataConfig, part: str) -> type[ImageDataset]:
-    """Return which views of the images a part consists of."""
     if config.crop is None:
         return ImageDataset
     return RandomCrops if part == "train" else CentredCrops
-
-
-def divide_source(config: DataConfig, inherited: Inherited | None = None, *, quiet: bool = False) -> Division:
-    """Return the parts of `config.source`; see `choose_splits`."""
-    return choose_splits(open_source(config), config, inherited, quiet)
 
 
 def open_source(config: DataConfig) -> SourceSplits:
@@ -145,8 +137,7 @@ def settle_values(config: DataConfig, train: SplitPart) -> DataConfig:
 def measure_range(
     source: Source, positions: NDArray[np.int64], channels: int, dtype: ValueType
 ) -> tuple[float, float] | None:
-    """Return the smallest and the largest value of the images or clips at `positions` that have this type; None without
-    any."""
+    """Return the smallest and largest value of the images or clips at `positions` of this type; None without any."""
 
     def bounds(chunk: list[int]) -> list[tuple[float, float]]:
         arrays = (good_values(payload, channels, dtype) for payload in source.payloads(chunk))
@@ -160,12 +151,12 @@ def measure_range(
 
 def warn_about_range(config: DataConfig, source: Source, positions: NDArray[np.int64]) -> None:
     """Print one line if the declared range clips more than 1 % of the values of a sample."""
-    if not is_first_process():
-        return
     some = positions[spread_rows(len(positions), RANGE_SAMPLE)].tolist()
-    spec = config.spec
-    shares = [clipped_share(payload, spec) for payload in source.payloads(some)]
-    if (mean := float(np.mean(shares))) > MOST_CLIPPED:
+    spec, shares = config.spec, list[float]()
+    for payload in source.payloads(some):
+        array = good_values(payload, spec.channels, spec.dtype)
+        shares.append(0.0 if array is None else float(((array < spec.low) | (array > spec.high)).mean()))
+    if (mean := float(np.mean(shares))) > MOST_CLIPPED and is_first_process():
         worst = source.name(some[int(np.argmax(shares))])
         tell(
             one_line(

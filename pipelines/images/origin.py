@@ -42,7 +42,6 @@ def public_source(source: str, local: bool = False) -> str:
 
 
 def describe_source(source: str) -> str:
-    """Describe a source for a reader, without a local path."""
     public = public_source(source)
     return FOLDER if public == LOCAL else public
 
@@ -79,7 +78,7 @@ def find_sources(facts: Any) -> set[str]:
 
 
 def describe_for_card(facts: dict[str, Any]) -> str | None:
-    """Describe the training images for a model card, from `shareable` provenance; None if they are unknown."""
+    """Describe the training images for a model card, from `shareable` provenance; None if they are not known."""
     source = facts.get("data", {}).get("source")
     if source == LOCAL:
         return FOLDER

@@ -1,6 +1,6 @@
 """Sources of images: their names, the images themselves, which are read on access, and what else is known of each.
 
-`folder`, `clip_files`, `tables` and `streaming` make a `Source` of each split; `opening` chooses among them.
+`folder`, `clip_files`, `tables` and `streaming` make a `Source` of each split; `loading` chooses among them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Identity(NamedTuple):
 class Source:
     """Images of one split, still encoded. `payloads` returns those of rows, `name` the name of a row for messages.
 
-    `labels` are the source's own: indices into `class_names`, if it has class names. `paths` are those of image files,
-    `table` is the data set of `datasets` with all columns. `objects` are those in the column `data.group`, and
-    `identity` tells images without paths from one another."""
+    `labels` are the source's own: indices into `class_names`, if it has class names. `paths`: of image files. `table`:
+    the data set of `datasets` with all columns. `objects`: those in the column `data.group`. `identity` tells images
+    without paths from one another."""
 
     size: int
     payloads: Callable[[Sequence[int]], list[Payload]]
@@ -56,6 +56,10 @@ class Source:
 
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def holds_shards(self) -> bool:
+        return self.identity is not None and self.identity.by == "path"
 
     def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = OWN_SIZE) -> Pixels | str:
         """Return an image at its own size, (C, H, W), or the reason why it cannot be decoded. One with a side below
@@ -72,12 +76,10 @@ SourceSplits = dict[str, Callable[[], Source]]
 
 
 def of_files(paths: list[str], labels: list[Any] | None = None) -> Source:
-    """Return image files as a source."""
     return Source(len(paths), lambda rows: [Path(paths[row]) for row in rows], paths.__getitem__, labels, paths=paths)
 
 
 def hash_bytes(data: bytes) -> int:
-    """Return a hash below 2^64."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 

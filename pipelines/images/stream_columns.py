@@ -56,16 +56,13 @@ class StreamedColumn:
 
     @property
     def key(self) -> str:
-        """The column of the shards."""
         return self.source.column or self.name
 
     def cells(self, samples: list[Sample]) -> RawColumn:
-        """Return the column in samples of a shard."""
         values = [sample["cells"][self.key] for sample in samples]
         return replace(list_cells(values, lambda row: str(samples[row]["name"])), names=list(self.names) or None)
 
     def parse(self, samples: list[Sample]) -> Any:
-        """Return the values in samples of a shard. Raises `ValueError`."""
         return FORMATS[self.kind].parse_cells(self.cells(samples), self.source.encoder or "")
 
     def summarize(self, samples: list[Sample], train: int) -> Any:
@@ -81,7 +78,6 @@ class StreamedColumn:
             raise ValueError(f"{shard.path}: {error}") from error
 
     def to_raw(self, samples: list[Sample], column: Column) -> Tensor:
-        """Return the raw rows of samples. Raises `ValueError`."""
         return FORMATS[self.kind].to_raw(self.parse(samples), column)
 
 
@@ -101,15 +97,10 @@ def join_column(each: StreamedColumn, inputs: list[Input], scans: list[Scan]) ->
 def choose_kinds(data: DataConfig, sources: Mapping[str, AttributeSource], inputs: list[Input]) -> list[StreamedColumn]:
     """Return the columns, each of the configured kind, or of that which the first cells of the training
     shards suggest."""
-    found = [
-        StreamedColumn(
-            name,
-            source,
-            names_in(inputs[0].path, source.column or name),
-            source.kind or ("vector" if source.encoder else ""),
-        )
-        for name, source in sources.items()
-    ]
+    found = list[StreamedColumn]()
+    for name, source in sources.items():
+        names, kind = names_in(inputs[0].path, source.column or name), source.kind or "vector" * bool(source.encoder)
+        found.append(StreamedColumn(name, source, names, kind))
     for shard in inputs:
         if all(each.kind for each in found) or shard.split != "train":
             break
@@ -180,7 +171,6 @@ def number_classes(
 def read_shard(
     shard: Input, data: DataConfig, attributes: list[StreamedColumn], size: int = CELLS, *, with_images: bool
 ) -> Iterator[list[Sample]]:
-    """Yield the samples of a shard, `size` at a time. Raises `UserError`."""
     columns = sorted({each.key for each in attributes})
     samples = read_shards([shard.path], data, columns=columns, with_images=with_images)
     while some := list(islice(samples, size)):

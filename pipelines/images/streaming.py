@@ -6,7 +6,6 @@ Shuffling is approximate, and a resumed run does not repeat the order. Whole sha
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,7 @@ from .dataset import Epochs, ImageDataset, Indices
 from .formats import Payload, decode_in_threads
 from .settings import DataConfig, require_plain_data
 from .sources import Identity, Source, hash_names
-from .splits import MOST, Division, Inherited, SplitPart, choose_splits, name_shards, require_single_images
+from .splits import MOST, Division, Inherited, SplitPart, divide_images, name_shards, require_single_images
 from .tables import Sample, files_of, find_tables, names_in, naming, read_parquet, read_tar, url_suffix
 
 FEW = 1000  # bad images are limited as if at least this many were read
@@ -77,7 +76,7 @@ def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Divi
         identity = Identity("path", lambda: hash_names(name_shards(sorted(files), config)))
         return Source(len(files), lambda rows: [], sorted(files).__getitem__, identity=identity)
 
-    return choose_splits({name: partial(open_split, files) for name, files in splits.items()}, config, inherited)
+    return divide_images({name: partial(open_split, files) for name, files in splits.items()}, config, inherited)
 
 
 def read_shards(
@@ -100,7 +99,6 @@ def read_shards(
 
 
 def require_same_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
-    """Raise `UserError` if a shard has other class names."""
     if names_in(file, config.label_column) != classes:
         raise UserError(f"data.label_column: {file} and the first shard have different classes; {WITHOUT}")
 
@@ -118,7 +116,7 @@ def shuffle_images(
 
 
 def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) -> Source:
-    """Return up to 2,000 images of shards, in memory. Raises `UserError` if there are no images."""
+    """Return up to 2,000 images of shards, in memory. Raises `UserError` without any."""
     names, labels, payloads = list[str](), list[Any](), list[Payload]()
     images = islice(shuffle_images(files, config, 0, MIXED, classes), MOST)
     while chunk := list(islice(images, 256)):
@@ -148,7 +146,6 @@ class StreamedImages(ImageDataset):
         self._stream: Iterator[dict[str, Any]] | None = None
         self._next, self._seen, self._skipped = 0, 0, 0
         self._bad_names = set[str]()  # images recur in each epoch, but are listed once
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         raise UserError("data.streaming: the number of images is unknown; data.streaming=false copies them")
@@ -166,7 +163,6 @@ class StreamedImages(ImageDataset):
         return self.prepare(self._take(stream, count))
 
     def names(self, indices: Indices) -> list[str]:
-        """Raise `UserError`."""
         raise self._access_error()
 
     def _rows_of(self, indices: Indices) -> NDArray[np.int64]:
@@ -174,11 +170,10 @@ class StreamedImages(ImageDataset):
 
     def _read(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> Tensor:
         """Return this process's next images. Raises `UserError` for positions that do not increase."""
-        with self._lock:
-            if not len(rows) or self._stream is None or rows[0] < self._next or (np.diff(rows) <= 0).any():
-                raise self._access_error()
-            self._next = int(rows[-1]) + 1
-            return self._take(self._stream, len(rows))
+        if not len(rows) or self._stream is None or rows[0] < self._next or (np.diff(rows) <= 0).any():
+            raise self._access_error()
+        self._next = int(rows[-1]) + 1
+        return self._take(self._stream, len(rows))
 
     def _images(self, seed: int) -> Iterator[dict[str, Any]]:
         """Yield this process's images endlessly, in a new order each epoch."""
@@ -201,25 +196,25 @@ class StreamedImages(ImageDataset):
         good = list[NDArray[np.uint8]]()
         while len(good) < count and (chunk := list(islice(stream, count - len(good)))):
             images = decode_in_threads([example["data"] for example in chunk], self.spec)
-            checked = zip(images, chunk, strict=True)
-            good += [i for i, e in checked if self._is_good(i, e["name"]) and not isinstance(i, str)]
+            for image, example in zip(images, chunk, strict=True):
+                self._seen += 1
+                if isinstance(image, str):
+                    self._skip(example["name"], image)
+                else:
+                    good.append(image)
         if not good:
             raise UserError(f"data.source: {self.config.source}: none of the training images can be decoded")
         return torch.from_numpy(np.stack(good))
 
-    def _is_good(self, image: NDArray[np.uint8] | str, name: str) -> bool:
-        """Count an image, and return whether it was decoded. Raises `UserError` for a bad image that may not be
-        skipped, and for too many bad images."""
-        self._seen += 1
-        if not isinstance(image, str):
-            return True
+    def _skip(self, name: str, reason: str) -> None:
+        """Count a bad image. Raises `UserError` if it may not be skipped, and for too many bad images."""
         if self.config.on_error == "fail":
-            raise UserError(one_line(f"{name}: {image} (data.on_error=skip skips such images)"))
+            raise UserError(one_line(f"{name}: {reason} (data.on_error=skip skips such images)"))
         if not self.bad:
-            tell(one_line(f"warning: {name}: {image}; such images are skipped"))
+            tell(one_line(f"warning: {name}: {reason}; such images are skipped"))
         if name not in self._bad_names:
             self._bad_names.add(name)
-            self.bad.append(BadImage(name, self._seen - 1, image))
+            self.bad.append(BadImage(name, self._seen - 1, reason))
         self._skipped += 1
         allowed = self.config.max_bad_fraction
         if self._skipped > allowed * max(FEW, self._seen) and allowed < 1:
@@ -227,7 +222,6 @@ class StreamedImages(ImageDataset):
                 f"{self._skipped} of {self._seen} images so far cannot be decoded, more than "
                 f"data.max_bad_fraction={allowed} allows:{list_bad(self.bad)}"
             )
-        return False
 
     def _access_error(self) -> UserError:
         return UserError(

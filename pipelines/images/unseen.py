@@ -12,13 +12,12 @@ import numpy as np
 from tokenizer.config import show_value
 
 from ..config import UserError
-from .loading import divide_source, open_source
+from .loading import open_source
 from .origin import resolve_source
 from .settings import DataConfig
-from .splits import DIVISION, Inherited, choose_held_out, choose_splits
+from .splits import DIVISION, Inherited, choose_held_out, divide_images
 
 SPLIT_SETTINGS = (*DIVISION, "limit", "streaming")
-"""The settings that decide which images of a source are trained on."""
 
 
 def require_unseen(config: DataConfig, trained: DataConfig | None, part: str) -> None:
@@ -49,10 +48,10 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
     if config.is_stream or before.is_stream or (config.frames is None) != (before.frames is None):
         return int(name == before.split), 0
     try:
-        learned = choose_splits(splits, before, Inherited("position"), quiet=True).parts["train"].positions
+        learned = divide_images(splits, before, Inherited("position"), quiet=True).parts["train"].positions
     except UserError:  # the source has changed
         return 0, 0
-    parts = choose_splits(splits, config, Inherited("position"), quiet=True).parts
+    parts = divide_images(splits, config, Inherited("position"), quiet=True).parts
     if part not in parts:
         return 0, 0
     positions = parts[part].positions
@@ -63,15 +62,12 @@ def find_parts(files: Sequence[Path], trained: DataConfig | None, inherited: Inh
     """Return the part of the training images that each file belongs to ("train", "validation" or "held_out"), under
     any path and through links; None for a file that is not among them, and if they cannot be found. inherited: how the
     images that a model was `trained` with were divided."""
-    root = None if trained is None else trained.path
-    if trained is None or root is None or not root.is_dir():
-        return [None] * len(files)
-    within, paths = os.path.join(os.path.realpath(root), ""), [os.path.realpath(file) for file in files]
-    if not any(path.startswith(within) for path in paths):
+    root, paths = None if trained is None else trained.path, [os.path.realpath(file) for file in files]
+    if trained is None or root is None or not any(Path(path).is_relative_to(os.path.realpath(root)) for path in paths):
         return [None] * len(files)
     everything = trained.model_copy(update={"limit": None})
     try:
-        parts = divide_source(everything, inherited, quiet=True).parts
+        parts = divide_images(open_source(everything), everything, inherited, quiet=True).parts
     except UserError:  # the source has changed
         return [None] * len(files)
     known = {

@@ -141,7 +141,7 @@ def test_the_default_is_held_out_images_at_their_own_size(world, tmp_path, capsy
 
 
 def test_few_images_are_in_memory_at_a_time(world, tmp_path, monkeypatch):
-    most, alive, real = [0], [], views.read_image
+    most, alive, real = [0], [], views.read_large
 
     def load(*arguments):
         image = real(*arguments)
@@ -149,7 +149,7 @@ def test_few_images_are_in_memory_at_a_time(world, tmp_path, monkeypatch):
         most[0] = max(most[0], len(alive))
         return image
 
-    monkeypatch.setattr(views, "read_image", load)
+    monkeypatch.setattr(views, "read_large", load)
     main(["detect", f"pipeline={world}/pipe", f"images={world}/new", f"out={tmp_path}/found", "tile=true"])
     assert 1 <= most[0] <= 3
 

@@ -61,12 +61,6 @@ def test_other_images_have_none(tmp_path, capsys):
     assert not warned(capsys, write_views(tmp_path / "pairs", differs=ALIKE), group=PAIRS)[1]
 
 
-def test_blank_images_are_no_duplicates(tmp_path, capsys):
-    for number in range(COUNT):
-        write_image(tmp_path / f"{number:03}.png", np.full((12, 12), number, np.uint8))
-    assert not warned(capsys, tmp_path)[1]
-
-
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [({"group": r"^(\d{3}_\d)"}, "data.group divides"), ({"held_out": "test"}, "test say little")],

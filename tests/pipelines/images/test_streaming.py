@@ -147,14 +147,6 @@ def test_shards_with_different_classes_are_refused(tmp_path):
         path.write_bytes(before)
 
 
-def test_a_held_out_split_without_images_is_refused(tmp_path):
-    write_shards(tmp_path, "parquet", rows_of(20), 2)
-    write_shards(tmp_path, "parquet", [], 1, split="test")
-    for read in (stream, load):
-        with pytest.raises(UserError, match=r"^data.source: (?!.*An error occurred)"):
-            read(tmp_path)
-
-
 # Damaged and remote shards
 
 
