@@ -40,9 +40,9 @@ from .folder import (
     image_paths,
     natural_key,
     normalize_path,
-    read_rows,
+    read_sheet_rows,
 )
-from .formats import NO_IMAGE, Payload, Pixels, try_decode
+from .formats import NO_IMAGE, Payload, PixelArray, try_decode
 from .settings import DataConfig
 from .sources import Source
 from .splits import SplitPart
@@ -276,7 +276,7 @@ class Sheets:
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         images = [f"{config.image_column}_file_name", "file_name"]
         places = (root, "table") if table else (None, "data.source")
-        for sheet, image, _, cells in read_rows(self.files, images, *places):
+        for sheet, image, _, cells in read_sheet_rows(self.files, images, *places):
             folder = root if table else sheet.parent
             if None in cells:
                 raise ValueError(f"{sheet}: a row has more cells than columns: {cells}")
@@ -403,7 +403,7 @@ class AttributeImages(ImageDataset):
         down, right = (side / other for side, other in zip(spec.size, config.spec.size, strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
-    def decode(self, indices: list[int], spec: ImageSpec) -> list[Pixels | str]:
+    def decode(self, indices: list[int], spec: ImageSpec) -> list[PixelArray | str]:
         images = zip(indices, super().decode(indices, spec), strict=True)
         return [np.zeros(spec.shape, np.uint8) if self.missing[index] else image for index, image in images]
 

@@ -21,7 +21,7 @@ from tokenizer.spec import ImageSpec
 from ..config import UserError, is_first_process, tell
 from ..files import replace_file
 from ..prefetch import prefetch
-from .formats import CHUNK, WORKERS, Payload, Pixels
+from .formats import CHUNK, WORKERS, Payload, PixelArray
 from .settings import DataConfig
 from .sources import Source
 
@@ -43,10 +43,10 @@ class PixelCache:
     at_once = max(1, CHUNK // AHEAD)  # images that a thread decodes at a time
 
     def __init__(self, count: int, room: int) -> None:
-        self.images: list[Pixels | None] = [None] * count
+        self.images: list[PixelArray | None] = [None] * count
         self.room, self.is_full = room, room <= 0
 
-    def add(self, k: int, image: Pixels) -> None:
+    def add(self, k: int, image: PixelArray) -> None:
         self.is_full = self.is_full or image.nbytes > self.room
         if not self.is_full:
             self.images[k] = image
@@ -68,7 +68,7 @@ class StackedCache(PixelCache):
         self.pixels = None if self.is_full else np.empty((count, *spec.shape), spec.stored_type)
         self.room -= 0 if self.is_full else size
 
-    def add(self, k: int, image: Pixels) -> None:
+    def add(self, k: int, image: PixelArray) -> None:
         if self.pixels is not None:
             self.pixels[k] = image
 
@@ -80,7 +80,7 @@ class StackedCache(PixelCache):
 def decode_all(
     source: Source,
     positions: NDArray[np.int64],
-    decode: Callable[[Payload], Pixels | str],
+    decode: Callable[[Payload], PixelArray | str],
     memory: PixelCache,
     distributed: bool = False,
 ) -> tuple[NDArray[np.int64], list[BadImage]]:
@@ -100,7 +100,7 @@ def decode_all(
                 if not memory.is_full or start // CHUNK % world == rank:
                     yield chunk[first : first + memory.at_once]
 
-    def decode_piece(piece: range) -> tuple[range, list[Pixels | str]]:
+    def decode_piece(piece: range) -> tuple[range, list[PixelArray | str]]:
         rows = positions[piece.start : piece.stop].tolist()
         return piece, [decode(payload) for payload in source.payloads(rows)]
 

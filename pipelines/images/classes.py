@@ -25,7 +25,7 @@ def number_labels(sources: list[Source]) -> tuple[dict[Source, NDArray[np.int64]
     if len({tuple(each.class_names) for each in sources if each.class_names is not None}) > 1:
         raise UserError(f"data.label_column: splits have different classes; {WITHOUT}")
     found = {label for each in sources for label in each.labels or [] if is_label(label)} if names is None else set()
-    class_names = name_classes(found) if names is None else list(dict.fromkeys(names))
+    class_names = order_classes(found) if names is None else list(dict.fromkeys(names))
     check_class_names(class_names, spellings=names is None)
     places = {name: place for place, name in enumerate(class_names)}
     texts = {label: str(label) for label in found} if names is None else dict(enumerate(names))
@@ -41,7 +41,7 @@ def number_labels(sources: list[Source]) -> tuple[dict[Source, NDArray[np.int64]
     return numbered, class_names
 
 
-def name_classes(labels: Iterable[Any]) -> list[str]:
+def order_classes(labels: Iterable[Any]) -> list[str]:
     """Return the names of classes in their order: numbers ascend, and come before words. The number 1 and the word "1"
     are one class."""
     return list(dict.fromkeys(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label)))))

@@ -21,7 +21,7 @@ from ..prefetch import prefetch
 from ..shuffling import DRAWS, uniforms
 from .checking import BadImage, PixelCache
 from .dataset import Epochs, ImageDataset
-from .formats import WORKERS, Payload, Pixels, try_decode
+from .formats import WORKERS, Payload, PixelArray, try_decode
 from .settings import DataConfig
 from .splits import SplitPart
 from .views import View
@@ -58,7 +58,7 @@ class CropImages(ImageDataset):
         return PixelCache(count, room)
 
     @staticmethod
-    def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:
+    def decode_one(payload: Payload, spec: ImageSpec) -> PixelArray | str:
         return try_decode(payload, spec, least=spec.size)
 
     def places(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> NDArray[np.float64]:
@@ -83,7 +83,7 @@ class CropImages(ImageDataset):
                 found[k] = self._view.window(image, *self._find_corner(image, places[k]))
         return torch.from_numpy(found)
 
-    def _list_images(self, rows: NDArray[np.int64]) -> Iterator[tuple[list[int], Pixels]]:
+    def _list_images(self, rows: NDArray[np.int64]) -> Iterator[tuple[list[int], PixelArray]]:
         """Yield each image of which `rows` are crops, and which of the rows these are. Images that are not in memory
         are decoded, few at a time."""
         crops: dict[int, list[int]] = {}
@@ -93,13 +93,13 @@ class CropImages(ImageDataset):
         load = map if is_held else partial(prefetch, ahead=WORKERS, threads=WORKERS)
         yield from zip(crops.values(), load(self._load, crops), strict=True)
 
-    def _load(self, owner: int) -> Pixels:
+    def _load(self, owner: int) -> PixelArray:
         if (image := self._whole[owner]) is not None:
             return image
         row = owner * self._per_image
         return self._require_good(row, self._source.read(int(self._positions[row]), self.spec, self.spec.size))
 
-    def _find_corner(self, image: Pixels, place: Sequence[float]) -> tuple[int, ...]:
+    def _find_corner(self, image: PixelArray, place: Sequence[float]) -> tuple[int, ...]:
         """Return the upper left pixel of a crop of an image; all of those possible are equally likely."""
         sides = zip(place, image.shape[-2:], self._view.size, strict=True)
         return tuple(int(at * (side - window + 1)) for at, side, window in sides)

@@ -27,7 +27,7 @@ from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
 from .checking import BadImage, PixelCache, StackedCache, write_bad_images
 from .classes import warn_about_absent
-from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
+from .formats import CHUNK, Payload, PixelArray, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
 from .splits import SplitFacts, SplitPart, name_units
@@ -40,7 +40,7 @@ Epochs = NDArray[np.int64] | int
 COLOUR_SAMPLE, GREY_SPREAD = 32, 16
 """Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
 TEST_DRAWS = 5
-"""Number of draws of each test image with `data.binarize=drawn`, over which figures are averaged."""
+"""Samples of each test image with `data.binarize=drawn`, over which figures are averaged."""
 HINT = " (data.on_error=skip skips such images)"
 
 
@@ -78,7 +78,7 @@ class ImageDataset:
         return StackedCache(count, room, spec)
 
     @staticmethod
-    def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:
+    def decode_one(payload: Payload, spec: ImageSpec) -> PixelArray | str:
         return try_decode(payload, spec)
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class ImageDataset:
 
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:
         """Return images as float32 `(B, *spec.shape)` in [-1, 1]. Augmentation depends on (seed, epoch, index) alone,
-        and drawn pixels on (epoch, index)."""
+        and stochastic pixels on (epoch, index)."""
         return self.prepare(*self.raw_batch(indices, epoch, seed, augment=augment))
 
     def raw_batch(self, indices: Indices, epochs: Epochs, seed: int, *, augment: bool = True) -> tuple[Tensor, ...]:
@@ -137,7 +137,7 @@ class ImageDataset:
         """Convert a `raw_batch` to float32 `(B, *spec.shape)` in [-1, 1], on its device."""
         return prepare_images(pixels, changes, self.config.augment)
 
-    def decode(self, indices: list[int], spec: ImageSpec) -> list[Pixels | str]:
+    def decode(self, indices: list[int], spec: ImageSpec) -> list[PixelArray | str]:
         """Read the images from the source as `spec`. Each becomes pixels `spec.shape`, or the reason why it cannot be
         decoded."""
         return decode_in_threads(self._source.payloads(self._positions[indices].tolist()), spec)
@@ -159,7 +159,7 @@ class ImageDataset:
             pixels = torch.from_numpy(np.stack(good)) if good else torch.empty((0, *self.spec.shape), dtype=torch.uint8)
         return pixels if self._binarize is None else binarize(pixels, self._binarize, self._positions[rows], epochs)
 
-    def _require_good(self, row: int, image: Pixels | str) -> Pixels:
+    def _require_good(self, row: int, image: PixelArray | str) -> PixelArray:
         if isinstance(image, str):
             raise UserError(one_line(f"{self._source.name(int(self._positions[row]))}: {image}{HINT}"))
         return image
@@ -177,7 +177,7 @@ class ImageDataset:
         return found
 
     def whole_images(self, indices: Indices) -> LazyImages:
-        """Return images at their own size, read on access; black and white ones are drawn by their pixels."""
+        """Return images at their own size, read on access; stochastic ones depend on their pixels alone."""
         rows, how = self._positions[self._rows_of(indices)].tolist(), self._binarize
         found = read_whole(self._source, rows, self.names(indices), self.spec, HINT)
         return found if how is None else replace(found, read=lambda k: binarize(found.read(k)[None], how)[0])

@@ -215,7 +215,7 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
 # Sheets
 
 
-def read_rows(
+def read_sheet_rows(
     sheets: Sequence[Path], image_columns: Sequence[str], folder: Path | None = None, key: str = "data.source"
 ) -> Iterator[tuple[Path, str, set[str], dict[str, Any]]]:
     """Yield for each row of the sheets its sheet, the full path of its image, those of its other files, such as masks
@@ -249,7 +249,7 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
     label, group = config.label_column, config.group
     own = "file_name" if config.image_column == IMAGE else f"{config.image_column}_file_name"
     try:
-        for sheet, image, further, cells in read_rows(sheets, [f"{config.image_column}_file_name", own]):
+        for sheet, image, further, cells in read_sheet_rows(sheets, [f"{config.image_column}_file_name", own]):
             columns |= dict.fromkeys(cells)
             if image not in found:
                 raise ValueError(f"{sheet}: lists {image}, which is not an image in {folder}")

@@ -60,7 +60,7 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it prints lin
 
 Single = bytes | Path | Array | str | None
 """An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
-Pixels = Array
+PixelArray = Array
 """uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
 
 
@@ -83,7 +83,7 @@ class ClipWindow:
     def values(self) -> Iterator[Array]:
         return (np.asarray(self.read(index, True)) for index in range(self.start, self.start + self.frames))
 
-    def decode(self, spec: ImageSpec) -> Pixels:
+    def decode(self, spec: ImageSpec) -> PixelArray:
         """Return the frames in one array `spec.shape`, each resized and cropped as images are. Raises `ValueError`,
         which names the frame."""
         parts, deep = [], not spec.is_picture
@@ -107,14 +107,14 @@ Payload = Single | ClipWindow
 
 def try_decode(
     payload: Payload, spec: ImageSpec, formats: tuple[str, ...] = FORMATS, *, least: tuple[int, int] | None = None
-) -> Pixels | str:
+) -> PixelArray | str:
     try:
         return decode_image(payload, spec, formats, least=least)
     except Exception as error:  # Pillow raises almost anything for damaged files
         return str(error) or type(error).__name__
 
 
-def decode_in_threads(payloads: Sequence[Payload], spec: ImageSpec) -> list[Pixels | str]:
+def decode_in_threads(payloads: Sequence[Payload], spec: ImageSpec) -> list[PixelArray | str]:
     with ThreadPoolExecutor(WORKERS) as pool:
         return list(pool.map(partial(try_decode, spec=spec), payloads))
 
@@ -125,7 +125,7 @@ def decode_image(
     formats: tuple[str, ...] = FORMATS,
     *,
     least: tuple[int, int] | None = None,
-) -> Pixels:
+) -> PixelArray:
     """Return the pixels `spec.shape` of an image or a clip: resized and cropped at the centre, upright, on white, the
     first frame of an animation.
 
@@ -162,7 +162,7 @@ def open_picture(payload: Single | Image.Image, spec: ImageSpec, formats: tuple[
     return image
 
 
-def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> Pixels:
+def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> PixelArray:
     """Return the pixels (C, H, W) of an upright picture in grey or RGB; see `decode_image`. Raises `ValueError` for an
     empty one."""
     if not (image.width and image.height):
@@ -175,7 +175,7 @@ def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] |
     return channels_first(np.asarray(image), spec.channels)
 
 
-def decode_array(payload: Single | Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> Pixels:
+def decode_array(payload: Single | Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> PixelArray:
     """Return the values (C, H, W) of an image or a frame, each channel resized by itself; see `decode_image`."""
     array = read_values(payload, spec)
     size = spec.size if least is None else enlarged_size((array.shape[1], array.shape[2]), least)

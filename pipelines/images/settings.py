@@ -99,7 +99,7 @@ class DataConfig(Config):
     )
     key: str | None = Field(
         default=None,
-        description="column of a table that names each image, by which splits are drawn; null: the image's bytes",
+        description="column of a table that identifies each image and so decides its split; null: the image's bytes",
     )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"

@@ -22,7 +22,7 @@ from tokenizer.spec import ImageSpec
 
 from ..config import UserError
 from ..shuffling import splitmix64
-from .formats import OWN_SIZE, Payload, Pixels, try_decode
+from .formats import OWN_SIZE, Payload, PixelArray, try_decode
 
 IMAGE, LABEL = "image", "label"  # default columns
 Hashes = NDArray[np.uint64]
@@ -61,7 +61,7 @@ class Source:
     def holds_shards(self) -> bool:
         return self.identity is not None and self.identity.by == "path"
 
-    def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = OWN_SIZE) -> Pixels | str:
+    def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = OWN_SIZE) -> PixelArray | str:
         """Return an image at its own size, (C, H, W), or the reason why it cannot be decoded. One with a side below
         `least` (height, width) is enlarged until it has both."""
         return try_decode(self.payloads([row])[0], spec, least=least)

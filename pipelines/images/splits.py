@@ -40,14 +40,14 @@ HASHES = 1 << 64
 SAMPLED = 64
 """Hashes of names that a file keeps to recognise the source at another place: they miss half of the same images once in
 2^64 times, and a twentieth once in 30."""
-UNKNOWN = "whether images of {} were trained on is not known; it is divided anew"
+DIVIDED_ANEW = "whether images of {} were trained on is not known; it is divided anew"
 SHARD_COUNT = re.compile(r"-of-\d+(?=\.|$)")
 PARTS = ("train", "validation", "held_out")
 DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", *UNIT_SETTINGS, "key")
 """The settings that decide which images of a source are trained on; `limit` takes some of each part."""
 
 NamedBy = Literal["path", "column", "expression", "bytes", "pixels", "position"]
-NAMES: dict[Unit, tuple[NamedBy, ...]] = {
+NAME_ORIGINS: dict[Unit, tuple[NamedBy, ...]] = {
     "image": ("path", "column", "bytes", "pixels"),
     "object": ("column", "expression"),
     "clip": ("path",),
@@ -103,7 +103,7 @@ class SplitFacts(BaseModel):
             raise ValueError(
                 f"held_out_below and validation_from cross: {self.held_out_below} and {self.validation_from}"
             )
-        if self.by not in NAMES[self.unit]:
+        if self.by not in NAME_ORIGINS[self.unit]:
             raise ValueError(f"by: {self.unit}s are not named by {self.by}")
         return self
 
@@ -201,7 +201,7 @@ def inherit_splits(
     if trained is None:
         return Inherited(None, False, f"whether images of {config.source} were trained on is not recorded")
     if facts is None:
-        return Inherited("position") if same_source else Inherited(None, False, UNKNOWN.format(config.source))
+        return Inherited("position") if same_source else Inherited(None, False, DIVIDED_ANEW.format(config.source))
     ours, theirs = (
         # Clips are held out whole, whatever their windows.
         {key: getattr(each, key) for key in DIVISION} | {"frames": each.frames is not None}
@@ -437,7 +437,7 @@ def compare_source(
     train = ~is_below(units.hashes, below) & is_below(units.hashes, start)
     has_both = train.any() and ((~train).any() if own is None else own in splits)
     if inherited.refusal or not is_comparable or not has_both:
-        return None, UNKNOWN.format(config.source)
+        return None, DIVIDED_ANEW.format(config.source)
     return facts, inherited.note
 
 

@@ -19,7 +19,7 @@ from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.images.attributes import AttributeSource, check_sources, choose_data, load_attributes
 from pipelines.images.augment import AugmentConfig
-from pipelines.images.unseen import count_seen
+from pipelines.images.unseen import require_unseen
 from pipelines.text import encode_text, run_encoder
 from prior.columns import read_column
 from tokenizer import Tokenizer
@@ -313,7 +313,8 @@ def test_clips_are_held_out_whole_and_a_frame_is_given_the_one_before(tmp_path):
             assert bool(found["past"].images[split].missing[row]) == (number % 11 == 0)
             assert np.array_equal(past[row, 0], picture(number - 1) if number % 11 else 0 * picture(0))
     config = DataConfig(source=str(root), image_size=12, **options)
-    assert count_seen(config, choose_data(config, sources), "held_out")[0] > 0  # other images than without clips
+    with pytest.raises(UserError, match="images were trained on"):  # other images than without clips
+        require_unseen(config, choose_data(config, sources), "held_out")
     assert "clips" not in config.model_dump() and "clips" not in config.model_dump(mode="json")
     assert DataConfig(**choose_data(config, sources).model_dump()).clips
 
