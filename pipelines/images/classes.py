@@ -53,15 +53,11 @@ def check_class_names(names: list[str], spellings: bool) -> None:
     known: dict[str, str] = {}
     for name in names:
         if not is_class_name(name):
-            raise UserError(
-                f"invalid class name {quote(name)}: must be at most {LONGEST} printable characters; {WITHOUT}"
-            )
+            raise UserError(f"invalid class name {quote(name)}: at most {LONGEST} printable characters; {WITHOUT}")
         plain = unicodedata.normalize("NFC", name).strip()
         other = known.setdefault(plain.casefold() if len(plain) > 1 else plain, name)
         if spellings and other != name:
-            raise UserError(
-                f"the classes {quote(other)} and {quote(name)} are two spellings of one name; use a single spelling"
-            )
+            raise UserError(f"the classes {quote(other)} and {quote(name)} are two spellings of one name; use one")
 
 
 def warn_about_absent(names: list[str], trained: Collection[int]) -> None:

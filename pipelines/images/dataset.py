@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 Epochs = NDArray[np.int64] | int
 COLOUR_SAMPLE, GREY_SPREAD = 32, 16
 """Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
-TEST_DRAWS = 5
-"""Samples of each test image with `data.binarize=drawn`, over which figures are averaged."""
+TEST_DRAWS = 5  # samples of each test image with `data.binarize=drawn`, over which figures are averaged
 HINT = " (data.on_error=skip skips such images)"
 
 

@@ -26,14 +26,12 @@ if TYPE_CHECKING:
     from .settings import DataConfig
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
-ARRAY_SUFFIXES = {".npy", ".npz"}
-"""Of files that are images where there are no others."""
+ARRAY_SUFFIXES = {".npy", ".npz"}  # of files that are images where there are no others
 IMAGE_SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2"}
 """Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-Find = Callable[[Path], list[str]]
-"""Returns the paths of a folder's images or clips."""
+Find = Callable[[Path], list[str]]  # returns the paths of a folder's images or clips
 
 
 # Walking
@@ -61,9 +59,7 @@ def image_paths(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             if os.path.islink(os.path.join(parent, name)):
-                raise UserError(
-                    f"{os.path.join(parent, name)}: links to folders are not followed; use the folder itself"
-                )
+                raise UserError(f"{os.path.join(parent, name)}: links to folders are not followed")
         files = [name for name in files if not name.startswith(".")]
         found += [os.path.join(parent, name) for name in files if suffix_of(name) in IMAGE_SUFFIXES]
         arrays += [os.path.join(parent, name) for name in files if suffix_of(name) in ARRAY_SUFFIXES]
@@ -127,20 +123,14 @@ def open_folder(root: Path, config: DataConfig, find: Find) -> SourceSplits:
     def find_separate(folder: Path) -> list[str]:
         found = find(folder)
         if str(folder) in found:
-            raise UserError(
-                f"data.frames: {folder} holds single images, not clips; put the frames of each clip into a folder of "
-                "its own (data.frames=null: each image is an image)"
-            )
+            raise UserError(f"data.frames: {folder} holds single images, not clips; put each clip into a folder")
         return found
 
     folders = split_folders(root, config)
     with_sheets = "sheet" in kinds_below(root)
     beside = [name for name in SHEETS if with_sheets and (root / name).exists() and root not in folders.values()]
     if beside:
-        raise UserError(
-            f"data.source: {root / beside[0]}: a sheet lists the images of its own folder; put one into each split: "
-            f"{', '.join(folders)}"
-        )
+        raise UserError(f"data.source: {root / beside[0]}: put one sheet into each split: {', '.join(folders)}")
     open_split = sheet_source if with_sheets else folder_source
     return {name: partial(open_split, folder, config, find_separate) for name, folder in folders.items()}
 
@@ -179,10 +169,7 @@ def refuse_split_names(root: Path) -> None:
         return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 
     if any(name != name.lower() for name in folders) or all(holds_classes(root / name) for name in folders):
-        raise UserError(
-            f"{root}: {', '.join(folders)} look like splits, not classes; rename them train, test and validation, or "
-            "set data.split and data.held_out"
-        )
+        raise UserError(f"{root}: {', '.join(folders)} look like splits, not classes; set data.split and data.held_out")
 
 
 def folder_source(folder: Path, config: DataConfig, find: Find) -> Source:
@@ -267,10 +254,7 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
         name = sheets[0].relative_to(folder) if sheets else "a sheet (metadata.jsonl or metadata.csv) like other splits"
         count = f"{len(missing):,} of {len(found):,} images have no row" if missing else "no images have a row"
         first = f", the first is {os.path.relpath(missing[0], folder)}" if missing else ""
-        raise UserError(
-            f"data.source: {folder}: {count} in {name}{first}; add rows, move the images elsewhere, or remove all "
-            "sheets to use folders as classes"
-        )
+        raise UserError(f"data.source: {folder}: {count} in {name}{first}; add rows, or remove all sheets")
     listed = [rows[key] for key in found if key in rows]
     labels: list[Any] | None = None
     objects: list[str] | None = None

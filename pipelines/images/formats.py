@@ -34,34 +34,26 @@ from tokenizer.spec import Array, ImageSpec, ValueType, name_type, require_finit
 
 from ..config import UserError
 
-WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-"""Formats that browsers show; uploads must have one of them."""
-FORMATS = (*WEB_FORMATS, "TIFF", "PPM")
-"""PPM is the family: PBM, PGM, PNM and PPM."""
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # formats that browsers show; uploads must have one of them
+FORMATS = (*WEB_FORMATS, "TIFF", "PPM")  # PPM is the family: PBM, PGM, PNM and PPM
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
 MAX_FILE = 256 << 20  # bytes of an encoded image
 CHUNK = 64  # images that a thread reads and decodes at a time
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that read and decode, mostly without holding the GIL."""
-NO_IMAGE = "no image"
-"""Why a row without an image cannot be decoded."""
-NUMPY, ZIP = b"\x93NUMPY", b"PK"
-"""The first bytes of `.npy` and `.npz` files."""
+NO_IMAGE = "no image"  # why a row without an image cannot be decoded
+NUMPY, ZIP = b"\x93NUMPY", b"PK"  # the first bytes of `.npy` and `.npz` files
 PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-PARSING = Lock()
-"""Held while an array is parsed, because Python 3.11 may fail if two threads parse headers at once."""
+PARSING = Lock()  # held while an array is parsed, because Python 3.11 may fail if two threads parse headers at once
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 WHITE_IS_ZERO, SEPARATE = 0, 2  # values of PHOTOMETRIC_INTERPRETATION and PLANAR_CONFIGURATION
-COLOURS = (1, 2, 5)
-"""Values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks."""
-OWN_SIZE = (1, 1)
-"""As `least`: images stay at their own size."""
+COLOURS = (1, 2, 5)  # values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks
+OWN_SIZE = (1, 1)  # as `least`: images stay at their own size
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it prints lines about damaged files
 
 Single = bytes | Path | Array | str | None
 """An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
-PixelArray = Array
-"""uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
+PixelArray = Array  # uint8, or float32 in [-1, 1] for images with a declared or measured range of values
 
 
 class Unsupported(ValueError):

@@ -122,12 +122,7 @@ def settle_values(config: DataConfig, train: SplitPart) -> DataConfig:
             first = int(positions[0])
             reason = try_decode(source.payloads([first])[0], replace(config.spec, dtype=dtype))
             found = reason if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
-            raise UserError(
-                one_line(
-                    f"data.range: the values of {len(positions)} training images cannot be measured; the first is "
-                    f"{source.name(first)}: {found}"
-                )
-            )
+            raise UserError(one_line(f"data.range: it cannot be measured; the first is {source.name(first)}: {found}"))
         config = config.model_copy(update={"dtype": dtype, "range": limits})
         if is_first_process():
             tell(f"data.range: {dtype} from {limits[0]:g} to {limits[1]:g}, measured on the training images")
@@ -158,9 +153,5 @@ def warn_about_range(config: DataConfig, source: Source, positions: NDArray[np.i
         shares.append(0.0 if array is None else float(((array < spec.low) | (array > spec.high)).mean()))
     if (mean := float(np.mean(shares))) > MOST_CLIPPED and is_first_process():
         worst = source.name(some[int(np.argmax(shares))])
-        tell(
-            one_line(
-                f"warning: data.range={spec.low:g},{spec.high:g} clips {mean:.1%} of the values of "
-                f"{len(some)} training images, most in {worst}; data.range=null measures it"
-            )
-        )
+        clips = f"data.range={spec.low:g},{spec.high:g} clips {mean:.1%} of the values, most in {worst}"
+        tell(one_line(f"warning: {clips}; data.range=null measures it"))

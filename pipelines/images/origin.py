@@ -12,8 +12,7 @@ LOCAL = "(a folder of whoever trained this: give data.source)"
 """Replaces a folder in uploads. Loading images from it fails, because no such folder exists."""
 FOLDER = "a local folder of images"
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
-TOKENS_KEY = "tokens"
-"""Key of the token dataset's path in a prior's provenance; useless on other machines."""
+TOKENS_KEY = "tokens"  # key of the token dataset's path in a prior's provenance; useless on other machines
 REMARK = "("  # starts a remark in place of a source, such as `LOCAL`
 
 

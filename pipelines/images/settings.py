@@ -26,8 +26,7 @@ OPTIONAL = {
     "crops_per_image": 1,
 }
 """Settings that files hold only if they are set."""
-UNIT_SETTINGS = ("clips", "frames", "group")
-"""Settings that say which images belong together."""
+UNIT_SETTINGS = ("clips", "frames", "group")  # settings that say which images belong together
 NOT_BINARIZED = "binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop"
 EXCLUSIVE = (
     ("clips", "group", "clips and group both say which images belong together: set only one"),

@@ -71,8 +71,7 @@ class Source:
         return self
 
 
-SourceSplits = dict[str, Callable[[], Source]]
-"""The splits of a source by name; a call opens the split."""
+SourceSplits = dict[str, Callable[[], Source]]  # the splits of a source by name; a call opens the split
 
 
 def of_files(paths: list[str], labels: list[Any] | None = None) -> Source:

@@ -54,7 +54,6 @@ NAME_ORIGINS: dict[Unit, tuple[NamedBy, ...]] = {
     "folder": ("path",),
     "shard": ("path",),
 }
-"""Where the names of units may come from."""
 NAMED: dict[NamedBy, str] = {
     "path": "their paths",
     "column": "a column",
@@ -100,9 +99,7 @@ class SplitFacts(BaseModel):
         if (self.held_out_split is None) == (self.held_out_below is None):
             raise ValueError("held_out_below: must be set exactly if no split of the source is held out")
         if (self.held_out_below or "0") > (self.validation_from or "g"):
-            raise ValueError(
-                f"held_out_below and validation_from cross: {self.held_out_below} and {self.validation_from}"
-            )
+            raise ValueError("held_out_below and validation_from cross")
         if self.by not in NAME_ORIGINS[self.unit]:
             raise ValueError(f"by: {self.unit}s are not named by {self.by}")
         return self
@@ -244,14 +241,9 @@ def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) ->
     if config.group is not None:
         column = source.objects if by != "expression" else None
         if column is None and source.paths is None:
-            raise UserError(
-                f"data.group: needs a folder of images, or a column of this name in their table (got {config.group!r})"
-            )
+            raise UserError(f"data.group: needs a folder of images, or a column {config.group!r} in their table")
         if column is None and by == "column":
-            raise UserError(
-                f"data.group: images of {config.source} lack the column {config.group!r}, which names the objects in "
-                "training"
-            )
+            raise UserError(f"data.group: the images lack the column {config.group!r} of the objects in training")
         names = column if column is not None else name_units(source.paths, config)
         return Units("object", "expression" if column is None else "column", hash_names(names))
     if source.paths is not None:
@@ -294,9 +286,7 @@ def find_objects(names: list[str], pattern: str) -> list[str]:
         match = search.search(name)
         text = match[min(1, search.groups)] if match else None
         if not text:
-            raise UserError(
-                one_line(f"data.group: '{pattern}' finds no object in {name} (null: each image is an object)")
-            )
+            raise UserError(one_line(f"data.group: '{pattern}' finds no object in {name}"))
         found.append(text)
     return found
 
@@ -426,10 +416,8 @@ def compare_source(
                 "data.group or data.streaming has changed"
             )
         if own is not None and own not in splits:
-            raise UserError(
-                f"data.held_out: the split {own!r} of {config.source}, which was held out in training, is gone; it has "
-                f"{', '.join(splits)}"
-            )
+            there = ", ".join(splits)
+            raise UserError(f"data.held_out: the split {own!r} of training is gone; {config.source} has {there}")
         return facts, inherited.note
     if is_comparable and facts.sample:
         return None, f"{config.source} is not the source of training, and is divided anew"
@@ -564,9 +552,7 @@ def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
         near = difflib.get_close_matches(wanted, others, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         part = "" if "test" in others else f" (data.held_out=test holds out part of {config.split!r})"
-        raise UserError(
-            f"data.held_out: {config.source} has no split {wanted!r}; it has {', '.join(names)}{hint}{part}"
-        )
+        raise UserError(f"data.held_out: no split {wanted!r}; {config.source} has {', '.join(names)}{hint}{part}")
     return None
 
 

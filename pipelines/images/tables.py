@@ -70,9 +70,7 @@ def find_tables(config: DataConfig) -> Any:
                 if suffixes == {".parquet"} or path.is_file() and suffixes != {".tar"}:
                     builder = datasets.load_dataset_builder("parquet", data_files={"train": place})
                 elif suffixes != {".tar"}:
-                    raise UserError(
-                        f"data.source: {source} has files {', '.join(sorted(suffixes))}; supported: {KINDS}"
-                    )
+                    raise UserError(f"data.source: {source}: files {', '.join(sorted(suffixes))}; supported: {KINDS}")
     except UserError:
         raise
     except Exception as error:  # anything from a lost network to a broken file
@@ -101,9 +99,7 @@ def check_place(source: str, path: Path, is_hub: bool) -> None:
             raise UserError(f"data.source: {place}: the path of a folder of tables cannot contain *, ? or [; rename it")
     elif path.exists():
         if path.suffix != ".tar" and path.open("rb").read(4) != b"PAR1":
-            raise UserError(
-                f"data.source: {path} is neither a parquet file nor a .tar; for image files, pass their folder"
-            )
+            raise UserError(f"data.source: {path} is no parquet or .tar file; for images, pass their folder")
     elif "://" in source:
         if source.partition("://")[0] not in PROTOCOLS:
             raise UserError(f"data.source: {source}: unsupported URL; supported protocols: {', '.join(PROTOCOLS)}")
@@ -248,9 +244,7 @@ def tar_labels(table: Any, config: DataConfig) -> list[Any] | None:
     if any(label is not None for label in labels):
         return labels
     if config.label_column != LABEL:
-        raise UserError(
-            f"data.label_column: no sample of {config.source} has .{config.label_column}, or that key in .json"
-        )
+        raise UserError(f"data.label_column: no sample has .{config.label_column}, or that key in its .json")
     return None
 
 
@@ -404,9 +398,7 @@ def read_tar(
         for name, parts in tar_samples(file, suffixes | sources, set() if with_images else suffixes - sources):
             found = sorted(suffixes & set(parts))
             if len(found) > 1:
-                raise UserError(
-                    one_line(f"{file}: {name} has the images {', '.join(found)}; data.image_column chooses one")
-                )
+                raise UserError(one_line(f"{file}: {name} has {', '.join(found)}; data.image_column chooses one"))
             if found:
                 number += 1
                 title, facts = one_line(f"{file}: {name}.{found[0]}"), read_facts(parts)

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
-PLACE = "place"
-"""The `encoder` of a vector column with the centre of a tile in its image, from 0 to 1 down and right."""
+PLACE = "place"  # the `encoder` of a vector column with the centre of a tile in its image, from 0 to 1 down and right
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,7 @@ class View:
             raise ValueError("tile: clips are not cut into tiles")
         stride, most = whole_number("stride", stride), min(height, width)
         if not 1 <= stride <= most:
-            raise ValueError(
-                f"stride: must be from 1 to {most}, so that tiles of {height} x {width} leave no gaps (got {stride})"
-            )
+            raise ValueError(f"stride: must be from 1 to {most}, so that tiles leave no gaps (got {stride})")
         return cls((height, width), (stride, stride))
 
     @classmethod
@@ -318,16 +315,11 @@ def decode_tiles(
     found = list[Any]()
     for number, (size, each) in enumerate(zip(sizes, tokens, strict=True)):
         if len(size) != 2 or size[0] < view.size[0] or size[1] < view.size[1]:
-            raise ValueError(
-                f"image {number}: expected a size (height, width) of at least {view.size} (got {tuple(size)})"
-            )
+            raise ValueError(f"image {number}: its size must be at least {view.size} (got {tuple(size)})")
         ids = as_tensor(each, pipeline.device)
         wanted = (*(len(starts) for starts in view.sides(size)), *pipeline.tokenizer.grid.shape)
         if tuple(ids.shape) != wanted:
-            raise ValueError(
-                f"image {number}: expected tokens of shape {wanted} for {size[0]} x {size[1]} pixels with stride "
-                f"{stride} (got {tuple(ids.shape)})"
-            )
+            raise ValueError(f"image {number}: expected tokens of shape {wanted} (got {tuple(ids.shape)})")
         image = decode_large(pipeline.tokenizer, ids, size, view, batch_size)
         found.append(pipeline.convert_images(image[None], output_type)[0])
     return found

@@ -35,8 +35,7 @@ ROWS_PER_SHARD = 1 << 12
 MAX_SHARDS = 4096  # maximum files of a dataset; a manifest of 1 MiB cannot list more
 GREY_VALUES = 256  # in files of stochastic tokens
 CHUNK = 1 << 14  # rows in memory at a time when a whole split is read
-PREFIX = "condition."
-"""Of the tensors of columns other than the label."""
+PREFIX = "condition."  # of the tensors of columns other than the label
 
 
 def stored_grid(grid: TokenGrid, stochastic: bool) -> TokenGrid:

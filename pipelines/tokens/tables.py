@@ -51,9 +51,7 @@ def from_tables(
     """Convert tables to splits and all columns, the label among them. Raises `UserError` for missing columns, ids out
     of range, another shape, and labels that are not a `ClassLabel` or differ between tables."""
     if not isinstance(tables, Mapping):
-        raise UserError(
-            f"tables must be a mapping of splits, {{'train': ..., 'test': ...}} (got {type(tables).__name__})"
-        )
+        raise UserError(f"tables must be a mapping of splits to tables (got {type(tables).__name__})")
     names = {split: class_names_of(split, table, label) for split, table in tables.items()}
     if len(set(map(tuple, names.values()))) > 1:
         found = "; ".join(f"{split}: {', '.join(some) or 'none'}" for split, some in names.items())
@@ -80,10 +78,7 @@ def class_names_of(split: str, table: Any, label: str | None) -> list[str]:
         return []
     feature = table.features[label]
     if not isinstance(feature, datasets.ClassLabel):
-        raise UserError(
-            f"{split}: {label} has no class names ({type(feature).__name__}); make it a ClassLabel with "
-            f"class_encode_column({label!r}), or pass label=None"
-        )
+        raise UserError(f"{split}: {label} has no class names; use class_encode_column({label!r}), or label=None")
     return list(feature.names)
 
 

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from givens.images import config, noise, write_image, write_shards
+from givens.images import config, noise, write_image
 
 from pipelines.__main__ import main
 from pipelines.images import load_images
@@ -82,10 +82,3 @@ def test_it_is_said_once_and_only_by_the_first_process(tmp_path, capsys, monkeyp
     assert [text.count("near duplicates") for text in lines] == [1, 1]
     monkeypatch.setenv("RANK", "1")
     assert not warned(capsys, tmp_path / "src")[1]
-
-
-def test_crops_and_streams_are_not_compared(tmp_path, capsys):
-    write_views(tmp_path / "src", differs=ALIKE)
-    assert not warned(capsys, tmp_path / "src", crop="random")[1]
-    rows = [(path.stem, path.read_bytes(), None) for path in sorted((tmp_path / "src").glob("*.png"))]
-    assert not warned(capsys, write_shards(tmp_path / "shards", "tar", rows, 20), streaming=True)[1]

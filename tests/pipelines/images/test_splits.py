@@ -92,15 +92,6 @@ def test_runs_of_0_3_divide_by_position(tmp_path, group):
         assert splits.facts is None
 
 
-def test_one_to_thirty_images(tmp_path):
-    """At least one image is held out, about a tenth of more, and none is for validation."""
-    for count in range(2, 31):
-        write_image(tmp_path / f"{count}.png", noise(12, 12, seed=count))
-        write_image(tmp_path / "1.png", noise(12, 12, seed=1))
-        splits = load_images(config(tmp_path))
-        assert (len(splits.held_out), splits.validation) == (max(1, round(count / 10)), None)
-
-
 # Names
 
 
@@ -420,7 +411,7 @@ def test_a_split_of_its_own_stays_held_out(tmp_path, capsys):
     own = load_images(config(tmp_path / "b")).facts
     assert own.held_out_split == "test" and own.held_out_below is None
     (tmp_path / "b/test").rename(tmp_path / "b/later")
-    with pytest.raises(UserError, match="the split 'test' of .*, which was held out in training, is gone"):
+    with pytest.raises(UserError, match="the split 'test' of training is gone"):
         load_images(config(tmp_path / "b"), inherited=Inherited(own))
     write_splits(tmp_path / "c", "train")
     carved = load_images(config(tmp_path / "c")).facts
@@ -551,7 +542,7 @@ def test_tables_have_validation_splits(tmp_path, capsys, streaming):
     splits = load_images(config(tmp_path, streaming=streaming))
     assert (len(splits.train), len(splits.held_out)) == (10, 4)
     assert "'validation' is held out\n" in capsys.readouterr().err
-    with pytest.raises(UserError, match="no split 'val'; it has train, validation"):
+    with pytest.raises(UserError, match="no split 'val'; .* has train, validation"):
         load_images(config(tmp_path, streaming=streaming, held_out="val"))
 
 

@@ -473,14 +473,6 @@ def test_either_all_shards_have_labels_or_none(tokenizer, tmp_path, labelled):
         run(config(tokenizer, tmp_path / "u", tmp_path / "data", data={"label_column": "kind"}))
 
 
-def test_classes_without_a_training_image_are_reported(tokenizer, tmp_path, capsys):
-    for split, classes in (("train", 2), ("test", 3)):
-        write_shards(tmp_path / "data", "tar", rows_of(9, classes), 3, split=split)
-    for streamed in (True, False):
-        run(config(tokenizer, tmp_path / str(streamed), tmp_path / "data", data={"streaming": streamed}))
-        assert "warning: 1 of 3 classes have no training image: " in capsys.readouterr().err
-
-
 # Both stages
 
 

@@ -95,14 +95,6 @@ def test_tables_have_typed_columns(labelled: bool, kind: str, dtype: str) -> Non
     assert torch.equal(back.splits["train"].tokens, data.splits["train"].tokens)
 
 
-def test_a_split_on_the_disk_is_read_a_part_at_a_time(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pipelines.tokens.tables.chunks", lambda rows: [slice(0, 4), slice(4, rows)])
-    data = make_dataset()
-    data.save(tmp_path / "tokens", rows_per_shard=5)
-    found = load_tokens(tmp_path / "tokens", mapped=True).to_datasets()["train"].with_format("numpy")["tokens"][:]
-    assert np.array_equal(found, data.splits["train"].tokens.numpy())
-
-
 def refusal(table: datasets.Dataset) -> str:
     """Return the error for a table that cannot be a split."""
     data = make_dataset()
