@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from tokenizer.spec import ImageSpec
 
 from ..prefetch import prefetch
 from ..shuffling import DRAWS, uniforms
-from .checking import BadImage, PixelCache
+from .checking import PixelCache
 from .dataset import Epochs, ImageDataset
 from .formats import WORKERS, Payload, PixelArray, try_decode
 from .settings import DataConfig
@@ -34,18 +35,11 @@ class CropImages(ImageDataset):
     """Several crops of each image, which is only enlarged if it is smaller than a crop."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        part: SplitPart,
-        labels: NDArray[np.int64] | None = None,
-        class_names: Sequence[str] = (),
-        *,
-        bad: Sequence[BadImage] = (),
-        memory: PixelCache | None = None,
+        self, config: DataConfig, part: SplitPart, *classes: Any, memory: PixelCache | None = None, **more: Any
     ) -> None:
         self._per_image = self.count_crops(config)
         repeated = part._replace(positions=part.positions.repeat(self._per_image))
-        super().__init__(config, repeated, labels, class_names, bad=bad, memory=memory)
+        super().__init__(config, repeated, *classes, memory=memory, **more)
         self._whole = [None] * len(part.positions) if memory is None else memory.images
         self._view = View(self.spec.size)
 

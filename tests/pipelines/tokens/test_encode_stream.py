@@ -21,7 +21,7 @@ import torch
 from folders import contents
 from givens.images import KINDS, encoded, noise, rows_of, write_shards
 from launch import losses, train_prior, train_tokenizer
-from processes import kill, run_file, run_ranks, start_ranks
+from processes import kill, start_ranks
 from ranks import Several
 from small import make_tokenizer
 
@@ -302,28 +302,24 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
     assert "already finished: 86 train, 17 validation, 15 test rows" in capsys.readouterr().out
 
 
-def test_killed_processes_are_continued_by_one(tokenizer, tmp_path):
+def test_killed_processes_are_continued_by_one(tokenizer, tmp_path, capsys):
     """Killed with signal 9 as soon as two files are finished."""
-    world = 2
     write_shards(tmp_path / "data", "parquet", rows_of(180) * 4, 12)
     argv = [f"tokenizer={tokenizer}", f"data.source={tmp_path / 'data'}", "data.image_size=12", "data.streaming=true"]
     argv += ["batch_size=2", "data.augment.shift=2", "augmentations=1"]
-    command, work = (
-        ["-m", "pipelines.encode", *argv, f"out={tmp_path / 'parts'}"],
-        work_folder(tmp_path / "parts", "encode"),
-    )
-    run_file("-m", "pipelines.encode", *argv, f"out={tmp_path / 'whole'}")
-    processes = start_ranks(command, world, tmp_path / "log")
+    work = work_folder(tmp_path / "parts", "encode")
+    processes = start_ranks(["-m", "pipelines.encode", *argv, f"out={tmp_path / 'parts'}"], 2, tmp_path / "log")
     while len(list(work.glob("[tv]*.safetensors"))) < 2 and all(process.is_alive() for process in processes):
         time.sleep(0.001)
     for process in processes:
         kill(process)
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * world
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
     done = {path.name: path.stat().st_mtime_ns for path in work.glob("[tv]*.safetensors")}
     assert 2 <= len(done) < 12 and not (tmp_path / "parts").exists()
-    codes, printed = run_ranks(command, 3 - world)
-    assert codes == [0] * (3 - world) and f"continuing, {len(done)} of 12 shards are done" in printed
+    encode.main([*argv, f"out={tmp_path / 'parts'}"])
+    assert f"continuing, {len(done)} of 12 shards are done" in capsys.readouterr().out
     assert {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in done} == done
+    encode.main([*argv, f"out={tmp_path / 'whole'}"])
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
