@@ -38,7 +38,7 @@ from .images.splits import Division, Inherited, SplitFacts
 from .images.stream_columns import (
     Input,
     StreamedColumn,
-    choose_kinds,
+    choose_column_kinds,
     join_column,
     number_classes,
     read_shard,
@@ -101,7 +101,7 @@ def open_stream(
                 "reached, and data.on_error=skip then continues without it"
             )
     inputs = name_files(division)
-    attributes = group.on_main(lambda: choose_kinds(config.data, config.attributes, inputs))
+    attributes = group.on_main(lambda: choose_column_kinds(config.data, config.attributes, inputs))
     classes = names_in(inputs[0].path, config.data.label_column)
     scans = group.map(lambda shard: scan_shard(shard, config.data, attributes, classes), inputs)
     ids, columns = number_classes(config.data, inputs, scans, classes)

@@ -19,7 +19,7 @@ from tokenizer.spec import ImageSpec
 from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .images import DataConfig, ImageDataset, Splits, load_images, require_same_spec, require_same_values
-from .images.clip_files import choose_kind
+from .images.clip_files import choose_file_kind
 from .images.formats import decode_in_threads
 from .images.sources import Source, of_files
 from .images.splits import Inherited
@@ -217,7 +217,7 @@ def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> So
     """Return the images of the first `most` image files, or the windows of the first `most` clips (files, and folders
     of frames), among `paths` and in the folders among them, sorted by name within each folder. Raises `UserError` for a
     path that does not exist, and if there are none."""
-    kind, files = choose_kind(spec), list[Path]()
+    kind, files = choose_file_kind(spec), list[Path]()
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"images: no such file or folder: {path}")

@@ -29,7 +29,7 @@ from ..columns import FORMATS, guess_format, is_empty
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
 from .checking import StackedCache, check_bad, decode_all
-from .clip_files import choose_kind
+from .clip_files import choose_file_kind
 from .crops import CropImages
 from .dataset import Epochs, ImageDataset
 from .folder import (
@@ -272,7 +272,7 @@ class Sheets:
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
-        known = {full_path(path) for path in choose_kind(config.spec).find(root)} if table else set()
+        known = {full_path(path) for path in choose_file_kind(config.spec).find(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         images = [f"{config.image_column}_file_name", "file_name"]
         places = (root, "table") if table else (None, "data.source")

@@ -53,7 +53,7 @@ class FileKind(NamedTuple):
     open: Callable[[Source], Source]
 
 
-def choose_kind(spec: ImageSpec) -> FileKind:
+def choose_file_kind(spec: ImageSpec) -> FileKind:
     if spec.frames == 1:
         return FileKind(image_paths, lambda files: files)
     return FileKind(find_clips, partial(cut_windows, frames=spec.frames))

@@ -19,7 +19,7 @@ from ..config import UserError, is_first_process, tell
 from ..shuffling import spread_rows
 from .checking import BadImage, PixelCache, check_bad, decode_all
 from .classes import number_labels
-from .clip_files import choose_kind, report_windows
+from .clip_files import choose_file_kind, report_windows
 from .crops import CentredCrops, RandomCrops
 from .dataset import ImageDataset, Splits
 from .folder import open_folder
@@ -92,7 +92,7 @@ def choose_view(config: DataConfig, part: str) -> type[ImageDataset]:
 def open_source(config: DataConfig) -> SourceSplits:
     """Return the splits of `config.source` by name. An existing path takes precedence over a Hub id."""
     if config.folder is not None:
-        kind = choose_kind(config.spec)
+        kind = choose_file_kind(config.spec)
         splits = open_folder(config.folder, config, kind.find)
         return {name: partial(lambda open_split: kind.open(open_split()), each) for name, each in splits.items()}
     if config.frames is not None:

@@ -94,7 +94,9 @@ def join_column(each: StreamedColumn, inputs: list[Input], scans: list[Scan]) ->
     return column
 
 
-def choose_kinds(data: DataConfig, sources: Mapping[str, AttributeSource], inputs: list[Input]) -> list[StreamedColumn]:
+def choose_column_kinds(
+    data: DataConfig, sources: Mapping[str, AttributeSource], inputs: list[Input]
+) -> list[StreamedColumn]:
     """Return the columns, each of the configured kind, or of that which the first cells of the training
     shards suggest."""
     found = list[StreamedColumn]()
