@@ -137,7 +137,6 @@ class Output:
             require_writable(self.path, self.overwrite)
 
     def check_files(self, names: Iterable[str]) -> None:
-        """Check that files with these names can be written into this folder."""
         with self.errors():
             require_apart(self.path, self.inputs)
             require_writable_in(self.path, names, self.overwrite)
@@ -274,7 +273,6 @@ def lock_beside(out: Path | str) -> Path:
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file in a run folder is its lock, or a leftover of a lock."""
     return name == LOCK or name.startswith(f"{LOCK}.")
 
 

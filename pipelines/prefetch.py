@@ -14,11 +14,11 @@ from prior.given import Given
 
 T = TypeVar("T")
 Made = TypeVar("Made")
-AHEAD = 2  # two, so that a fast batch can compensate for a slow one
+PREFETCHED = 2  # so that a fast batch can compensate for a slow one
 
 
 def prefetch(
-    make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD, threads: int = 1
+    make: Callable[[T], Made], items: Iterable[T], ahead: int = PREFETCHED, threads: int = 1
 ) -> Generator[Made, None, None]:
     """Yield `make(item)` for each item in order, computed by threads up to `ahead` items in advance.
 

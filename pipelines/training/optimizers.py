@@ -97,12 +97,11 @@ def decaying_weights(model: nn.Module) -> set[nn.Parameter]:
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Return the numbers of rows and columns of a weight flattened to a matrix."""
+    """Return the numbers of rows and columns: (outputs, inputs x k x k) of a convolution."""
     return weight.shape[0], math.prod(weight.shape[1:])
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -194,12 +194,10 @@ class MetricsFile:
                 tell(f"warning: {error}; these lines will be written once there is room")
 
     def flush(self) -> None:
-        """Write pending lines, and fsync. Raises `OSError`."""
         self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Try once more to write pending lines."""
         try:
             self._write()
         except OSError as error:
@@ -331,7 +329,6 @@ class TensorBoardRun:
 
 
 def require_installed(trackers: tuple[str, ...]) -> None:
-    """Raise `UserError`, before training starts, for a tracker whose package is missing."""
     if "tensorboard" in trackers and find_spec("tensorboard") is None:
         raise UserError('track.trackers: tensorboard is not installed: pip install "smalti[trackers]"')
 
@@ -375,15 +372,12 @@ def stored_id(path: Path) -> str | None:
 
 
 def wandb_folder(run: Path) -> Path:
-    """Return the folder in which wandb creates `wandb/`: WANDB_DIR, or the run folder."""
     return Path(os.environ.get("WANDB_DIR") or run)
 
 
 def sync_command(run: Path, run_id: str) -> str:
-    """Return the command that uploads all offline folders of a run to W&B."""
     return f"wandb sync {quote(str(wandb_folder(run)))}/wandb/offline-run-*-{run_id}"
 
 
 def summarize_error(error: Exception) -> str:
-    """Return the message of an error in at most 300 characters and one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pipelines import exports
 from pipelines.exports import (
-    NAMES,
+    EXPORT_SUFFIXES,
+    IO_NAMES,
     ONNX_PACKAGES,
-    SUFFIXES,
-    TOLERANCE,
+    PIXEL_TOLERANCE,
     Checked,
     ExportError,
     Run,
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"vqvae, {name}": ("vqvae", {"likelihood": {"kind": name}}) for name in LIKELIHOODS},
 }
 every_format = pytest.mark.parametrize(
-    "format", [pytest.param(name, marks=pytest.mark.slow if name == "onnx" else ()) for name in SUFFIXES]
+    "format", [pytest.param(name, marks=pytest.mark.slow if name == "onnx" else ()) for name in EXPORT_SUFFIXES]
 )
 BLOCKS = 32 * 6  # limit on a distance matrix: blocks of 6 rows
 RECORDED = [pytest.param("onnx", case, marks=() if case == "vqvae, ema" else pytest.mark.slow) for case in CASES] + [
@@ -71,7 +71,7 @@ def tokenizer_of(case: str) -> Tokenizer:
 
 def loaded(folder: Path) -> list[Run]:
     """Load encoder and decoder as functions."""
-    return [load_program(next(folder.glob(f"{part}.*"))) for part in NAMES]
+    return [load_program(next(folder.glob(f"{part}.*"))) for part in IO_NAMES]
 
 
 def images_for(tokenizer: Tokenizer, count: int) -> Tensor:
@@ -117,7 +117,7 @@ def test_a_file_gives_the_tokens_and_pixels_of_the_tokenizer(format: Any, case: 
         with torch.no_grad():
             tokens = tokenizer.encode(images)
             assert torch.equal(encode(images), tokens)
-            assert (decode(tokens) - tokenizer.decode(tokens)).abs().max() < TOLERANCE
+            assert (decode(tokens) - tokenizer.decode(tokens)).abs().max() < PIXEL_TOLERANCE
 
 
 def test_a_tokenizer_of_clips_is_refused_and_that_of_its_frames_is_not(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ assert not {"torch", "tokenizer", "pipelines"} & set(sys.modules)
     subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, timeout=200)
     tokens = tokenizer.encode(images)
     assert np.array_equal(np.load(tmp_path / "encoder.npy"), tokens.numpy())
-    assert np.abs(np.load(tmp_path / "decoder.npy") - tokenizer.decode(tokens).detach().numpy()).max() < TOLERANCE
+    assert np.abs(np.load(tmp_path / "decoder.npy") - tokenizer.decode(tokens).detach().numpy()).max() < PIXEL_TOLERANCE
 
 
 def test_a_program_holds_only_its_own_weights_and_no_image_of_the_user(exported: Any) -> None:
@@ -172,7 +172,7 @@ def test_a_program_holds_only_its_own_weights_and_no_image_of_the_user(exported:
         names = set(program.state_dict)
         assert any(name.startswith(f"tokenizer.{part}.") for name in names)
         assert not [name for name in names if name.startswith(f"tokenizer.{other}.")]
-    data = b"".join((export.folder / f"{part}.pt2").read_bytes() for part in NAMES)
+    data = b"".join((export.folder / f"{part}.pt2").read_bytes() for part in IO_NAMES)
     assert export.given[0].numpy().tobytes()[:64] not in data
 
 
@@ -236,8 +236,8 @@ def test_only_close_calls_may_differ() -> None:
     with pytest.raises(ExportError, match="torch.int32"):
         compare_outputs(tokenizer, lambda given: above(0.0)(given).int(), decode, images)
     for wrong in (
-        lambda tokens: decode(tokens) + 2 * TOLERANCE,
-        lambda tokens: decode(tokens) + (2 * TOLERANCE if len(tokens) == 1 else 0),
+        lambda tokens: decode(tokens) + 2 * PIXEL_TOLERANCE,
+        lambda tokens: decode(tokens) + (2 * PIXEL_TOLERANCE if len(tokens) == 1 else 0),
         lambda tokens: decode(tokens) * float("nan"),
     ):
         with pytest.raises(ExportError, match="decoder"):

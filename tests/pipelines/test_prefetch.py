@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 
-from pipelines.prefetch import AHEAD, pin_memory, prefetch, to_device_async
+from pipelines.prefetch import PREFETCHED, pin_memory, prefetch, to_device_async
 from prior.given import Given
 
 
@@ -32,14 +32,14 @@ def test_two_items_are_made_ahead():
 
     def make(item):
         made.append(item)
-        if item == AHEAD:
+        if item == PREFETCHED:
             third.set()
 
     stream = prefetch(make, count())
     next(stream)
     assert third.wait(10)
     time.sleep(0.05)
-    assert made == list(range(AHEAD + 1))
+    assert made == list(range(PREFETCHED + 1))
     stream.close()
 
 

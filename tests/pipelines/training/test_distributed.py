@@ -116,8 +116,8 @@ def not_finite_in(bad: set[int]) -> Any:
     """A tokenizer's loss that is not finite in these steps."""
     loss = TokenizerTask.loss
 
-    def planted(self: Any, player: str, batch: Any, step: int) -> Any:
-        value, terms = loss(self, player, batch, step)
+    def planted(self: Any, group_name: str, batch: Any, step: int) -> Any:
+        value, terms = loss(self, group_name, batch, step)
         if step in bad:  # with and without a NaN gradient
             value = value * math.nan if step % 2 else value + math.inf
         return value, terms
@@ -129,10 +129,10 @@ def stopping_at(stop: int) -> Any:
     """A prior's loss that sends SIGTERM in this step."""
     loss = PriorTask.loss
 
-    def planted(self: Any, player: str, batch: Any, step: int) -> Any:
+    def planted(self: Any, group_name: str, batch: Any, step: int) -> Any:
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, player, batch, step)
+        return loss(self, group_name, batch, step)
 
     return planted
 

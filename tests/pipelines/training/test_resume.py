@@ -12,19 +12,20 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 EVERY = {"log_every": 3, "evaluate_every": 2, "preview_every": 4, "save_every": 3}
 SCORES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
+
+
+def not_finite(group_name, step, loss, model):
+    return loss * float("nan") if step in (0, 3, 4) else loss
+
+
 TASKS = {
-    "one player": (TinyTask, {}),
+    "one network": (TinyTask, {}),
     "micro-batches, and a layer without a gradient at first": (partial(TinyTask, late=5), {"accumulate": 2}),
     "a critic that starts later": (partial(TinyTask, critic_start=5), {}),
     "muon": (partial(TinyTask, critic_start=2, late=4), {"optimizer": "muon"}),
     "best weights in the middle": (partial(TinyTask, scores=SCORES), {}),
     "no validation images": (partial(TinyTask, validation=False), {"ema_decay": 0.9}),
-    "non-finite steps": (
-        partial(
-            TinyTask, change_loss=lambda player, step, loss, model: loss * float("nan") if step in (0, 3, 4) else loss
-        ),
-        {},
-    ),
+    "non-finite steps": (partial(TinyTask, change_loss=not_finite), {}),
 }
 
 

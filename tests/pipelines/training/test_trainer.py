@@ -148,7 +148,7 @@ def test_each_player_steps_its_own_weights_at_its_own_rate(tmp_path):
             trainer.take_step(parts, lr)
             after = copy_state(trainer)
             assert {name.split(".")[1] for name in before if not torch.equal(after[name], before[name])} == players
-        rates = {player: optimizer.param_groups[0]["lr"] for player, optimizer in trainer.optimizers.items()}
+        rates = {group_name: optimizer.param_groups[0]["lr"] for group_name, optimizer in trainer.optimizers.items()}
         assert rates == {"model": 0.2, "critic": 0.1} and not trainer.task.predictions
         assert all(parameter.grad is None for parameter in trainer.task.model.parameters())
 
@@ -221,20 +221,20 @@ def spoil(loss: Tensor, model: nn.Module, how: str) -> Tensor:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("how", ["nan", "infinite", "gradient"])
 def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path, how, optimizer):
-    """It leaves the player's weights, moments and step counts alone; the other player trains on."""
+    """It leaves the group_name's weights, moments and step counts alone; the other group_name trains on."""
     bad_steps = {"model": {0, 3, 4}, "critic": {4, 6}}
 
-    def change(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
-        return spoil(loss, model, how) if step in bad_steps[player] else loss
+    def change(group_name: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+        return spoil(loss, model, how) if step in bad_steps[group_name] else loss
 
     seen: list[dict[str, Tensor]] = []
     with after_each_step(lambda trainer: seen.append(copy_state(trainer))):
         run = train_tiny(tmp_path / "run", lambda: TinyTask(critic_start=0, change_loss=change), optimizer=optimizer)
     for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
-        for player, module in (("model", "net"), ("critic", "critic")):
+        for group_name, module in (("model", "net"), ("critic", "critic")):
             names = [n for n in after if f"{module}." in n and "running" not in n and "tracked" not in n]
             changed = [name for name in names if not torch.equal(after[name], before.get(name, 0 * after[name]))]
-            assert bool(changed) == (step not in bad_steps[player]), (step, player, changed)
+            assert bool(changed) == (step not in bad_steps[group_name]), (step, group_name, changed)
     lines = metrics(run)
     assert lines[-1]["skipped_steps"] == 4
     assert {line["step"] for line in lines if "model/loss" not in line} == {1, 4, 5}
@@ -249,7 +249,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path, how, optimiz
 def test_logged_scalars_are_means_over_the_finite_steps(tmp_path):
     """A stop in between does not matter; a scalar of only some steps is the mean over these."""
 
-    def change(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+    def change(group_name: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
         return loss * math.nan if step in (1, 6) else loss
 
     task = partial(TinyTask, critic_start=3, change_loss=change)
@@ -265,16 +265,16 @@ def test_logged_scalars_are_means_over_the_finite_steps(tmp_path):
         assert line["skipped_steps"] == {4: 1, 8: 2}[line["step"]]
 
 
-@pytest.mark.parametrize(("player", "how"), [("model", "nan"), ("critic", "gradient")])
-def test_ten_non_finite_steps_in_a_row_end_the_run_also_after_a_resume(tmp_path, player, how):
+@pytest.mark.parametrize(("group_name", "how"), [("model", "nan"), ("critic", "gradient")])
+def test_ten_non_finite_steps_in_a_row_end_the_run_also_after_a_resume(tmp_path, group_name, how):
     """The error names the non-finite term; nine steps in a row do not end the run."""
 
     def change(who: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
         at = step in range(1, 10) or step >= 12
-        return spoil(loss, model, how) if at and who == player else loss
+        return spoil(loss, model, how) if at and who == group_name else loss
 
     task = partial(TinyTask, critic_start=0, change_loss=change)
-    named = f"{player}/{'loss' if how == 'nan' else 'gradient_norm'}"
+    named = f"{group_name}/{'loss' if how == 'nan' else 'gradient_norm'}"
     for _ in range(2):
         with pytest.raises(UserError, match=rf"step 22: .*{named}.*train.lr"):
             train_tiny(tmp_path / "run", task, steps=40, save_every=4)
