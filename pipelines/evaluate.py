@@ -33,7 +33,7 @@ from .images import TEST_DRAWS, ImageDataset, check_shape
 from .images.grids import class_grid
 from .images.origin import TOKENS_KEY, describe_source
 from .images.pictures import LATENT, write_picture
-from .images.splits import SPLITS, SplitFacts, read_splits
+from .images.splits import SPLITS, read_splits
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
 from .metrics.figures import DIVISION, format_report
@@ -169,12 +169,6 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
     return {name: rows.of_columns(columns) for name, rows in data.splits.items()}
 
 
-def read_token_facts(tokens: str | None, pipeline: ImagePipeline) -> SplitFacts | None:
-    """Return how the images of a token dataset were divided, if it is known. tokens: as in `load_training_tokens`."""
-    source = tokens or pipeline.provenance.get(TOKENS_KEY)
-    return read_splits(Path(source) / SPLITS) if isinstance(source, str) else None
-
-
 def require_rows(tokens: Mapping[str, TokenSplit], split: str, images: ImageDataset) -> TokenSplit:
     """Return a split, which starts with the rows of `images`. Raises `UserError` if it is shorter."""
     rows = tokens.get(split)
@@ -199,7 +193,8 @@ class Evaluation:
     def __init__(self, config: EvaluateConfig, pipeline: ImagePipeline, group: ProcessGroup) -> None:
         self.config, self.pipeline, self.group = config, pipeline, group
         self.images = config.load_images(pipeline, distributed=True, check=False)
-        self.token_facts = read_token_facts(config.tokens, pipeline)
+        tokens = config.tokens or pipeline.provenance.get(TOKENS_KEY)
+        self.token_facts = read_splits(Path(tokens) / SPLITS) if isinstance(tokens, str) else None
         check_classes(pipeline, self.images.train, self.images.held_out)
         most = max(LEAST, IN_MEMORY // math.prod(self.images.train.spec.shape))
         chosen = shuffled(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values

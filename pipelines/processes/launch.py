@@ -38,23 +38,17 @@ REFUSED = {
 would accept them silently and train differently."""
 
 
-def require_supported() -> None:
-    for variable, problem in REFUSED.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
-            raise UserError(problem)
-    if (steps := os.environ.get(ACCUMULATION, "1")) != "1":
-        raise UserError(
-            f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; use train.accumulate instead"
-        )
-
-
 def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = None) -> Accelerator:
     """Build the `Accelerator` that `accelerate launch` requested. timeout: seconds that processes wait for each other.
 
     mixed_precision: overrides the launcher's setting. Raises `UserError` for unsupported features, and if fewer
     processes started than were requested.
     """
-    require_supported()
+    for variable, problem in REFUSED.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise UserError(problem)
+    if (steps := os.environ.get(ACCUMULATION, "1")) != "1":
+        raise UserError(f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; use train.accumulate")
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 

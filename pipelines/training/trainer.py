@@ -477,7 +477,9 @@ class Trainer:
             record |= self.evaluate()
         with self.swap_in_final_weights() if done and due else nullcontext():
             if done and "evaluate" in due:
-                record |= self.evaluate_held_out()
+                known = self.task.watched == "held_out" and not self.finished  # of these weights on these images
+                self.reported = self.evaluation if known else self.evaluate_split("held_out")
+                record |= {f"held_out/{name}": value for name, value in self.reported.items()}
             if record:
                 self.tracker.log(self.step, record)
             if due & {"preview", "save"}:
@@ -506,13 +508,6 @@ class Trainer:
             self.best = {"step": self.step, "score": score, "evaluation": self.evaluation}
             self.best_weights = self.collect_average()
         return {f"{split}/{name}": value for name, value in self.evaluation.items()}
-
-    def evaluate_held_out(self) -> dict[str, float]:
-        """Evaluate the final weights on held-out images, or reuse the last evaluation if it was of these weights on
-        these images."""
-        known = self.task.watched == "held_out" and not self.finished
-        self.reported = self.evaluation if known else self.evaluate_split("held_out")
-        return {f"held_out/{name}": value for name, value in self.reported.items()}
 
     def evaluate_split(self, split: Split) -> dict[str, float]:
         """Evaluate a split and return its figures. On a GPU, use the mixed precision of training, which is several

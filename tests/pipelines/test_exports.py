@@ -252,25 +252,6 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch) -> Non
         export_tokenizer(tokenizer_of("pixels"), tmp_path / "out", "tflite")
 
 
-@pytest.mark.slow
-def test_weights_that_onnxruntime_cannot_run_are_one_line_of_error(tmp_path: Path) -> None:
-    needs("onnx")
-    model = make_tokenizer("vqvae").eval().to(torch.bfloat16)
-    with pytest.raises(ExportError, match=r"^onnxruntime [^\n]+$"):
-        export_tokenizer(model, tmp_path / "out", "onnx")
-    assert contents(tmp_path) == {}
-
-
-def test_images_are_floats_of_the_tokenizers_size(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer("pixels").eval()
-    for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 12, 8, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=str(wrong.dtype)):
-            export_tokenizer(tokenizer, tmp_path / "out", "torch", wrong)
-    assert contents(tmp_path) == {}
-    found = export_tokenizer(tokenizer, tmp_path / "out", "torch", torch.zeros(2, 3, 12, 8, dtype=torch.float64))
-    assert found.images == 10
-
-
 def test_only_an_export_is_replaced(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("pixels").train()
     for _ in range(2):

@@ -82,8 +82,3 @@ def test_cutout_zeroes_a_rectangle_of_half_the_sides(shape):
     assert set(rows.sum(1).tolist()) <= set(range(4, 9)) and set(columns.sum(1).tolist()) <= set(range(6, 13))
     assert rows.sum(1).max() == 8 and columns.sum(1).max() == 12
     assert bool(holes.any(0).all()), "a pixel is never cut out"
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="augment: .*color, translation, cutout"):
-        augment(some((1, 1, 8, 8)), ["flip"])
