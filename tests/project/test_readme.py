@@ -41,8 +41,6 @@ PAGES = {
         ROOT / "docs/site/home.md",
     ]
 }
-RECORD = "docs/lab.md"
-"""A page about earlier versions, whose commands need not exist."""
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -189,9 +187,8 @@ def commands(page: str) -> list[str]:
     return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-CURRENT = [page for page in reversed(PAGES) if page != RECORD]
-COMMANDS = sorted({command for page in CURRENT for command in commands(page)})
-INLINE = sorted({span for page in CURRENT for span in spans(page) if re.match("(smalti|make|pytest) ", span)})
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+INLINE = sorted({span for page in PAGES for span in spans(page) if re.match("(smalti|make|pytest) ", span)})
 
 
 def check_words(words: list[str]) -> None:
@@ -292,7 +289,7 @@ def test_every_command_in_a_sentence_exists(command, keys):
 def test_every_setting_in_a_sentence_exists(keys):
     """Such as `train.steps` or `data.source=folder`, in any verb."""
     setting = re.compile(r"((?:train|data|track|model|critic|loss)\.(?!safetensors|fp16|bf16)[a-z_.0-9]+)(=.*)?")
-    words = {(page, word) for page in CURRENT for span in spans(page) for word in span.split()}
+    words = {(page, word) for page in PAGES for span in spans(page) for word in span.split()}
     named = {(page, found[1]) for page, word in words if (found := setting.fullmatch(word))}
     assert len(named) >= 40
     for page, name in named:
