@@ -501,29 +501,17 @@ def finish_dataset(
         raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
     for name in LAST:  # left by a process killed here
         shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
-    meta = describe_dataset(config, tokenizer, images, images.finish(work))
-    write_meta(work, meta, tokenizer, images.grids)
-    publish_folder(work, out, kind=TOKEN_FOLDER)
-    return meta
-
-
-def describe_dataset(
-    config: EncodeConfig, tokenizer: Tokenizer, images: LoadedImages | StreamedShards, sizes: dict[str, list[int]]
-) -> Meta:
-    """sizes: the number of rows of each file by split."""
-    path = Path(config.tokenizer) / PROVENANCE
+    sizes, path = images.finish(work), Path(config.tokenizer) / PROVENANCE
     provenance = read_json(path) if path.is_file() else {}
     provenance.pop(SPLITS_KEY, None)
     source = {**provenance, "data": config.data.model_dump(mode="json"), "local": is_local(config.data.source)}
     source |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
     facts = sizes, source, config.augmentations, tokenizer.fingerprint()
-    return Meta(
-        tokenizer.grid,
-        images.columns,
-        *facts,
-        condition_sources=images.column_sources,
-        stochastic=list(images.stochastic),
-    )
+    more: dict[str, Any] = {"condition_sources": images.column_sources, "stochastic": list(images.stochastic)}
+    meta = Meta(tokenizer.grid, images.columns, *facts, **more)
+    write_meta(work, meta, tokenizer, images.grids)
+    publish_folder(work, out, kind=TOKEN_FOLDER)
+    return meta
 
 
 def describe_tokens(meta: Meta) -> str:

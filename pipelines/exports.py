@@ -144,13 +144,17 @@ class TraceableOps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        is_split = func is torch.Tensor.split and not kwargs and len(args) == 2 and isinstance(args[1], int)
-        if is_split and isinstance(args[0].shape[0], torch.SymInt):
-            return (args[0],)  # a dynamic number of rows is not split into blocks
+        if func is torch.Tensor.split and is_block(*args, **kwargs):
+            return (args[0],)
         if func is torch.searchsorted and kwargs == {"right": True}:
             edges, values = args
             return (edges.unsqueeze(-2) <= values.unsqueeze(-1)).sum(-1)  # ONNX has no searchsorted
         return func(*args, **kwargs)
+
+
+def is_block(rows: Tensor, size: Any, dim: int = 0) -> bool:
+    """Return whether this call of `split` splits a dynamic number of rows into blocks."""
+    return dim == 0 and isinstance(size, int) and isinstance(rows.shape[0], torch.SymInt)
 
 
 class Program(nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,6 @@ from .metrics.reconstruction import (
 from .processes.group import ALONE, ProcessGroup
 from .provenance import find_file, inherit, read_training_data, read_training_facts, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
-from .training.losses import LossConfig, combine_loss_weights
 from .training.optimizers import hidden_matrices
 from .training.schedule import TrainConfig
 from .training.stopping import describe_saved
@@ -62,6 +61,30 @@ LLOYD_STEPS = 2  # the first gains about .1 dB on digits, the second .02, furthe
 LLOYD_IMAGES, LLOYD_PIXELS = 2000, 1 << 26  # maximum that they take
 FEW, COPIES, DIGITS_COPIES = 2000, 32, 4  # `encode` in README: 32 copies of a thousand images; in `make demo`: 4
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenizer from
+
+
+class LossConfig(Config):
+    """Loss weights of a tokenizer."""
+
+    l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
+    l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
+    gradient: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean absolute error of differences between neighbouring pixels; suppresses false "
+        "texture in smooth areas",
+    )
+    nll: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the model's negative log likelihood, if it has one, in nats per pixel channel; 1 with "
+        "l1=0 and l2=0 gives the fewest bits per dim",
+    )
+    quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own losses, which include its beta")
+    perceptual: float = Field(
+        0.0, ge=0, description="weight of LPIPS, a distance between features of a pretrained network"
+    )
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the pretrained network of LPIPS")
 
 
 class TrainTokenizerConfig(Config):
@@ -142,7 +165,11 @@ class TokenizerTask(Task):
         """Set what the trainer needs to train `tokenizer`, if it has trainable parameters, and its critic, if any."""
         config, self.tokenizer = self.config, tokenizer
         self.tokens_per_row = len(tokenizer.grid)
-        self.weights = combine_loss_weights(config.loss, tokenizer)
+        loss = config.loss
+        self.weights = {"l1": loss.l1, "l2": loss.l2, "gradient": loss.gradient} | {
+            name: weight * (loss.nll if name == "nll" else loss.quantizer)
+            for name, weight in tokenizer.loss_weights.items()
+        }
         parameters = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.nets: dict[str, nn.Module] = {"model": tokenizer} if parameters else {}
         self.param_groups = {"model": parameters} if parameters else {}

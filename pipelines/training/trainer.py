@@ -227,8 +227,6 @@ class Trainer:
 
     def load(self) -> dict[str, Any]:
         """Load the newest checkpoint. Return its record, or {} if there is no checkpoint. Raises `UserError`."""
-        if any(init != self.task.init for init in self.group.gather(lambda: self.task.init)):
-            raise UserError("init: processes loaded different models; every machine must have the same model")
         # Only rank 0 lists the checkpoints, because a shared file system may show them late on other machines.
         checkpoints = self.group.on_main(lambda: list_checkpoints(self.run))
         objects = self.task.model, self.average, self.optimizers
@@ -347,15 +345,10 @@ class Trainer:
         if self.step == self.saved_step:
             left, self.pending = set(self.pending), []
             return left
-        config = self.config
-        every = {
-            "log": config.log_every,
-            "evaluate": config.evaluate_every,
-            "preview": config.preview_every,
-            "save": config.save_every,
-        }
-        due = {name for name, steps in every.items() if done or (self.step and self.step % steps == 0)}
-        return due | {"preview"} if self.step == 0 else due
+        names = ("log", "evaluate", "preview", "save")
+        if self.step == 0 and not done:
+            return {"preview"}
+        return {name for name in names if done or self.step % getattr(self.config, f"{name}_every") == 0}
 
     def batches(self) -> Generator[list[Any], None, None]:
         """Yield this process's micro-batches for each step, on its device, and prefetch those of later steps.
