@@ -44,7 +44,7 @@ from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
-from .prefetch import pin_memory, prefetch, to_device_async
+from .prefetch import move_batch_async, pin_memory, prefetch
 from .processes.launch import build_accelerator, group_of, leave_group_on_error
 from .provenance import (
     TokenizerFolder,
@@ -400,7 +400,7 @@ def encode_shard(
     count = 0
     while count < shard.stop - shard.start:
         for model, part, raw, tokens in zip(models, images, next(stream), found, strict=True):
-            batch = [part.prepare(*to_device_async(piece, model.device)) for piece in raw]
+            batch = [part.prepare(*move_batch_async(piece, model.device)) for piece in raw]
             rows = torch.cat(batch)
             if stochastic and model is models[0]:
                 tokens.append(cast(Pixels, model).cut_patches(to_uint8(rows)).int())

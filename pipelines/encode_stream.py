@@ -46,7 +46,7 @@ from .images.stream_columns import (
 )
 from .images.streaming import divide_files
 from .images.tables import Sample, names_in
-from .prefetch import pin_memory, prefetch, to_device_async
+from .prefetch import move_batch_async, pin_memory, prefetch
 from .shuffling import splitmix64
 from .tokens.shards import MAX_SHARDS, pack_columns, read_header, shard_names, write_shard
 
@@ -255,7 +255,7 @@ class StreamedShards:
         if not len(batch.pixels):
             empty = torch.empty(0, *tokenizer.grid.shape, dtype=torch.int32, device=tokenizer.device)
             return [empty] * len(batch.changes)
-        pixels, *changes = to_device_async((batch.pixels, *batch.changes), tokenizer.device)
+        pixels, *changes = move_batch_async((batch.pixels, *batch.changes), tokenizer.device)
         augment = self.config.data.augment
         return [tokenizer.encode(prepare_images(pixels, each, augment)).int() for each in changes]
 

@@ -113,7 +113,7 @@ def run(config: EvaluateConfig) -> Figures:
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
     with join_group(config.device) as (group, device):
-        pipeline, inception, tokens = group.main_first(lambda: prepare(config, out, device))
+        pipeline, inception, tokens = group.main_first(lambda: load_inputs(config, out, device))
         card = config.pipeline if local and config.update_card else None
         with lock_output(out, group), lock_output(card, group, key="pipeline"):
             figures, pictures = Evaluation(config, pipeline, group).compute(inception, tokens)
@@ -122,7 +122,7 @@ def run(config: EvaluateConfig) -> Figures:
     return figures
 
 
-def prepare(
+def load_inputs(
     config: EvaluateConfig, out: Path, device: torch.device
 ) -> tuple[ImagePipeline, Inception | None, Mapping[str, TokenSplit]]:
     """Load the pipeline, the Inception network and the splits of the token dataset. Raises `UserError` for mistakes

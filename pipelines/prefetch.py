@@ -42,7 +42,7 @@ def pin_memory(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map_tensors(Tensor.pin_memory, part) for part in batch)
 
 
-def to_device_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+def move_batch_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
     """Start asynchronous copies of the batch to the device; work queued there later waits for them."""
     return tuple(map_tensors(lambda tensor: tensor.to(device, non_blocking=True), part) for part in batch)
 

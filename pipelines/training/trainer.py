@@ -35,7 +35,7 @@ from ..config import UserError, tell
 from ..config.errors import Interrupted
 from ..config.schema import difference
 from ..files import lock_folder
-from ..prefetch import pin_memory, prefetch, to_device_async
+from ..prefetch import move_batch_async, pin_memory, prefetch
 from ..processes.group import ALONE, ProcessGroup
 from ..processes.launch import build_accelerator, choose_precision, group_of, leave_group_on_error, make_cpu_group
 from .blocks import prepare_blocks
@@ -51,7 +51,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .optimizers import make_optimizer
-from .reporting import Pace, announce_start, describe_end, describe_figures, progress_bar, show_report, summarize_run
+from .reporting import Pace, announce_start, describe_end, describe_snapshot, show_report, summarize_run, training_bar
 from .run_folder import END, check_run_folder, write_config
 from .schedule import learning_rate
 from .sharding import is_sharding, offloads_to_cpu, require_shardable, shard
@@ -277,7 +277,7 @@ class Trainer:
     def fit(self) -> None:
         """Train: evaluate, log, preview and save when due, then step, until `steps` or `minutes` is reached."""
         self.task.model.train()
-        with closing(self.batches()) as stream, progress_bar(self) as bar:
+        with closing(self.batches()) as stream, training_bar(self) as bar:
             pace, began, was_finished = Pace(), time.monotonic() - 60 * self.minutes, None
             while True:
                 self.agree_on_end()
@@ -370,7 +370,7 @@ class Trainer:
         with closing(prefetch(make, count(self.step))) as stream:
             for micro in stream:
                 if self.device.type != "cpu":
-                    micro = [self.task.prepare(to_device_async(batch, self.device)) for batch in micro]
+                    micro = [self.task.prepare(move_batch_async(batch, self.device)) for batch in micro]
                 yield micro
 
     # A step
@@ -599,7 +599,7 @@ class Trainer:
         """Write the snapshot for users. If that fails, training continues, and the checkpoint records that the snapshot
         is pending."""
         self.unsaved = ""
-        facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)}
+        facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_snapshot(self, done)}
         if done and self.cut:
             facts["cut"] = self.cut
         if url := self.tracker.run_url:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.training.augmentation import KINDS, augment, color, cutout, translation
+from pipelines.training.augmentation import AUGMENTATIONS, augment, color, cutout, translation
 
 SHAPES = [(200, 3, 16, 24), (200, 1, 16, 24)]
 
@@ -20,7 +20,7 @@ def seeded():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), tuple(KINDS)])
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in AUGMENTATIONS), tuple(AUGMENTATIONS)])
 def test_augmentation_is_differentiable_and_seeded(kinds, shape):
     images = some(shape).requires_grad_()
     found = augment(images, kinds)

@@ -296,7 +296,7 @@ def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, c
         ({"steps": 1}, []),
     ],
 )
-def test_a_run_says_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, capsys, end, expected):
+def test_a_run_reports_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, capsys, end, expected):
     """Each step takes six seconds but the first, which is not timed. One line, unless there is a bar."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -308,8 +308,7 @@ def test_a_run_says_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, ca
                 clock.now += seconds
                 trainer.step, trainer.minutes = trainer.step + 1, clock.now / 60
                 pace.announce_once(trainer, SimpleNamespace(disable=bar))
-            shown = capsys.readouterr().err.splitlines()
-            assert shown == (expected if bar and main else [])
+            assert capsys.readouterr().err.splitlines() == (expected if bar and main else [])
 
 
 def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):
