@@ -19,7 +19,7 @@ from small_pipelines import every_placed_tokenizer, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.commands.complete import draw_sheet, pixel_errors
+from pipelines.commands.complete import draw_completions, pixel_errors
 from pipelines.completion import (
     MASKS,
     ConditionError,
@@ -349,7 +349,7 @@ def test_sheet_holds_what_complete_draws_of_held_out_images(world, tmp_path, cap
     truth = load_images(DataConfig()).held_out.batch([4, 19])
     pipe, known = ImagePipeline.from_pretrained(world / "any"), make_mask("top", ImageSpec(1, 28, 28), (7, 7))
     made = complete(pipe, truth, known, [1, 2], draws=2, seed=7, temperature=0.5, output_type="pt").images
-    assert np.array_equal(picture, draw_sheet(truth, made, known))
+    assert np.array_equal(picture, draw_completions(truth, made, known))
     nats = float(conditional_log_prob(pipe, truth, known, [1, 2]).mean())
     assert f"{nats:.2f} nats, {-nats / 28 / np.log(2):.3f} bits per hidden token" in printed  # of 4 rows of 7 tokens
 
