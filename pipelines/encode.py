@@ -32,7 +32,7 @@ from tokenizer.model import PROVENANCE
 from tokenizer.pixels import Pixels
 from tokenizer.spec import to_uint8
 
-from .config import Config, DefaultsFrom, UserError, run_command, tell
+from .config import Config, DefaultsFrom, UserError, run_command, tell, user_errors
 from .config.importing import format_imports
 from .encode_stream import StreamedShards, check_stream_settings, open_shards
 from .files import Output, lock_output
@@ -343,10 +343,8 @@ def count_rows(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[st
 
 def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]:
     """Return all files to write, independent of the number of processes. Raises `UserError` for too many files."""
-    try:
+    with user_errors(ValueError):
         sizes = cut_shards(rows, rows_per_shard)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     return [
         Shard(split, name, stop - size, stop)
         for split, some in sizes.items()
@@ -374,10 +372,8 @@ def pack_shard(columns: Mapping[str, LoadedColumn], shard: Shard, grids: dict[st
         else:
             values = each.values[shard.split]
             found[name] = values[rows % len(values)]
-    try:
+    with user_errors(ValueError):
         return pack_columns(plain, Given(plain, found, len(rows)), slice(None))
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 @torch.inference_mode()

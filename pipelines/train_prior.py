@@ -24,7 +24,7 @@ from tokenizer.config import Node
 from tokenizer.files import PipelineLoadError, read_json
 from tokenizer.model import CONFIG
 
-from .config import Config, RunSubfolder, UserError, run_command
+from .config import Config, RunSubfolder, UserError, run_command, user_errors
 from .config.importing import format_imports
 from .frequencies import Frequencies
 from .image_pipeline import ImagePipeline
@@ -225,10 +225,8 @@ class PriorTask(Task):
 
     def require_causal(self, model: Prior) -> None:
         first = np.zeros(1, np.int64)
-        try:
+        with user_errors(NotCausalError, prefix="model: "):
             require_causal(model, self.train_split.rows(first), self.train_split.given[first])
-        except NotCausalError as error:
-            raise UserError(f"model: {error}") from error
 
     def evaluate(self, model: nn.Module, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
         if self.is_checked:
@@ -283,10 +281,8 @@ def select_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSpli
 def choose_columns(columns: Mapping[str, Column], names: list[str] | None) -> dict[str, Column]:
     """Return the class, if there is one, and the named columns; None: all. Raises `UserError` for an unknown name."""
     others = {name: column for name, column in columns.items() if name != LABEL}
-    try:
+    with user_errors(ValueError):
         chosen = others if names is None else {name: find_column(others, name, "attributes") for name in names}
-    except ValueError as error:
-        raise UserError(str(error)) from error
     return {**{name: column for name, column in columns.items() if name == LABEL}, **chosen}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 from tokenizer.spec import ImageSpec
 
-from ..config import Config, UserError
+from ..config import Config, user_errors
 from .augmentation import augment
 from .schedule import Decay
 
@@ -113,8 +113,6 @@ class Adversary:
 def make_adversary(config: CriticConfig, spec: ImageSpec) -> Adversary:
     """Build a critic of images and its losses. Raises `UserError` for images too small for it."""
     critic = PatchCritic(spec.channels, config.width, config.layers, config.norm)
-    try:
+    with user_errors(ValueError, prefix="critic.layers: "):
         critic.map_size(*spec.size)
-    except ValueError as error:
-        raise UserError(f"critic.layers: {error}") from error
     return Adversary(config, critic)

@@ -178,7 +178,7 @@ def test_a_program_holds_only_its_own_weights_and_no_image_of_the_user(exported:
     assert export.given[0].numpy().tobytes()[:64] not in data
 
 
-@pytest.mark.parametrize("format", SUFFIXES)
+@pytest.mark.parametrize("format", EXPORT_SUFFIXES)
 def test_the_files_contain_no_path_of_this_machine(format: Any, exported: Any) -> None:
     folder = exported(format, "vqvae, ema", BLOCKS if format == "torch" else None).folder
     for path in sorted(folder.iterdir()):
