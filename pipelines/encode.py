@@ -289,9 +289,9 @@ class LoadedImages:
             raws = [variants_of(part, batch[1], config.seed, stochastic=batch[0][0].is_stochastic) for part in batch[0]]
             return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
 
-        shown = None if show_progress else True
+        disable = None if show_progress else True
         with (
-            tqdm(total=total, desc="encoding", unit="image", disable=shown, leave=False) as bar,
+            tqdm(total=total, desc="encoding", unit="image", disable=disable, leave=False) as bar,
             closing(prefetch(read, batches)) as stream,
         ):
             for shard in shards:

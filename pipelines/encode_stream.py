@@ -189,10 +189,10 @@ class StreamedShards:
         from tqdm import tqdm
 
         shards = [self.inputs[name] for name in names]
-        shown = None if show_progress else True
+        disable = None if show_progress else True
         chunks, bad = self._read_chunks(shards), list[BadImage]()
         with (
-            tqdm(desc="encoding", unit="image", disable=shown, leave=False) as bar,
+            tqdm(desc="encoding", unit="image", disable=disable, leave=False) as bar,
             closing(prefetch(lambda _: self._decode(next(chunks, None), tokenizer.device), count())) as batches,
         ):
             for shard in shards:

@@ -279,7 +279,7 @@ def select_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSpli
 
 
 def choose_columns(columns: Mapping[str, Column], names: list[str] | None) -> dict[str, Column]:
-    """Return the class, if there is one, and the named columns; None: all. Raises `UserError` for an unknown name."""
+    """Return the class, if there is one, and the chosen columns; None: all. Raises `UserError` for an unknown name."""
     others = {name: column for name, column in columns.items() if name != LABEL}
     with user_errors(ValueError):
         chosen = others if names is None else {name: find_column(others, name, "attributes") for name in names}

@@ -315,8 +315,8 @@ def read_division(config: TrainTokenizerConfig) -> Inherited | None:
     run = Path(config.out)
     if (run / CONFIG).is_file():
         saved = run / "tokenizer" / PROVENANCE
-        named = SPLITS_KEY in read_json(saved) if saved.is_file() else False
-        facts = join_splits({SPLITS_KEY: SPLITS} if named else {}, run / SPLITS)
+        has_division = SPLITS_KEY in read_json(saved) if saved.is_file() else False
+        facts = join_splits({SPLITS_KEY: SPLITS} if has_division else {}, run / SPLITS)
         return Inherited(SplitFacts.model_validate(facts[SPLITS_KEY]) if facts else "position")
     return inherit(config.data, read_training_facts(config.init)) if config.init else None
 
