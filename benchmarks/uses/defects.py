@@ -95,7 +95,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
     from pipelines.anomaly.filters import smooth
     from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
     from pipelines.anomaly.maps import peak_of
-    from pipelines.images.views import View, as_lazy, convert_whole, cut, paste
+    from pipelines.images.views import View, as_lazy, convert_at_own_size, cut, paste
     from tokenizer.spec import to_float
 
     pipe = ImagePipeline.from_pretrained(out / "prior" / "pipeline")
@@ -110,7 +110,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
 
     with torch.inference_mode():
         for file in files:
-            pixels = convert_whole(Image.open(file), pipe.spec)
+            pixels = convert_at_own_size(Image.open(file), pipe.spec)
             image = to_float(pixels)[0]
             errors = (error_of(tiles) for tiles, _ in cut(as_lazy([pixels]), view, 256))
             (error,) = paste(errors, [pixels.shape[-2:]], view, "mean")

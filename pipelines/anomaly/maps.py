@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..images.views import View
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .calibration import MapReference
 from .conformal import Floats
 from .distances import CalibrationError, round_digits
@@ -146,7 +146,7 @@ class Roles(NamedTuple):
         every = np.array(numbers)
         memory, scaled = np.split(every, [max(1, 3 * len(every) // 4)])
         chosen = ((memory, MAX_MEMORY), (scaled, MAX_SCALED), (every, MAX_MEASURED))
-        return cls(*(some[spread(len(some), most)].tolist() for some, most in chosen))
+        return cls(*(some[spread_rows(len(some), most)].tolist() for some, most in chosen))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ ranges and choices of sliders and dropdowns on the server."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -16,7 +17,8 @@ from prior.orders import CURVES, order_problem
 from ..columns import ColumnFormat, formats_of
 from ..image_pipeline import ImagePipeline
 from ..options import Sampling
-from .served import Served
+from .parts import make_condition_picker
+from .served import Served, picked_image
 
 UNCONDITIONAL = -1  # the class id that means "no class"
 MAX_SEED = 2**32 - 1
@@ -62,7 +64,7 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
         return []
     about = "what the image is conditioned on; the rest is left open"
     given = gr.CheckboxGroup(list(columns), value=[], label="Conditions", info=about)
-    fields = {name: column.make_fields(served, tab) for name, column in columns.items()}
+    fields = {name: column.make_fields(partial(make_condition_picker, served, tab)) for name, column in columns.items()}
 
     def show(names: list[str]) -> list[Any]:
         return [gr.update(visible=name in names) for name, own in fields.items() for _ in own]
@@ -103,7 +105,7 @@ def condition_arguments(pipeline: ImagePipeline, classes: Any, fields: Sequence[
     for name, column in list_others(pipeline).items():
         own, rest = rest[: column.field_count], rest[column.field_count :]
         if name in chosen:
-            condition[name] = column.read_fields(own)
+            condition[name] = column.read_fields(own, picked_image)
     return {"labels": cycle_labels(pipeline, classes, count), **({"condition": condition} if condition else {})}
 
 

@@ -56,6 +56,13 @@ def make_picker(served: Served, name: str, label: str, height: int = 140, visibl
     )
 
 
+def make_condition_picker(served: Served, tab: str, name: str) -> gr.Gallery:
+    """Make a field, invisible at first, for the picture of the column `name`."""
+    picked = make_picker(served, f"{tab}-{name}", name, visible=False)
+    picked.upload(pick_last, picked, picked, queue=False)
+    return picked
+
+
 def make_image_picker(served: Served, name: str, samples: SampleGallery) -> tuple[gr.Gallery, list[Any]]:
     """Make a field for one image, and a button that fills it with the selected sample; also return both events."""
     picked = make_picker(served, name, "Image")

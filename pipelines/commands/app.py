@@ -14,10 +14,10 @@ from pydantic import Field
 
 from ..config import UserError, run_command
 from ..files import Output
-from ..images import DataConfig, check_shape, load_images
+from ..images import DataConfig, load_images, require_same_spec
 from ..options import PipelineFolder, UsesImages, require_pictures
 from ..provenance import defaults, inherit
-from ..saving import HERE, list_shipped
+from ..saving import SHIPPED, list_shipped
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -62,7 +62,7 @@ def run(config: AppConfig) -> None:
         raise UserError("data: the pipelines in the package have images of their own; add pipeline=NAME")
     served, configs = [], [config]
     if not config.pipeline:
-        folders = [str(HERE / name) for name in list_shipped()]  # even if a local folder has the same name
+        folders = [str(SHIPPED / name) for name in list_shipped()]  # even if a local folder has the same name
         data = [DataConfig(**defaults({"pipeline": folder})["data"]) for folder in folders]
         pairs = zip(folders, data, strict=True)
         configs = [config.model_copy(update={"pipeline": folder, "data": of}) for folder, of in pairs]
@@ -92,7 +92,7 @@ def load_searchable_images(config: AppConfig, pipeline: ImagePipeline) -> ImageD
     if config.search is False or not (config.search or here):
         return None
     try:
-        check_shape(config.data, pipeline.tokenizer)
+        require_same_spec(config.data, pipeline.tokenizer)
         return load_images(config.data, inherited=inherit(config.data, pipeline.provenance)).train
     except UserError as error:
         if config.search:

@@ -33,8 +33,8 @@ from ..image_pipeline import ImagePipeline
 from ..images.animations import ANIMATIONS, require_video, write_animation
 from ..images.formats import open_image
 from ..images.grids import GREY, MIN_WIDTH
-from ..images.pictures import SUFFIXES, grid_picture, write_picture
-from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
+from ..images.pictures import PICTURE_SUFFIXES, grid_picture, write_picture
+from ..options import ImageChoice, UsesImages, choose_images, require_pictures, split_choice
 from ..provenance import defaults
 
 MASK, SHEET = "bottom", "sheet.png"
@@ -59,7 +59,9 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
         "picture of the images' size, white where to fill in",
     )
     frames: int | None = Field(None, description="of clips: frames to keep from the start")
-    images: Named = Field(None, description="image files, folders, or indices of held-out images; default: held-out")
+    images: ImageChoice = Field(
+        None, description="image files, folders, or indices of held-out images; default: held-out"
+    )
     num_images: int = Field(8, ge=1, le=256, description="number of images of a folder or held out, evenly spread")
     draws: int = Field(4, ge=1, le=64, description="completions per image")
     labels: int | str | list[int | str] | None = Field(None, description="classes, one for all or one per image")
@@ -72,7 +74,7 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
 
 def run(config: CompleteConfig) -> dict[str, float]:
     """Complete the images, write the sheet, and print and return the figures."""
-    files, _ = split_named_images(config.images)
+    files, _ = split_choice(config.images)
     inputs = [config.pipeline, config.mask, None if files else config.data.path, *files]
     out = Output(config.out, inputs, config.overwrite)
     with lock_output(config.out):
@@ -138,10 +140,10 @@ def read_known_pixels(config: CompleteConfig, out: Output, pipeline: ImagePipeli
     """Make or read the mask of images, and return the pixels to keep, bool `(H, W)`. Raises `UserError`."""
     if config.frames is not None:
         raise UserError("frames: this pipeline makes images, not clips; use mask")
-    out.check_file(SUFFIXES)
+    out.check_file(PICTURE_SUFFIXES)
     name = config.mask or MASK
     try:
-        if Path(name).suffix.lower() not in SUFFIXES:
+        if Path(name).suffix.lower() not in PICTURE_SUFFIXES:
             return make_mask(name, pipeline.spec, pipeline.prior.grid.shape)
         hidden = find_white(open_image(Path(name)), None, pipeline.spec.size)
     except Exception as error:  # damaged files make Pillow raise almost anything
@@ -163,7 +165,7 @@ def find_known_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeli
     if not out.path.suffix:
         out.check_files([SHEET])
     else:
-        out.check_file((*SUFFIXES, *ANIMATIONS))
+        out.check_file((*PICTURE_SUFFIXES, *ANIMATIONS))
     if out.path.suffix.lower() == ".mp4":
         require_video("out")
     return known

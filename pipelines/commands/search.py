@@ -16,8 +16,8 @@ from ..config.table import count_of
 from ..files import Output
 from ..images import ImageDataset
 from ..images.grids import class_grid
-from ..images.pictures import SUFFIXES, write_picture
-from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
+from ..images.pictures import PICTURE_SUFFIXES, write_picture
+from ..options import ImageChoice, UsesImages, choose_images, require_pictures, split_choice
 from ..provenance import defaults
 from ..representation import choose_layer, choose_pool, embed, nearest
 from ..shuffling import random_rows
@@ -31,7 +31,7 @@ class SearchConfig(UsesImages, OutputConfig):
     often = "pipeline out overwrite images num_images k layer data.source device"
 
     out: str = Field("neighbours.png", description="picture to write; each row has a query and its neighbours")
-    images: Named = Field(None, description="queries: image files, folders, or indices of held-out images")
+    images: ImageChoice = Field(None, description="queries: image files, folders, or indices of held-out images")
     num_images: int = Field(10, ge=1, le=1000, description="maximum number of queries from folders or held out")
     num_index: int | None = Field(10_000, ge=1, description="number of training images to search; null: all")
     k: int = Field(9, ge=1, le=1000, description="number of neighbours per query")
@@ -47,9 +47,9 @@ class SearchConfig(UsesImages, OutputConfig):
 def run(config: SearchConfig) -> Tensor:
     """Search, print the neighbours of each query, and write the picture; return their indices `(n, k)` in the training
     split."""
-    files, _ = split_named_images(config.images)
+    files, _ = split_choice(config.images)
     out = Output(config.out, [config.pipeline, config.data.path, *files], config.overwrite)
-    out.check_file(SUFFIXES)
+    out.check_file(PICTURE_SUFFIXES)
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "search")
     with user_errors(ValueError):

@@ -23,7 +23,7 @@ from small_pipelines import PARTS
 
 from pipelines import ImagePipeline, hub
 from pipelines.__main__ import main
-from pipelines.card import model_card
+from pipelines.card import pipeline_card
 from pipelines.commands import push
 from pipelines.hub import PushError
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
@@ -129,7 +129,7 @@ def test_the_card_names_public_sources_only(tmp_path, monkeypatch, source, local
     monkeypatch.chdir(tmp_path)
     pipe = pipeline_to_push(rich=False)
     pipe.provenance = {"data": {"source": source, "split": source}, "local": local}
-    card = model_card(pipe.tokenizer, pipe.prior, pipe.labels, pipe.provenance, has_grid=False)
+    card = pipeline_card(pipe, has_grid=False)
     assert f"Trained on {shown}." in card
     shared = shareable(pipe.provenance)
     assert shared["data"]["split"] == source and shareable(shared) == shared
