@@ -87,13 +87,13 @@ def read_scores(out: Path, method: str) -> list[dict[str, str]]:
 
 
 def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of `measure_defects` of each baseline, for the images in `scores.csv`."""
+    """Return the rows of `evaluate_defects` of each baseline, for the images in `scores.csv`."""
     import torch
     from PIL import Image
 
     from pipelines import ImagePipeline
     from pipelines.anomaly.filters import smooth
-    from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
+    from pipelines.anomaly.ground_truth import evaluate_defects, find_masks, read_mask
     from pipelines.anomaly.maps import peak_of
     from pipelines.images.views import View, as_lazy, convert_whole, cut, paste
     from tokenizer.spec import to_float
@@ -125,7 +125,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
     peaks["joint"], maps["joint"] = [float(row["score"]) for row in table], maps["bits"]
     found = {}
     for name, some in maps.items():
-        found[name] = measure_defects(np.array(peaks[name]), [heat.numpy() for heat in some], truth, *given)
+        found[name] = evaluate_defects(np.array(peaks[name]), [heat.numpy() for heat in some], truth, *given)
     return found
 
 

@@ -14,7 +14,7 @@ from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate, divide_objects, worst_of_objects
-from pipelines.anomaly.calibration import Calibration, digest_of
+from pipelines.anomaly.calibration import Calibration, digest_image
 from pipelines.anomaly.conformal import cross_bound
 from pipelines.anomaly.distances import CalibrationError, Distance
 from pipelines.anomaly.healing import heal
@@ -125,7 +125,7 @@ def test_images_of_the_calibration_are_recognised(trained, recwarn):
     mine, others = stripes(60, seed=2), stripes(30, seed=3)
     calibrate(pipe, mine)
     mixed = torch.cat([others, mine[40:], mine[:1]])
-    known = pipe.calibration.find_used([digest_of(image) for image in mixed.movedim(1, -1).numpy()])
+    known = pipe.calibration.find_used([digest_image(image) for image in mixed.movedim(1, -1).numpy()])
     assert known.tolist() == [False] * 30 + [True] * 21
     for method, p_values in (("nll", False), ("reconstruction", False)):
         anomaly_score(pipe, mixed, method, p_values=p_values)

@@ -19,7 +19,7 @@ from pipelines.anomaly.conformal import p_values_of, round_scores
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
 from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
-from pipelines.anomaly.maps import HANDICAP, measure_image, peak_of, score_image
+from pipelines.anomaly.maps import HANDICAP, peak_and_changes, peak_of, score_map
 from pipelines.completion import region_log_prob
 
 ANY_ORDER = [("masked", {}), ("blocks", {"any_order": True}), ("gpt", {"any_order": True})]
@@ -203,7 +203,7 @@ def test_the_score_of_a_map_is_its_top_less_its_median():
 def test_an_image_is_as_unusual_as_its_peak_or_its_change_along_the_calmer_axis(mapped):
     heat, cells = torch.zeros(16, 16), torch.zeros(8, 6, 21)
     heat[3, 4], cells[4:] = 3, 0.5
-    peak, down, across = measure_image(heat, cells)
+    peak, down, across = peak_and_changes(heat, cells)
     assert down == pytest.approx(math.log(0.501)) and across == pytest.approx(math.log(1e-3))
     for mean, expected in (
         ([peak - 3, down - 1, across], 3),
@@ -211,7 +211,7 @@ def test_an_image_is_as_unusual_as_its_peak_or_its_change_along_the_calmer_axis(
         ([peak + 1, down + 9, across - 9], 9 - HANDICAP),  # rows of normal images differ, columns do not
     ):
         update = {"image_mean": np.array(mean), "image_deviation": np.ones(3)}
-        assert score_image(mapped.calibration.maps.model_copy(update=update), heat, cells) == pytest.approx(expected)
+        assert score_map(mapped.calibration.maps.model_copy(update=update), heat, cells) == pytest.approx(expected)
 
 
 # Filters ------------------------------------------------------------------------------------------
