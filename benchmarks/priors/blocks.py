@@ -24,16 +24,22 @@ The last row is for decoded held-out images.
 
 from __future__ import annotations
 
-import json
-import sys
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from benchmarks.support.options import ROOT, read_options, use_threads
 from benchmarks.support.runs import train_once
-from benchmarks.support.tables import table_head, table_row, with_interval, write_json
+from benchmarks.support.tables import cache_json, table_head, table_row, with_interval
 from benchmarks.support.timing import seconds_of
+from pipelines import ImagePipeline
+from pipelines.metrics.frechet import frechet_distance
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.metrics.quality import train_classifier
+from pipelines.tokens import load_tokens
 
 JUDGE, TIMED, EXACT_ROWS, TRAINING, CLASSIFIER_STEPS = 9, 64, 500, 10_000, 1500
 OPTIONS = {
@@ -50,7 +56,6 @@ OPTIONS = {
 
 
 def train(kind: str, order: str, seed: int, options: SimpleNamespace) -> Path:
-    """Train a prior, unless it is already trained; return the folder of the run."""
     name = kind if kind != "blocks" else f"blocks-{order.replace(':', '-').replace('/', '_')}"
     run = Path(options.out) / name / f"seed{seed}"
     more = [f"tokens={options.tokens}", f"model.kind={kind}", f"model.order={order}", f"train.seed={seed}"]
@@ -59,14 +64,6 @@ def train(kind: str, order: str, seed: int, options: SimpleNamespace) -> Path:
     more += options.changes
     train_once("train_prior", ROOT / options.config, options.steps, run, *more, never=("preview", "save"))
     return run
-
-
-def cache_json(path: Path, measure: Any) -> dict[str, Any]:
-    """Return the result of `measure()`, cached in `path`."""
-    if not path.is_file():
-        print(f"measuring {path.parent}", file=sys.stderr, flush=True)
-        write_json(measure(), path)
-    return json.loads(path.read_text())
 
 
 class Pictures:
@@ -81,8 +78,6 @@ class Pictures:
         return len(self.images)
 
     def batch(self, rows: Any) -> Any:
-        import torch
-
         return self.images[torch.as_tensor(rows)]
 
 
@@ -90,27 +85,16 @@ class SampleMetrics:
     """Metrics of samples: a classifier of decoded training tokens, its features, and another prior."""
 
     def __init__(self, pipe: Any, judge: Any, data: Any, samples: int) -> None:
-        from pipelines.metrics.quality import train_classifier
-
         pictures: Any = Pictures(pipe, data.splits["train"], TRAINING, data.class_names)
         self.net, self.judge, self.samples = train_classifier(pictures, CLASSIFIER_STEPS), judge, samples
         self.known = self.features(pictures.images[:samples])
 
     def features(self, images: Any) -> Any:
-        """Return the classifier's features `(n, d)`."""
-        import torch
-
         with torch.inference_mode():
             return torch.cat([self.net.features(part) for part in images.split(500)])
 
     def __call__(self, pipe: Any, tokens: Any, labels: Any) -> dict[str, float]:
         """Measure tokens `(n, *grid.shape)` with labels `(n,)`."""
-        import math
-
-        import torch
-
-        from pipelines.metrics.frechet import frechet_distance
-
         images = pipe.decode(tokens, output_type="pt")
         with torch.inference_mode():
             found = torch.cat([self.net(part).argmax(1) for part in images.split(500)])
@@ -124,9 +108,6 @@ class SampleMetrics:
 
 
 def sample_tokens(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
-    """Sample tokens, classes in turn; return tokens and labels."""
-    import torch
-
     labels = torch.arange(count) % max(1, pipe.prior.num_classes)
     return pipe(
         count, labels.tolist(), seed=0, guidance_scale=1.0, output_type="pt", progress=False, **how
@@ -134,9 +115,6 @@ def sample_tokens(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
 
 
 def time_sampling(pipe: Any, **how: Any) -> dict[str, Any]:
-    """Measure the seconds for 64 images, and the passes per image."""
-    import torch
-
     labels, rows = torch.arange(TIMED) % max(1, pipe.prior.num_classes), list[int]()
     hook = pipe.prior.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     (seconds,) = seconds_of([lambda: pipe.prior.sample(TIMED, labels, **how)], 3)
@@ -146,9 +124,6 @@ def time_sampling(pipe: Any, **how: Any) -> dict[str, Any]:
 
 def measure_prior(run: Path, data: Any, metrics: SampleMetrics | None) -> dict[str, Any]:
     """Measure bits and passes of a run; with `metrics` also samples and speed."""
-    from pipelines import ImagePipeline
-    from pipelines.metrics.likelihood import bits_per_token
-
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     split = data.splits["test"]
     found = cache_json(run / "bits.json", lambda: {"bits": bits_per_token(pipe.prior, split)})
@@ -163,16 +138,10 @@ def measure_masked(
     run: Path, data: Any, metrics: SampleMetrics | None, steps: int, order: str
 ) -> dict[str, dict[str, Any]]:
     """Measure a masked prior twice: by confidence in `steps` steps, and exactly along an order."""
-    from pipelines import ImagePipeline
-
     pipe, split = ImagePipeline.from_pretrained(run / "pipeline"), data.splits["test"]
     pipe.prior.exact = True
 
     def exact() -> dict[str, float]:
-        import math
-
-        import torch
-
         parts = torch.arange(min(EXACT_ROWS, len(split))).split(50)
         with torch.inference_mode():
             each = [pipe.prior.log_prob(split.rows(at), condition=split.given[at], order=order) for at in parts]
@@ -209,9 +178,6 @@ def format_row(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]
 def main() -> None:
     options = read_options(__doc__, OPTIONS, dotted=True)
     use_threads(options.threads)
-    from pipelines import ImagePipeline
-    from pipelines.tokens import load_tokens
-
     data, seeds = load_tokens(options.tokens), range(1, options.seeds + 1)
     orders = [order for order in options.orders.split(",") if order]
     kinds = {"gpt": ("gpt", "raster"), **{order: ("blocks", order) for order in orders}}
