@@ -17,7 +17,7 @@ from tokenizer import Tokenizer
 
 from .columns import ColumnFormat, formats_of
 from .images.origin import describe_for_card, shareable
-from .metrics.figures import DIVISION, Row, format_rows
+from .metrics.figures import DIVISION, FormattedFigure, format_rows
 from .training.schedule import describe_cut
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def format_conditions(columns: Sequence[ColumnFormat[Any]]) -> list[str]:
     return ["## Conditions", "", about, "", *head, *lines, ""]
 
 
-def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[Row]:
+def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[FormattedFigure]:
     """Return the figures of `smalti evaluate`, or those of training if it was not run."""
     if evaluation := facts.get("evaluation"):
         return format_rows(evaluation, exact=exact)
@@ -136,7 +136,7 @@ def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[Row]:
     return found
 
 
-def format_measurements(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+def format_measurements(facts: dict[str, Any], rows: Sequence[FormattedFigure]) -> list[str]:
     """Return a markdown table of the figures and of the training time."""
     lines = [
         f"| {to_cell(row.title)}{ARROWS[row.figure.better]} | {to_cell(row.value)} | {to_cell(row.beside)} |"

@@ -25,7 +25,7 @@ from ..images.pictures import write_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..metrics.figures import OF_SAMPLES
 from ..metrics.frechet import distance, moments
-from ..metrics.quality import FeatureSpace, feature_space, shuffled
+from ..metrics.quality import FeatureSpace, feature_space, fixed_permutation
 from ..options import UsesImages
 from ..provenance import defaults
 from ..saving import PIPELINE, save_again
@@ -145,7 +145,7 @@ def make_measure(
 ) -> Measure:
     """Return the measure of options. All options share seeds and conditions, so that their differences are less
     noisy."""
-    real = moments(space.of(validation, shuffled(len(validation))))
+    real = moments(space.of(validation, fixed_permutation(len(validation))))
 
     def measure(options: SamplingOptions) -> float:
         pipeline.sampler = options

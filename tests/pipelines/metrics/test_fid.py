@@ -17,8 +17,8 @@ from pipelines.config import UserError
 from pipelines.metrics import fid
 from pipelines.metrics.fid import Inception, load_inception, read_moments
 from pipelines.metrics.frechet import distance, moments
-from pipelines.metrics.quality import shuffled
-from pipelines.metrics.samples import Samples
+from pipelines.metrics.quality import fixed_permutation
+from pipelines.metrics.samples import EvaluatedSamples
 from pipelines.processes.group import ALONE
 from tokenizer.spec import ImageSpec, to_float
 
@@ -64,7 +64,7 @@ def test_each_figure_compares_the_sets_in_its_protocol(images, reference):
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     drawn = Pictures(60, 2)
-    samples = Samples(lambda start, end: drawn.batch(range(start, end)), 60)
+    samples = EvaluatedSamples(lambda start, end: drawn.batch(range(start, end)), 60)
     published = moments(of_pixels(Pictures(500, 5).pixels)[0]) if reference == "a file" else None
     figures = Inception(of_pixels, CPU, reference, published).figures(images, darker, samples, ALONE)
     (rows, logits), real = of_pixels(drawn.pixels), moments(of_pixels(images.held_out.pixels)[0])
@@ -75,7 +75,7 @@ def test_each_figure_compares_the_sets_in_its_protocol(images, reference):
     assert figures["inception_score_deviation"] == pytest.approx(score["inception_score_std"])
     if reference == "held_out":  # as many on each side
         against, count, said = real, 40, "40 samples against 40 held-out images"
-        known = images.train.pixels[shuffled(50)[:40]]
+        known = images.train.pixels[fixed_permutation(50)[:40]]
         assert figures["train_fid"] == pytest.approx(distance(moments(of_pixels(known)[0]), against))
     else:
         against = published or moments(of_pixels(images.train.pixels)[0])
@@ -89,7 +89,7 @@ def test_each_figure_compares_the_sets_in_its_protocol(images, reference):
 @pytest.mark.parametrize("count", [0, 9])
 def test_too_few_samples_have_no_fid(images, count):
     drawn = Pictures(9, 2)
-    samples = Samples(lambda start, end: drawn.batch(range(start, end)), count) if count else None
+    samples = EvaluatedSamples(lambda start, end: drawn.batch(range(start, end)), count) if count else None
     assert set(Inception(of_pixels, CPU).figures(images, darker, samples, ALONE)) == {"rfid", "rfid_protocol"}
 
 
@@ -127,7 +127,7 @@ def test_figures_are_torch_fidelitys_on_the_same_pictures(tmp_path, monkeypatch)
     )
     net = load_inception(str(weights), "train", CPU)
     splits: Any = SimpleNamespace(train=sets["second"], held_out=sets["first"])
-    samples = Samples(lambda start, end: sets["first"].batch(range(start, end)), 24)
+    samples = EvaluatedSamples(lambda start, end: sets["first"].batch(range(start, end)), 24)
     found = net.figures(splits, darker, samples, ALONE)
     assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3) and found["fid"] > 1e-2
     assert found["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)

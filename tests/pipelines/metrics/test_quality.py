@@ -14,10 +14,10 @@ from pipelines.metrics.quality import (
     LONGEST_SIDE,
     Classifier,
     accuracy,
-    compare,
+    compare_samples,
     feature_space,
+    fixed_permutation,
     neighbourhoods,
-    shuffled,
     ssim,
     train_classifier,
 )
@@ -134,10 +134,12 @@ def test_without_labels_features_are_random_convolutions(tmp_path):
 def test_comparison_ranks_copies_first(tmp_path):
     images = load_images(write_set(tmp_path, per_class=40))
     space = feature_space(images.train, images.held_out, 0, "stripes")
-    copied = shuffled(len(images.train))[:40]
-    samples = images.held_out.batch(shuffled(len(images.held_out))).clone()
+    copied = fixed_permutation(len(images.train))[:40]
+    samples = images.held_out.batch(fixed_permutation(len(images.held_out))).clone()
     samples[40:] = images.train.batch(copied)
-    figures, order, originals = compare(space, space(samples), images.train, images.held_out, lambda batch: batch)
+    figures, order, originals = compare_samples(
+        space, space(samples), images.train, images.held_out, lambda batch: batch
+    )
     assert figures["num_compared"] == 80 == len(order) == len(originals)
     assert set(order[:40].tolist()) == set(range(40, 80))
     assert torch.equal(originals[:40], copied[order[:40] - 40])
