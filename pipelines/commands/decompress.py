@@ -17,7 +17,7 @@ from pydantic import Field
 from prior.given import Given
 from tokenizer.files import atomic_folder
 
-from ..compression.coding import read_images, restored_suffix
+from ..compression.coding import decode_stream, restored_suffix
 from ..compression.container import Header, StreamError, read_stream
 from ..condition_keys import UsesCondition
 from ..config import UserError, run_command
@@ -92,7 +92,7 @@ def name_compressed(name: str, suffix: str) -> str:
 
 def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, given: Given, batch_size: int | None) -> int:
     """Write the images of a stream as files, named as stored or numbered; return the number of images."""
-    header, parts = read_images(pipeline, data, condition=given, batch_size=batch_size)
+    header, parts = decode_stream(pipeline, data, condition=given, batch_size=batch_size)
     suffix = restored_suffix(pipeline, header.lossless)
     names = iter(header.names or [f"{number:08d}{suffix}" for number in range(header.images)])
     for images in parts:

@@ -116,7 +116,6 @@ def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int
 
 
 def pack_section(content: bytes) -> bytes:
-    """Wrap `content` with its length and checksum."""
     return NUMBER.pack(len(content)) + content + NUMBER.pack(crc32(content))
 
 
@@ -145,7 +144,6 @@ class Reader:
         self.left = data
 
     def take(self, size: int) -> memoryview:
-        """Read the next `size` bytes."""
         if size > len(self.left):
             raise DamagedStream("the stream is truncated")
         taken, self.left = self.left[:size], self.left[size:]
@@ -175,7 +173,6 @@ def read_header(form: struct.Struct, fields: memoryview, names: memoryview) -> H
 
 
 def read_sizes(header: Header, content: memoryview) -> Header:
-    """Parse and check the sizes of images that are covered by tiles."""
     if len(content) != 4 * header.images:
         raise DamagedStream(f"the stream is damaged: {len(content)} bytes for the sizes of {header.images} images")
     sizes = tuple((int(down), int(right)) for down, right in np.frombuffer(content, "<u2").reshape(-1, 2))
@@ -202,7 +199,6 @@ def find_size_problem(header: Header) -> str | None:
 
 
 def read_chunk(content: memoryview) -> Chunk:
-    """Parse a chunk from its section."""
     reader = Reader(content)
     digest, exceptions, tokens, classes = CHUNK.unpack(reader.take(CHUNK.size))
     positions = np.frombuffer(reader.take(exceptions * NUMBER.size), "<u4")
