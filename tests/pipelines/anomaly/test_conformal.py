@@ -26,7 +26,7 @@ def test_the_false_alarm_rate_is_as_requested_for_scores_of_any_scale(scale, sam
     """5 %, or less with ties, also under the rounding noise of another machine."""
     chance, (mean, deviation) = np.random.default_rng(0), scale
     below, above = [], []
-    for _ in range(300):
+    for _ in range(200):
         scores = mean + deviation * chance.normal(size=300)
         scores[chance.random(300) < same] = mean + 3.3333333 * deviation
         noise = deviation * 1e-5 * chance.normal(size=200)
@@ -74,7 +74,7 @@ def test_a_confidence_is_the_share_of_calibrations_below_the_rate(confidence, di
         assert 0.45 < np.mean(usual) < 0.7 and (confidence == 0.5 or np.mean(usual) < confidence - 0.15)
 
 
-@pytest.mark.parametrize("confidence", [None, 0.01, 0.3, 0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("confidence", [None, 0.01, 0.5, 0.95, 0.999])
 def test_least_scores_is_the_smallest_number_with_a_threshold(confidence):
     """The first n for which 1 / (n + 1) <= share or, with a confidence, (1 - share)^n <= 1 - confidence."""
     for share in (0.001, 0.01, 1 / 30, 0.05, 0.07, 0.1, 1 / 7, 0.25, 1 / 3, 0.5, 0.75, 0.99):

@@ -15,7 +15,7 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibration import Calibration
-from pipelines.anomaly.conformal import p_values_of, round_scores
+from pipelines.anomaly.conformal import p_values_of
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
 from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
@@ -69,21 +69,6 @@ def test_a_single_hidden_token_has_its_conditional_probability_which_sums_to_one
             assert float(bits.flatten()[cell]) == pytest.approx(-float(expected) / math.log(2), abs=1e-4)
 
 
-@pytest.mark.parametrize(("prior", "config"), ANY_ORDER[:2])
-def test_the_tokens_of_its_block_do_not_explain_a_token_and_others_do(prior, config):
-    pipe = make(prior, **config)
-    tokens, other = tokens_of(pipe), tokens_of(pipe)
-    inside = hidden_masks(4, 4, 2)[0]  # the block of the upper left token; on 4 x 4, each pass hides one block
-    before = hidden_bits(pipe.prior, tokens, nothing(pipe, tokens), size=2)[:, 0, 0]
-    for changed, same in ((inside, True), (~inside, False)):
-        mixed = torch.where(changed, other, tokens)
-        mixed[:, 0, 0] = tokens[:, 0, 0]
-        assert (
-            torch.allclose(hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2)[:, 0, 0], before, atol=1e-5)
-            is same
-        )
-
-
 @pytest.mark.parametrize(("prior", "config"), [*ANY_ORDER, ("made", {"order_agnostic": True}), ("gpt", {})])
 def test_only_priors_whose_hidden_tokens_do_not_explain_one_another_can_hide(prior, config):
     """On a grid of which a pass hides several tokens of a block."""
@@ -101,16 +86,6 @@ def test_only_priors_whose_hidden_tokens_do_not_explain_one_another_can_hide(pri
             float((hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2) - before).abs()[:, others].max()),
         )
     assert can_hide(pipe.prior) == (changes < 1e-5)
-
-
-def test_a_block_of_a_model_without_blocks_has_its_conditional_probability():
-    pipe = make("gpt", size=(8, 8), any_order=True)
-    tokens = tokens_of(pipe)
-    for mask in hidden_masks(2, 2, 1):
-        nats = pipe.prior.hidden_log_probs(tokens, (~mask).flatten().expand(3, -1), nothing(pipe, tokens))
-        torch.testing.assert_close(
-            (nats * mask).sum((1, 2)), region_log_prob(pipe.prior, tokens, ~mask, nothing(pipe, tokens))
-        )
 
 
 def test_a_prior_of_one_order_gives_the_bits_after_earlier_tokens():
@@ -263,8 +238,3 @@ def test_a_blur_keeps_the_mean_of_flat_regions_and_spreads_a_point():
     assert float(found.sum()) == pytest.approx(1, abs=1e-4)
     assert float(found[20, 20] / found[20, 22]) == pytest.approx(math.exp(0.5), rel=1e-3)
     torch.testing.assert_close(smooth(torch.full((5, 9), 3.0), 4.0), torch.full((5, 9), 3.0))
-
-
-def test_rounding_of_scores_covers_the_maps(mapped):
-    values = mapped.calibration.scores["hidden"].values
-    assert np.array_equal(round_scores(values)[0], values) and len(values) == 30

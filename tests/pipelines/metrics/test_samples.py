@@ -1,4 +1,4 @@
-"""EvaluatedSamples are drawn in small batches, stored as 8-bit images, and selected by number."""
+"""Samples are made in small batches, stored as 8-bit images, and selected by number."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def numbered(start: int, end: int) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(module, "AT_A_TIME", 10)
-    monkeypatch.setattr(module, "DRAWN", 4)
+    monkeypatch.setattr(module, "SAMPLED_AT_A_TIME", 4)
 
 
-def test_each_sample_is_drawn_once_and_found_by_its_number():
+def test_each_sample_is_made_once_and_found_by_its_number():
     asked: list[tuple[int, int]] = []
     made = EvaluatedSamples(lambda start, end: (asked.append((start, end)), numbered(start, end))[1], 23)
     assert asked == [(0, 4), (4, 8), (8, 10), (10, 14), (14, 18), (18, 20), (20, 23)]
