@@ -151,14 +151,7 @@ def run(options: SimpleNamespace) -> tuple[str, list[str]]:
 def main() -> None:
     options = read_options(
         __doc__,
-        {
-            "device": "cuda",
-            "tiny": False,
-            "repeats": 10,
-            "only": ",".join(PARTS),
-            "out": "build/gpu.md",
-            "docs": None,
-        },
+        {"device": "cuda", "tiny": False, "repeats": 10, "only": ",".join(PARTS), "out": "build/gpu.md", "docs": None},
     )
     require_packages("transformers", "diffusers")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"

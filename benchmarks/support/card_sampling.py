@@ -17,14 +17,7 @@ from tokenizer import Tokenizer
 ROWS = (1, 16, 64, 256)
 Row = tuple[str, str, Callable[[], list[str]]]
 """The first two cells of a row, and a function that measures the others."""
-SAMPLING_HEAD = (
-    "sampling",
-    "images",
-    "tokens/s",
-    "images/s",
-    "ms a token step",
-    "kernel by kernel, ms",
-)
+SAMPLING_HEAD = ("sampling", "images", "tokens/s", "images/s", "ms a token step", "kernel by kernel, ms")
 CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s", "decoded/s")
 
 

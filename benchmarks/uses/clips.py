@@ -35,19 +35,9 @@ from pipelines.metrics.likelihood import evaluate_frames, log_probs
 from pipelines.tokens import load_tokens
 
 CLIPS, CLIPS_SHOWN = 8, 48  # in a training batch; continued
-PRIORS = {
-    "motion": {"clip": ["model.window=[2,3,3]"], "frame": []},
-    "volumes": {"clip": []},
-}
+PRIORS = {"motion": {"clip": ["model.window=[2,3,3]"], "frame": []}, "volumes": {"clip": []}}
 """The priors and their settings; `frame` is one over single frames."""
-OPTIONS = {
-    "only": None,
-    "limit": 10_000,
-    "tokenizer_steps": 600,
-    "steps": 1200,
-    "out": "runs/clips",
-    "threads": 0,
-}
+OPTIONS = {"only": None, "limit": 10_000, "tokenizer_steps": 600, "steps": 1200, "out": "runs/clips", "threads": 0}
 
 
 def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> None:
