@@ -110,16 +110,12 @@ def describe_machine() -> str:
     return f"{name}, {os.environ['OMP_NUM_THREADS']} thread(s)"
 
 
-def read_lines(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics; empty without a run."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def read_run(run: Path, reference: Reference, scale: float) -> dict[str, Any]:
     """Return the curve of a run, hours and validation figures, and what `smalti evaluate` measured; empty without a
     run. scale: the figure of one bit per token."""
-    lines = [line for line in read_lines(run) if BITS in line]
+    path = run / "metrics.jsonl"
+    every = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = [line for line in every if BITS in line]
     if not lines:
         return {}
     found: dict[str, Any] = {

@@ -153,27 +153,22 @@ def check_settings(settings: Node, path: Path) -> None:
         raise SystemExit(f"{path.parent}: was made with {other[0]}={saved.get(other[0])}; choose another out=")
 
 
-def collect_settings(options: SimpleNamespace) -> Node:
-    """Return the settings that all contenders in a folder share."""
-    variants, data = options.augmentations, options.data
-    return {
-        "minutes": options.minutes,
-        "gpt_minutes": options.gpt_minutes,
-        "augmentations": read_value("augmentations", variants, 0) if variants else VARIANTS.get(data, 0),
-        "limit": options.limit or None,
-        "source": find_images(data, options.source),
-        "changes": options.changes,
-    }
-
-
 def compare(options: SimpleNamespace) -> None:
     """Time, train and measure the contenders, and print the table."""
     out = Path(options.out).absolute() / options.data
     presets = read_presets(options.data, options.changes)
     known = contenders(presets["tokenizer"], out)
     only = choose(options.only, list(known))
-    settings = collect_settings(options)
-    source, limit = settings["source"], min(TIMED_IMAGES, settings["limit"] or TIMED_IMAGES)
+    source, limit = find_images(options.data, options.source), min(TIMED_IMAGES, options.limit or TIMED_IMAGES)
+    variants = options.augmentations
+    settings = {  # which all contenders in a folder share
+        "minutes": options.minutes,
+        "gpt_minutes": options.gpt_minutes,
+        "augmentations": read_value("augmentations", variants, 0) if variants else VARIANTS.get(options.data, 0),
+        "limit": options.limit or None,
+        "source": source,
+        "changes": options.changes,
+    }
     nodes = {
         name: tokenizer_node(presets["tokenizer"], spec, source, limit, 1, out / name) for name, spec in known.items()
     }
@@ -217,7 +212,6 @@ def report(known: list[str], times: Node, out: Path) -> None:
 def main() -> None:
     options = read_options(__doc__, OPTIONS, dotted=True)
     use_threads(options.threads)
-
     try:
         compare(options)
     except (UserError, PipelineLoadError) as error:

@@ -161,14 +161,6 @@ def train_and_measure(options: SimpleNamespace, left_out: int | None, out: Path)
     )
 
 
-def add_best(figures: dict[str, Any]) -> dict[str, Any]:
-    best = {
-        name: max((figures[row][name] for row in NO_MODEL), key=lambda f: f["auroc"][0])
-        for name in figures[NO_MODEL[0]]
-    }
-    return {**figures, BEST: best}
-
-
 def print_tables(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
     """Print AUROC of each method on each set, its intervals, and more measures of the default method."""
     sets = list(found["joint"])
@@ -200,7 +192,9 @@ def main() -> None:
     left_out = [int(label) for label in options.leave.split(",") if label]
     found: dict[str, dict[str, Any]] = {}
     for label in [None, *left_out]:
-        figures = add_best(train_and_measure(options, label, out / ("all" if label is None else f"without_{label}")))
+        figures = train_and_measure(options, label, out / ("all" if label is None else f"without_{label}"))
+        pairs = {name: [figures[row][name] for row in NO_MODEL] for name in figures[SMALL]}
+        figures[BEST] = {name: max(pair, key=lambda f: f["auroc"][0]) for name, pair in pairs.items()}
         for method, sets in figures.items():
             renamed = {name if label is None else f"{names[label]} left out": f for name, f in sets.items()}
             found.setdefault(method, {}).update(renamed)

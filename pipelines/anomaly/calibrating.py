@@ -109,7 +109,7 @@ def calibrate(
         for each in references
     ]
     normal.identify_others()
-    sizes = [*normal.sizes.values()]
+    digests, sizes = zip(*normal.known.values(), strict=True)
     # Quantiles at each position, or over all positions if there are very many.
     surprise = torch.cat([each["surprise"] for each in normal.rows.values()]).double().numpy()
     surprise = surprise if surprise.shape[1] <= MAX_POSITIONS else surprise.reshape(-1, 1)
@@ -130,7 +130,7 @@ def calibrate(
         surprise=round_digits(np.quantile(surprise, LEVELS, axis=0)),
         error=round_digits((normal.error / normal.num_tiles).numpy()),
         maps=None if is_crossed else references[0].maps,
-        digests=sorted(set(normal.digests.values())),
+        digests=sorted({*digests}),
         object_digests=None if groups is None else sorted({digest_name(str(name)) for name in groups}),
     )
     return pipeline.calibration
@@ -201,12 +201,12 @@ def worst_of_objects(scores: Floats, owners: NDArray[np.int64]) -> Floats:
 
 class NormalImages:
     """The evidence of normal images: the `rows` of the tiles that are used for fitting by the number of their image,
-    the sum of their error maps, the digests and sizes of all images, and whatever else is used again, which is held."""
+    the sum of their error maps, what is `known` of all images (digest and size), and whatever is used again."""
 
     def __init__(self, examination: Examination, parts: Sequence[Division], mapped: bool, seed: int) -> None:
         self._examination, self._seed, self._mapped = examination, seed, mapped
         self._want = ["digest", "statistics", "error", *(MAPPED if mapped else ())]
-        self.digests, self.sizes = dict[int, str](), dict[int, Size]()
+        self.known = dict[int, tuple[str, Size]]()
         self.rows, self.error, self.num_tiles = dict[int, dict[str, Tensor]](), torch.zeros(()), 0
         every = sorted({number for part in parts for number in part.fitting})
         most, measured = (max(1, limit // len(every)) for limit in (MAX_TILES, MAX_MEASURED))
@@ -222,7 +222,7 @@ class NormalImages:
 
     def _collect(self, several: Iterable[Evidence], most: int, measured: int) -> None:
         for evidence in several:
-            self._identify(evidence)
+            self.known[evidence.number] = evidence.digest, evidence.size
             own = self.rows[evidence.number] = dict[str, Tensor]()
             for name, rows in evidence.rows.items():
                 limit = most if name in ("hidden", "tokens") else measured
@@ -231,9 +231,6 @@ class NormalImages:
             count = len(own["error"])
             self.error = self.error + count * (evidence.rows["errors"][0] / len(evidence.rows["error"]))
             self.num_tiles += count
-
-    def _identify(self, evidence: Evidence) -> None:
-        self.digests[evidence.number], self.sizes[evidence.number] = evidence.digest, evidence.size
 
     def examine(self, numbers: Sequence[int], measured: int | None = None) -> Iterator[Evidence]:
         """Yield the evidence of all tiles of the images `numbers`, first of those that are held. measured: number of
@@ -268,7 +265,7 @@ class NormalImages:
         methods, found = list_methods(self._examination.pipeline), dict[int, dict[str, Floats]]()
         for each in score_images(self._examination, self.examine(part.scoring), methods, [reference]):
             found[each.evidence.number] = each.scores
-            self._identify(each.evidence)
+            self.known[each.evidence.number] = each.evidence.digest, each.evidence.size
         scores = dict[str, Floats]()
         for method in found[part.scoring[0]]:
             of_images = np.concatenate([found[number][method] for number in part.scoring])
@@ -277,10 +274,10 @@ class NormalImages:
 
     def identify_others(self) -> None:
         """Read the images that were neither fitted to nor scored."""
-        for number in sorted({*range(len(self._examination))} - self.digests.keys()):
+        for number in sorted({*range(len(self._examination))} - self.known.keys()):
             image = self._examination.read(number)
             (digest,) = self._examination.digest(image[None])
-            self._identify(Evidence(number, (image.shape[-2], image.shape[-1]), digest, torch.empty(0)))
+            self.known[number] = digest, (image.shape[-2], image.shape[-1])
 
 
 def fit_reference(found: dict[str, Tensor], neighbours: int) -> Fitted:
