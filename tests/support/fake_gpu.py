@@ -7,9 +7,9 @@ memory are not modelled.
 A tensor subclass wraps a CPU tensor, a dispatch mode wraps tensors created on `cuda`, and 30 lines of C++ provide the
 device guard that autograd asks for. Torch is changed permanently, so this runs in a process of its own:
 
-    python tests/support/fake_gpu.py [--float32] [WORD]    # --float32: a GPU without float64, such as Apple's
+    python tests/support/fake_gpu.py [--float32] [WORD ...]    # --float32: a GPU without float64, such as Apple's
 
-runs the checks whose title contains WORD, and prints a line for each.
+runs the checks whose title contains a WORD, or all, and prints a line for each.
 """
 
 from __future__ import annotations
@@ -420,8 +420,8 @@ def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "run of a prior", partial(check_run, train_on_tokens)
 
 
-def run_checks(word: str) -> int:
-    """Run the checks whose title contains `word`, and print a line for each; returns the number of failures."""
+def run_checks(words: list[str]) -> int:
+    """Run the checks whose title contains one of `words`, and print a line for each; return the number of failures."""
     from prior import masks, sampling
     from tokenizer import precision
 
@@ -430,7 +430,7 @@ def run_checks(word: str) -> int:
         precision.WITHOUT_FLOAT64.add("cuda")
     count = failed = 0
     for title, check in checks():
-        if word not in title:
+        if words and not any(word in title for word in words):
             continue
         count, problem = count + 1, ""
         try:
@@ -454,4 +454,4 @@ if __name__ == "__main__":
         sys.exit(3)
     words = [word for word in sys.argv[1:] if word != "--float32"]
     GPUTensor.float32 = words != sys.argv[1:]
-    sys.exit(bool(run_checks(" ".join(words))))
+    sys.exit(bool(run_checks(words)))
