@@ -155,17 +155,17 @@ def test_a_prior_of_one_order_has_maps_of_tiles_only():
 
 def test_p_values_hold_for_whole_images_of_larger_size():
     pipe = make()
-    images = [image[0, :24, :20].numpy() for image in stripes(360, 0, side=24)[:, None, 0]]
-    pipe.calibrate(images[:200], stride=8)
-    heats = pipe.anomaly_map(images[200:], method="combined", stride=8)
+    images = [image[0, :24, :20].numpy() for image in stripes(180, 0, side=24)[:, None, 0]]
+    pipe.calibrate(images[:100], stride=8)
+    heats = pipe.anomaly_map(images[100:], method="combined", stride=8)
     regions = pipe.calibration.scores["map"]
     highest = np.array([float(heat.max()) for heat in heats])
     for p in (
-        pipe.anomaly_score(images[200:], "hidden", stride=8, p_values=True).numpy(),
+        pipe.anomaly_score(images[100:], "hidden", stride=8, p_values=True).numpy(),
         p_values_of(highest, regions.values, regions.tie),
     ):
         for share in (0.05, 0.2, 0.5):
-            assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 160 + 1 / 100))
+            assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 80 + 1 / 50))
     assert (highest > regions.threshold).tolist() == (p <= 0.05).tolist()
 
 

@@ -66,7 +66,7 @@ def test_ssim_is_torchmetrics_ssim_within_the_image(shape):
 
 
 def test_precision_and_recall_are_those_of_their_definition():
-    real, fake = gaussian(40, 4), gaussian(40, 4, 1, 1.4) + 0.5
+    real, fake = gaussian(60, 4), gaussian(60, 4, 1, 1.4) + 0.5
 
     def share_inside(rows, centres):
         radii = [sorted(float((row - other).norm()) for other in centres)[3] for row in centres]
