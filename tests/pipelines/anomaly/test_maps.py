@@ -14,12 +14,24 @@ from hypothesis import strategies as st
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import divide_objects
 from pipelines.anomaly.calibration import Calibration
 from pipelines.anomaly.conformal import p_values_of
 from pipelines.anomaly.distances import CalibrationError
+from pipelines.anomaly.examine import Examination
 from pipelines.anomaly.filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
 from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
-from pipelines.anomaly.maps import HANDICAP, peak_and_changes, peak_of, score_map
+from pipelines.anomaly.maps import (
+    HANDICAP,
+    MAPPED,
+    Roles,
+    blur_maps,
+    map_hidden,
+    peak_and_changes,
+    peak_of,
+    score_map,
+    standard_cells,
+)
 from pipelines.completion import region_log_prob
 
 ANY_ORDER = [("masked", {}), ("blocks", {"any_order": True}), ("gpt", {"any_order": True})]
@@ -143,6 +155,17 @@ def test_a_calibration_keeps_its_maps_and_one_without_them_reads_as_before(mappe
         loaded.anomaly_score(IMAGES, "hidden")
     with pytest.raises(CalibrationError, match="calibrated without maps"):
         loaded.anomaly_map(IMAGES, method="combined")
+
+
+def test_both_parts_of_the_combined_map_are_standardized_over_normal_pixels(mapped):
+    reference, examination, parts = mapped.calibration.maps, Examination.open(mapped, IMAGES), []
+    chosen = Roles.choose(divide_objects(np.arange(60), 60, 0)[0].fitting).of_pixels
+    for evidence in examination.examine(MAPPED, chosen):
+        surprisal = map_hidden(examination, reference.codes, evidence)
+        parts.append(blur_maps(examination, reference, standard_cells(reference, evidence), surprisal).flatten(1))
+    values = torch.cat(parts, 1).numpy()
+    np.testing.assert_allclose(values.mean(1), reference.pixel_mean, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(values.std(1), reference.pixel_deviation, rtol=1e-3)
 
 
 def test_a_prior_of_one_order_has_maps_of_tiles_only():

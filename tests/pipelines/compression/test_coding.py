@@ -17,16 +17,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from givens.coded import KINDS, LOGISTIC, images_of, pipeline_of
+from givens.coded import KINDS, images_of, pipeline_of
 from givens.images import encoded
 from givens.token_datasets import draw_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import PRIORS, make_prior, make_tokenizer
+from small import PRIORS
 from small_pipelines import COLUMNS, make_conditioned
 
-from pipelines import ImagePipeline
 from pipelines.compression import codec, coding
 from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_steps
 from pipelines.compression.coding import exact_pixels, identify_given
@@ -242,6 +241,7 @@ def test_exponentials_fit_their_formula():
     assert np.abs(table.numpy() - exact).max() <= 0.5 + 1e-5
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_any_logits_code_and_decode(rows):
     """NaN and infinities too; rows near a rounding boundary are uniform."""
@@ -385,15 +385,6 @@ def test_a_condition_of_which_some_numbers_are_null_is_coded_as_in_03():
     assert identify_given(pipe.read_given(None, half)) == identify_given(pipe.read_given()) == b""
     both = pipe.read_given(None, {**half, "age": 63})
     assert identify_given(both) == bytes.fromhex(both.digest)[:8] != identify_given(both.without(["motion"]))
-
-
-def test_lossless_streams_take_conditions():
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer("vqvae", (8, 12), 1, **LOGISTIC).eval()
-    pipe = ImagePipeline(tokenizer, make_prior("gpt", grid=tokenizer.grid, conditions={"age": COLUMNS["age"]}))
-    images, condition = images_of(pipe, 5), {"age": [20, 30, 40, None, 60]}
-    data = compressed(pipe, images, condition=condition, lossless=True)
-    assert torch.equal(as_bytes(decompressed(pipe, data, condition=condition, batch_size=2)), images)
 
 
 def test_an_earlier_type_of_the_weights_does_not_matter():
@@ -564,11 +555,6 @@ def test_classes_that_do_not_fit_are_one_error():
         assert read_stream(stream)[1][0].classes == classes
         with pytest.raises(StreamError):
             decompressed(pipe, forge(pipe, stream, classes=not classes))
-    tokens = bytes(read_stream(data)[1][0].tokens)
-    for first in range(0, 256, 32):  # the first bytes decide on the classes
-        if first != tokens[3]:
-            with pytest.raises(StreamError):
-                decompressed(pipe, forge(pipe, data, tokens=tokens[:3] + bytes([first]) + tokens[4:]))
 
 
 # Refusals
