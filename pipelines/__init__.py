@@ -9,31 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+_root = Path(__file__).resolve().parents[1]
+for _name in ("tokenizer", "prior"):  # these names are common, so that another package may come first
+    _spec = find_spec(_name)
+    if _spec is None or _spec.origin is None or Path(_spec.origin).resolve().parent.parent != _root:
+        _found = "nothing" if _spec is None else _spec.origin or "a folder without an __init__.py"
+        raise ImportError(
+            f"expected Smalti's package `{_name}` in {_root}, but Python found {_found}; "
+            "install Smalti in a separate environment, or start from another folder"
+        )
 
-def _check_siblings() -> None:
-    """Raise `ImportError` if another package shadows `tokenizer` or `prior`, because these names are common."""
-    here = Path(__file__).resolve().parent.parent
-    for name in ("tokenizer", "prior"):
-        spec = find_spec(name)
-        if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != here:
-            found = "nothing" if spec is None else spec.origin or f"a folder called {name!r} without an __init__.py"
-            raise ImportError(
-                f"expected Smalti's package `{name}` beside {here / 'pipelines'}, but Python found {found}; "
-                "install Smalti in a separate environment, or start from another folder"
-            )
-
-
-def _version() -> str:
-    """Return the installed version, or that of pyproject.toml for a checkout that is not installed."""
-    try:
-        return version("smalti")
-    except PackageNotFoundError:
-        lines = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8").splitlines()
-        return next(line.split('"')[1] for line in lines if line.startswith("version = "))
-
-
-_check_siblings()
-__version__ = _version()
+try:
+    __version__ = version("smalti")
+except PackageNotFoundError:  # a checkout that is not installed
+    _lines = (_root / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    __version__ = next(line.split('"')[1] for line in _lines if line.startswith("version = "))
 
 from tokenizer.files import (  # noqa: E402
     ConfigError,

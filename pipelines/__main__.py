@@ -40,7 +40,6 @@ def verbs() -> dict[str, str]:
 
 
 def read_summary(module: str) -> str:
-    """Return the first line of a module's docstring."""
     path = Path(__file__).parent / f"{module.replace('.', '/')}.py"
     return path.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
 
@@ -54,8 +53,7 @@ def load_verb(verb: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{find_module(verb)}")
 
 
-def help_page() -> str:
-    """Return the text of `smalti --help`."""
+def list_verbs() -> str:
     known = verbs()
     groups = {title: {verb: known[verb] for verb in group} for title, group in GROUPS.items()}
     groups["other"] = OTHER
@@ -75,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         argv = [*argv[1:2], "--help", *argv[2:]]
     with exit_codes():
         if not argv or argv[0] == "--help":
-            print(help_page())
+            print(list_verbs())
             raise SystemExit(0 if argv else 2)
         if argv[0] in ("--version", "version"):
             print_and_exit(f"smalti {__version__}")

@@ -7,8 +7,7 @@ on "Model cards" and "Model card metadata").
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prior import Prior
@@ -22,6 +21,8 @@ from .training.schedule import describe_cut
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
+
+    from .image_pipeline import ImagePipeline
 
 HUB_DATASET = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"
@@ -70,32 +71,24 @@ images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}{{ exam
 """
 
 
-def model_card(
-    tokenizer: Tokenizer,
-    prior: Prior,
-    labels: Sequence[str],
-    provenance: dict[str, Any],
-    has_grid: bool,
-    condition_tokenizers: Mapping[str, Tokenizer] = MappingProxyType({}),
-    sampler: SamplingOptions | None = None,
-) -> str:
-    """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether the folder contains
-    a picture of samples. sampler: the settings with which the pipeline samples by default."""
+def pipeline_card(pipeline: ImagePipeline, has_grid: bool) -> str:
+    """Return markdown with a metadata header; all figures come from `pipeline.provenance`. has_grid: whether the folder
+    contains a picture of samples."""
     from huggingface_hub import ModelCard
 
-    facts = shareable(provenance)
+    tokenizer, prior, facts = pipeline.tokenizer, pipeline.prior, shareable(pipeline.provenance)
     rows = collect_figures(facts, exact=prior.exact)
-    columns = list(formats_of(prior.config.conditions, condition_tokenizers).values())
+    columns = list(formats_of(prior.config.conditions, pipeline.condition_tokenizers).values())
     examples = [f'"{column.name}": {example}' for column in columns if (example := column.example())]
     card = ModelCard.from_template(
-        make_metadata(tokenizer, prior, facts, has_grid),
+        make_metadata(tokenizer, prior, facts, rows, has_grid),
         template_str=TEMPLATE,
         tokenizer=tokenizer,
         prior=prior,
         counts=[f"{sum(p.numel() for p in part.parameters()):,}" for part in (tokenizer, prior)],
         images=tokenizer.spec.describe(),
         shape=" x ".join(map(str, prior.grid.shape)),
-        classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
+        classes=f"{prior.num_classes} classes ({', '.join(pipeline.labels)})" if prior.num_classes else "no classes",
         given=f", given {', '.join(column.name for column in columns)}" if columns else "",
         imports="from PIL import Image\n" if any("Image.open" in one for one in examples) else "",
         example=f", condition={{{', '.join(examples)}}}" if examples else "",
@@ -103,7 +96,7 @@ def model_card(
         has_grid=has_grid,
         lines=[
             *format_conditions(columns),
-            *format_sampler(sampler or SamplingOptions()),
+            *format_sampler(pipeline.sampler),
             *format_tuning(facts.get("tuning", {})),
             *format_measurements(facts, rows),
             *format_run_links(facts),
@@ -113,7 +106,6 @@ def model_card(
 
 
 def format_conditions(columns: Sequence[ColumnFormat[Any]]) -> list[str]:
-    """Return a markdown table of the columns that images may be conditioned on, if there are any."""
     if not columns:
         return []
     cells = [(column.name, column.kind, column.describe(), column.encoder) for column in columns]
@@ -124,7 +116,7 @@ def format_conditions(columns: Sequence[ColumnFormat[Any]]) -> list[str]:
 
 
 def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[FormattedFigure]:
-    """Return the figures of `smalti evaluate`, or those of training if it was not run."""
+    """Return the figures of `smalti evaluate`, or those of training if it did not run."""
     if evaluation := facts.get("evaluation"):
         return format_rows(evaluation, exact=exact)
     found = []
@@ -137,7 +129,6 @@ def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[FormattedFigu
 
 
 def format_measurements(facts: dict[str, Any], rows: Sequence[FormattedFigure]) -> list[str]:
-    """Return a markdown table of the figures and of the training time."""
     lines = [
         f"| {to_cell(row.title)}{ARROWS[row.figure.better]} | {to_cell(row.value)} | {to_cell(row.beside)} |"
         for row in rows
@@ -161,7 +152,6 @@ def format_measurements(facts: dict[str, Any], rows: Sequence[FormattedFigure]) 
 
 
 def format_sampler(sampler: SamplingOptions) -> list[str]:
-    """Return a line about the default sampling settings, if some were changed."""
     if not (settings := sampler.describe()):
         return []
     off = " Guidance exaggerates what is asked for; `guidance_scale=1` turns it off." if sampler.guides else ""
@@ -169,14 +159,13 @@ def format_sampler(sampler: SamplingOptions) -> list[str]:
 
 
 def format_tuning(tuning: dict[str, Any]) -> list[str]:
-    """Return a line about the settings that `smalti tune` chose, if it was run."""
     if "settings" not in tuning:
         return []
-    facts = {name: format_number(tuning.get(name)) for name in TUNING}
+    facts = {name: format_fact(tuning.get(name)) for name in TUNING}
     return [TUNED.format_map(facts), ""]
 
 
-def format_number(value: Any) -> str:
+def format_fact(value: Any) -> str:
     """Format a number to four digits, or text as a table cell."""
     return to_cell(value) if isinstance(value, str) else f"{value:.4g}" if isinstance(value, (int, float)) else "?"
 
@@ -187,7 +176,6 @@ def to_cell(text: str) -> str:
 
 
 def format_run_links(facts: dict[str, Any]) -> list[str]:
-    """Return a line with links to the training runs of both stages, if they are known."""
     links = []
     for stage in STAGES:
         trained = facts.get(stage)
@@ -200,8 +188,9 @@ def format_run_links(facts: dict[str, Any]) -> list[str]:
 # The header
 
 
-def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has_grid: bool) -> ModelCardData:
-    """Return the header of a card. facts: `shareable` provenance."""
+def make_metadata(
+    tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], rows: Sequence[FormattedFigure], has_grid: bool
+) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     source, licence = str(facts.get("data", {}).get("source", "")), facts.get("license")
@@ -211,7 +200,7 @@ def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has
         text = "samples, one class per column" if prior.num_classes else "samples"
         text = "samples given held-out conditions" if prior.config.conditions else text
         more["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
-    if results := make_results(prior, facts):
+    if results := make_results(prior, facts, rows):
         more |= {"model_name": f"{tokenizer.name} + {prior.name}", "eval_results": results}
     return ModelCardData(
         library_name="smalti",
@@ -224,7 +213,6 @@ def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has
 
 
 def describe_kind(prior: Prior) -> str:
-    """Return what a prior is conditioned on, as a word for tags."""
     if prior.config.conditions:
         return "conditional"
     return "class-conditional" if prior.num_classes else "unconditional"
@@ -235,8 +223,8 @@ def is_on_hub(source: str) -> bool:
     return bool(re.fullmatch(HUB_DATASET, source))
 
 
-def make_results(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
-    """Return the results for a `model-index`: the figures that belong to a task of the Hub."""
+def make_results(prior: Prior, facts: dict[str, Any], rows: Sequence[FormattedFigure]) -> list[EvalResult]:
+    """Return the figures that belong to a task of the Hub, for a `model-index`."""
     from huggingface_hub import EvalResult
 
     source = str(facts.get("data", {}).get("source", ""))
@@ -245,7 +233,7 @@ def make_results(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
     generation = f"{describe_kind(prior)}-image-generation"
     tasks = {"reconstruction": "image-to-image", "likelihood": generation, "samples": generation}
     results = []
-    for row in collect_figures(facts, exact=prior.exact):
+    for row in rows:
         figure = row.figure
         if figure.better and figure.of in tasks and type(row.raw) in (int, float):
             bound = "" if prior.exact or not figure.is_bits else " (upper bound)"

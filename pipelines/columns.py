@@ -1,8 +1,8 @@
-"""The kinds of columns outside of a model, one class a kind: how values are written on the command line and in tables,
-read from data sets, asked for in the app, and described.
+"""The kinds of columns outside of a model, one class each: how values are written on the command line and in tables,
+read from data sets, entered in the app, and described.
 
-`prior.columns` says what a column is and which values Python code may give. A new kind is one class there and one here,
-which `format_of` finds; nothing else asks which kind a column is."""
+`prior.columns` defines columns and the values that Python code may give. A new kind is one class there and one here;
+nothing else asks which kind a column is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -45,7 +45,6 @@ from .images.pictures import is_single, to_images
 from .text import NGRAMS, encode_text, run_encoder
 
 if TYPE_CHECKING:
-    from .app.served import Served
     from .images.attributes import RawColumn
 
 C = TypeVar("C", bound=Column)
@@ -59,7 +58,7 @@ YES_NO = {"true": "yes", "false": "no"}
 
 @dataclass(frozen=True)
 class ColumnFormat(Generic[C]):
-    """How the values of the column `name` are written and shown. tokenizer: that of the pictures of a grid, if any."""
+    """How the values of the column `name` are written and read. tokenizer: of the pictures of a grid, if it has one."""
 
     kind: ClassVar[str]
     of_pictures: ClassVar[bool] = False
@@ -102,7 +101,7 @@ class ColumnFormat(Generic[C]):
         value = self.convert(value)
         return value if isinstance(value, Tensor) else self.column.parse_one(value)
 
-    # Data sets
+    # Data sets: cells -> values (`parse_cells`) -> summary -> column, which turns values into raw rows
 
     @classmethod
     def suits(cls, first: Any, cells: RawColumn) -> bool:
@@ -119,29 +118,22 @@ class ColumnFormat(Generic[C]):
 
     @classmethod
     def parse_cells(cls, cells: RawColumn, encoder: str) -> Any:
-        """Return the values of cells as `summarize` and `to_raw` take them. Raises `ValueError`, which names the
-        cell."""
+        """Raises `ValueError`, which names the cell."""
         raise NotImplementedError
 
     @classmethod
     def summarize(cls, values: Any, names: list[str] | None, train: int) -> Any:
-        """Return what the column depends on, which is small. names: of the data set; train: how many of the values,
-        the first ones, are trained on."""
-        raise NotImplementedError
-
-    @classmethod
-    def join(cls, one: Any, other: Any) -> Any:
-        """Return the summary of the values of two summaries. Raises `ValueError` if these do not go together."""
+        """Return what the column depends on, which is small; `summary.join(other)` is that of more values. names: of
+        the data set; train: how many of the values, the first ones, are trained on."""
         raise NotImplementedError
 
     @classmethod
     def make_column(cls, summary: Any, encoder: str) -> Column:
-        """Return the column. Raises `ValueError` without values to train on."""
+        """Raises `ValueError` without values to train on."""
         raise NotImplementedError
 
     @classmethod
     def to_raw(cls, values: Any, column: Any) -> Tensor:
-        """Return the raw rows of values."""
         raise NotImplementedError
 
     # Tables
@@ -175,12 +167,13 @@ class ColumnFormat(Generic[C]):
         """Number of fields in the app; 0 if visitors cannot write values."""
         return 1
 
-    def make_fields(self, served: Served, tab: str) -> list[Any]:
-        """Make the fields, invisible at first. tab: prefix of the names of pictures."""
+    def make_fields(self, make_picker: Callable[[str], Any]) -> list[Any]:
+        """Make the fields, invisible at first. make_picker: makes the field of a picture from a name."""
         raise NotImplementedError
 
-    def read_fields(self, values: Sequence[Any]) -> Any:
-        """Return the value that is in the fields. Raises `ValueError` for a missing or broken picture."""
+    def read_fields(self, values: Sequence[Any], read_picked: Callable[[Any, ImageSpec], Any]) -> Any:
+        """Return the value that is in the fields. read_picked: decodes the picture in such a field. Raises `ValueError`
+        for a missing or broken picture."""
         return list(values) if len(values) > 1 else values[0]
 
     # Words and pictures
@@ -207,8 +200,18 @@ class ColumnFormat(Generic[C]):
 
 
 Name = float | str
-NameSummary = tuple[list[str] | None, frozenset[Name]]
-"""The names that the data set has, if it has, and those that occur."""
+
+
+class NameSummary(NamedTuple):
+    """The names that the data set has, if it has any, and those that occur."""
+
+    listed: list[str] | None
+    found: frozenset[Name]
+
+    def join(self, other: NameSummary) -> NameSummary:
+        if len(found := self.found | other.found) > MAX_NAMES:  # before they take the memory
+            raise ValueError(f"more than {MAX_NAMES:,} names; text needs an encoder")
+        return self._replace(found=found)
 
 
 class NamesFormat(ColumnFormat[C]):
@@ -232,17 +235,11 @@ class NamesFormat(ColumnFormat[C]):
 
     @classmethod
     def summarize(cls, values: list[list[Name] | None], names: list[str] | None, train: int) -> NameSummary:
-        return names, frozenset(one for several in values for one in several or ())
-
-    @classmethod
-    def join(cls, one: NameSummary, other: NameSummary) -> NameSummary:
-        if len(found := one[1] | other[1]) > MAX_NAMES:  # before they take the memory
-            raise ValueError(f"more than {MAX_NAMES:,} names; text needs an encoder")
-        return one[0], found
+        return NameSummary(names, frozenset(one for several in values for one in several or ()))
 
     @classmethod
     def make_column(cls, summary: NameSummary, encoder: str) -> Column:
-        names = summary[0] or name_classes(summary[1])
+        names = summary.listed or name_classes(summary.found)
         if not names:
             raise ValueError("the column has no values")
         if invalid := [name for name in names if not is_class_name(name)]:
@@ -270,7 +267,7 @@ class ClassFormat(NamesFormat[ClassColumn]):
         names = self.column.names
         if str(value) not in names:
             value = YES_NO.get(str(value).lower(), value)
-        return value if value in names else read_numbers(value, int)
+        return value if value in names else read_number_list(value, int)
 
     def read_cell(self, cell: Any, base: Path) -> Any:
         if is_empty(cell):
@@ -295,7 +292,7 @@ class ClassFormat(NamesFormat[ClassColumn]):
     def to_value(self, row: Any) -> Any:
         return self.column.names[row]
 
-    def make_fields(self, served: Served, tab: str) -> list[Any]:
+    def make_fields(self, make_picker: Callable[[str], Any]) -> list[Any]:
         import gradio as gr
 
         return [gr.Dropdown([*self.column.names], value=self.column.names[0], label=self.name, visible=False)]
@@ -338,7 +335,7 @@ class FlagsFormat(NamesFormat[FlagsColumn]):
     def to_value(self, row: Any) -> Any:
         return [name for name, flag in zip(self.column.names, row, strict=True) if flag]
 
-    def make_fields(self, served: Served, tab: str) -> list[Any]:
+    def make_fields(self, make_picker: Callable[[str], Any]) -> list[Any]:
         import gradio as gr
 
         return [gr.CheckboxGroup(self.column.names, value=[], label=self.name, visible=False)]
@@ -366,7 +363,7 @@ class QuantityFormat(ColumnFormat[Q]):
     """One or several numbers; a single one is written without a list."""
 
     def read_text(self, value: Any) -> Any:
-        return read_numbers(value, float)
+        return read_number_list(value, float)
 
     def read_cell(self, cell: Any, base: Path) -> Any:
         is_nan = isinstance(cell, str) and cell.lower() == "nan"
@@ -381,18 +378,14 @@ class QuantityFormat(ColumnFormat[Q]):
         return stack_numbers(cells)
 
     @classmethod
-    def summarize(cls, values: NDArray[Any], names: list[str] | None, train: int) -> Moments:
-        return Moments.of(values[:train])
-
-    @classmethod
-    def join(cls, one: Moments, other: Moments) -> Moments:
-        return one.join(other)
+    def summarize(cls, values: NDArray[Any], names: list[str] | None, train: int) -> NumberSummary:
+        return NumberSummary.of(values[:train])
 
     @property
     def field_count(self) -> int:
         return self.column.shape[0]
 
-    def make_fields(self, served: Served, tab: str) -> list[Any]:
+    def make_fields(self, make_picker: Callable[[str], Any]) -> list[Any]:
         import gradio as gr
 
         ranges, fields = self.list_ranges(), []
@@ -413,7 +406,7 @@ class NumberFormat(QuantityFormat[NumberColumn]):
         return True
 
     @classmethod
-    def make_column(cls, summary: Moments, encoder: str) -> Column:
+    def make_column(cls, summary: NumberSummary, encoder: str) -> Column:
         summary.require_values()
         mean, std = summary.mean.tolist(), [each or 1.0 for each in np.sqrt(summary.var).tolist()]
         return NumberColumn(mean=mean, std=std, low=summary.low.tolist(), high=summary.high.tolist())
@@ -432,7 +425,7 @@ class AngleFormat(QuantityFormat[AngleColumn]):
     kind = "angle"
 
     @classmethod
-    def make_column(cls, summary: Moments, encoder: str) -> Column:
+    def make_column(cls, summary: NumberSummary, encoder: str) -> Column:
         summary.require_values()
         return AngleColumn(size=len(summary.count))
 
@@ -466,7 +459,7 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return encode_text(encoder, [value])[0]
 
     def read_text(self, value: Any) -> Any:
-        return value if self.takes_text else read_numbers(value, float)
+        return value if self.takes_text else read_number_list(value, float)
 
     @classmethod
     def suits(cls, first: Any, cells: RawColumn) -> bool:
@@ -483,16 +476,11 @@ class VectorFormat(ColumnFormat[VectorColumn]):
         return values
 
     @classmethod
-    def summarize(cls, values: NDArray[Any], names: list[str] | None, train: int) -> Moments:
-        """Return the moments of all squares together."""
-        return Moments.of((values[:train] ** 2).reshape(-1, 1), size=values.shape[1])
+    def summarize(cls, values: NDArray[Any], names: list[str] | None, train: int) -> NumberSummary:
+        return NumberSummary.of((values[:train] ** 2).reshape(-1, 1), size=values.shape[1])  # of all squares together
 
     @classmethod
-    def join(cls, one: Moments, other: Moments) -> Moments:
-        return one.join(other)
-
-    @classmethod
-    def make_column(cls, summary: Moments, encoder: str) -> Column:
+    def make_column(cls, summary: NumberSummary, encoder: str) -> Column:
         summary.require_values()
         return VectorColumn(size=summary.size, scale=float(summary.mean[0]) ** 0.5 or 1.0, encoder=encoder)
 
@@ -504,7 +492,7 @@ class VectorFormat(ColumnFormat[VectorColumn]):
     def field_count(self) -> int:
         return int(self.takes_text)
 
-    def make_fields(self, served: Served, tab: str) -> list[Any]:
+    def make_fields(self, make_picker: Callable[[str], Any]) -> list[Any]:
         import gradio as gr
 
         return [gr.Textbox("", label=self.name, max_length=MAX_TEXT, visible=False)]
@@ -517,7 +505,7 @@ class VectorFormat(ColumnFormat[VectorColumn]):
 
 
 @dataclass(frozen=True)
-class Moments:
+class NumberSummary:
     """Statistics of the numbers of images to train on, each `(m,)` float64. size: how many numbers a value has, 0 if no
     image has one."""
 
@@ -529,7 +517,7 @@ class Moments:
     high: NDArray[Any]
 
     @classmethod
-    def of(cls, values: NDArray[Any], size: int | None = None) -> Moments:
+    def of(cls, values: NDArray[Any], size: int | None = None) -> NumberSummary:
         """Return the statistics of values `(n, m)`, in which NaN is null; they are NaN without values."""
         known = values if len(values) else np.full((1, values.shape[1]), math.nan)
         with warnings.catch_warnings():
@@ -543,25 +531,21 @@ class Moments:
                 high=np.nanmax(known, 0),
             )
 
-    def join(self, other: Moments) -> Moments:
+    def join(self, other: NumberSummary) -> NumberSummary:
         """Return the statistics of both. Raises `ValueError` for another number of numbers."""
         if not self.size or not other.size:
             return self if self.size else other
         if self.size != other.size:
             raise ValueError(f"{other.size} numbers, unlike other images, which have {self.size}")
         count = self.count + other.count
-        share, delta = other.count / np.maximum(count, 1), other.mean - self.mean
-
-        def choose(both: NDArray[Any], one: NDArray[Any], another: NDArray[Any]) -> NDArray[Any]:
-            return np.where(other.count == 0, one, np.where(self.count == 0, another, both))
-
-        return Moments(
+        share = other.count / np.maximum(count, 1)
+        mean, var, means, variances = map(np.nan_to_num, (self.mean, self.var, other.mean, other.var))
+        delta = means - mean
+        return NumberSummary(
             size=self.size,
             count=count,
-            mean=choose(self.mean + delta * share, self.mean, other.mean),
-            var=choose(
-                self.var * (1 - share) + other.var * share + delta**2 * share * (1 - share), self.var, other.var
-            ),
+            mean=mean + delta * share,
+            var=var * (1 - share) + variances * share + delta**2 * share * (1 - share),
             low=np.fmin(self.low, other.low),
             high=np.fmax(self.high, other.high),
         )
@@ -595,7 +579,7 @@ def stack_numbers(cells: RawColumn, stored: torch.dtype = torch.float32, hint: s
 
 
 def widen(values: NDArray[Any], size: int) -> NDArray[Any]:
-    """Return values `(n, size)`, all null if no size was known."""
+    """Return values `(n, size)`, all null if the cells had none."""
     return values if values.shape[1] else np.full((len(values), size), math.nan, values.dtype)
 
 
@@ -632,15 +616,8 @@ class GridFormat(ColumnFormat[GridColumn]):
             raise ValueError(f"this grid has no tokenizer for images; give token ids (int64) of shape {shape}")
         spec = self.tokenizer.spec
         is_one = is_single(images, spec) or (isinstance(images, Tensor) and tuple(images.shape) == spec.shape)
-        tokens = self.encode_batch([images] if is_one else images)
+        tokens = encode_images(self.tokenizer, [images] if is_one else images)
         return tokens[0] if is_one else tokens
-
-    @torch.no_grad()
-    def encode_batch(self, images: Any) -> Tensor:
-        """Encode images or clips in any form that `to_images` accepts, some at a time."""
-        assert (tokenizer := self.tokenizer) is not None
-        parts = to_images(images, tokenizer.spec).split(AT_ONCE)
-        return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
     def list_values(self, value: Any, names: Sequence[str] | None) -> tuple[list[Any], bool]:
         several = value if isinstance(value, list) else [value]
@@ -677,7 +654,7 @@ class GridFormat(ColumnFormat[GridColumn]):
                 if isinstance(pixels, str):
                     raise ValueError(f"{file}: {pixels}")
                 images.append(torch.from_numpy(pixels.copy()))
-            tokens += self.encode_batch(images)
+            tokens += encode_images(self.tokenizer, images)
         each = iter(tokens)
         return [next(each) if isinstance(value, Path) else value for value in values]
 
@@ -695,19 +672,13 @@ class GridFormat(ColumnFormat[GridColumn]):
     def field_count(self) -> int:
         return int(self.tokenizer is not None)
 
-    def make_fields(self, served: Served, tab: str) -> list[Any]:
-        from .app.parts import make_picker, pick_last
+    def make_fields(self, make_picker: Callable[[str], Any]) -> list[Any]:
+        return [make_picker(self.name)]
 
-        picture = make_picker(served, f"{tab}-{self.name}", self.name, visible=False)
-        picture.upload(pick_last, picture, picture, queue=False)
-        return [picture]
-
-    def read_fields(self, values: Sequence[Any]) -> Any:
-        from .app.served import picked_image
-
+    def read_fields(self, values: Sequence[Any], read_picked: Callable[[Any, ImageSpec], Any]) -> Any:
         assert self.tokenizer is not None  # otherwise there is no field
         try:
-            return picked_image(values[0], self.tokenizer.spec)[0].movedim(-3, -1).numpy()
+            return read_picked(values[0], self.tokenizer.spec)[0].movedim(-3, -1).numpy()
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -726,6 +697,13 @@ class GridFormat(ColumnFormat[GridColumn]):
             images = images.mean(-3, keepdim=True).expand(*images.shape[:-3], spec.channels, -1, -1)
         clips = F.interpolate(images.flatten(0, -4), spec.size, mode="nearest-exact").unflatten(0, (len(raw), -1))
         return clips.expand(-1, spec.frames, -1, -1, -1).reshape(len(raw), *spec.shape)  # one image stands for all
+
+
+@torch.no_grad()
+def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
+    """Encode images or clips in any form that `to_images` accepts, some at a time."""
+    parts = to_images(images, tokenizer.spec).split(AT_ONCE)
+    return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
 
 def is_picture(value: Any) -> bool:
@@ -784,7 +762,7 @@ def split_list(text: str, separators: str) -> list[str]:
     return [part.strip().strip("'\"") for part in re.split(separators, inner)]
 
 
-def read_numbers(value: Any, kind: type[float]) -> Any:
+def read_number_list(value: Any, kind: type[float]) -> Any:
     """Convert text to a number of this type, or to several separated by commas, of which `null` is None. Other values,
     and what is no number, are returned unchanged."""
     if not isinstance(value, str):

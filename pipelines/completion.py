@@ -34,10 +34,7 @@ if TYPE_CHECKING:
     from .image_pipeline import Condition, ImagePipeline, Images, Label, PipelineOutput
 
 Known = Tensor | np.ndarray | None
-"""bool `(H, W)` or `(B, H, W)`, True = keep this pixel."""
 Mask = Picture | Tensor | np.ndarray | list[Any] | None
-"""A picture, or one per image; or an array `(H, W)`, `(B, H, W)` or `(B, 1, H, W)` of bool, integers from 0 to 255 (or
-0 and 1), or floats in [0, 1]. White, True and the upper half of the range are redrawn."""
 WHITE = 128
 MASKS = ("top", "bottom", "left", "right", "box")
 MASK_SEED = 0  # of scattered masks; independent of the sampling seed, so that draws share a mask
@@ -62,8 +59,14 @@ def complete(
     frames: int | None = None,
     draws: int = 1,
     order: Order = None,
+    seed: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 64,
     output_type: str = "pil",
+    progress: bool = True,
     **settings: Any,
 ) -> PipelineOutput:
     """Sample the hidden part of images given the known part, or continue clips.
@@ -71,9 +74,9 @@ def complete(
     Give one of `known`, `mask` and `frames`. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this
     pixel. mask: the opposite, white = redraw this pixel, as in diffusers and `smalti complete`. It is a PIL image, or
     one per image, of the pipeline's size or of its image's size (then it is resized and cropped like the image); or an
-    array or tensor of the same shapes as `known`, bool, 0 to 255 (128 and above is white) or floats in [0, 1]. frames:
-    of clips, keep this number of frames from the start and redraw the rest. For clips, `known` and `mask` are arrays or
-    tensors `(T, H, W)` or `(B, T, H, W)`.
+    array or tensor of the same shapes as `known` or `(B, 1, H, W)`: bool, integers from 0 to 255 (128 and above is
+    white) or 0 and 1, or floats in [0, 1]. frames: of clips, keep this number of frames from the start and redraw the
+    rest. For clips, `known` and `mask` are arrays or tensors `(T, H, W)` or `(B, T, H, W)`.
 
     Hidden pixels are painted over before encoding, so they cannot leak. A token is known if every pixel of its patch is
     known, and only known tokens are used. If the tokenizer's receptive field is wider than a patch, paint affects known
@@ -84,42 +87,66 @@ def complete(
     draws: completions per image. Draw d of image k uses seed + k * draws + d, in any batch. With several draws, images
     are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
     `out.images[k][d]` is draw d of image k; tokens are `(B, draws, *grid.shape)`. With one draw there is no such axis.
-    labels, condition: one for all images, or one per image. order: as in `Prior.sample`, or one per image. A list of
-    generators needs one per completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the
-    tokens of all completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments
-    out of range, `TypeError` unless exactly one of `known`, `mask` and `frames` is given.
+    labels, condition: one for all images, or one per image. order: as in `Prior.sample`, or one per image.
+
+    temperature: below 1 prefers likely ids; 0 takes the likeliest. top_k: sample from the k likeliest ids only. top_p:
+    sample from the likeliest ids with this total probability only. guidance_scale: above 1 follows labels and condition
+    more closely. None is the pipeline's own setting. settings: other arguments of `ImagePipeline.__call__`. A list of
+    generators needs one per completion; `callback_on_step_end` receives the tokens of all completions,
+    `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments out of range, `TypeError`
+    unless exactly one of `known`, `mask` and `frames` is given.
     """
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
-    batch = pipeline.to_images(images)
-    count, known = len(batch), find_known_pixels(known, mask, images, batch, frames)
-    given = pipeline.read_given(labels, condition, count)
+    batch, known, given = read_partly_known(pipeline, images, known, labels, condition, mask, frames)
+    count = len(batch)
     tokens, keep = encode_visible(pipeline, batch, known, batch_size)
     made = pipeline(
         count * draws,
         condition=given.repeat(draws),
         order=select_order(order, [row for row in range(count) for _ in range(draws)], count),
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
         batch_size=batch_size,
         output_type=LATENT,
+        progress=progress,
         tokens=tokens.repeat_interleave(draws, 0),
         known=keep.repeat_interleave(draws, 0),
         **settings,
     )
     lead = (count,) if draws == 1 else (count, draws)
-    images = drawn = made.tokens.unflatten(0, lead)
+    found = sampled = made.tokens.unflatten(0, lead)
     if output_type != LATENT:
         there, original = (each.repeat_interleave(draws, 0) for each in (known.unsqueeze(-3), batch))
-        decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=settings.get("progress", True))
-        images = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
-    return type(made).of(images, drawn, made.class_names, made.axes)
+        decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=progress)
+        found = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
+    return type(made).of(found, sampled, made.class_names, made.axes)
+
+
+def read_partly_known(
+    pipeline: ImagePipeline,
+    images: Images,
+    known: Known,
+    labels: Label | Sequence[Label],
+    condition: Condition,
+    mask: Mask,
+    frames: int | None,
+) -> tuple[Tensor, Tensor, Given]:
+    """Read what `complete` and `conditional_log_prob` share: the images `(B, *spec.shape)`, which pixels are known,
+    bool, the same without channels, and what is given."""
+    batch = pipeline.to_images(images)
+    known = find_known_pixels(known, mask, images, batch, frames)
+    return batch, known, pipeline.read_given(labels, condition, len(batch))
 
 
 def encode_visible(
     pipeline: ImagePipeline, images: Tensor, known: Tensor, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens of `images` and which of them are known, both `(B, *grid.shape)`. Pixels that are not `known`
-    `(B, H, W)` are painted over, since they would leak through the encoder's receptive field; those of a clip frame by
-    frame."""
+    `(B, H, W)` are painted over, since they would leak through the encoder's receptive field."""
     painted = paint_hidden(*(each.flatten(0, -4) for each in (images, known.unsqueeze(-3))))
     tokens = pipeline.encode_batch(painted.view(images.shape), batch_size=batch_size)
     return tokens, pipeline.tokenizer.known_tokens(known)
@@ -171,9 +198,8 @@ def conditional_log_prob(
     tokens (`Tokenizer.pixel_log_prob`) is not included. Raises `ConditionError` if the prior has no such conditional,
     `ValueError` for a mask of another shape.
     """
-    batch = pipeline.to_images(images)
-    known = find_known_pixels(known, mask, images, batch, frames)
-    given, parts = pipeline.read_given(labels, condition, len(batch)), []
+    batch, known, given = read_partly_known(pipeline, images, known, labels, condition, mask, frames)
+    parts = []
     if given.weights:
         raise ValueError("marginal: a mixture given known tokens is not computed; give the class, or leave it null")
     for rows, part, own in pipeline.batches(batch, given, batch_size):
@@ -219,9 +245,8 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
 
 
 def find_known_pixels(known: Any, mask: Any, images: Any, batch: Tensor, frames: int | None = None) -> Tensor:
-    """Return the known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`. batch: `images` as a tensor `(B, ..., C, H,
-    W)`. frames: see `complete`. Raises `TypeError` unless exactly one of `known`, `mask` and `frames` is given,
-    `ValueError` for another shape, type or number of frames."""
+    """Return the known pixels, bool, of the shape of `batch` without channels. batch: `images` as a tensor. Raises
+    `TypeError` unless exactly one of `known`, `mask` and `frames` is given, `ValueError` for another shape or type."""
     areas = (known, mask, frames)
     if [area is None for area in areas].count(False) != 1:
         raise TypeError(
@@ -246,8 +271,6 @@ def find_first_frames(frames: Any, batch: Tensor) -> Tensor:
 
 
 def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
-    """Return `known` as bool, of the shape of `batch` without channels. Raises `ValueError` for another shape or
-    type."""
     several = known if isinstance(known, (list, tuple)) else [known]
     if any(isinstance(one, Picture) for one in several):
         raise ValueError(
@@ -264,9 +287,6 @@ def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
 
 
 def find_hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """Return the pixels of a `Mask` to redraw, bool, of the shape of `batch` without channels. A picture, for images
-    only, needs the size of the batch or that of its
-    image; in the latter case it is resized and cropped like the image. Raises `ValueError` for another size or type."""
     count, shape = len(batch), tuple(batch.select(-3, 0).shape)
     several = mask if isinstance(mask, (list, tuple)) else [mask]
     if any(isinstance(one, Picture) for one in several):
@@ -341,7 +361,7 @@ def make_mask(name: str, spec: ImageSpec, grid_shape: tuple[int, ...]) -> Tensor
 
 
 def scattered(share: str, height: int, width: int, side: int) -> Tensor:
-    """Return bool `(height, width)`, False in this share (at least one) of the patches of `side` by `side` pixels."""
+    """Return known pixels `(height, width)`: this share of the patches of `side` by `side`, at least one, is hidden."""
     try:
         fraction = float(share)
     except ValueError:

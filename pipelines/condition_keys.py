@@ -1,6 +1,4 @@
-"""Conditions on the command line: `condition.NAME=VALUE` for each column, or a table with a row per image.
-
-Text becomes a value of its column: `red,round` two flags, a path a picture or a folder of pictures."""
+"""Conditions on the command line: `condition.NAME=VALUE` for each column, or a table with a row per image."""
 
 from __future__ import annotations
 
@@ -33,8 +31,8 @@ FILE_NAME = "file_name"
 
 @dataclass(frozen=True)
 class GivenKeys:
-    """What the command line gives of images: raw rows, and the values by column as they were written (texts and paths
-    among them), one for all images or one per image."""
+    """A condition from the command line: raw rows, and the values by column as they were written (texts and paths among
+    them), one for all images or one per image."""
 
     given: Given
     written: dict[str, list[Any]]
@@ -44,19 +42,18 @@ class GivenKeys:
         return {name: self.given.raw(name)[: len(values)] for name, values in self.written.items()}
 
     def format_values(self, folder: Path) -> dict[str, list[Any]]:
-        """Return the values of each column but the class for a table in `folder`, which `conditions` and data sets
+        """Return the values of each column except the class for a table in `folder`, which `conditions` and data sets
         read: names, numbers, texts and relative paths of pictures, one for all images or one per image; None is
         null."""
-        found = {}
-        for name, raw in self.rows().items():
-            if name != LABEL:
-                column = format_of(name, self.given.columns[name])
-                found[name] = column.format_values(raw, self.written[name], folder)
-        return found
+        return {
+            name: format_of(name, self.given.columns[name]).format_values(raw, self.written[name], folder)
+            for name, raw in self.rows().items()
+            if name != LABEL
+        }
 
 
 class UsesCondition(Config):
-    """Base class for verbs that take a condition."""
+    """Base of verbs that take a condition."""
 
     condition: dict[str, Any] = Field(
         {},
@@ -69,7 +66,7 @@ class UsesCondition(Config):
     def read_condition(
         self, pipeline: ImagePipeline, count: int | None = None, names: Sequence[str] | None = None, default: int = 1
     ) -> GivenKeys:
-        """Read the condition of `count` images; None: of as many as have values, or `default`. names: of the images;
+        """Read the condition of `count` images (None: as many as there are values, or `default`). names: of the images;
         they choose the rows of a table with `file_name`, and the pictures in a folder. Warns about numbers outside
         those of the training data, which the pipeline limits. Raises `UserError`."""
         formats = formats_of(pipeline.columns, pipeline.condition_tokenizers)
@@ -94,7 +91,7 @@ class UsesCondition(Config):
     def list_written(
         self, formats: dict[str, ColumnFormat[Any]], names: Sequence[str] | None
     ) -> tuple[dict[str, list[Any]], dict[str, int]]:
-        """Return the values of each column as written, and the number of images by the key that says it."""
+        """Return the values of each column as written, and the number of images that each key implies."""
         written, counts = dict[str, list[Any]](), dict[str, int]()
         if self.conditions is not None:
             path = Path(self.conditions)
@@ -120,7 +117,7 @@ class UsesCondition(Config):
 
 
 class ScoresWithCondition(UsesCondition, UsesTiles):
-    """Base class for verbs that score images with a condition."""
+    """Base of verbs that score images with a condition."""
 
     marginal: str | None = Field(
         None,
@@ -128,7 +125,8 @@ class ScoresWithCondition(UsesCondition, UsesTiles):
     )
 
     def read_given(self, pipeline: ImagePipeline, names: Sequence[str]) -> Given:
-        """Read what is given of images, and print what `marginal` is taken to be. Raises `UserError`."""
+        """Read the condition of images, and print with which frequencies `marginal` weights classes. Raises
+        `UserError`."""
         given = self.read_condition(pipeline, len(names), names).given
         try:
             given = pipeline.read_given(condition=given, marginal=self.marginal)
@@ -140,14 +138,14 @@ class ScoresWithCondition(UsesCondition, UsesTiles):
 
 
 class SamplesWithCondition(Sampling, UsesCondition):
-    """Base class for verbs that sample with a condition."""
+    """Base of verbs that sample with a condition."""
 
     guidance_on: list[str] | None = Field(
         None, description="columns that guidance_scale applies to, or `label`; null: all"
     )
 
     def sampling_settings(self) -> dict[str, Any]:
-        return {**super().sampling_settings(), **self.model_dump(include={"guidance_on"}, exclude_none=True)}
+        return super().sampling_settings() | self.model_dump(include={"guidance_on"}, exclude_none=True)
 
 
 def read_rows(path: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ The file is published with the models, including combinations that a single imag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,9 +32,7 @@ CHUNK = 1 << 20
 """Numbers that are counted at once."""
 
 
-class TableFields(BaseModel):
-    """A table as it is stored."""
-
+class StoredTable(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     columns: list[str] = Field(min_length=1)
@@ -42,23 +40,21 @@ class TableFields(BaseModel):
     counts: list[Annotated[Whole, Field(ge=1, lt=1 << 48)]]
 
     @model_validator(mode="after")
-    def has_equal_lengths(self) -> TableFields:
+    def has_equal_lengths(self) -> StoredTable:
         if len(self.values) != len(self.counts) or len({len(row) for row in self.values}) > 1:
             raise ValueError("values: must have equally many numbers each, and a count each")
         return self
 
 
 class FrequencyFile(BaseModel):
-    """The contents of `frequencies.json`."""
-
     model_config = ConfigDict(extra="forbid")
 
     format_version: Whole
-    tables: list[TableFields]
+    tables: list[StoredTable]
 
 
 @dataclass(frozen=True)
-class Table:
+class CountTable:
     """The distinct joint values of some columns, int64 `(n, numbers)`, as `Column.pack` writes them side by side, and
     the number of images with each, int64 `(n,)`."""
 
@@ -67,7 +63,7 @@ class Table:
     counts: Tensor
 
     @classmethod
-    def count(cls, given: Given, columns: Mapping[str, Column]) -> Table | None:
+    def count(cls, given: Given, columns: Mapping[str, Column]) -> CountTable | None:
         """Count the rows of `given`, a chunk at a time; None if the table has more than `MOST` numbers."""
         width = sum(column.null(1).numel() for column in columns.values())
         values, counts = torch.zeros(0, width, dtype=torch.long), torch.zeros(0, dtype=torch.long)
@@ -75,7 +71,7 @@ class Table:
         for begin in range(0, len(given), rows):
             packed = pack_rows(given[begin : begin + rows], columns)
             joined = torch.cat([counts, torch.ones(len(packed), dtype=torch.long)])
-            values, counts = add_up(torch.cat([values, packed]), joined)
+            values, counts = sum_counts(torch.cat([values, packed]), joined)
             if values.numel() > MOST:
                 return None
         return cls(columns, values, counts)
@@ -86,7 +82,6 @@ class Table:
         return torch.cat([parts[name] for name in names], 1)
 
     def ids(self, name: str) -> Tensor:
-        """Return the class of each value, -1 for null."""
         return self.columns[name].unpack(self.part([name])[:, 0].to(self.columns[name].stored_type))
 
 
@@ -95,7 +90,7 @@ class Frequencies:
     """The frequencies of columns in the training split: one table of all columns of classes and flags, or one of each
     column of classes. A class without a table is as likely as any other of its column."""
 
-    tables: tuple[Table, ...] = ()
+    tables: tuple[CountTable, ...] = ()
 
     @classmethod
     def count(cls, given: Given) -> Frequencies:
@@ -104,10 +99,10 @@ class Frequencies:
         given = given.without(set(given.columns) - set(columns))
         if not classes or not len(given):
             return cls()
-        if joint := Table.count(given, columns):
+        if joint := CountTable.count(given, columns):
             return cls((joint,))
         few = {name: column for name, column in classes.items() if column.num_classes <= MOST_CLASSES}
-        each = (Table.count(given, {name: column}) for name, column in few.items())
+        each = (CountTable.count(given, {name: column}) for name, column in few.items())
         return cls(tuple(table for table in each if table is not None))
 
     @classmethod
@@ -119,40 +114,39 @@ class Frequencies:
             return cls()
         found = parse_json(read_bytes(path, MAX_BYTES), path)
         check_format_version(found, FORMAT_VERSION, path)
-        tables = list[Table]()
+        tables = list[CountTable]()
         for number, fields in enumerate(validate(FrequencyFile, found, path).tables):
-            for problem in problems(fields, columns):
-                raise FormatError(f"{path}: tables.{number}.{problem}")
+            try:
+                check_table(fields, columns)
+            except ValueError as error:
+                raise FormatError(f"{path}: tables.{number}.{error}") from error
             own = {name: columns[name] for name in fields.columns}
-            tables.append(Table(own, torch.tensor(fields.values), torch.tensor(fields.counts)))
+            tables.append(CountTable(own, torch.tensor(fields.values), torch.tensor(fields.counts)))
         return cls(tuple(tables))
 
     def save(self, folder: Path) -> None:
         """Write `frequencies.json`, unless there are no tables."""
-        if self.tables:
-            write_json(folder / FREQUENCIES, self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
         tables = [
             {"columns": list(table.columns), "values": table.values.tolist(), "counts": table.counts.tolist()}
             for table in self.tables
         ]
-        return {"format_version": FORMAT_VERSION, "tables": tables}
+        if tables:
+            write_json(folder / FREQUENCIES, {"format_version": FORMAT_VERSION, "tables": tables})
 
     def of_columns(self, columns: Mapping[str, Column]) -> Frequencies:
         """Return the frequencies of the columns of a prior that was trained on some of those that were counted; without
         tables if a column means something else."""
-        tables = list[Table]()
+        tables = list[CountTable]()
         for table in self.tables:
             both = {name: columns[name] for name in table.columns if name in columns}
             if any(not column.takes_rows_of(table.columns[name]) for name, column in both.items()):
                 return Frequencies()
             if both:
-                tables.append(Table(both, *add_up(table.part(both), table.counts)))
+                tables.append(CountTable(both, *sum_counts(table.part(both), table.counts)))
         return Frequencies(tuple(tables))
 
-    def find_table(self, name: str) -> Table | None:
-        """Return the table that has the column `name`, and knows its class for any image."""
+    def find_table(self, name: str) -> CountTable | None:
+        """Return the table with the column `name`, unless the column is null in all of its rows."""
         found = next((table for table in self.tables if name in table.columns), None)
         return None if found is None or not bool((found.ids(name) >= 0).any()) else found
 
@@ -185,7 +179,6 @@ class Frequencies:
         return ((found + share) / (found.sum(1, keepdim=True) + 1)).log()[inverse]
 
     def describe(self, name: str, given: Iterable[str] = ()) -> str:
-        """Say in a few words what the probabilities of the classes of `name` are, if the columns `given` are given."""
         table, names = self.find_table(name), [other for other in given if other != name]
         if table is None:
             return f"all classes of {name} count as equally likely"
@@ -201,30 +194,27 @@ def pack_rows(given: Given, columns: Mapping[str, Column]) -> Tensor:
     return torch.cat([part.reshape(len(given), -1) for part in parts], 1)
 
 
-def add_up(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def sum_counts(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct rows of `values`, and the sum of the counts of each."""
     distinct, inverse = values.unique(dim=0, return_inverse=True)
     return distinct, torch.zeros(len(distinct), dtype=torch.long).index_add(0, inverse, counts)
 
 
-def problems(table: TableFields, columns: Mapping[str, Column]) -> Iterator[str]:
-    """Yield what is wrong with a stored table for these columns."""
+def check_table(table: StoredTable, columns: Mapping[str, Column]) -> None:
+    """Raise `ValueError` unless a stored table suits these columns."""
     wrong = [name for name in table.columns if name not in columns or not columns[name].is_counted]
     if wrong or len(set(table.columns)) < len(table.columns):
-        yield f"columns: expected columns of classes and flags of this folder, each once (found {table.columns})"
-        return
+        raise ValueError(f"columns: expected columns of classes and flags of this folder, each once ({table.columns})")
     own = {name: columns[name] for name in table.columns}
     values = torch.tensor(table.values)
     sizes = [column.null(1).numel() for column in own.values()]
     if values.shape[1] != sum(sizes):
-        yield f"values: expected {sum(sizes)} numbers each (found {values.shape[1]})"
-        return
+        raise ValueError(f"values: expected {sum(sizes)} numbers each (found {values.shape[1]})")
     for (name, column), part in zip(own.items(), values.split(sizes, 1), strict=True):
+        stored = part.to(column.stored_type)
         try:
-            stored = part.to(column.stored_type)
             column.unpack(stored.reshape(-1, *column.shape))
         except ValueError as error:
-            yield f"values: {name}: {error}"
-            return
+            raise ValueError(f"values: {name}: {error}") from error
         if not bool((stored == part).all()):
-            yield f"values: {name}: too large"
+            raise ValueError(f"values: {name}: too large")

@@ -26,7 +26,7 @@ from torch import Tensor
 from prior.columns import LABEL
 from prior.given import Given, digest_rows
 from prior.options import DecodingOptions, SamplingOptions
-from prior.sampling import choose_orders, make_batch
+from prior.sampling import choose_orders, equal_batches, make_batch
 from tokenizer.files import fsync
 from tokenizer.spec import ImageSpec
 
@@ -35,7 +35,7 @@ from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
-from .image_pipeline import NO_TEXT, ImagePipeline, equal_batches
+from .image_pipeline import NO_TEXT, ImagePipeline
 from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, npy_bytes, png_bytes, to_images, write_picture
@@ -47,7 +47,7 @@ SHEET = "metadata.jsonl"
 """One line per image with its file and class name, in the format of `datasets`."""
 MAX_IMAGES, IMAGES = 10_000_000, 64  # at most, and by default
 WRITERS = 16
-FILES = (".png", ".npy", *ANIMATIONS)
+FILE_SUFFIXES = (".png", ".npy", *ANIMATIONS)
 """The suffixes of one file per image."""
 
 
@@ -98,12 +98,8 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
 
 
 def run(config: GenerateConfig) -> Path:
-    """Generate and save images; return the file or folder written.
-
-    After an interruption, run it again with any number of processes: it generates the missing images, and the result is
-    the same. Raises `UserError` for a request that the pipeline cannot satisfy, for more processes than images, and if
-    `out` may not be replaced or contains images of another request.
-    """
+    """Generate and save images; return the file or folder. After an interruption, a second run, with any number of
+    processes, generates the missing images, and the result is the same. Raises `UserError`."""
     out = Path(config.out)
     with join_group(config.device) as (group, device):
         group.on_main(lambda: ImageFolder(config, config.num_images or group.world).check(group.world))
@@ -112,7 +108,7 @@ def run(config: GenerateConfig) -> Path:
         count = len(request.given)
         images = ImageFolder(config, count, pipeline.spec)
         group.on_main(lambda: images.check(group.world))
-        job = group.on_main(lambda: describe_job(request, images.file_suffix))
+        job = group.on_main(lambda: request.describe_job(images.file_suffix))
         saved = request.sampler.describe(without=request.settings)
         if group.is_main and saved:
             off = "; guidance_scale=1 turns guidance off" if "guidance_" in saved else ""
@@ -136,9 +132,9 @@ def run(config: GenerateConfig) -> Path:
 
 @dataclass(frozen=True)
 class Request:
-    """Images identified by number, independent of process and batch: image k has what is given in row k, with class
-    `labels[k % len(labels)]` (no class if there are none), and seed + k. keys: what was written; settings: the sampling
-    settings that were given."""
+    """Images identified by number, independent of process and batch: image k has row k of `given`, which has the class
+    `labels[k % len(labels)]` (none if there are no labels), and seed + k. keys: the condition as written; settings: the
+    sampling settings of the command."""
 
     pipeline: ImagePipeline
     keys: GivenKeys
@@ -171,9 +167,10 @@ class Request:
     @cached_property
     def sampler(self) -> SamplingOptions:
         """The sampling settings of all images. Raises `ValueError` or `TypeError`."""
-        return self.pipeline.choose_sampler(self.settings, self.given.names, self.decoding)
+        return self.pipeline.resolve_sampling(self.settings, self.given.names, self.decoding)
 
-    def describe(self) -> dict[str, Any]:
+    def describe_job(self, suffix: str) -> dict[str, Any]:
+        """Return what the bytes of the result depend on, and the device. Raises `UserError`."""
         pipeline, prior, spec = self.pipeline, self.pipeline.prior, self.pipeline.spec
         try:
             batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
@@ -182,6 +179,9 @@ class Request:
             raise UserError(str(error)) from error
         null, others = prior.num_classes, {name: raw for name, raw in self.keys.rows().items() if name != LABEL}
         return {
+            "verb": "generate",
+            "num_images": len(self.given),
+            **({} if suffix == FILE_SUFFIXES[0] else {"suffix": suffix}),
             "class_names": pipeline.class_names(torch.arange(null)) if len(self.labels) else None,
             "image_shape": [spec.channels, spec.frames * spec.height, spec.width],
             "tokenizer": pipeline.tokenizer.fingerprint(),
@@ -216,16 +216,11 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     return Request(pipeline, keys, labels, given, config.seed, decoding, config.sampling_settings())
 
 
-def describe_job(request: Request, suffix: str) -> dict[str, Any]:
-    other = {} if suffix == FILES[0] else {"suffix": suffix}
-    return {"verb": "generate", "num_images": len(request.given), **other, **request.describe()}
-
-
 def choose_suffix(config: GenerateConfig, spec: ImageSpec | None) -> str:
     """Return the suffix of one file per image; in a work folder, of one that keeps every value. spec: None if the
     pipeline is not loaded yet."""
-    suffix = FILES[0] if spec is None else spec.shown_suffix
-    if suffix == FILES[0]:
+    suffix = FILE_SUFFIXES[0] if spec is None else spec.shown_suffix
+    if suffix == FILE_SUFFIXES[0]:
         return suffix
     if Path(config.out).suffix:
         return ".npy"
@@ -264,11 +259,8 @@ def name_files(count: int, suffix: str = ".png") -> list[str]:
 
 
 class ImageFolder:
-    """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours. Of clips, and of
-    other images than 8-bit grey and RGB, files are others (see `choose_suffix`).
-
-    If `out` is a single file (a grid or an archive), this is a work folder beside it, from which the file is made.
-    """
+    """A folder with one file per image (see `choose_suffix`), `metadata.jsonl`, and `job.json`, which marks it as ours.
+    If `out` is a single file (a grid or an archive), a work folder beside it, from which the file is made."""
 
     def __init__(self, config: GenerateConfig, count: int, spec: ImageSpec | None = None) -> None:
         self.spec, self.file_suffix = spec, choose_suffix(config, spec)
@@ -304,11 +296,8 @@ class ImageFolder:
             require_apart(self.output.path, self.output.inputs)
 
     def begin(self, job: dict[str, Any]) -> list[int]:
-        """Start or continue the job; return the numbers of the missing images.
-
-        Files of another job are removed if they may be overwritten. Otherwise raises `UserError`, which says what
-        differs; also if the folder contains other files.
-        """
+        """Start or continue the job; return the numbers of the missing images. Files of another job are removed if they
+        may be overwritten. Raises `UserError` if not, with what differs, and if the folder contains other files."""
         names = {SHEET, self.result.name, *self.names}
         with self.output.errors():
             try:
@@ -330,7 +319,7 @@ class ImageFolder:
     def made(self, job: dict[str, Any]) -> list[str]:
         """Return the names of the files that a job has written here, newest first."""
         there, count = set(os.listdir(self.folder)), job.get("num_images")
-        suffix = next((each for each in FILES if each == job.get("suffix")), FILES[0])
+        suffix = next((each for each in FILE_SUFFIXES if each == job.get("suffix")), FILE_SUFFIXES[0])
         names = [SHEET, *reversed(name_files(min(count, MAX_IMAGES) if isinstance(count, int) else 0, suffix))]
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 

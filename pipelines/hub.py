@@ -1,4 +1,4 @@
-"""A quick check of whether the Hub can be reached: its own client retries for half a minute."""
+"""A quick check that the Hub can be reached: its own client retries for half a minute."""
 
 from __future__ import annotations
 

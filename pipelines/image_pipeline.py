@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import wraps
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -28,10 +27,11 @@ from prior.columns import LABEL, ClassColumn, Column, describe_columns
 from prior.given import Given
 from prior.noise import Generators
 from prior.options import GUIDANCE_FIELDS, DecodingOptions, Order, SamplingOptions, select_order
-from prior.sampling import Step, check_known, progress_bar
+from prior.orders import LAST_SEED
+from prior.sampling import Step, progress_bar
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
-from tokenizer.files import ConfigError
+from tokenizer.files import ConfigError, read_folder
 from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from tokenizer.spec import ImageSpec, check_output_type, select_shown, to_uint8
 
@@ -52,21 +52,19 @@ from .provenance import trained_data
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray | Sequence[PILImage]]
 Label = int | str | None
 Condition = Mapping[str, Any] | Given | PILImage | Tensor | np.ndarray | list[Any] | tuple[Any, ...] | None
-"""Values by column, one for all images or one per image; what was read from such; or images or tokens for the only
-grid."""
+"""Values by column, one for all images or one per image, or the `Given` of `read_given`; or images or tokens for the
+only grid."""
 Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
-SAMPLED = 80  # images in a sample picture
 NO_TEXT = "there are no prompts; choose classes with labels=..., and give text with condition=... to a column of text"
-LAST_SEED = (1 << 64) - 1  # torch's limit
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", bound="ImagePipeline")
 
 
-class Output(NamedTuple):
+class OutputFields(NamedTuple):
     images: Any
     """A list of PIL images, uint8 (B, H, W, C), or float `(B, C, H, W)`. Draws, and the frames of clips, are further
     axes, in this order, after the first."""
@@ -76,7 +74,7 @@ class Output(NamedTuple):
     """The class of each image, "" for the null class; None if no image has a class."""
 
 
-class PipelineOutput(Output):
+class PipelineOutput(OutputFields):
     """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it. axes: the number of axes of an image:
     3, or 4 with frames."""
 
@@ -84,36 +82,22 @@ class PipelineOutput(Output):
 
     @classmethod
     def of(cls, images: Any, tokens: Tensor, class_names: list[str] | None, axes: int) -> PipelineOutput:
-        """Return the result for images, or clips, with this number of axes."""
         found = cls(images, tokens, class_names)
         found.axes = axes
         return found
 
     def __repr__(self) -> str:
-        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
-        tokens = tuple(self.tokens.shape)
-        return f"{type(self).__name__}(images: {self.describe_images()}, tokens: {tokens}, class_names: {names})"
-
-    def describe_images(self) -> str:
-        first, counts = self.images, list[int]()
-        if first is self.tokens:
-            return "not decoded"
-        if not isinstance(first, list):
-            return f"{tuple(first.shape)} {first.dtype}"
-        while isinstance(first, list):
-            counts.append(len(first))
-            first = first[0]
-        clips = "".join(f"clips of {counts.pop()} " for _ in range(3, self.axes))
-        return f"{' x '.join(map(str, counts))} {clips}PIL of {first.width} x {first.height}"
+        is_list = isinstance(self.images, list)
+        images = f"list of {len(self.images)}" if is_list else f"{tuple(self.images.shape)} {self.images.dtype}"
+        names = None if self.class_names is None else f"list of {len(self.class_names)}"
+        return f"{type(self).__name__}(images: {images}, tokens: {tuple(self.tokens.shape)}, class_names: {names})"
 
     def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
         their order, each below its class name. labels: False omits the names. show: three channels of "pt" images to
         show, by default the first three. The completions (`draws`) of an image form a row; the frames of a clip lie
-        below one another.
-
-        Small images are enlarged by an integer factor until a name fits above them. Raises `ValueError` for the output
-        of `output_type="latent"`, which has no images, and for fewer than 1 column."""
+        below one another. Small images are enlarged by an integer factor until a name fits above them. Raises
+        `ValueError` for the output of `output_type="latent"`, which has no images."""
         if columns is not None and columns < 1:
             raise ValueError(f"columns must be at least 1 (got {columns})")
         if self.images is self.tokens:
@@ -139,11 +123,11 @@ def stack_pictures(images: Any) -> np.ndarray:
 
 
 def serialized(method: F) -> F:
-    """Decorate a method to hold the pipeline's lock, which is reentrant: a callback may call the pipeline."""
+    """Run a method without gradients, holding the pipeline's lock: reentrant, as a callback may call the pipeline."""
 
     @wraps(method)
     def call(pipeline: ImagePipeline, *args: Any, **kwargs: Any) -> Any:
-        with pipeline._lock:
+        with pipeline._lock, torch.no_grad():
             return method(pipeline, *args, **kwargs)
 
     return cast(F, call)
@@ -159,8 +143,6 @@ class ImagePipeline:
 
     `calibration`, `provenance`, `frequencies` (how often classes occur in the training split) and `sample_grid`
     describe the current models and are reset when a model is replaced, as in `pipe.prior = other`.
-
-    Completion, anomaly scores and embeddings are functions in other modules that take the pipeline as first argument.
     """
 
     def __init__(
@@ -177,10 +159,8 @@ class ImagePipeline:
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{saving.INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
-        self.background = None if background is None else background.eval()
-        """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
+        self.background = None if background is None else background.eval()  # see `set_background`
         self.condition_tokenizers = {name: one.eval() for name, one in tokenizers.items()}
-        """The tokenizers of grid columns by name."""
         self.labels = list(labels)
         saving.check_texts(self.columns)
         self.sampler = saving.make_sampler(prior, sampler or {})
@@ -199,8 +179,7 @@ class ImagePipeline:
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Exclude the lock, since a copy needs its own."""
-        return {key: value for key, value in vars(self).items() if key != "_lock"}
+        return {key: value for key, value in vars(self).items() if key != "_lock"}  # a copy needs its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.RLock())
@@ -230,6 +209,10 @@ class ImagePipeline:
         num_orders: int = 1,
         cache: bool = True,
         parallel: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
         batch_size: int = 64,
         output_type: str = "pil",
         progress: bool = True,
@@ -244,21 +227,23 @@ class ImagePipeline:
         images of each label in turn. seed: image k uses seed + k, for any `batch_size`. tokens, known, order,
         num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np" (uint8, or the type and range of the
         training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). Clips (`frames` > 1) are lists
-        of lists of PIL images, arrays (B, T, H, W, C) or tensors `(B, T, C, H, W)`. progress: False hides the bar and
-        overrides `set_progress_bar_config`.
+        of lists of PIL images, arrays (B, T, H, W, C) or tensors `(B, T, C, H, W)`. progress: False hides the bar.
+
+        temperature: below 1 prefers likely ids; 0 takes the likeliest. top_k: sample from the k likeliest ids only.
+        top_p: sample from the likeliest ids with this total probability only. guidance_scale: above 1 follows labels
+        and condition more closely, 1 is no guidance. None, as for settings that are left out, is the pipeline's own
+        (`pipeline.sampler`). settings: the others that the prior's `Sampling` declares (`guidance_end`,
+        `guidance_power`, `guidance_on`; also `steps`, `confidence_temperature` and `schedule` for a masked-token
+        prior). The pipeline's own `steps` are ignored if `order`, `num_orders`, `cache` or `parallel` is given, since
+        they cannot be combined. The guidance schedule is replaced as a whole: a given `guidance_scale` is constant
+        unless `guidance_end` is also given, and a given `guidance_end` is linear unless `guidance_power` is also given.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
         `(B, *grid.shape)` holds the tokens of all images so far (0 if not yet drawn) and known says which are drawn.
         Both are copies. Its return value is ignored; an exception ends the call.
 
-        settings: those that the prior's `Sampling` declares (`temperature`, `top_k`, `top_p`, `guidance_scale`,
-        `guidance_end`, `guidance_power`, `guidance_on`; also `steps`, `confidence_temperature` and `schedule` for a
-        masked-token prior). They default to the pipeline's own (`pipeline.sampler`), except that `steps` is ignored if
-        `order`, `num_orders`, `cache` or `parallel` is given, since it cannot be combined with them. The guidance
-        schedule is replaced as a whole: a given `guidance_scale` is constant unless `guidance_end` is also given, and a
-        given `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of
-        range, `TypeError` for a setting that the prior does not have."""
+        Raises `ValueError` for arguments out of range, `TypeError` for a setting that the prior does not have."""
         if isinstance(num_images, str):
             raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
         if num_images_per_label is not None:
@@ -268,91 +253,74 @@ class ImagePipeline:
         num_images = None if num_images is None else check_count(num_images)
         given = self.read_given(labels, condition, num_images)
         num_images = check_count(len(given))
-        check_count(batch_size, "batch_size")
         check_output_type(output_type, LATENT)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end should be a function (got {callback_on_step_end!r})")
-        decoding = DecodingOptions(order, num_orders, cache, parallel)
-        sampler = self.choose_sampler(settings, given.names, decoding)
-        generator = make_generators(seed, generator, num_images)
-        shape = (num_images, *self.prior.grid.shape)
-        tokens, known = (each.reshape(shape) for each in check_known(self.prior, tokens, known, num_images))
-        drawn, done, rows, number = tokens.clone(), known.clone(), slice(0), 0
 
         def report(step: Step) -> None:
-            nonlocal number
-            drawn[rows], done[rows] = step.tokens, step.known
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, number, step.rank, {"tokens": drawn.clone(), "known": done.clone()})
-            number += 1
+            assert callback_on_step_end is not None
+            callback_on_step_end(self, step.number, step.rank, {"tokens": step.tokens, "known": step.known})
 
-        batches = equal_batches(num_images, batch_size)
-        bar: Any = self.progress_bar_config if progress else False
-        for rows in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
-            drawn[rows] = self.prior.sample(
-                rows.stop - rows.start,
-                condition=given[rows],
-                sampling=sampler,
-                decoding=decoding.select(rows, num_images),
-                generator=generator[rows] if isinstance(generator, Sequence) else generator,
-                tokens=tokens[rows],
-                known=known[rows],
-                progress=bar if len(batches) == 1 else False,
-                on_step=report if callback_on_step_end else None,
-            )
-            done[rows] = True
+        decoding = DecodingOptions(order, num_orders, cache, parallel)
+        shared = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+        tokens = self.prior.sample(
+            num_images,
+            condition=given,
+            sampling=self.resolve_sampling({**shared, **settings}, given.names, decoding),
+            decoding=decoding,
+            generator=make_generators(seed, generator, num_images),
+            tokens=tokens,
+            known=known,
+            batch_size=batch_size,
+            progress=self.progress_bar_config if progress else False,
+            on_step=None if callback_on_step_end is None else report,
+        )
         options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
-        images = drawn if output_type == LATENT else self.decode(drawn, **options)
+        images = tokens if output_type == LATENT else self.decode(tokens, **options)
         names = self.class_names(given.rows[LABEL]) if LABEL in given.rows else None
-        return PipelineOutput.of(images, drawn, names, len(self.spec.shape))
+        return PipelineOutput.of(images, tokens, names, len(self.spec.shape))
 
-    def choose_sampler(
-        self, settings: dict[str, Any], given: Collection[str], decoding: DecodingOptions
+    def resolve_sampling(
+        self, settings: Mapping[str, Any], given: Collection[str], decoding: DecodingOptions
     ) -> SamplingOptions:
-        """Complete the given sampling settings with the pipeline's own, which also replace None for a setting shared by
-        all priors. given: the names of the columns that are given. Raises `TypeError` for a setting that the prior does
-        not have, `ValueError` for values out of range."""
-        known = self.prior.Sampling.names()
-        if unknown := [name for name in settings if name not in known]:
-            near = get_close_matches(unknown[0], [*known, *inspect.signature(self.__call__).parameters], 1)
+        """Return these settings, with the pipeline's own in place of those that are missing, and of None for a setting
+        that all priors share. given: the names of the columns that are given. Raises `TypeError` for a setting that the
+        prior does not have, `ValueError` for values out of range."""
+        known, shared = self.prior.Sampling.names(), SamplingOptions.names()
+        chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
+        if unknown := [name for name in chosen if name not in known]:
+            others = inspect.signature(self.__call__).parameters.keys() - unknown
+            near = get_close_matches(unknown[0], [*known, *others], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a {self.prior.name!r} prior takes {', '.join(known)}"
             raise TypeError(f"unexpected argument {unknown[0]!r}; {NO_TEXT if 'prompt' in unknown[0] else hint}")
         own = self.sampler if decoding.is_default else self.sampler.for_given_order()
         if not own.can_guide(given):
             own = own.unguided()  # there is nothing to guide towards
-        shared = SamplingOptions.names()
-        chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
         defaults = dict(vars(own))
         for number, name in enumerate(GUIDANCE_FIELDS, 1):
             if name in chosen:  # the rest of the pipeline's guidance schedule does not apply
                 defaults.update(dict.fromkeys(GUIDANCE_FIELDS[number:]))
-        sampler = self.prior.make_sampling_options(**{**defaults, **chosen})
-        self.prior.check_sampling_options(sampler)
-        sampler.check_guidance(given)
-        return sampler
+        return self.prior.make_sampling_options(**{**defaults, **chosen})
 
     complete = serialized(completion.complete)
 
     # Between images and tokens
 
     @serialized
-    @torch.no_grad()
     def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
-        """Encode images to tokens `(B, *grid.shape)`. images: PIL images, or uint8 or float in [-1, 1] as tensors
-        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images. If the pipeline takes clips
-        (`frames` > 1): tensors `(B, T, C, H, W)` or `(T, C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`, lists
-        of lists of T PIL images, or a list of single clips."""
+        """Encode images to tokens `(B, *grid.shape)`.
+
+        images: PIL images, or uint8 or float in [-1, 1] as tensors `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W,
+        C)`, or a list of single images. If the pipeline takes clips (`frames` > 1): tensors `(B, T, C, H, W)` or `(T,
+        C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`, lists of lists of T PIL images, or a list of single
+        clips."""
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
-    @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """Like `encode`, for float images `(B, *spec.shape)` in [-1, 1], as returned by `to_images`."""
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
         return torch.cat([self.tokenizer.encode(part) for part in self.with_bar(parts, "encoding")])
 
     @serialized
-    @torch.no_grad()
     def decode(self, tokens: Any, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
         """Decode `tokens` `(B, *grid.shape)`, a tensor, an array or lists, to images; or only the first k tokens,
         `(B, k)`, if the tokenizer can decode prefixes (`titok` with `keep`). Raises `ValueError` for ids out of
@@ -361,7 +329,6 @@ class ImagePipeline:
         return self.convert_images(images, output_type)
 
     @serialized
-    @torch.no_grad()
     def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
         """Like `decode`, but return float images `(B, *spec.shape)` in [-1, 1]."""
         parts = tokens.split(check_count(batch_size, "batch_size"))
@@ -387,8 +354,8 @@ class ImagePipeline:
 
     def to_images(self, images: Images) -> Tensor:
         """Convert images in any form that `encode` accepts to float `(B, C, H, W)`, of clips `(B, T, C, H, W)`, in
-        [-1, 1] on the pipeline's device. Warns once about floats that look like [0, 1]. Grey images become black and
-        white if the pipeline was trained on such (`binarize`)."""
+        [-1, 1] on the pipeline's device, black and white if the pipeline was trained on such (`binarize`). Warns once
+        about floats that look like [0, 1]."""
         return self.binarize(to_images(images, self.spec)).to(self.device)
 
     def list_images(self, images: Any) -> LazyImages:
@@ -397,9 +364,8 @@ class ImagePipeline:
         return replace(found, read=lambda k: self.binarize(found.read(k)[None])[0])
 
     def binarize(self, images: Tensor) -> Tensor:
-        """Make images `(B, C, H, W)`, uint8 or float in [-1, 1], black and white as in training: the pipeline's
-        `provenance` has `data.binarize`. With `drawn`, each image is drawn by the sha256 of its pixels: it is always
-        the same, and images that are black and white stay as they are. Other pipelines return images unchanged."""
+        """Make images `(B, C, H, W)`, uint8 or float in [-1, 1], black and white if the pipeline was trained on such
+        (`data.binarize`). Draws are seeded by the sha256 of an image's pixels, so that it always becomes the same."""
         return images if self.binarized is None else binarize(images, self.binarized)
 
     @property
@@ -414,16 +380,16 @@ class ImagePipeline:
 
     @property
     def spec(self) -> ImageSpec:
-        """What the images are: their size, frames, type and range."""
+        """The size, frames, type and range of images."""
         return self.tokenizer.spec
 
     @property
     def frames(self) -> int:
-        """Number of frames of a clip; 1 if the pipeline's images are no clips."""
+        """Number of frames of a clip; 1 for images."""
         return self.spec.frames
 
     def batches(self, rows: Tensor, given: Given, batch_size: int) -> Iterator[tuple[slice, Tensor, Given]]:
-        """Yield the slice, the rows and what is given of batches; at least one, which may be empty."""
+        """Yield the slice, the rows and what is given of each batch; at least one batch, which may be empty."""
         check_count(batch_size, "batch_size")
         for start in self.with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
             place = slice(start, start + batch_size)
@@ -437,7 +403,7 @@ class ImagePipeline:
             return parts
         return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit=unit)
 
-    # What is known of images
+    # Labels and conditions
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -462,16 +428,14 @@ class ImagePipeline:
         values by column, one for all images or one per image, as in `Column.parse`. A grid also takes images, in any
         form that `encode` accepts, and a vector of n-grams takes text. Images or tokens alone stand for the only grid.
         Numbers outside those of the training data become the nearest of these, with a warning except for tensors, which
-        hold raw values; limit: False leaves them as they are. marginal: a column of classes that densities are mixtures
-        over (see `Given.over`), with their frequencies in the training split given the other columns. Raises
+        hold raw values; limit: False leaves them as they are. marginal: a column of classes over which densities become
+        mixtures (see `Given.over`), weighted by their frequencies in the training split given the other columns. Raises
         `ValueError`, which names the column and what is allowed."""
         columns = self.columns
         if isinstance(condition, (PILImage, Tensor, np.ndarray, list, tuple)):
             grids = [name for name, column in columns.items() if column.is_map]
             if len(grids) != 1:
-                none = f"there is no grid; {describe_columns(columns)}"
-                there = f"the grids are {', '.join(grids)}" if grids else none
-                raise ValueError(f"condition: images alone stand for the only grid, but {there}")
+                raise ValueError(f"condition: images alone stand for the only grid, but {describe_columns(columns)}")
             condition = {grids[0]: condition}
 
         def convert(name: str, column: Column, value: Any) -> Any:
@@ -481,7 +445,7 @@ class ImagePipeline:
             columns, labels, condition, count=count, default=default, device=self.device, convert=convert
         ).drop_null()
         if marginal is not None:
-            given.over(marginal)  # raise its errors
+            given.over(marginal)  # which raises errors
             given = given.over(marginal, self.frequencies.log_prob(marginal, given))
         if not limit:
             return given
@@ -499,7 +463,6 @@ class ImagePipeline:
     # Scoring images
 
     @serialized
-    @torch.no_grad()
     def log_prob(
         self,
         images: Images,
@@ -513,14 +476,13 @@ class ImagePipeline:
         batch_size: int = 256,
     ) -> Tensor:
         """Return log p of each image's tokens under the prior given its label and condition, `(B,)` nats; unconditional
-        without them.
+        without them. If `prior.exact` is False, each value is an unbiased estimate of a lower bound.
 
-        condition: see `read_given`. order, num_orders, num_masks: as in `Prior.log_prob`. If `prior.exact` is
-        False, each value is an unbiased estimate of a lower bound, and the mean over images estimates a lower bound.
-        marginal: a column of classes, usually "label", that are not known: log sum_c p(c | condition) p(tokens | c,
-        condition), where p(c) is the share of the class in the training split (for files of 0.3 one in the number of
-        classes). It takes as many passes as there are classes. Raises `ValueError` for a column that is no class, that
-        the prior lacks or that is given, and for more than 1,024 classes."""
+        condition: see `read_given`. order, num_orders, num_masks: as in `Prior.log_prob`. marginal: a column of
+        classes, usually "label", that are not known: log sum_c p(c | condition) p(tokens | c, condition), where p(c) is
+        the share of the class in the training split (for files of 0.3, all classes are equally likely). It takes as
+        many passes as there are classes. Raises `ValueError` for a column that is no class, that the prior lacks or
+        that is given, and for more than 1,024 classes."""
         batch, parts = self.to_images(images), []
         given = self.read_given(labels, condition, len(batch), marginal=marginal)
         for rows, part, own in self.batches(batch, given, batch_size):
@@ -529,7 +491,6 @@ class ImagePipeline:
         return torch.cat(parts)
 
     @serialized
-    @torch.no_grad()
     def bits_per_dim(
         self,
         images: Images,
@@ -542,9 +503,8 @@ class ImagePipeline:
         batch_size: int = 256,
     ) -> Tensor:
         """Return bits per dimension (pixel and channel) of each image, `(B,)`: bits of its tokens under the prior plus
-        bits of its pixels given the tokens. If `prior.exact` is False, their mean over images is an upper bound.
-        condition: see `read_given`. order, num_orders: as in `Prior.log_prob`. marginal: as in `log_prob`. Raises
-        `LikelihoodError` if the decoder has no likelihood."""
+        bits of its pixels given the tokens. If `prior.exact` is False, their mean over images is an upper bound. The
+        other arguments are those of `log_prob`. Raises `LikelihoodError` if the decoder has no likelihood."""
         batch, parts = self.to_images(images), []
         given = self.read_given(labels, condition, len(batch), marginal=marginal)
         for rows, part, own in self.batches(batch, given, batch_size):
@@ -586,18 +546,17 @@ class ImagePipeline:
     ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
-        images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`); grey
-        images of a pipeline of black and white ones become so (see `binarize`), except in lossless streams.
-        condition: values of columns and `label`, as in `read_given`; they shorten the stream, and `decompress`
-        needs them again. Without `label`, each class of a prior of at most 32 is tried, and the stream stores the best
-        one of each image, if that makes it shorter; `{"label": None}` skips this, which is faster. lossless: store
-        every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
-        images that two machines decode from them may differ by one grey level in some pixels, because the decoder
-        rounds its float32 differently. tile: take images of any size from the model size on, which are cut into tiles
-        side by side (the last ones of a row and of a column are flush with the border), so that decompressed images may
-        show seams unless the stream is lossless. Raises `ValueError` for images of another size (lossless: or of more
-        than 8 bits), `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
-        """
+        images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`); made
+        black and white as by `to_images`, except in lossless streams. condition: values of columns and `label`, as in
+        `read_given`; they shorten the stream, and `decompress` needs them again. Without `label`, each class of a prior
+        of at most 32 is tried, and the stream stores the best one of each image, if that makes it shorter; `{"label":
+        None}` skips this, which is faster. lossless: store every pixel; needs a decoder with a likelihood or a `pixels`
+        tokenizer. Otherwise only tokens are stored; the images that two machines decode from them may differ by one
+        grey level in some pixels, because the decoder rounds its float32 differently. tile: take images of any size
+        from the model size on, which are cut into tiles side by side (the last ones of a row and of a column are flush
+        with the border), so that decompressed images may show seams unless the stream is lossless. Raises `ValueError`
+        for images of another size (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible,
+        and `StreamError` without the package constriction."""
         several, frame = [images] if isinstance(images, PILImage) else images, self.spec.frame
         options: dict[str, Any] = {"lossless": lossless, "progress": progress}
         if tile:
@@ -631,14 +590,14 @@ class ImagePipeline:
         max_images: int | None = None,
         progress: bool = True,
     ) -> Any:
-        """Decompress all images of a stream, or raise an error. The tokens equal the compressed ones, and so do the
-        pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
+        """Decompress all images of a stream. The tokens equal the compressed ones, and so do the pixels if the stream
+        is lossless; otherwise pixels agree to within one grey level (for float32 weights).
+
         condition: the one given to `compress`; of images for a grid, only the tokens must be the same. batch_size:
         images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images: refuse streams
-        with more images. Of images that were compressed with `tile=True`, return a list at their own sizes.
-
-        Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
-        made by another pipeline or on a machine that computes other probabilities."""
+        with more images. Of images that were compressed with `tile=True`, return a list at their own sizes. Raises
+        `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was made by
+        another pipeline or on a machine that computes other probabilities."""
         check_output_type(output_type)
         options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
         images = decompress(self, data, condition=condition, **options)
@@ -684,7 +643,7 @@ class ImagePipeline:
         folder = saving.find_pipeline(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        pipeline: P = saving.load(cls, folder, variant, verify)
+        pipeline: P = read_folder(folder, lambda: saving.load(cls, folder, variant, verify))
         saving.change_dtype(pipeline, lambda model: choose_dtype(dtype, model.stored_dtype))
         return pipeline.to(device=device)
 
@@ -713,17 +672,10 @@ class ImagePipeline:
             shared.provenance = shareable(self.provenance)
             grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
             shared.save_pretrained(folder, variant=variant, sample_grid=grid)
-            return push_folder(
-                folder,
-                repo_id,
-                token=token,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            place: Any = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+            return push_folder(folder, repo_id, commit_message=commit_message, **place)
 
-    def sample_picture(self, count: int = SAMPLED, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
+    def sample_picture(self, count: int = 80, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
         """Return a grid of samples with the pipeline's settings, uint8 (H, W, 3), one class per column (at most ten)
         with its name on top; fewer samples of clips, which are taller. The processes of the group share the
         sampling."""
@@ -763,14 +715,13 @@ class ImagePipeline:
         return {**models, **{f"{saving.CONDITIONS}/{name}": model for name, model in own.items()}}
 
     def set_background(self, prior: Prior) -> None:
-        """Set the background prior, trained on perturbed tokens, for `anomaly_score(method="ratio")`. Raises
+        """Set the prior, trained on perturbed tokens, that `anomaly_score(method="ratio")` compares with. Raises
         `IntegrityError` for a prior over other tokens or classes."""
         saving.check_fit(self.tokenizer, self.prior, prior, self.condition_tokenizers)
         self.background = prior.eval()
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.prior.device
 
     @property
@@ -812,14 +763,6 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
     if not 0 <= first <= LAST_SEED + 1 - count:
         raise ValueError(f"seed: the seed of each image, seed + k, must be from 0 to 2^64 - 1 (got {first})")
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
-
-
-def equal_batches(count: int, at_most: int) -> list[slice]:
-    """Cut `count` images into the fewest batches of nearly equal size, so that one CUDA graph suits all."""
-    number = -(-count // at_most)
-    size, larger = divmod(count, number)
-    starts = [k * size + min(k, larger) for k in range(number + 1)]
-    return [slice(*ends) for ends in pairwise(starts)]
 
 
 def repeat_labels(labels: Any, condition: Any, per_label: int) -> tuple[Any, Any, int]:

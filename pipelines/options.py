@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer import Tokenizer
 from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec
 
 from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
+from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.clip_files import choose_kind
 from .images.formats import decode_in_threads
@@ -29,16 +31,11 @@ from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer
 from .saving import PipelineFolder
 from .shuffling import spread
 
-if TYPE_CHECKING:
-    from tokenizer import Tokenizer
-
-    from .image_pipeline import ImagePipeline
-
 DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
 UNKNOWN = "whether images were added or removed since training, which would move others, is not known"
 REMOVE = "; remove or replace this file, then run the command again"
-Named = int | str | list[int | str] | None
+ImageChoice = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
 
 
@@ -52,21 +49,18 @@ def find_division(data: DataConfig, facts: dict[str, Any], part: str) -> Inherit
 
 
 class UsesPipeline(Config):
-    """Base class for verbs that load a pipeline."""
+    """Base of verbs that load a pipeline."""
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     device: str = Field("auto", description=DEVICE)
 
     def load_pipeline(self) -> ImagePipeline:
-        """Load the pipeline onto its device. Raises `PipelineLoadError`, or `UserError` if the device is not
-        available."""
-        from .image_pipeline import ImagePipeline
-
+        """Raises `PipelineLoadError`, or `UserError` if the device is not available."""
         return ImagePipeline.from_pretrained(self.pipeline, device=choose_device(self.device))
 
 
 class UsesImages(UsesPipeline):
-    """Base class for verbs that load a pipeline and a data set."""
+    """Base of verbs that load a pipeline and a data set."""
 
     data: Annotated[DataConfig, DefaultsFrom("pipeline")] = Field(
         DataConfig(), description="the images; defaults to those the pipeline was trained on"
@@ -81,10 +75,9 @@ class UsesImages(UsesPipeline):
         check: bool = True,
         distributed: bool = False,
     ) -> Splits:
-        """Load the images in the pipeline's shape, divided as for training, and print what is not known of that. whole:
-        for access to images at their own size, which are not decoded first. check, distributed: see `load_images`.
-        Raises `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
-        training."""
+        """Load the images in the pipeline's shape, divided as for training, and print what is not known about that.
+        whole: images are read at their own size, and none is decoded now. check, distributed: see `load_images`. Raises
+        `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were trained on."""
         check_shape(self.data, pipeline.tokenizer)
         data = self.data.without_crop() if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
@@ -98,7 +91,7 @@ class UsesImages(UsesPipeline):
 
 
 class TileSettings(Config):
-    """Base class for verbs that take images larger than the model."""
+    """Base of verbs that take images larger than the model."""
 
     tile: bool = Field(
         False, description="keep images at their own size, and cover them with overlapping tiles of the model's size"
@@ -119,12 +112,12 @@ class TileSettings(Config):
 
 
 class UsesTiles(UsesImages, TileSettings):
-    """Base class for verbs that load a pipeline, and a data set of images that may be larger than the model."""
+    """Base of verbs that load a pipeline, and a data set of images that may be larger than the model."""
 
     def read_pixels(self, pipeline: ImagePipeline, images: ImageDataset, rows: NDArray[np.int64]) -> Any:
-        """Return images of a data set as the pipeline takes those of users, `(B, *spec.shape)` or, with `tile`, at
-        their own size. Black and white ones are drawn by their pixels, not by their row, so that a picture has the same
-        score and digest wherever it comes from."""
+        """Return images of a data set as users give them to the pipeline, `(B, *spec.shape)` or, with `tile`, at their
+        own size. Stochastic black and white ones are seeded by their pixels, not by their row, so that a picture has
+        the same score and digest wherever it comes from."""
         if self.tile:
             return pipeline.list_images(images.whole_images(rows))
         return images.pixels(rows) if pipeline.binarized is None else pipeline.binarize(images.grey().pixels(rows))
@@ -142,11 +135,7 @@ class UsesTokenizer(Config):
     device: str = Field("auto", description=DEVICE)
 
     def load_with_images(self, *, whole: bool = False) -> tuple[Tokenizer, ImageDataset]:
-        """Load the tokenizer onto its device, and the held-out images. whole: for access to images at their own size,
-        which are not decoded first. Raises `UserError` for images of another shape, and if some of them were used in
-        training."""
-        from tokenizer import Tokenizer
-
+        """Load the tokenizer onto its device, and the held-out images (see `UsesImages.load_images`)."""
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
         single = tokenizer.spec.frames == 1  # trained on the frames of clips
@@ -187,12 +176,12 @@ class Sampling(Config):
 
 
 def choose_images(
-    named: Named, most: int, spec: ImageSpec, held_out: Callable[[], ImageDataset]
+    choice: ImageChoice, most: int, spec: ImageSpec, held_out: Callable[[], ImageDataset]
 ) -> tuple[Tensor, list[str]]:
-    """Load the images that a user named, as `ImageDataset.pixels` returns them, and return them with their names: files
-    (of clips also folders of frames), up to `most` evenly spread files of folders or windows of clips, or indices of
-    held-out images; by default `most` held-out images. Raises `UserError`."""
-    paths, indices = split_named_images(named)
+    """Load the images that a user chose, as `ImageDataset.pixels` returns them, and their names: files (of clips also
+    folders of frames), up to `most` evenly spread files of folders or windows of clips, or indices of held-out images;
+    by default `most` held-out images. Raises `UserError`."""
+    paths, indices = split_choice(choice)
     if paths:
         source = open_files(paths, spec)
         chosen = spread(source.size, most if source.size > len(paths) else None).tolist()
@@ -232,24 +221,17 @@ def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:
     a line for each of the first ten that cannot be decoded."""
     decoded = decode_in_threads(source.payloads(rows), spec)
     bad = [f"{source.name(row)}: {found}" for row, found in zip(rows, decoded, strict=True) if isinstance(found, str)]
-    refuse_files([f"images: {line}{'' if 'pip install' in line else REMOVE}" for line in bad])
+    if bad:
+        lines = [f"images: {line}{'' if 'pip install' in line else REMOVE}" for line in bad[:10]]
+        more = [f"images: and {len(bad) - 10:,} more"] if len(bad) > 10 else []
+        raise UserError("\n".join([*lines, *more]))
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
 
 
-def refuse_files(problems: list[str]) -> None:
-    """Raise `UserError` with the first ten problems, a line each, and the number of the others, if there are any."""
-    if problems:
-        more = [f"images: and {len(problems) - 10:,} more"] if len(problems) > 10 else []
-        raise UserError("\n".join([*problems[:10], *more]))
-
-
-def split_named_images(images: Named) -> tuple[list[str], list[int]]:
-    """Return the paths and the indices of the images that a user named. Raises `UserError` if both are given."""
-    named = [] if images is None else images if isinstance(images, list) else [images]
-    paths, indices = (
-        [part for part in named if isinstance(part, str)],
-        [part for part in named if isinstance(part, int)],
-    )
+def split_choice(images: ImageChoice) -> tuple[list[str], list[int]]:
+    """Return the paths and the indices that a user chose. Raises `UserError` if both are given."""
+    every = [] if images is None else images if isinstance(images, list) else [images]
+    paths, indices = [one for one in every if isinstance(one, str)], [one for one in every if isinstance(one, int)]
     if paths and indices:
         raise UserError("images: give files and folders, or indices of the held-out split, not both")
     return paths, indices

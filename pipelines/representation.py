@@ -29,14 +29,14 @@ POOLS = {
     "embeddings": ("flatten", "mean"),
 }
 """The ways to pool each source over positions, the default first."""
-Layer = str | int | None
+LayerName = str | int | None
 
 
 def embed(
     pipeline: ImagePipeline,
     images: Images,
     *,
-    layer: Layer = None,
+    layer: LayerName = None,
     pool: str | None = None,
     labels: Any = None,
     condition: Condition = None,
@@ -62,7 +62,7 @@ def embed_layers(
     pipeline: ImagePipeline,
     batch: Tensor,
     given: Given,
-    layers: Sequence[Layer],
+    layers: Sequence[LayerName],
     *,
     pool: str | None = None,
     batch_size: int = 64,
@@ -92,7 +92,7 @@ def nearest(
     vectors: Tensor,
     k: int = 1,
     *,
-    layer: Layer = None,
+    layer: LayerName = None,
     pool: str | None = None,
     labels: Any = None,
     condition: Condition = None,
@@ -110,13 +110,11 @@ def nearest(
 
 
 def list_layers(pipeline: ImagePipeline) -> list[str]:
-    """Return all names that `embed` accepts as `layer`."""
     return ["pixels", "codes", "embeddings", *(f"prior.{index}" for index in range(pipeline.prior.feature_layers))]
 
 
-def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
-    """Return the source that `layer` names and the index of the prior's layer (0 for other sources). Raises
-    `ValueError`."""
+def choose_layer(pipeline: ImagePipeline, layer: LayerName) -> tuple[str, int]:
+    """Return the source that `layer` names and the index of the prior's layer (0 for other sources)."""
     names, count = list_layers(pipeline), pipeline.prior.feature_layers
     if layer is None and count:
         layer = count // 2
@@ -129,7 +127,6 @@ def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
 
 
 def choose_pool(source: str, pool: str | None) -> str:
-    """Return how to pool `source`; `pool` None is its default. Raises `ValueError`."""
     if pool is not None and pool not in POOLS[source]:
         whose = "a layer of the prior" if source == "prior" else source
         raise ValueError(f"pool should be {' or '.join(POOLS[source])} for {whose} (got {pool!r})")
@@ -149,32 +146,27 @@ def compute_position_vectors(
             features = next(layers).float()
             found.append(F.layer_norm(features, features.shape[-1:]))
         elif source == "codes":
-            found.append(code_shares(tokens, pipeline.tokenizer.grid.vocab_size)[:, None])
+            ids = tokens.flatten(1).long()
+            counts = torch.zeros(len(ids), pipeline.tokenizer.grid.vocab_size, device=ids.device)
+            shares = counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)) / ids.shape[1]
+            found.append(shares[:, None])
         else:
             cells = images if source == "pixels" else look_up_vectors(pipeline, tokens)
             found.append(cells.movedim(len(pipeline.spec.shape) - 2, -1).flatten(1, -2).float())
     return found
 
 
-def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
-    """Return the share of each id among an image's tokens, `(B, vocab_size)`: a bag of codes."""
-    ids = tokens.flatten(1).long()
-    counts = torch.zeros(len(ids), vocab_size, device=ids.device)
-    return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)) / ids.shape[1]
-
-
 def look_up_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
     """Return the quantizer's vectors of tokens, `(B, ..., dim, *spatial)`; without a quantizer, decoded colours."""
-    if isinstance(pipeline.tokenizer, FrameByFrame):
-        quantizer = getattr(pipeline.tokenizer.tokenizer, "quantizer", None)
-        if quantizer is not None:
-            return pipeline.tokenizer.join(quantizer.lookup(tokens.flatten(0, 1)))
-    quantizer = getattr(pipeline.tokenizer, "quantizer", None)
-    return pipeline.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
+    tokenizer: Any = pipeline.tokenizer
+    by_frame = isinstance(tokenizer, FrameByFrame)
+    quantizer = getattr(tokenizer.tokenizer if by_frame else tokenizer, "quantizer", None)
+    if quantizer is None:
+        return tokenizer.decode(tokens)
+    return tokenizer.join(quantizer.lookup(tokens.flatten(0, 1))) if by_frame else quantizer.lookup(tokens)
 
 
 def pool_positions(vectors: Tensor, pool: str, pipeline: ImagePipeline) -> Tensor:
-    """Pool `(B, positions, dim)` to `(B, dim)`, or to `(B, positions * dim)` with `"flatten"`."""
     if pool == "flatten":
         return vectors.flatten(1)
     if pool == "mean":

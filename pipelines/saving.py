@@ -34,7 +34,6 @@ from tokenizer.files import (
     parse_json,
     quote,
     read_bytes,
-    read_folder,
     read_json,
     verify_manifest,
     write_json,
@@ -43,7 +42,7 @@ from tokenizer.files import (
 from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, weights_names
 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
-from .card import model_card
+from .card import pipeline_card
 from .columns import FORMATS
 from .config import RunSubfolder
 from .files import Number, Text, validate
@@ -95,13 +94,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {quote(index.get('_class_name'))}, expected 'ImagePipeline'")
     validate(IndexFile, index, path)
-    families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
-    for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
-        if not family.has(index[part]):
-            raise ConfigError(f"{path}: {part}: {family.describe_unknown(index[part])}")
-    for name, kind in index.get(CONDITIONS, {}).items():
-        if not Tokenizer.has(kind):
-            raise ConfigError(f"{path}: {CONDITIONS}.{name}: {Tokenizer.describe_unknown(kind)}")
     return index
 
 
@@ -116,13 +108,6 @@ def make_sampler(prior: Prior, settings: dict[str, Any]) -> SamplingOptions:
     return sampler
 
 
-def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise `IntegrityError` if the manifest does not list a file of the pipeline."""
-    found = [path.relative_to(folder).as_posix() for pattern in FILES for path in sorted(folder.glob(pattern))]
-    if unlisted := [name for name in found if name not in {MANIFEST, *manifest["files"]}]:
-        raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
-
-
 def check_texts(columns: Mapping[str, Column]) -> None:
     """Raise `ConfigError` for a text with unprintable characters, such as terminal escape sequences."""
     for name, column in columns.items():
@@ -133,21 +118,17 @@ def check_texts(columns: Mapping[str, Column]) -> None:
 
 
 class DataFacts(BaseModel):
-    """Facts about the images on the model card."""
-
     source: Text | None = None
 
 
 class CutFacts(BaseModel):
-    """A limit in minutes that ended training, and the steps that were planned."""
+    """The limit that ended training, and the steps that were planned."""
 
     minutes: Number
     steps: Number
 
 
 class TrainingFacts(BaseModel):
-    """Facts about training on the model card."""
-
     steps: Number = 0
     minutes: Number = 0
     cut: CutFacts | None = None
@@ -155,7 +136,7 @@ class TrainingFacts(BaseModel):
 
 
 class ProvenanceFile(BaseModel):
-    """The validated part of `provenance.json`."""
+    """The part of `provenance.json` that a model card shows."""
 
     data: DataFacts = DataFacts()
     tokenizer: TrainingFacts = TrainingFacts()
@@ -163,13 +144,6 @@ class ProvenanceFile(BaseModel):
     evaluation: dict[str, Any] = {}
     tuning: dict[str, Any] = {}
     license: Text | None = None
-
-
-def read_provenance(path: Path) -> dict[str, Any]:
-    """Read `provenance.json`. Raises `FormatError` for facts that a model card cannot show."""
-    found = read_json(path)
-    validate(ProvenanceFile, found, path)
-    return found
 
 
 def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
@@ -192,22 +166,21 @@ def parse_picture(data: bytes, path: Path) -> np.ndarray:
     raise LimitError(f"{path}: {pixels} pixels, at most {MAX_GRID_PIXELS} allowed")
 
 
-HERE = Path(__file__).parent / "shipped"
+SHIPPED = Path(__file__).parent / "shipped"
 
 
 def list_shipped() -> list[str]:
-    """Return the names of the shipped pipelines."""
-    return sorted(path.parent.name for path in HERE.glob(f"*/{INDEX}"))
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{INDEX}"))
 
 
 def resolve_shipped(source: str | Path) -> str | Path:
-    """Return the folder of the shipped pipeline called `source`, or else `source` itself. A local folder of that name
-    takes precedence, as it does over a Hub id."""
-    return HERE / source if source in list_shipped() and not os.path.isdir(source) else source
+    """Return the folder of the shipped pipeline called `source`, or else `source` itself; a local folder of that name
+    goes first."""
+    return SHIPPED / source if source in list_shipped() and not os.path.isdir(source) else source
 
 
 def find_pipeline(source: str | Path, **options: Any) -> Path:
-    """Like `find_folder`, for a pipeline, including shipped ones and that of a run folder. Raises `PathError`."""
+    """Like `find_folder`, for a pipeline, also a shipped one or that of a run."""
     try:
         return find_folder(WITHIN_RUN.resolve(str(resolve_shipped(source))), FILES, **options)
     except UnreadableError:
@@ -226,8 +199,8 @@ def check_fit(
     background: Prior | None = None,
     condition_tokenizers: Mapping[str, Tokenizer] | None = None,
 ) -> dict[str, Tokenizer]:
-    """Return the tokenizers of grids, as `match_tokenizers` does. Raises `IntegrityError` unless the priors model the
-    tokens of this tokenizer, `TypeError` for arguments that are not models."""
+    """Return the tokenizers of grids (see `match_tokenizers`). Raises `IntegrityError` unless the priors model the
+    tokens of this tokenizer, `TypeError` for what is no model, such as a compiled one."""
     families: dict[str, tuple[Any, type]] = {"tokenizer": (tokenizer, Tokenizer), "prior": (prior, Prior)}
     families |= {} if background is None else {BACKGROUND: (background, Prior)}
     others = condition_tokenizers or {}
@@ -310,7 +283,7 @@ def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], to
 
 
 def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> None:
-    """Implement `ImagePipeline.save_pretrained`."""
+    """See `ImagePipeline.save_pretrained`."""
     grid = pipeline.sample_grid
     check_fit(**pipeline.components)
     models = pipeline.models
@@ -341,16 +314,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
         pipeline.frequencies.save(target)
         if grid is not None:
             write_picture(grid, target / GRID)
-        card = model_card(
-            pipeline.tokenizer,
-            pipeline.prior,
-            pipeline.labels,
-            pipeline.provenance,
-            grid is not None,
-            pipeline.condition_tokenizers,
-            pipeline.sampler,
-        )
-        (target / CARD).write_text(card, encoding="utf-8")
+        (target / CARD).write_text(pipeline_card(pipeline, grid is not None), encoding="utf-8")
         write_manifest(target)
 
 
@@ -366,37 +330,36 @@ def restore_dtypes(pipeline: ImagePipeline) -> ImagePipeline:
     return pipeline
 
 
-def read_variant(folder: str | Path) -> str | None:
-    """Return the variant of the weights in a pipeline's folder."""
-    variant: str | None = read_json(Path(folder) / INDEX).get("variant")
-    return variant
+def read_variant(folder: str | Path) -> Any:
+    return read_json(Path(folder) / INDEX).get("variant")
 
 
 # Reading
 
 
 def load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any:
-    """Load the pipeline in `folder`. verify: check every file's sha256."""
-    return read_folder(folder, lambda: _load(cls, folder, variant, verify))
-
-
-def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any:
+    """See `ImagePipeline.from_pretrained`."""
     if not is_file(folder / INDEX):
         raise PathError(f"{folder}: not a pipeline folder (no {INDEX})")
     if verify:
-        check_listed(folder, verify_manifest(folder))
+        listed = {MANIFEST, *verify_manifest(folder)["files"]}
+        found = [path.relative_to(folder).as_posix() for pattern in FILES for path in sorted(folder.glob(pattern))]
+        if unlisted := [name for name in found if name not in listed]:
+            raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
     index = read_index(folder)
-    stored = variant or index.get("variant")
+
+    def load_model(family: type[Tokenizer] | type[Prior], name: str, kind: str) -> PretrainedModel:
+        if not family.has(kind):
+            raise ConfigError(f"{folder / INDEX}: {name.replace('/', '.')}: {family.describe_unknown(kind)}")
+        return family.find(kind).load_folder(folder / name, variant=variant or index.get("variant"))
+
+    families: Any = {"tokenizer": Tokenizer, "prior": Prior, BACKGROUND: Prior}
     models: dict[str, Any] = {
-        name: family.find(index[name]).load_folder(folder / name, variant=stored)
-        for name, family in (("tokenizer", Tokenizer), ("prior", Prior), (BACKGROUND, Prior))
-        if name in index
+        name: load_model(family, name, index[name]) for name, family in families.items() if name in index
     }
-    if CONDITIONS in index:
-        models["condition_tokenizers"] = {
-            name: Tokenizer.find(kind).load_folder(folder / CONDITIONS / name, variant=stored)
-            for name, kind in index[CONDITIONS].items()
-        }
+    models["condition_tokenizers"] = {
+        name: load_model(Tokenizer, f"{CONDITIONS}/{name}", kind) for name, kind in index.get(CONDITIONS, {}).items()
+    }
     try:
         pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
     except (ConfigError, IntegrityError) as error:  # the message begins with the file name
@@ -404,7 +367,9 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
     if (path := folder / CALIBRATION).exists():
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():
-        pipeline.provenance = join_splits(read_provenance(path), folder / SPLITS)
+        facts = read_json(path)
+        validate(ProvenanceFile, facts, path)
+        pipeline.provenance = join_splits(facts, folder / SPLITS)
     pipeline.frequencies = Frequencies.load(folder, pipeline.columns)
     if (path := folder / GRID).exists():
         pipeline.sample_grid = parse_picture(read_bytes(path, MAX_PICTURE_BYTES), path)

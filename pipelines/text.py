@@ -38,8 +38,8 @@ def encode_text(encoder: str, texts: Sequence[str]) -> Tensor:
 
 
 def hash_ngrams(text: str, size: int) -> np.ndarray:
-    """Count the n-grams of 2 to 4 characters, hashed to `size` places with a sign, and divide by the length of the
-    vector. Case does not count. The result is the same in every process."""
+    """Count the n-grams of 2 to 4 characters, hashed to `size` places with a sign, as a vector of length 1. Case does
+    not count. The result is the same in every process."""
     padded = f" {unicodedata.normalize('NFKC', text).casefold().strip()} "
     counts = np.zeros(size)
     for length in LENGTHS:
@@ -51,7 +51,6 @@ def hash_ngrams(text: str, size: int) -> np.ndarray:
 
 @lru_cache(1 << 16)
 def hash_gram(gram: str) -> int:
-    """Return 64 bits that depend on the characters alone."""
     return int.from_bytes(blake2b(gram.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 

@@ -35,7 +35,17 @@ from .noise import Generators
 from .options import DecodingOptions, Order, SamplingOptions
 from .orders import Partition, block_numbers, blocks_problem, known_first, make_order, make_partition
 from .parallel import rows_per_pass, sample_parallel
-from .sampling import Monitor, OnStep, SampleBatch, UncachedState, choose_orders, make_batch, sample_blocks
+from .sampling import (
+    Monitor,
+    OnStep,
+    SampleBatch,
+    UncachedState,
+    choose_orders,
+    equal_batches,
+    make_batch,
+    progress_bar,
+    sample_blocks,
+)
 
 
 class Prior(PretrainedModel, family="prior"):
@@ -499,6 +509,7 @@ class Prior(PretrainedModel, family="prior"):
         generator: Generators = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
+        batch_size: int | None = None,
         progress: bool | Mapping[str, Any] = False,
         on_step: OnStep | None = None,
         **settings: Any,
@@ -515,9 +526,9 @@ class Prior(PretrainedModel, family="prior"):
         equally likely. If tokens are known and blocks hold one token, an order is chosen in proportion to the
         probability that it gives to the known tokens (at temperature 1, without guidance), at the cost of one pass per
         order; images are then samples of the mixture given the known tokens. cache: False recomputes everything at each
-        step. parallel: draw the same tokens in fewer passes over the whole grid (`prior.parallel`). progress: True
-        shows a bar; a mapping holds arguments of `tqdm`. on_step: called with a `Step` after each step; an exception
-        ends sampling.
+        step. parallel: draw the same tokens in fewer passes over the whole grid (`prior.parallel`). batch_size: images
+        drawn at a time, None for all. progress: True shows a bar; a mapping holds arguments of `tqdm`. on_step: called
+        with a `Step` after each step; an exception ends sampling.
 
         All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
         for arguments out of range, and `TypeError` for a setting that this prior does not support."""
@@ -530,12 +541,12 @@ class Prior(PretrainedModel, family="prior"):
         if not isinstance(sampling, self.Sampling):
             expected = self.Sampling.__name__
             raise TypeError(f"sampling: a {self.name} prior takes {expected} (got {type(sampling).__name__})")
-        self.check_sampling_options(sampling)
-        decoding = decoding or DecodingOptions(**of_decoding)
+        decoding, parts = decoding or DecodingOptions(**of_decoding), equal_batches(num_images, batch_size)
         with torch.inference_mode(), evaluation_mode(self):
             batch = make_batch(self, given, sampling, generator, tokens, known)
-            monitor = Monitor(progress, on_step, batch, self.grid)
-            self.draw(batch, sampling, decoding, monitor)
+            monitor = Monitor(progress if len(parts) == 1 else False, on_step, batch, self.grid)
+            for rows in progress_bar(parts, progress if len(parts) > 1 else False, unit="batch"):
+                self.draw(batch[rows], sampling, decoding.select(rows, num_images), monitor)
         return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training
 
     def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, in_finest
 
-from .arguments import as_tensor, is_integer
+from .arguments import as_tensor, check_count, is_integer
 from .condition_encoder import Encoded
 from .cuda_graph import Graph, compute_by_graph
 from .given import Given
@@ -105,6 +105,7 @@ def make_batch(
 ) -> SampleBatch:
     """Check a request and return its images in raster order. Raises `ValueError` for arguments out of range."""
     count = len(given)
+    prior.check_sampling_options(options)
     options.check_guidance(given.names)
     tokens, known = check_known(prior, tokens, known, count)
     raster, rows = torch.arange(len(prior.grid), device=prior.device), torch.arange(count, device=prior.device)
@@ -177,6 +178,14 @@ def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks
             each = prior.chain_log_probs(tokens, batch.given, Partition(order, blocks)).flatten(1)
             scores[:, number] = in_finest(each).masked_fill(~batch.known, 0).sum(1).float()
     return (scores + gumbel_noise(batch.keys, ORDER_NOISE, 0, len(candidates))).argmax(1)
+
+
+def equal_batches(count: int, at_most: int | None = None) -> list[slice]:
+    """Cut `count` images into the fewest batches of nearly equal size, so that one CUDA graph suits all."""
+    number = 1 if at_most is None else -(-count // check_count(at_most, "batch_size"))
+    size, larger = divmod(count, number)
+    starts = [k * size + min(k, larger) for k in range(number + 1)]
+    return [slice(*ends) for ends in pairwise(starts)]
 
 
 # Progress

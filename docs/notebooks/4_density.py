@@ -17,8 +17,8 @@
 # digits in the package for four tasks: completion, anomaly detection, compression and classification.
 #
 # **You will see** digits completed from a part, strange images and the scores that find them, digits as streams of a
-# few bytes, and the class of a digit by Bayes' rule. No model is trained. [The likelihood of an image](../likelihood.md) has the
-# theory.
+# few bytes, and the class of a digit by Bayes' rule. No model is trained. [The likelihood of an
+# image](../likelihood.md) has the theory.
 
 # %%
 import io

@@ -14,7 +14,7 @@ from docstrings import to_markdown
 
 from pipelines.__main__ import GROUPS, find_module, verbs
 from pipelines.config import Config
-from pipelines.config.help import Row, list_sections
+from pipelines.config.help import KeyRow, list_sections
 
 GRAMMAR = """All commands share one syntax:
 
@@ -64,7 +64,7 @@ def configs_of(module: Any) -> list[type[Config]]:
     return [cls for cls in configs if not any(cls in other.__mro__[1:] for other in configs)]
 
 
-def list_keys(rows: Iterable[Row]) -> str:
+def list_keys(rows: Iterable[KeyRow]) -> str:
     """A list of keys, each with its type, its default and its sentence."""
     items = []
     for row in rows:

@@ -4,6 +4,7 @@ ranges and choices of sliders and dropdowns on the server."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -16,25 +17,22 @@ from prior.orders import CURVES, order_problem
 from ..columns import ColumnFormat, formats_of
 from ..image_pipeline import ImagePipeline
 from ..options import Sampling
-from .served import Served
+from .parts import make_condition_picker
+from .served import Served, picked_image
 
-UNCONDITIONAL = -1
-"""The class id that means "no class"."""
+UNCONDITIONAL = -1  # the class id that means "no class"
 MAX_SEED = 2**32 - 1
 
 
 def get_slider_values(pipeline: ImagePipeline) -> dict[str, float]:
     """Return the slider value of each sampling setting of the pipeline; guidance only if there is a condition."""
-    off = {"top_k": pipeline.prior.grid.vocab_size, "top_p": 1.0, "steps": 0}
-    guides = bool(pipeline.columns)
-    names = ["temperature", "top_k", "top_p", *["guidance_scale"] * guides, "steps"]
-    own = vars(pipeline.sampler)
+    off, own = {"top_k": pipeline.prior.grid.vocab_size, "top_p": 1.0, "steps": 0}, vars(pipeline.sampler)
+    names = ["temperature", "top_k", "top_p", *["guidance_scale"] * bool(pipeline.columns), "steps"]
     return {name: off[name] if own[name] is None else own[name] for name in names if name in own}
 
 
 def make_sliders(pipeline: ImagePipeline) -> list[Any]:
-    """Make a slider for each of `get_slider_values`, in a closed accordion; and with columns other than the class, a
-    choice of those that guidance applies to."""
+    """Make a slider for each of `get_slider_values`, and with columns other than the class, a choice for guidance."""
     ranges = {
         "temperature": (0, 2, 0.05),
         "top_k": (1, pipeline.prior.grid.vocab_size, 1),
@@ -66,7 +64,7 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
         return []
     about = "what the image is conditioned on; the rest is left open"
     given = gr.CheckboxGroup(list(columns), value=[], label="Conditions", info=about)
-    fields = {name: column.make_fields(served, tab) for name, column in columns.items()}
+    fields = {name: column.make_fields(partial(make_condition_picker, served, tab)) for name, column in columns.items()}
 
     def show(names: list[str]) -> list[Any]:
         return [gr.update(visible=name in names) for name, own in fields.items() for _ in own]
@@ -76,17 +74,6 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
     return [given, *flat]
 
 
-def read_fields(pipeline: ImagePipeline, values: Sequence[Any]) -> dict[str, Any]:
-    """Return the condition from values of `make_condition_fields`. Raises `ValueError` for a missing picture."""
-    given, *rest = values or [[]]
-    found = {}
-    for name, column in list_others(pipeline).items():
-        own, rest = rest[: column.field_count], rest[column.field_count :]
-        if name in given:
-            found[name] = column.read_fields(own)
-    return found
-
-
 def list_others(pipeline: ImagePipeline) -> dict[str, ColumnFormat[Any]]:
     """Return the columns other than the class, which has a menu of its own."""
     columns = {name: column for name, column in pipeline.columns.items() if name != LABEL}
@@ -94,11 +81,9 @@ def list_others(pipeline: ImagePipeline) -> dict[str, ColumnFormat[Any]]:
 
 
 def sampling_arguments(
-    pipeline: ImagePipeline, classes: Any, count: int, seed: float | None, values: Sequence[Any]
+    pipeline: ImagePipeline, classes: Any, count: int, seed: float | None, *values: Any
 ) -> dict[str, Any]:
-    """Return the arguments to sample `count` images: seed, classes, condition, and settings that differ from the
-    pipeline's own. values: of `make_sliders`, then of `make_condition_fields`. Raises `ValueError` for an invalid seed
-    and for a missing picture."""
+    """Return the arguments to sample `count` images. values: of `make_sliders`, then of `make_condition_fields`."""
     # Checked here rather than by gr.Number, whose error does not name the field and prints a traceback on the server.
     seed = seed or 0
     if not 0 <= seed <= MAX_SEED or seed != int(seed):
@@ -110,12 +95,17 @@ def sampling_arguments(
         chosen[name] = int(chosen[name]) or None
     if others and (guided := others[0]) != list(pipeline.sampler.guidance_on or ()):
         chosen["guidance_on"] = guided or None
-    return {"seed": int(seed), **read_given(pipeline, classes, others[1:], count), **chosen}
+    return {"seed": int(seed), **condition_arguments(pipeline, classes, others[1:], count), **chosen}
 
 
-def read_given(pipeline: ImagePipeline, classes: Any, fields: Sequence[Any], count: int = 1) -> dict[str, Any]:
-    """Return the labels and the condition of `count` images, as arguments. fields: of `make_condition_fields`."""
-    condition = read_fields(pipeline, fields)
+def condition_arguments(pipeline: ImagePipeline, classes: Any, fields: Sequence[Any], count: int = 1) -> dict[str, Any]:
+    """Return the labels and the condition as arguments. fields: of `make_condition_fields`."""
+    chosen, *rest = fields or [[]]
+    condition = dict[str, Any]()
+    for name, column in list_others(pipeline).items():
+        own, rest = rest[: column.field_count], rest[column.field_count :]
+        if name in chosen:
+            condition[name] = column.read_fields(own, picked_image)
     return {"labels": cycle_labels(pipeline, classes, count), **({"condition": condition} if condition else {})}
 
 
@@ -126,17 +116,16 @@ def format_arguments(arguments: Mapping[str, Any]) -> str:
         if name == "labels" and value is not None and len(set(value)) == 1:
             value = value[0]
         if name != "labels" or value is not None:
-            text += f", {name}={format_condition(value) if name == 'condition' else repr(value)}"
+            text += f", {name}={repr(value) if name != 'condition' else '{' + format_values(value) + '}'}"
     return text
 
 
-def format_condition(condition: dict[str, Any]) -> str:
-    """Format a condition as Python source, in which pixels (..., H, W, C) are files."""
-    values = {
-        name: format_open(name, value.shape[:-3], value.shape[-1]) if isinstance(value, np.ndarray) else repr(value)
-        for name, value in condition.items()
-    }
-    return "{" + ", ".join(f"{name!r}: {value}" for name, value in values.items()) + "}"
+def format_values(condition: dict[str, Any]) -> str:
+    """Format the values of a condition as Python source, in which pixels (..., H, W, C) are files."""
+    return ", ".join(
+        f"{name!r}: {format_open(name, v.shape[:-3], v.shape[-1]) if isinstance(v, np.ndarray) else repr(v)}"
+        for name, v in condition.items()
+    )
 
 
 def format_open(name: str, frames: tuple[int, ...], channels: int) -> str:

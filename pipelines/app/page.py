@@ -10,15 +10,18 @@ import gradio as gr
 from ..image_pipeline import ImagePipeline
 from .parts import SIDES, zoom
 from .served import Served
-from .tabs import anomaly, compare, complete, compress, sample, search
+from .tabs.anomaly import build_anomaly_tab
+from .tabs.compare import build_compare_tab
+from .tabs.complete import build_complete_tab
+from .tabs.compress import build_compress_tab
+from .tabs.sample import build_sample_tab
+from .tabs.search import build_search_tab
 
-KEEP_SECONDS = 3600
-"""Minimum time that uploads and pictures stay on disk."""
+KEEP_SECONDS = 3600  # minimum time that uploads and pictures stay on disk
 
 
 def build_page(served: Sequence[Served], queue: int = 8) -> gr.Blocks:
-    """Build the page of each pipeline: the first at `/`, the others below their names. queue: maximum number of waiting
-    requests."""
+    """Build the page of each pipeline, the first at `/`. queue: maximum number of waiting requests."""
     first, *others = titles = [title_of(each) for each in served]
     names = ", ".join(titles)
     with gr.Blocks(
@@ -44,21 +47,21 @@ def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
     with gr.Column(elem_classes=f"smalti-of-{served.spec.width}"):
         gr.Markdown(f"## {title_of(served)}\n{describe_pipeline(served.pipeline)}")
         with gr.Tab("Sample"):
-            samples = sample.build(served, page)
+            samples = build_sample_tab(served, page)
         with gr.Tab("Complete"):
             if tokenizer.placed and not tokenizer.grid.scales:
-                complete.build(served, samples)
+                build_complete_tab(served, samples)
             else:
                 gr.Markdown("This pipeline cannot complete images, because its tokens have no position in the image.")
         with gr.Tab("Compare"):
-            compare.build(served, samples)
+            build_compare_tab(served, samples)
         with gr.Tab("Anomaly"):
-            anomaly.build(served, samples)
+            build_anomaly_tab(served, samples)
         if served.train is not None:
             with gr.Tab("Search"):
-                search.build(served, samples, served.train)
+                build_search_tab(served, samples, served.train)
         with gr.Tab("Compress"):
-            compress.build(served, samples)
+            build_compress_tab(served, samples)
     page.unload(served.stop)
 
 

@@ -13,7 +13,7 @@ SIDES = {"tiny": 56, "small": 112, "medium": 168, "large": 224, "canvas": 336}
 """Width of a picture in screen pixels, before rounding to a whole multiple of its own width."""
 
 
-class Samples(NamedTuple):
+class SampleGallery(NamedTuple):
     """The pictures of the first tab, and the index of the selected picture."""
 
     gallery: gr.Gallery
@@ -26,7 +26,6 @@ def zoom(width: int, side: str) -> int:
 
 
 def make_gallery(name: str, side: str = "small") -> gr.Gallery:
-    """Make a gallery of pictures with captions."""
     return gr.Gallery(
         elem_id=name,
         elem_classes=["smalti", f"smalti-{side}"],
@@ -57,9 +56,15 @@ def make_picker(served: Served, name: str, label: str, height: int = 140, visibl
     )
 
 
-def make_image_picker(served: Served, name: str, samples: Samples) -> tuple[gr.Gallery, list[Any]]:
-    """Make a field for one image and a button that fills it with the selected sample; also return the two events that
-    fill it."""
+def make_condition_picker(served: Served, tab: str, name: str) -> gr.Gallery:
+    """Make a field, invisible at first, for the picture of the column `name`."""
+    picked = make_picker(served, f"{tab}-{name}", name, visible=False)
+    picked.upload(pick_last, picked, picked, queue=False)
+    return picked
+
+
+def make_image_picker(served: Served, name: str, samples: SampleGallery) -> tuple[gr.Gallery, list[Any]]:
+    """Make a field for one image, and a button that fills it with the selected sample; also return both events."""
     picked = make_picker(served, name, "Image")
     use = gr.Button("Use the selected sample", size="sm")
     upload = picked.upload(pick_last, picked, picked, queue=False)
@@ -67,12 +72,10 @@ def make_image_picker(served: Served, name: str, samples: Samples) -> tuple[gr.G
 
 
 def pick_last(picked: Picked) -> Picked:
-    """Return the image that was uploaded last."""
     return (picked or [])[-1:]
 
 
 def pick_sample(samples: Picked, selected: int) -> Picked:
-    """Return the selected sample, if any."""
     return (samples or [])[selected:][:1]
 
 

@@ -31,12 +31,12 @@ REPORT_SECONDS = 0.4  # minimum time between progress reports, because each one 
 BROKEN = "Something went wrong on the server; see its log."
 Picked = Sequence[tuple[str, str | None]] | None
 """The value of a gallery: file and caption of each image."""
-Step = Callable[[int, int, str], None]
+ReportStep = Callable[[int, int, str], None]
 """Reports progress: units done, total, name of the unit. Raises `Stopped` after the visitor has clicked Stop."""
 
 
 class Stopped(Exception):
-    """Raised when the visitor has clicked Stop."""
+    """The visitor has clicked Stop."""
 
 
 @dataclass
@@ -49,12 +49,10 @@ class Served:
     max_upload_mb: float = 8
     train: ImageDataset | None = None
     num_index: int | None = None
-    stopping: set[str] = field(default_factory=set)
-    """Sessions whose visitor has clicked Stop."""
+    stopping: set[str] = field(default_factory=set)  # sessions whose visitor has clicked Stop
 
     @property
     def spec(self) -> ImageSpec:
-        """What the images are."""
         return self.pipeline.spec
 
     def code(self, *lines: str) -> str:
@@ -62,13 +60,8 @@ class Served:
         text = "\n".join(lines)
         names = [name for name in ("Image", "ImageSequence") if f"{name}." in text]
         imports = ["import numpy as np"] * ("np." in text) + [f"from PIL import {', '.join(names)}"] * bool(names)
-        head = [
-            *imports,
-            "from pipelines import ImagePipeline",
-            "",
-            f"pipe = ImagePipeline.from_pretrained({self.name!r})",
-        ]
-        return "\n".join([*head, text]) if lines else "\n".join(head)
+        load = f"pipe = ImagePipeline.from_pretrained({self.name!r})"
+        return "\n".join([*imports, "from pipelines import ImagePipeline", "", load, *lines])
 
     def handler(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """Return an event handler that calls `work(served, step, *values)` and shows errors in one line."""
@@ -104,8 +97,8 @@ class Served:
         self.stopping.add(str(request.session_hash))
 
 
-def report_tokens(step: Step) -> Any:
-    """Return a `callback_on_step_end` that reports the number of tokens drawn."""
+def report_tokens(step: ReportStep) -> Any:
+    """Return a `callback_on_step_end` that reports the number of sampled tokens."""
 
     def report(pipeline: Any, number: int, rank: int, tensors: dict[str, Tensor]) -> None:
         known = tensors["known"]
@@ -153,8 +146,7 @@ def picked_images(picked: Picked, most: int, spec: ImageSpec) -> list[Payload]:
 
 
 def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
-    """Return the image of a file, or the windows of a clip, not decoded. Raises `ValueError` for a file in another
-    format or with too many pixels in a window, and whatever Pillow raises."""
+    """Return the image of a file, or the windows of a clip, not decoded. Raises whatever Pillow raises."""
     image = open_image(file, WEB_FORMATS)
     sides = *spec.shape[:-3], *image.size
     if math.prod(sides) > MAX_PIXELS:
@@ -167,9 +159,8 @@ def list_payloads(file: Path, spec: ImageSpec) -> list[Payload]:
     return payloads
 
 
-def as_shown(image: Tensor | PILImage | list[PILImage]) -> PILImage | str:
-    """Return what a gallery shows of an image, uint8 `(..., C, H, W)` or PIL; of a clip, the path of an animated
-    PNG."""
+def to_gallery(image: Tensor | PILImage | list[PILImage]) -> PILImage | str:
+    """Convert an image, uint8 `(..., C, H, W)` or PIL, for a gallery; a clip to the path of an animated PNG."""
     found = draw_pictures(image.movedim(-3, -1).cpu().numpy()) if isinstance(image, Tensor) else image
     if not isinstance(found, list):
         return found

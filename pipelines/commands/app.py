@@ -17,7 +17,7 @@ from ..files import Output
 from ..images import DataConfig, check_shape, load_images
 from ..options import PipelineFolder, UsesImages, require_pictures
 from ..provenance import defaults, inherit
-from ..saving import HERE, list_shipped
+from ..saving import SHIPPED, list_shipped
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class AppConfig(UsesImages):
-    """What to serve, at which address, and the limits for visitors."""
-
     examples = (
         "",
         "pipeline=runs/gpt_digits/pipeline port=8000 max_images=16",
@@ -45,9 +43,7 @@ class AppConfig(UsesImages):
     search: bool | None = Field(
         None, description="add a tab that finds the nearest training images; default: only if they are on this machine"
     )
-    num_index: int | None = Field(
-        10_000, ge=1, description="number of training images to search, drawn with seed 0; null: all"
-    )
+    num_index: int | None = Field(10_000, ge=1, description="number of training images to search; null: all")
     space: str | None = Field(
         None, description="write the files of a Hub Space to this new folder instead of serving the page"
     )
@@ -58,15 +54,19 @@ def run(config: AppConfig) -> None:
     if find_spec("gradio") is None:
         raise UserError('the app needs the package gradio: pip install "smalti[app]"')
     if config.space is not None:
-        make_space(config, Path(config.space))
-        return
+        return write_space_folder(config, Path(config.space))
     from ..app.served import Served
     from ..app.serving import serve
 
     if not config.pipeline and config.data != DataConfig():
         raise UserError("data: the pipelines in the package have images of their own; add pipeline=NAME")
-    served = []
-    for each in [config] if config.pipeline else list_shipped_configs(config):
+    served, configs = [], [config]
+    if not config.pipeline:
+        folders = [str(SHIPPED / name) for name in list_shipped()]  # even if a local folder has the same name
+        data = [DataConfig(**defaults({"pipeline": folder})["data"]) for folder in folders]
+        pairs = zip(folders, data, strict=True)
+        configs = [config.model_copy(update={"pipeline": folder, "data": of}) for folder, of in pairs]
+    for each in configs:
         pipeline = each.load_pipeline()
         require_pictures(pipeline.spec, "app")
         train = load_searchable_images(each, pipeline)
@@ -75,15 +75,7 @@ def run(config: AppConfig) -> None:
     serve(served, config.host, config.port, config.queue)
 
 
-def list_shipped_configs(config: AppConfig) -> list[AppConfig]:
-    """Return the configuration for each pipeline in the package, with the images that it was trained on."""
-    folders = [str(HERE / name) for name in list_shipped()]  # even if a local folder has the same name
-    data = [DataConfig(**defaults({"pipeline": folder})["data"]) for folder in folders]
-    return [config.model_copy(update={"pipeline": path, "data": of}) for path, of in zip(folders, data, strict=True)]
-
-
-def make_space(config: AppConfig, out: Path) -> None:
-    """Write the folder of a Space."""
+def write_space_folder(config: AppConfig, out: Path) -> None:
     from ..app.space import write_space
 
     if not config.pipeline or Path(config.pipeline).exists():

@@ -15,7 +15,7 @@ from ..anomaly.calibrating import calibrate, check_promise, least_false_alarms, 
 from ..anomaly.calibration import MAX_FOLDED, MAX_FOLDS, MAX_IMAGES, Calibration
 from ..anomaly.scores import METHODS, NEEDS
 from ..condition_keys import ScoresWithCondition
-from ..config import RunSubfolder, UserError, run_command
+from ..config import RunSubfolder, UserError, run_command, user_errors
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
@@ -24,32 +24,19 @@ from ..saving import INDEX, PIPELINE, save_again
 
 
 class CalibrateConfig(ScoresWithCondition):
-    """Which normal images, and the rate of false alarms."""
-
     examples = ("pipeline=runs/gpt_digits/pipeline",)
 
     every: int = Field(
-        2,
-        ge=1,
-        description="use every n-th held-out image (with data.group: object), starting with the first, and leave "
-        "the others to `smalti detect`; 1: use all of them",
+        2, ge=1, description="use every n-th held-out image (or object), and leave the others to `smalti detect`"
     )
     background: Annotated[str | None, RunSubfolder("pipeline", INDEX)] = Field(
         None, description="folder of another pipeline over the same tokens, whose prior becomes the background prior"
     )
     false_alarms: float = Field(
-        0.05,
-        gt=0,
-        lt=1,
-        description="share of new normal images that may be flagged; without `confidence`, on average over "
-        "calibrations",
+        0.05, gt=0, lt=1, description="share of new normal images that may be flagged, on average"
     )
     confidence: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="probability, over calibrations, that the flagged share is at most `false_alarms`; 0.9 or 0.95 "
-        "need more images and raise the thresholds",
+        None, gt=0, lt=1, description="probability that at most this share is flagged, instead of on average: 0.9"
     )
     folds: int = Field(
         1,
@@ -65,9 +52,7 @@ def run(config: CalibrateConfig) -> Calibration:
     """Calibrate, save the result, print a table, and return the calibration."""
     folder = Path(config.pipeline)
     if not folder.is_dir():
-        raise UserError(
-            f"pipeline: {config.pipeline!r} is not a folder; the calibration is saved in the pipeline folder"
-        )
+        raise UserError(f"pipeline: {config.pipeline!r} is not a folder, in which the calibration could be saved")
     require_replaceable(folder, PIPELINE)
     with lock_output(folder, key="pipeline"):
         pipeline = config.load_pipeline()
@@ -77,13 +62,11 @@ def run(config: CalibrateConfig) -> Calibration:
             raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
         view = config.choose_view(pipeline.spec)
         images = config.load_images(pipeline, whole=config.tile).held_out
-        groups = None if (objects_of := images.objects()) is None else np.array(objects_of)
-        chosen = np.arange(0, len(images), config.every)
-        every = len(images) if groups is None else len(np.unique(groups))
-        if groups is not None:
-            chosen = np.flatnonzero(np.isin(groups, np.unique(groups)[:: config.every]))
-            groups = groups[chosen]
-        objects = None if groups is None else len(np.unique(groups))
+        chosen, units, groups, objects = np.arange(0, len(images), config.every), len(images), None, None
+        if (names := images.objects()) is not None:
+            every = np.unique(names)
+            chosen, units = np.flatnonzero(np.isin(names, every[:: config.every])), len(every)
+            groups, objects = [names[row] for row in chosen], len(every[:: config.every])
         try:
             check_promise(len(chosen), config.false_alarms, config.confidence, objects, config.folds)
         except ValueError as error:
@@ -91,24 +74,22 @@ def run(config: CalibrateConfig) -> Calibration:
                 raise UserError(str(error)) from error
             most = MAX_IMAGES if config.folds == 1 else MAX_FOLDED
             fewer = f"every={1 + (len(images) - 1) // most} selects fewer"
-            raise UserError(f"data: {error}; {fewer if len(chosen) > most else find_remedy(config, every)}") from error
+            raise UserError(f"data: {error}; {fewer if len(chosen) > most else find_remedy(config, units)}") from error
         given = config.read_given(pipeline, images.names(chosen))
-        try:
+        with user_errors(ValueError, prefix="data: "):
             calibration = calibrate(
                 pipeline,
                 config.read_pixels(pipeline, images, chosen),
                 condition=given,
-                groups=None if groups is None else groups.tolist(),
+                groups=groups,
                 stride=None if view.stride is None else view.stride[0],
                 false_alarms=config.false_alarms,
                 confidence=config.confidence,
                 folds=config.folds,
                 seed=config.seed,
             )
-        except ValueError as error:
-            raise UserError(f"data: {error}") from error
         save_again(pipeline, folder)
-    print(format_report(calibration))
+    print(format_calibration(calibration))
     used = f"{len(chosen):,} of {count_of(len(images), 'image')}"
     of = "" if objects is None else f", which show {count_of(objects, 'object')}: one score an object, the highest"
     print(f"\n{config.pipeline}: calibrated with {used} of {config.data.source}{of}")
@@ -116,8 +97,7 @@ def run(config: CalibrateConfig) -> Calibration:
 
 
 def find_remedy(config: CalibrateConfig, units: int) -> str:
-    """Return which settings would do where too few images were chosen. units: number of all held-out images, or with
-    groups, of objects."""
+    """Return which settings would do where there are too few images. units: number of all images, or objects."""
     other = "data.source=FOLDER uses other images"
     least = least_units(config.false_alarms, config.confidence, config.folds)
     for step in range(config.every - 1, 0, -1):
@@ -130,7 +110,7 @@ def find_remedy(config: CalibrateConfig, units: int) -> str:
     return f"{every}false_alarms={rate:g} can be promised, or {other}"
 
 
-def format_report(calibration: Calibration) -> str:
+def format_calibration(calibration: Calibration) -> str:
     """Format the median and threshold of each method, the guarantee, and the methods left out."""
     rows = [("score", "median", "threshold", "")]
     for method, normal in calibration.scores.items():

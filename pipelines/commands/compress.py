@@ -34,7 +34,7 @@ from ..compression.coding import (
 )
 from ..compression.container import StreamError
 from ..condition_keys import UsesCondition
-from ..config import OutputConfig, UserError, run_command, tell
+from ..config import OutputConfig, UserError, run_command, tell, user_errors
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..images.clip_files import WindowSource
@@ -45,27 +45,16 @@ from ..options import REMOVE, UsesPipeline, open_files, read_files, require_pict
 
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
-    """Which images, which pipeline, and the output file."""
-
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
     often = "pipeline images out overwrite condition.NAME conditions lossless resize tile device"
 
-    images: str = Field(
-        description="folder of images, or of clips, of the pipeline's size, or one of them; file names are kept"
-    )
-    out: str = Field(
-        "images.smalti", description="file to write; decompressing requires the same pipeline and condition"
-    )
+    images: str = Field(description="image or clip of the pipeline's size, or a folder of these; file names are stored")
+    out: str = Field("images.smalti", description="file to write; decompress it with the same pipeline and condition")
     lossless: bool = Field(
-        False,
-        description="keep every pixel; requires a decoder with a likelihood, or a pixels tokenizer. "
-        "false: keep only the tokens",
+        False, description="store every pixel, for which the tokenizer needs a likelihood; false: only the tokens"
     )
     resize: bool = Field(False, description="resize and crop images of another size; false: refuse them")
-    tile: bool = Field(
-        False,
-        description="take images of any size from the pipeline's on, as tiles side by side; lossy ones may show seams",
-    )
+    tile: bool = Field(False, description="cut larger images of any size into tiles; lossy ones may show seams")
 
 
 def run(config: CompressConfig) -> Path:
@@ -77,7 +66,7 @@ def run(config: CompressConfig) -> Path:
     out.check_file()
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "compress")
-    size, spec, shape = chunk_images(pipeline), pipeline.spec, pipeline.spec.shape
+    spec, shape, at_once = pipeline.spec, pipeline.spec.shape, chunk_images(pipeline)
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
     if spec.frames > 1 and root.is_dir() and {*map(str, root.rglob("*.np[yz]"))} - {*paths}:
@@ -89,49 +78,49 @@ def run(config: CompressConfig) -> Path:
     keys = config.read_condition(pipeline, count, paths)
 
     def parts() -> Iterator[Tensor]:
-        for first in range(0, count, size):
-            images = [read_image(source, row, spec, config) for row in range(first, min(first + size, count))]
-            yield torch.stack(images).to(pipeline.device)
+        for first in range(0, count, at_once):
+            rows = range(first, min(first + at_once, count))
+            yield torch.stack([read_image_or_clip(source, row, spec, config) for row in rows]).to(pipeline.device)
 
     def read_whole(number: int) -> Tensor:
         try:
             return whole_image(open_image(Path(paths[number])), shape[0], config.lossless)
-        except Exception as error:  # as in `read_image`
+        except Exception as error:  # damaged files make Pillow raise almost anything
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 
     whole, sizes = LazyImages([f"images: {path}" for path in paths], read_whole), [spec.size] * count
     if config.tile:
-        try:
+        with user_errors(ValueError):
             sizes = sizes_of(whole, View.side_by_side(spec))
-        except ValueError as error:
-            raise UserError(str(error)) from error
         if {*sizes} == {spec.size}:
             tell("tile: not needed, because all images have the size of the pipeline")
     began = time.monotonic()
-    try:
-        with lock_output(config.out), out.file() as temporary, open(temporary, "wb") as file:
-            given, chooses = keys.given, LABEL not in keys.written
-            options: dict[str, Any] = {"lossless": config.lossless, "names": names, "chooses_classes": chooses}
-            if config.tile:
-                written = write_tiles(pipeline, file, whole, sizes, given, **options)
-            else:
-                written = write_images(pipeline, file, parts(), given, **options)
-    except (StreamError, LikelihoodError) as error:
-        raise UserError(str(error)) from error
-    before, seconds = sum(map(count_bytes, dict.fromkeys(paths))), time.monotonic() - began
+    chooses = LABEL not in keys.written
+    options: dict[str, Any] = {"lossless": config.lossless, "names": names, "chooses_classes": chooses}
+    with (
+        user_errors(StreamError, LikelihoodError),
+        lock_output(config.out),
+        out.file() as path,
+        open(path, "wb") as file,
+    ):
+        if config.tile:
+            written = write_tiles(pipeline, file, whole, sizes, keys.given, **options)
+        else:
+            written = write_images(pipeline, file, parts(), keys.given, **options)
+    files = [part for path in dict.fromkeys(map(Path, paths)) for part in (path.iterdir() if path.is_dir() else [path])]
+    before, seconds = sum(file.stat().st_size for file in files), time.monotonic() - began
     bits = 8 * written / (np.prod(shape[:-2]) * sum(height * width for height, width in sizes))
     what = "every pixel" if config.lossless else "tokens, which decompress to reconstructions"
     print(
         f"{config.out}: {count_of(count, spec.noun)}, {written:,} bytes (before: {before:,}), "
         f"{written / count:.1f} per {spec.noun}, {bits:.3f} bits per dim\n"
-        f"kept: {what}; {count / seconds:,.1f} {spec.noun}s per second"
+        f"stored: {what}; {count / seconds:,.1f} {spec.noun}s per second"
     )
     return out.path
 
 
 def name_restored(paths: list[str], root: Path, suffix: str) -> list[str]:
-    """Return the names of the files for the decompressed images below `root`. paths: the file of each; windows of the
-    same clip are numbered."""
+    """Return the names of the decompressed files below `root`; windows of the same clip in `paths` are numbered."""
     names, counts, numbers = list[str](), Counter(paths), Counter[str]()
     for path in paths:
         name = Path(path).relative_to(root if root.is_dir() and Path(path) != root else root.parent).as_posix()
@@ -143,21 +132,14 @@ def name_restored(paths: list[str], root: Path, suffix: str) -> list[str]:
     return names
 
 
-def count_bytes(path: str) -> int:
-    """Return the size of a file, or of the files of a folder."""
-    parts = Path(path).iterdir() if Path(path).is_dir() else [Path(path)]
-    return sum(part.stat().st_size for part in parts)
-
-
-def read_image(source: Source, row: int, spec: ImageSpec, config: CompressConfig) -> Tensor:
-    """Read an image, or a clip, float `spec.shape`. Raises `UserError` for an unsupported mode, or for another size
-    without `resize`."""
+def read_image_or_clip(source: Source, row: int, spec: ImageSpec, config: CompressConfig) -> Tensor:
+    """Read an image, or a clip, float `spec.shape`. Raises `UserError` for another size without `resize`."""
     if config.resize:
         return to_float(read_files(source, [row], spec)[0])
     try:
         (payload,) = source.payloads([row])
         return to_float(read_exact(payload, spec, config.lossless))
-    except Exception as error:  # damaged files make Pillow raise almost anything
+    except Exception as error:  # as above
         hint = "; resize=true resizes and crops images, tile=true cuts images into tiles"
         hint = hint if "pixels" in str(error) else REMOVE
         raise UserError(f"images: {source.name(row)}: {error}{hint}") from error

@@ -20,7 +20,7 @@ from tokenizer.files import atomic_folder
 from ..compression.coding import decode_stream, restored_suffix
 from ..compression.container import Header, StreamError, read_stream
 from ..condition_keys import UsesCondition
-from ..config import UserError, run_command
+from ..config import UserError, run_command, user_errors
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
@@ -33,15 +33,11 @@ ENCODERS = {".png": png_bytes, ".gif": gif_bytes, ".npy": npy_bytes}
 
 
 class DecompressConfig(UsesCondition, UsesPipeline):
-    """Which file, which pipeline, and the output folder."""
-
     examples = ("pipeline=runs/gpt_digits/pipeline stream=my-images.smalti out=my-images-again",)
 
     stream: str = Field(description="file that `smalti compress` wrote with the same pipeline")
     out: str = Field("decompressed", description="new or empty folder for the files; on errors nothing is written")
-    batch_size: int | None = Field(
-        None, ge=1, description="images decoded at a time; does not affect the tokens; default: a whole chunk"
-    )
+    batch_size: int | None = Field(None, ge=1, description="images decoded at a time; default: a whole chunk")
 
 
 def run(config: DecompressConfig) -> Path:
@@ -55,20 +51,29 @@ def run(config: DecompressConfig) -> Path:
         raise UserError(f"stream: {path}: {error.strerror}") from error
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "decompress")
-    try:
-        with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
-            header, _ = read_stream(data)
-            suffix = restored_suffix(pipeline, header.lossless)
-            given = read_given(config, pipeline, header, suffix)
-            count = write_folder(pipeline, data, folder, given, config.batch_size)
-    except StreamError as error:
-        raise UserError(f"stream: {path}: {error}") from error
-    print(f"{config.out}: {count_of(count, pipeline.spec.noun)}")
+    with (
+        user_errors(StreamError, prefix=f"stream: {path}: "),
+        lock_output(config.out),
+        out.errors(),
+        atomic_folder(config.out, kind=None) as folder,
+    ):
+        header, _ = read_stream(data)
+        suffix = restored_suffix(pipeline, header.lossless)
+        given = read_condition_of(config, pipeline, header, suffix)
+        header, parts = decode_stream(pipeline, data, condition=given, batch_size=config.batch_size)
+        names = iter(header.names or [f"{number:08d}{suffix}" for number in range(header.images)])
+        for images in parts:
+            for image in pipeline.convert_images(images, "np"):
+                file = folder / next(names)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with open(file, "xb") as stream:  # "x": where case does not count, never overwrite another image
+                    stream.write(ENCODERS[suffix](image))
+    print(f"{config.out}: {count_of(header.images, pipeline.spec.noun)}")
     return out.path
 
 
-def read_given(config: DecompressConfig, pipeline: ImagePipeline, header: Header, suffix: str) -> Given:
-    """Read what was given of the images. A table has the names of the files that were compressed: of clips, perhaps
+def read_condition_of(config: DecompressConfig, pipeline: ImagePipeline, header: Header, suffix: str) -> Given:
+    """Read the condition of the images. A table has the names of the files that were compressed: of clips, perhaps
     those of folders, or of longer clips, whose windows are numbered. Raises `UserError`."""
     names = [name_compressed(name, suffix) for name in header.names] or None
     try:
@@ -84,24 +89,9 @@ def read_given(config: DecompressConfig, pipeline: ImagePipeline, header: Header
 
 
 def name_compressed(name: str, suffix: str) -> str:
-    """Return the name of the file that was compressed, given that of the restored file, which may have one more
-    suffix."""
+    """Return the name of the file that was compressed, of which the restored one may have one more suffix."""
     short = name.removesuffix(suffix)
     return short if suffix_of(short) in {*SUFFIXES, *ARRAY_SUFFIXES} else name
-
-
-def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, given: Given, batch_size: int | None) -> int:
-    """Write the images of a stream as files, named as stored or numbered; return the number of images."""
-    header, parts = decode_stream(pipeline, data, condition=given, batch_size=batch_size)
-    suffix = restored_suffix(pipeline, header.lossless)
-    names = iter(header.names or [f"{number:08d}{suffix}" for number in range(header.images)])
-    for images in parts:
-        for image in pipeline.convert_images(images, "np"):
-            path = folder / next(names)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "xb") as file:  # "x": on a case-insensitive file system, never overwrite another image
-                file.write(ENCODERS[suffix](image))
-    return header.images
 
 
 main = partial(run_command, DecompressConfig, run, verb="decompress", description=__doc__)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from tokenizer.files import one_line, write_json
 
@@ -26,7 +25,7 @@ from ..anomaly.maps import MAPPED, require_maps
 from ..anomaly.scores import OF_MAPS, p_values_by, require_scores, score_images
 from ..anomaly.sheets import draw_sheet, draw_truth, reduce_map, reduce_mask
 from ..condition_keys import ScoresWithCondition
-from ..config import OutputConfig, UserError, run_command, tell
+from ..config import OutputConfig, UserError, run_command, tell, user_errors
 from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
@@ -42,19 +41,14 @@ TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
 
 
 class DetectConfig(ScoresWithCondition, OutputConfig):
-    """Which images, and which calibrated pipeline."""
-
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
     often = "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions method fdr tile"
 
     images: str | list[str] | None = Field(
-        None,
-        description="image files and folders; default: the held-out images of `data`. Images (with data.group, "
-        "objects) of training and calibration are skipped",
+        None, description="image files and folders, without those of training and calibration; default: held-out images"
     )
     normal_labels: list[int | str] | None = Field(
-        None,
-        description="the normal classes (for `images`: names of folders), to measure how well others are detected",
+        None, description="normal classes (for `images`: names of folders), to measure how well others are detected"
     )
     ground_truth: str | None = Field(
         None,
@@ -66,28 +60,18 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
     )
     map: Literal["bits", "hidden", "combined"] | None = Field(
         None,
-        description="the map in pictures and ground truth: bits of tokens, bits of tokens whose block is hidden, or "
-        "these combined with filter responses; null: combined if the calibration has it, else bits",
+        description="map in pictures and ground truth: bits of tokens, bits of tokens whose block is hidden, or these "
+        "combined with filter responses; null: combined if the calibration has it, else bits",
     )
     fdr: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="false discovery rate: mean share of normal images among those flagged (Benjamini and Hochberg); "
-        "null: flag scores above the threshold, or with folds p <= false_alarms",
+        None, gt=0, lt=1, description="flag by this false discovery rate instead: mean share of normal images flagged"
     )
-    out: str = Field(
-        "anomalies",
-        description="folder for scores.csv, sheet.png and, with normal_labels or ground_truth, figures.json",
-    )
-    num_shown: int = Field(
-        8, ge=1, le=64, description="number of most anomalous images to show, and of least anomalous images"
-    )
+    out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, with other classes, figures.json")
+    num_shown: int = Field(8, ge=1, le=64, description="how many of the most, and of the least, anomalous to show")
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of the healed images")
 
     @property
     def paths(self) -> list[str]:
-        """The given files and folders."""
         return [self.images] if isinstance(self.images, str) else self.images or []
 
     def kind_of_map(self, calibration: Calibration) -> str:
@@ -96,34 +80,24 @@ class DetectConfig(ScoresWithCondition, OutputConfig):
 
     @property
     def normal(self) -> list[int | str] | None:
-        """The normal classes, if there are other classes: with ground truth, `good` by default."""
+        """The normal classes, if there are other classes."""
         return ["good"] if self.normal_labels is None and self.ground_truth is not None else self.normal_labels
 
 
 @dataclass(frozen=True)
 class DetectInput:
-    """Images to score, a description of their origin, and the columns of `scores.csv` that are known before: `file`,
-    and perhaps `object` and `class`."""
+    """Images that may be scored, where they come from, and the columns of `scores.csv` known so far: `file`, and
+    perhaps `object` and `class`.
+
+    trained: which images the pipeline was trained on, `(n,)`. digests: others by which a calibration of 0.3 may know
+    the images, or none.
+    """
 
     images: Examination
     origin: str
-    columns: dict[str, list[str]]
-
-    def select(self, rows: list[int]) -> DetectInput:
-        """Return the images `rows`."""
-        columns = {name: [column[row] for row in rows] for name, column in self.columns.items()}
-        return DetectInput(self.images.select(rows), self.origin, columns)
-
-
-class Results(NamedTuple):
-    """Scores and p-values `(n,)`, further columns of `scores.csv`, sizes of the images, and maps to compare with masks,
-    reduced to at most 512 pixels a side."""
-
-    scores: Tensor
-    p_values: Tensor
-    columns: dict[str, list[Any]]
-    sizes: list[tuple[int, int]]
-    maps: list[NDArray[np.float32]]
+    columns: dict[str, Any]
+    trained: NDArray[np.bool_]
+    digests: list[str]
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
@@ -147,65 +121,66 @@ def run(config: DetectConfig) -> dict[str, Any]:
         except CalibrationError as error:
             hint = f"tile=true stride={calibration.stride}" if calibration.tile else "tile=false, or calibrate again"
             raise UserError(f"{error}; give {hint}") from error
-        found = skip_used(*find_images(config, pipeline, view), calibration)
-        columns: dict[str, Any] = {**found.columns}
-        anomalous = None
+        images, columns = skip_used(load_input(config, pipeline, view), calibration)
+        anomalous, masks, figures = None, None, dict[str, Any]()
         if config.normal is not None:
             anomalous = find_anomalous(columns.get("class"), config.normal)
             columns["anomalous"] = anomalous.astype(int)
-        masks = None if anomalous is None or not truth else find_all_masks(config, columns["file"], anomalous)
-        try:
-            results = examine_images(config, found.images, calibration, keep=masks is not None)
-        except CalibrationError as error:
-            raise UserError(str(error)) from error
-        scores, p, limit = results.scores.numpy(), results.p_values.numpy(), calibration.scores[config.method].threshold
-        flagged = p <= calibration.false_alarms if limit is None else ~(scores <= limit)  # also flags NaN
-        flagged = flagged if config.fdr is None else benjamini_hochberg(p, config.fdr)
-        columns |= {"score": scores, "p_value": p, "flagged": flagged.astype(int), **results.columns}
-        figures, kind = {} if anomalous is None else separation(scores, anomalous), config.kind_of_map(calibration)
+            masks = find_all_masks(config, columns["file"], anomalous) if truth else None
+        with user_errors(CalibrationError):
+            scores, found, sizes, maps = score(config, images, calibration, needs_maps=masks is not None)
+        p_values, limit = found["p_value"], calibration.scores[config.method].threshold
+        flagged = p_values <= calibration.false_alarms if limit is None else ~(scores <= limit)  # also flags NaN
+        flagged = flagged if config.fdr is None else benjamini_hochberg(p_values, config.fdr)
+        columns |= {"score": scores, "p_value": p_values, "flagged": flagged.astype(int), **found}
+        kind = config.kind_of_map(calibration)
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
-            sheet = draw_sheet(found.images, results.scores, config.num_shown, config.seed, kind)
+            sheet = draw_sheet(images, torch.from_numpy(scores), config.num_shown, config.seed, kind)
             write_picture(sheet, folder / "sheet.png")
+            if anomalous is not None:
+                figures = separation(scores, anomalous)
             if masks is not None and anomalous is not None:
                 names, objects = columns["file"], columns.get("object", columns["file"])
-                pairs = zip(masks, names, results.sizes, strict=True)
+                pairs = zip(masks, names, sizes, strict=True)
                 marked = [reduce_mask(read_mask(mask, Path(name), size)) for mask, name, size in pairs]
-                rows = evaluate_defects(scores, results.maps, marked, columns["class"], anomalous, objects)
+                rows = evaluate_defects(scores, maps, marked, columns["class"], anomalous, objects)
                 write_table(folder / TRUTH_FILES[0], {key: [row[key] for row in rows] for key in rows[0]})
-                sheet = draw_truth(found.images, results.maps, marked, names, config.num_shown, kind)
+                sheet = draw_truth(images, maps, marked, names, config.num_shown, kind)
                 write_picture(sheet, folder / TRUTH_FILES[1])
                 figures["defects"] = rows
                 figures["vanished"] = sum(not marked[row].any() for row in np.flatnonzero(anomalous))
             if figures:
                 write_json(folder / "figures.json", figures)
-    print(format_report(config, calibration, columns, figures))
+    print(format_results(config, calibration, columns, figures))
     if "defects" in figures:
         print(format_truth(config, figures))
     return figures
 
 
-def examine_images(config: DetectConfig, images: Examination, calibration: Calibration, keep: bool) -> Results:
-    """Score the images, and with `keep`, keep their maps. Columns are the number of pixels above the threshold of the
-    map, if maps are needed and have one; the statistics of the images, or with tiles, their number and the most
-    anomalous one. Raises `CalibrationError`."""
-    method, kind, want = config.method, config.kind_of_map(calibration), list[str]()
+def score(
+    config: DetectConfig, images: Examination, calibration: Calibration, needs_maps: bool
+) -> tuple[NDArray[np.float64], dict[str, Any], list[tuple[int, int]], list[NDArray[np.float32]]]:
+    """Return the scores `(n,)`, further columns of `scores.csv`, the sizes of the images and, if needed, their maps,
+    reduced to at most 512 pixels a side.
+
+    Columns are p-values; the number of pixels above the threshold of the map, if maps are computed and have one; the
+    statistics of the images, or with tiles, their number and the most anomalous one. Raises `CalibrationError`.
+    """
+    method, kind, want, regions = config.method, config.kind_of_map(calibration), list[str](), None
     require_scores(images, method)
-    regions = None
-    if method in OF_MAPS or (kind != "bits" and (config.map is not None or keep)):
+    if method in OF_MAPS or (kind != "bits" and (config.map is not None or needs_maps)):
         check_places(images.given)
         require_maps(images)
         want += MAPPED
         regions = calibration.scores.get("map")
     want += ["statistics"] if method not in OF_MAPS else []
-    want += ["bits"] if keep and kind == "bits" else []
-    by_reference, sizes, maps, columns = list[Any](), list[tuple[int, int]](), list[Any](), dict[str, list[Any]]()
-    examined = images.examine(want)
-    for each in score_images(images, examined, [method], calibration.references):
-        evidence = each.evidence
+    want += ["bits"] if needs_maps and kind == "bits" else []
+    by_reference, sizes, maps, columns = list[Any](), list[tuple[int, int]](), list[Any](), dict[str, Any]()
+    for each in score_images(images, images.examine(want), [method], calibration.references):
+        evidence, row = each.evidence, dict[str, Any]()
         by_reference.append(each.scores[method])
         sizes.append(evidence.size)
-        row = dict[str, Any]()
         if each.maps is not None and regions is not None and regions.threshold is not None:
             row["area"] = int((each.maps.combined > regions.threshold).sum())
         if method not in OF_MAPS and images.view.is_tiled:
@@ -215,11 +190,11 @@ def examine_images(config: DetectConfig, images: Examination, calibration: Calib
             row |= {name: float(values) for name, values in evidence.statistics.items() if values.ndim == 1}
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
-        if keep:
+        if needs_maps:
             heat = images.map_bits(evidence) if kind == "bits" else getattr(each.maps, kind)
             maps.append(reduce_map(heat.cpu()).numpy())
     scores = np.stack(by_reference, 1)
-    return Results(torch.from_numpy(scores.mean(0)), p_values_by(method, scores, calibration), columns, sizes, maps)
+    return scores.mean(0), {"p_value": p_values_by(method, scores, calibration).numpy(), **columns}, sizes, maps
 
 
 # Images
@@ -252,22 +227,19 @@ def find_all_masks(config: DetectConfig, names: Sequence[str], anomalous: NDArra
     return masks
 
 
-def find_images(
-    config: DetectConfig, pipeline: ImagePipeline, view: View
-) -> tuple[DetectInput, NDArray[np.bool_], list[str]]:
-    """Read the given images, or the held-out ones; also return which of them were trained on, `(n,)`, and further
-    digests by which a calibration may know them, or none. Raises `UserError`."""
-    columns, digests = dict[str, list[str] | None](), list[str]()
+def load_input(config: DetectConfig, pipeline: ImagePipeline, view: View) -> DetectInput:
+    """Load the given images, or the held-out ones. Raises `UserError`."""
+    columns = dict[str, list[str] | None]()
+    pixels: Any
     if config.paths:
         source = open_files(config.paths, pipeline.spec)
         names, files = [source.name(row) for row in range(source.size)], [Path(path) for path in source.paths or []]
-        pixels: Any
         if view.is_tiled:
             pixels = pipeline.list_images(read_whole(source, range(len(source)), names, pipeline.spec, REMOVE))
         else:
             pixels = pipeline.binarize(read_files(source, range(source.size), pipeline.spec))
         division = inherit(trained_data(pipeline.provenance) or config.data, pipeline.provenance)
-        columns["object"], columns["class"] = name_objects(files, config, division), name_classes(files, config)
+        columns["object"], columns["class"] = list_objects(files, config, division), list_classes(files, config)
         splits = find_parts(files, trained_data(pipeline.provenance), division)
         trained = np.array([split in ("train", "validation") for split in splits], bool)
         more = f" and {len(config.paths) - 3} more" if len(config.paths) > 3 else ""
@@ -282,15 +254,14 @@ def find_images(
     given = config.read_given(pipeline, names)
     lazy, given = (pixels, check_places(given)) if view.is_tiled else (as_lazy(pixels), given)
     images = Examination(pipeline, lazy, given, view)
-    if not config.paths and pipeline.binarized == "drawn" and not view.is_tiled:
-        digests = images.digest(held_out.pixels(every))  # calibrations of 0.3 know rows by their own draw
+    own_draw = not config.paths and pipeline.binarized == "drawn" and not view.is_tiled
+    digests = images.digest(held_out.pixels(every)) if own_draw else []  # calibrations of 0.3 know rows by these
     known = {name: column for name, column in columns.items() if column is not None}
-    return DetectInput(images, origin, {"file": names, **known}), trained, digests
+    return DetectInput(images, origin, {"file": names, **known}, trained, digests)
 
 
-def name_classes(files: list[Path], config: DetectConfig) -> list[str]:
-    """Return the class of each file: its folder, or what a table of masks says. Raises `UserError` for a file outside
-    the folders of good images and defects."""
+def list_classes(files: list[Path], config: DetectConfig) -> list[str]:
+    """Return the class of each file: its folder, or what a table of masks says."""
     if config.ground_truth is None:
         return [file.absolute().parent.name for file in files]
     if Path(config.ground_truth).is_file():
@@ -301,40 +272,30 @@ def name_classes(files: list[Path], config: DetectConfig) -> list[str]:
     return [part[0] for part in parts]
 
 
-def name_objects(files: list[Path], config: DetectConfig, division: Inherited) -> list[str] | None:
-    """Return the object that each file shows, found in its path by `data.group`; None if a column named objects in
-    training, which files do not have."""
-    facts = division.rule if isinstance(division.rule, SplitFacts) else None
-    if config.data.group is None or (facts is not None and facts.by == "column"):
+def list_objects(files: list[Path], config: DetectConfig, division: Inherited) -> list[str] | None:
+    """Return the object that each file shows, found by `data.group` in its path within the source of `data` or else the
+    folder that was given; None if a column named objects in training, which files do not have."""
+    by_column = isinstance(division.rule, SplitFacts) and division.rule.by == "column"
+    if config.data.group is None or by_column:
         return None
-    return find_objects(paths_within(files, config), config.data.group)
-
-
-def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
-    """Return the path of each file within the source of `data` or else the folder that was given; the name of a file
-    that was given itself."""
     folders = [*([] if config.data.path is None else [config.data.path]), *map(Path, config.paths)]
     roots = [folder for folder in folders if folder.is_dir()]
     within = [next((root for root in roots if file.is_relative_to(root)), file.parent) for file in files]
-    return [str(file.relative_to(root)) for file, root in zip(files, within, strict=True)]
+    paths = [str(file.relative_to(root)) for file, root in zip(files, within, strict=True)]
+    return find_objects(paths, config.data.group)
 
 
-def skip_used(
-    found: DetectInput, trained: NDArray[np.bool_], others: list[str], calibration: Calibration
-) -> DetectInput:
-    """Drop the images that the pipeline was trained or calibrated with, and other images of calibrated objects. Warns
-    about sizes beyond those of the calibration. others: further digests of the images, or none. Raises `UserError` if
-    no image is left, and for one that is smaller than a tile."""
-    count, digests, sizes = len(found.images), list[str](), list[tuple[int, int]]()
-    try:
+def skip_used(found: DetectInput, calibration: Calibration) -> tuple[Examination, dict[str, Any]]:
+    """Return the images, and their columns, that are new: not trained on, and of no calibrated image or object."""
+    images, trained, count = found.images, found.trained, len(found.images)
+    digests, sizes = list[str](), list[tuple[int, int]]()
+    with user_errors(ValueError, prefix="images: "):
         for number in range(count):
-            image = found.images.read(number)
-            digests += found.images.digest(image[None])
+            image = images.read(number)
+            digests += images.digest(image[None])
             sizes.append((image.shape[-2], image.shape[-1]))
-    except ValueError as error:
-        raise UserError(f"images: {error}") from error
     used = np.zeros(count, bool)
-    for each in (digests, others) if others else (digests,):
+    for each in (digests, found.digests) if found.digests else (digests,):
         used |= calibration.find_used(each, found.columns.get("object"))
     new, used = np.flatnonzero(~(used | trained)).tolist(), used & ~trained
     skipped = f"{used.sum():,} were used for calibration"
@@ -343,27 +304,20 @@ def skip_used(
         why = f"of {count:,}, {skipped}" if trained.any() else f"the pipeline was calibrated with all {count:,}"
         raise UserError(f"images: {why}; give other images, or calibrate with fewer (`smalti calibrate every=2`)")
     print(f"scoring {len(new):,} of {count:,} {found.origin}; {skipped}")
-    warn_about_sizes([sizes[row] for row in new], calibration)
-    return found.select(new)
-
-
-def warn_about_sizes(sizes: list[tuple[int, int]], calibration: Calibration) -> None:
-    """Print one line if images have sizes (height, width) beyond those of the calibration."""
-    if calibration.sizes is None:
-        return
-    low, high = calibration.sizes[:2], calibration.sizes[2:]
-    inside = ((np.array(low) <= np.array(sizes)) & (np.array(sizes) <= np.array(high))).all(1)
-    if not inside.all():
-        known = " to ".join(f"{height} x {width}" for height, width in dict.fromkeys((tuple(low), tuple(high))))
-        tell(
-            f"warning: {(~inside).sum():,} of {count_of(len(sizes), 'image')} have other sizes than those of the "
-            f"calibration, {known} (height x width); the more tiles an image has, the higher its score"
-        )
+    if calibration.sizes is not None:
+        low, high = tuple(calibration.sizes[:2]), tuple(calibration.sizes[2:])
+        inside = ((np.array(low) <= np.array(sizes)[new]) & (np.array(sizes)[new] <= np.array(high))).all(1)
+        if not inside.all():
+            known = " to ".join(f"{height} x {width}" for height, width in dict.fromkeys((low, high)))
+            tell(
+                f"warning: {(~inside).sum():,} of {count_of(len(new), 'image')} have other sizes than those of the "
+                f"calibration, {known} (height x width); the more tiles an image has, the higher its score"
+            )
+    return images.select(new), {name: [column[row] for row in new] for name, column in found.columns.items()}
 
 
 def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
-    """Return which images are not of a `normal` class, `(n,)`. Raises `UserError` for an unknown class, and if all
-    images or no images are normal."""
+    """Return which images are not of a `normal` class, `(n,)`."""
     if classes is None:
         raise UserError("normal_labels: these images have no classes (data.label_column)")
     wanted, there = {str(label) for label in normal}, set(classes)
@@ -388,11 +342,10 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
             writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row])
 
 
-def format_report(
+def format_results(
     config: DetectConfig, calibration: Calibration, columns: dict[str, Any], figures: dict[str, Any]
 ) -> str:
-    """Format what was flagged, the guarantee, and how well the score separates the classes. columns: of
-    `scores.csv`."""
+    """Format what was flagged, the guarantee, and how well the score separates the classes."""
     flagged, anomalous = columns["flagged"] == 1, columns["anomalous"] == 1 if "anomalous" in columns else None
     share = f"{flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%})"
     promise = calibration.promise if config.fdr is None else f"on average, at most {config.fdr:g} of these are normal"
@@ -401,10 +354,17 @@ def format_report(
         count = len(calibration.scores[config.method].values)
         rows.append(("  p-values", f"compared with {count:,} normal objects, each by its most anomalous image"))
     if "object" in columns:
-        rows += count_objects(columns["object"], flagged, anomalous)
+        names = np.array(columns["object"])
+        every, hit = set(names.tolist()), set(names[flagged].tolist())
+        rows.append(("  objects", f"{len(hit):,} of {len(every):,} have a flagged image ({len(hit) / len(every):.1%})"))
+        if anomalous is not None and (normal := every - set(names[anomalous].tolist())):
+            rate = len(hit & normal) / len(normal)
+            rows.append(("  of normal objects", f"{rate:.1%} of {len(normal):,} have a flagged image"))
     if "area" in columns:
-        hit = sum(pixels > 0 for pixels in columns["area"])
-        rows.append(("regions", f"in {hit:,} of {len(flagged):,} images, where the combined map exceeds its threshold"))
+        there = sum(pixels > 0 for pixels in columns["area"])
+        rows.append(
+            ("regions", f"in {there:,} of {len(flagged):,} images, where the combined map exceeds its threshold")
+        )
     elif calibration.folds and calibration.has_maps:
         rows.append(("regions", f"not flagged: with folds={len(calibration.folds)}, the map has no threshold"))
     if anomalous is not None:
@@ -421,21 +381,6 @@ def format_report(
     panels += regions if config.tile else ", healed image, difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
-
-
-def count_objects(
-    objects: list[str], flagged: NDArray[np.bool_], anomalous: NDArray[np.bool_] | None
-) -> list[tuple[str, ...]]:
-    """Return rows on how many objects, and how many normal ones, have a flagged image."""
-    names = np.array(objects)
-    every, hit = set(objects), set(names[flagged].tolist())
-    rows: list[tuple[str, ...]] = [
-        ("  objects", f"{len(hit):,} of {len(every):,} have a flagged image ({len(hit) / len(every):.1%})")
-    ]
-    if anomalous is not None and (normal := every - set(names[anomalous].tolist())):
-        share = len(hit & normal) / len(normal)
-        rows.append(("  of normal objects", f"{share:.1%} of {len(normal):,} have a flagged image"))
-    return rows
 
 
 def format_truth(config: DetectConfig, figures: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field
 from tokenizer import Tokenizer
 from tokenizer.spec import to_float
 
-from ..config import Config, UserError, run_command
+from ..config import Config, run_command, user_errors
 from ..exports import EXPORT, SUFFIXES, ExportError, Format, export_tokenizer
 from ..files import Output, lock_output
 from ..options import open_files, read_files, require_pictures
@@ -20,8 +20,6 @@ MOST = 32  # images used for the check
 
 
 class ExportConfig(Config):
-    """Which tokenizer, and the format."""
-
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer out=digits_onnx",
         "tokenizer=runs/gpt_digits/pipeline format=torch images=photos out=digits_pt2",
@@ -32,10 +30,8 @@ class ExportConfig(Config):
         description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
     )
     out: str = Field(description="folder to write: encoder, decoder, and export.json, which describes them")
-    format: Format = Field(
-        "onnx", description="onnx (requires the extra `export`) or torch, which `torch.export.load` reads"
-    )
-    images: str | None = Field(None, description="image or folder of images for the check, in addition to noise")
+    format: Format = Field("onnx", description="onnx (with the extra `export`) or torch, which torch.export.load reads")
+    images: str | None = Field(None, description="image or folder of images for the check, besides noise")
 
 
 def run(config: ExportConfig) -> Path:
@@ -49,11 +45,8 @@ def run(config: ExportConfig) -> Path:
         require_pictures(tokenizer.spec, "images")
         source = open_files([config.images], tokenizer.spec, MOST)
         images = to_float(read_files(source, range(source.size), tokenizer.spec))
-    try:
-        with lock_output(config.out), out.errors():
-            compared = export_tokenizer(tokenizer, config.out, config.format, images)
-    except ExportError as error:
-        raise UserError(f"format: {config.format}: {error}; nothing was written") from error
+    with user_errors(ExportError, prefix=f"format: {config.format}: "), lock_output(config.out), out.errors():
+        compared = export_tokenizer(tokenizer, config.out, config.format, images)
     same = f"all {compared.tokens:,} tokens agree"
     if compared.close_calls:
         same = f"all but {compared.close_calls} of {compared.tokens:,} tokens agree (rounding ties)"

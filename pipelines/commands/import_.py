@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.autoencoder import Autoencoder
@@ -33,8 +32,6 @@ UNKNOWN_SOURCE = "(unknown for imported weights: give data.source)"  # instead o
 
 
 class ImportConfig(Config):
-    """What to import, and settings that its weights do not determine."""
-
     examples = ("source=vq_ds16_c2i.safetensors image_size=256 out=runs/llamagen_vq16",)
 
     source: str = Field(
@@ -45,96 +42,69 @@ class ImportConfig(Config):
     out: str = Field(description="folder to write the tokenizer to")
     image_size: Side | tuple[Side, Side] | None = Field(
         None,
-        description="image size, one number or height,width; default: from the config.json beside the weights, else "
-        f"{IMAGE_SIZE}",
+        description=f"one number or height,width; default: from a config.json beside the weights, else {IMAGE_SIZE}",
     )
     layout: Literal["ibq"] | None = Field(
-        None,
-        description="layout of the weights, if ambiguous: ibq (SEED-Voken) uses the weight names of "
-        "taming-transformers",
+        None, description="layout of the weights, if ambiguous: ibq (SEED-Voken) uses the names of taming-transformers"
     )
     levels: tuple[int, ...] | None = Field(
         None, description="levels per channel of the Cosmos quantizer; default: from the file, else 8, 8, 8, 5, 5, 5"
     )
     normalize: bool | None = Field(
-        None,
-        description="l2-normalise vectors and codes before comparing them; default: true for LlamaGen, as in its "
-        "published models, else false",
+        None, description="l2-normalise vectors and codes before comparing them; default: for LlamaGen only"
     )
     groups: int | None = Field(
-        None,
-        ge=1,
-        le=4096,
-        description=f"groups per group normalisation; default: norm_num_groups of a diffusers model, else {GROUPS}",
+        None, ge=1, le=4096, description=f"groups of group normalisations; default: of a diffusers model, else {GROUPS}"
     )
 
 
 def run(config: ImportConfig) -> Path:
     """Convert the weights, write the tokenizer, print a summary, and return the folder."""
-    path, out = find_weights(config.source), Path(config.out)
+    path, out = find_safetensors(config.source), Path(config.out)
     Output(out, [path]).check_folder(Tokenizer.folder_kind())
-    weights, digest = read_weights(path)
+    with open_weights(path) as file:
+        prefix = prefix_of(file.names)
+        names = [name for name in file.names if name.startswith(prefix)]  # skip the rest of a larger model
+        weights = {name.removeprefix(prefix): file.file.get_tensor(name) for name in names}
     layout = recognise(weights, path, config.layout)
     weights = layout.prepare(weights)
     sizes = layout.sizes(Shapes(weights, layout, path))
-    beside = read_settings(layout, sizes, path)
-    model_config = describe(sizes, beside, layout, path, config)
+    beside, settings = dict[str, Any](), path.parent / SETTINGS
+    if layout.settings is not None and (layout.needs_settings or settings.is_file()):
+        beside = layout.settings(read_json(settings), sizes, settings)
+    model_config = make_config(sizes, beside, layout, path, config)
     model, unused = build(model_config, weights, layout, path)
     size = model_config.image_size
     data = {"source": UNKNOWN_SOURCE, "image_size": list(size), "channels": model_config.channels}
-    facts = {"layout": layout.title, "file": path.name, "sha256": digest}
+    facts = {"layout": layout.title, "file": path.name, "sha256": hash_file(path)}
     save_tokenizer(model, out, {"data": data, "imported": facts})
     assumed = config.image_size is None and "image_size" not in beside
     print(format_summary(model, f"{path}: {layout.title}", assumed, config.out, unused))
     return out
 
 
-# Files --------------------------------------------------------------------------------------------
-
-
-def find_weights(source: str) -> Path:
+def find_safetensors(source: str) -> Path:
     """Find the safetensors file that `source` is or contains. Raises `UserError`."""
     path = Path(os.path.expanduser(source))
-    if not path.exists():
-        raise UserError(f"source: no such file or folder: {source[:200]} (download models from the Hub first)")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [file for file in files if file.suffix == ".safetensors"]
+    found = [file for file in files if file.suffix == ".safetensors" and file.exists()]
     preferred = [file for file in found if file.name == DIFFUSERS_WEIGHTS] or found
-    if len(preferred) > 1:
+    if len(preferred) == 1:
+        return preferred[0]
+    if not path.exists():
+        problem = f"no such file or folder: {source[:200]} (download models from the Hub first)"
+    elif found:
         names = ", ".join(file.name for file in found[:5])
-        raise UserError(f"source: {path} contains {len(found)} .safetensors files; choose one of them ({names})")
-    if not preferred and (code := [file for file in files if file.suffix.lower() in CODE]):
-        raise UserError(
-            f"source: {code[0]} can run code when it is opened; if you trust it, load the weights in Python, save "
-            "them with safetensors.torch.save_file, and import that file"
-        )
-    if not preferred:
-        raise UserError(f"source: {path} contains no .safetensors file; is the model in a subfolder?")
-    return preferred[0]
+        problem = f"{path} contains {len(found)} .safetensors files; choose one of them ({names})"
+    elif code := [file for file in files if file.suffix.lower() in CODE]:
+        problem = f"{code[0]} can run code when it is opened; if you trust it, load the weights in Python, save them "
+        problem += "with safetensors.torch.save_file, and import that file"
+    else:
+        problem = f"{path} contains no .safetensors file; is the model in a subfolder?"
+    raise UserError(f"source: {problem}")
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tokenizer's tensors in a safetensors file, and its sha256. Raises `WeightsError` or `PathError`."""
-    with open_weights(path) as file:
-        prefix = prefix_of(file.names)
-        names = [name for name in file.names if name.startswith(prefix)]  # skip the rest of a larger model
-        weights = {name.removeprefix(prefix): file.file.get_tensor(name) for name in names}
-    return weights, hash_file(path)
-
-
-# Sizes --------------------------------------------------------------------------------------------
-
-
-def read_settings(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read the `config.json` beside the weights and check it against their `sizes`. Raises `PathError` if it is
-    required and missing, `ConfigError` or `FormatError`."""
-    place = path.parent / SETTINGS
-    if layout.settings is None or not (layout.needs_settings or place.is_file()):
-        return {}
-    return layout.settings(read_json(place), sizes, place)
-
-
-def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, given: ImportConfig) -> Any:
+def make_config(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, given: ImportConfig) -> Any:
     """Build the configuration from the weights, the settings `beside` them, and the user's. Raises `ConfigError`."""
     quantizer = dict(sizes["quantizer"])
     if given.normalize is False:
@@ -153,7 +123,7 @@ def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path
 
 
 def format_summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
-    """Describe what was imported, and the next command. assumed: whether the image size is the default."""
+    """Format what was imported, and the next command. assumed: whether the image size is the default."""
     channels, height, width = model.spec.shape
     rows = [
         ("weights", f"{title}; skipped {len(unused)} weights that are only for training"),

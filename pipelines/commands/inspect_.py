@@ -30,16 +30,12 @@ WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single o
 
 
 class InspectConfig(UsesTokenizer, OutputConfig):
-    """Which tokenizer, and which images."""
-
     examples = ("tokenizer=runs/vqvae_digits/tokenizer",)
     often = "tokenizer out overwrite data.source num_images num_codes device"
 
     out: str = Field("inspection.png", description="report to write, a picture")
-    num_images: int = Field(
-        24, ge=1, le=96, description="number of reconstructions to show, evenly spread from best to worst"
-    )
-    num_codes: int = Field(256, ge=1, le=1024, description="number of codes to show, most used first")
+    num_images: int = Field(24, ge=1, le=96, description="number of reconstructions, evenly spread from best to worst")
+    num_codes: int = Field(256, ge=1, le=1024, description="number of codes to draw, most used first")
 
 
 def run(config: InspectConfig) -> dict[str, Any]:
@@ -49,10 +45,8 @@ def run(config: InspectConfig) -> dict[str, Any]:
     tokenizer, images = config.load_with_images()
     uses, errors = examine(tokenizer, images)
     figures = compute_figures(uses, errors)
-    lines = [
-        *describe_figures(tokenizer, figures),
-        f"measured on {len(images):,} held-out images of {config.data.source}",
-    ]
+    lines = describe_tokenizer(tokenizer, figures)
+    lines.append(f"measured on {len(images):,} held-out images of {config.data.source}")
     picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
@@ -73,7 +67,7 @@ def examine(tokenizer: Any, images: ImageDataset) -> tuple[Tensor, Tensor]:
 
 
 def compute_figures(uses: Tensor, errors: Tensor) -> dict[str, Any]:
-    """Compute PSNR in dB, and usage and perplexity of the codebook, overall and per level or scale."""
+    """Return PSNR in dB, and usage and perplexity of the codebook, overall and per level or scale."""
     every, *levels = (
         {name: float(value) for name, value in codebook_usage(counts).items()} for counts in (uses.sum(0), *uses)
     )
@@ -86,7 +80,7 @@ def compute_figures(uses: Tensor, errors: Tensor) -> dict[str, Any]:
     }
 
 
-def describe_figures(tokenizer: Any, f: dict[str, Any]) -> list[str]:
+def describe_tokenizer(tokenizer: Any, f: dict[str, Any]) -> list[str]:
     """Describe the tokenizer and its figures in lines of text."""
     image, grid = (" x ".join(map(str, shape)) for shape in (tokenizer.image_shape, tokenizer.grid.shape))
     error = f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)"
@@ -101,18 +95,13 @@ def describe_figures(tokenizer: Any, f: dict[str, Any]) -> list[str]:
     return lines
 
 
-# The page
-
-
 @torch.inference_mode()
 def draw_page(
     tokenizer: Any, images: ImageDataset, uses: Tensor, errors: Tensor, lines: list[str], config: InspectConfig
 ) -> Pixels:
     """Draw the page: charts, codes, and reconstructions from best to worst."""
-    charts: list[Chart] = [
-        partial(draw_usage, uses=uses.double().numpy(), names=part_names(tokenizer), label="uses"),
-    ]
-    pictures: dict[str, Pixels] = {}
+    names, pictures = part_names(tokenizer), dict[str, Pixels]()
+    charts: list[Chart] = [partial(draw_usage, uses=uses.double().numpy(), names=names, label="uses")]
     if (tokenizer.placed or tokenizer.grid.scales) and not tokenizer.grid.channels:
         some = images.batch(spread(len(images), images_at_a_time(tokenizer.spec))).to(tokenizer.device)
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
@@ -121,16 +110,15 @@ def draw_page(
     if not tokenizer.reversible:
         charts.append(partial(draw_histogram, values=errors.double().numpy(), title="Images", label="PSNR in dB"))
         if list_prefix_decoders(tokenizer):
-            drawn = reconstruction_picture(tokenizer, images, min(16, config.num_images))
-            pictures["Originals, and reconstructions from an increasing number of tokens"] = drawn
+            title = "Originals, and reconstructions from an increasing number of tokens"
+            pictures[title] = reconstruction_picture(tokenizer, images, min(16, config.num_images))
         chosen = errors.argsort(descending=True)[spread(len(errors), config.num_images)]
         originals = images.batch(chosen).to(tokenizer.device)
         decoded = tokenizer.decode(tokenizer.encode(originals))
         pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=-2).cpu()
         captions = [f"{error:.1f} dB" for error in errors[chosen].tolist()]
-        pictures["Reconstructions below their originals, from best to worst"] = arrange_tiles(
-            pairs, captions, 8, tokenizer.spec
-        )
+        title = "Reconstructions below their originals, from best to worst"
+        pictures[title] = arrange_tiles(pairs, captions, 8, tokenizer.spec)
     return page(lines, charts, pictures)
 
 

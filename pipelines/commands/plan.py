@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import psutil
 import torch
@@ -29,7 +29,7 @@ from prior.given import Given
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from tokenizer import TokenGrid, Tokenizer
 
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, UserError, choose_device, run_command, user_errors
 from ..config.arguments import read_arguments, sort_words
 from ..config.errors import did_you_mean, exit_codes
 from ..config.importing import import_all
@@ -46,31 +46,23 @@ GB, USABLE = 1e9, 0.9  # bytes; usable share of the memory
 LARGE = 1e11  # FLOPs per image above which smaller batches are measured
 
 
-class GPU(NamedTuple):
-    """Dense bf16 peak in TFLOP/s (without sparsity) and memory in GB, from the vendor's datasheet."""
-
-    tflops: float
-    memory: float
-
-
+# Dense bf16 peak in TFLOP/s (without sparsity) and memory in GB, from the vendors' datasheets.
 GPUS = {
-    "a100": GPU(312, 80),  # SXM
-    "a100_40": GPU(312, 40),
-    "h100": GPU(989, 80),  # SXM
-    "h100_pcie": GPU(756, 80),
-    "h200": GPU(989, 141),
-    "b200": GPU(2250, 180),  # an eighth of the HGX board
-    "mi300x": GPU(1307, 192),
-    "l40s": GPU(362, 48),
-    "l4": GPU(121, 24),
-    "rtx4090": GPU(165, 24),  # accumulating in float32
+    "a100": (312, 80),  # SXM
+    "a100_40": (312, 40),
+    "h100": (989, 80),  # SXM
+    "h100_pcie": (756, 80),
+    "h200": (989, 141),
+    "b200": (2250, 180),  # an eighth of the HGX board
+    "mi300x": (1307, 192),
+    "l40s": (362, 48),
+    "l4": (121, 24),
+    "rtx4090": (165, 24),  # accumulating in float32
 }
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 
 class PlanConfig(Config):
-    """The hardware of the run, and its data."""
-
     often = "gpus gpu peak_tflops utilization grid vocab_size classes rows batches device"
     examples = (
         "--config gpt_digits grid=7,7 vocab_size=128 classes=10 rows=4000 gpu=rtx4090",
@@ -82,12 +74,9 @@ class PlanConfig(Config):
     gpu: str = Field("h100", description=f"kind of GPU, with its published memory and peak: {', '.join(GPUS)}")
     peak_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s of one GPU, for a kind that is not listed")
     utilization: float = Field(0.3, gt=0, le=1, description="share of the peak that training achieves")
-    rows: int | None = Field(
-        None, ge=1, description="number of training images, to compute epochs; default: from the token dataset"
-    )
+    rows: int | None = Field(None, ge=1, description="number of training images; default: from the token dataset")
     batches: tuple[Count, Count] | None = Field(
-        None,
-        description="two batch sizes to measure memory at; default: 8,16, or 2,4 for a large model",
+        None, description="two batch sizes to measure memory at; default: 8,16, or 2,4 for a large model"
     )
     device: Literal["cpu", "cuda", "auto"] = Field("auto", description="device of this machine to measure on")
 
@@ -110,12 +99,8 @@ class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
     """A run of `train_tokenizer`."""
 
 
-# Tasks without data -------------------------------------------------------------------------------
-
-
 class PlannedPrior(PriorTask):
-    """The task of `train_prior` on random tokens. Raises `ConfigError`, and `UserError` if the prior cannot be trained
-    with `objective=cca`."""
+    """The task of `train_prior` on random tokens."""
 
     config: PlanPriorConfig
     progress = 0.5
@@ -135,7 +120,7 @@ class PlannedPrior(PriorTask):
         self.param_groups = {"model": list(self.model.parameters())}
 
     def random_batch(self, count: int) -> tuple[Any, ...]:
-        """Return tokens of `count` images, a label and null values of columns; with cca also contrasting labels."""
+        """Return tokens, a label and null values of columns; with cca also contrasting labels."""
         columns, device = self.model.columns, self.model.device
         tokens = torch.randint(self.grid.vocab_size, (count, *self.grid.shape), device=device)
         rows = {name: column.null(count, device) for name, column in columns.items()}
@@ -144,7 +129,7 @@ class PlannedPrior(PriorTask):
 
 
 class PlannedTokenizer(TokenizerTask):
-    """The task of `train_tokenizer` on random images. Raises `ConfigError` and `UserError`."""
+    """The task of `train_tokenizer` on random images."""
 
     config: PlanTokenizerConfig
 
@@ -161,17 +146,15 @@ class PlannedTokenizer(TokenizerTask):
             self.frozen = [self.perceptual.net]
 
     def random_batch(self, count: int) -> tuple[Tensor, ...]:
-        """Return `count` images."""
         return (torch.randn(count, *self.tokenizer.image_shape, device=self.tokenizer.device),)
-
-
-# The plan -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Requirements of a run. `states` (weights, gradients, moments, averages) and `checkpoint` are in bytes; `flops`
-    are per image, forward and backward; `peaks` maps two batch sizes to the bytes of a step in addition to `states`."""
+    """Requirements of a run.
+
+    `states` (weights, gradients, moments, averages) and `checkpoint` are in bytes; `flops` are per image, forward and
+    backward; `peaks` maps two batch sizes to the bytes of a step in addition to `states`."""
 
     config: PlanPriorConfig | PlanTokenizerConfig
     grid: TokenGrid
@@ -184,17 +167,14 @@ class Plan:
 
     @property
     def flops_per_step(self) -> int:
-        """FLOPs per step, over all GPUs."""
         return self.flops * self.config.train.batch_size
 
     @property
     def tflops(self) -> float:
-        """Peak of one GPU in TFLOP/s."""
-        return self.config.peak_tflops or GPUS[self.config.gpu].tflops
+        return self.config.peak_tflops or GPUS[self.config.gpu][0]
 
     @property
     def seconds_per_step(self) -> float:
-        """Seconds per step."""
         return self.flops_per_step / (self.tflops * 1e12 * self.config.gpus * self.config.utilization)
 
     @property
@@ -212,54 +192,49 @@ class Plan:
 
 def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     """Print and return the plan. Raises `UserError` and `ConfigError`."""
-    device = check_settings(config)
+    check_plan(config)
+    device, rows = choose_device(config.device), config.rows
     build: Callable[[], PlannedPrior | PlannedTokenizer]
-    rows = config.rows
     if isinstance(config, PlanPriorConfig):
         grid, columns, rows = find_facts(config)
         build = partial(PlannedPrior, config, grid, columns)
     else:
         build = partial(PlannedTokenizer, config)
     with torch.device("meta"):
-        parameters, states, checkpoint = count_bytes(build())
+        parameters, states, checkpoint = count_state_bytes(build())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if states > USABLE * free:
         raise UserError(
-            f"device: {parameters:,} parameters need {format_number(states)}B with gradients, moments and averages, "
-            f"but {device} has {format_number(free)}B free; run the plan on a larger machine"
+            f"device: {parameters:,} parameters need {format_quantity(states)}B with gradients, moments and averages, "
+            f"but {device} has {format_quantity(free)}B free; run the plan on a larger machine"
         )
     with device:
         task = build()
     for module in (task.model, *task.nets.values(), *task.frozen):
         module.to(device)  # buffers that are made on the CPU, such as orders
-    plan = Plan(config, task.grid, rows, parameters, states, checkpoint, *measure(task, device))
+    plan = Plan(config, task.grid, rows, parameters, states, checkpoint, *measure_training(task, device))
     print(format_plan(plan))
     return plan
 
 
-def check_settings(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
-    """Return the device to measure on. Raises `UserError` for settings that are invalid or incomplete."""
-    train, device = config.train, choose_device(config.device)
-    processes = config.gpus * train.accumulate
+def check_plan(config: PlanPriorConfig | PlanTokenizerConfig) -> None:
+    """Raise `UserError` for settings that are invalid or incomplete."""
+    train, processes = config.train, config.gpus * config.train.accumulate
     if config.gpu not in GPUS:
         near = did_you_mean(config.gpu, GPUS, "for others set peak_tflops")
         raise UserError(f"gpu: expected one of {', '.join(GPUS)} (got {config.gpu!r}); {near}")
     if train.batch_size % processes:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} is not a multiple of gpus x train.accumulate ({processes})"
-        )
+        raise UserError(f"train.batch_size: {train.batch_size} is not a multiple of gpus x accumulate ({processes})")
     if train.steps is None and train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     if train.mixed_precision == "no" and config.peak_tflops is None:
         raise UserError("peak_tflops: missing; with train.mixed_precision=no, give the peak for float32 or TF32")
     if config.batches and config.batches[0] >= config.batches[1]:
         raise UserError(f"batches: the second must be larger (got {config.batches[0]}, {config.batches[1]})")
-    return device
 
 
 def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, Mapping[str, Column], int | None]:
-    """Return the grid, the columns and the number of training rows, from the keys or the token dataset. Raises
-    `UserError`."""
+    """Return the grid, the columns and the number of training rows, from the keys or the token dataset."""
     values = {"grid": config.grid, "vocab_size": config.vocab_size, "classes": config.classes}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == 3 and (Path(config.tokens) / META).is_file():
@@ -271,15 +246,13 @@ def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, Mapping[str, Column]
             f"{', '.join(missing)}: missing; give tokens=FOLDER, or for example grid=16,16 vocab_size=16384 "
             "classes=1000 (0: unconditional)"
         )
-    try:
+    with user_errors(ValueError, prefix="grid: "):
         grid = TokenGrid(config.grid or (), config.vocab_size or 0)
         label: dict[str, Column] = {LABEL: ClassColumn.numbered(config.classes)} if config.classes else {}
         return grid, choose_columns(label, config.attributes), config.rows
-    except ValueError as error:
-        raise UserError(f"grid: {error}") from error
 
 
-def count_bytes(task: PlannedPrior | PlannedTokenizer) -> tuple[int, int, int]:
+def count_state_bytes(task: PlannedPrior | PlannedTokenizer) -> tuple[int, int, int]:
     """Count the parameters, and the bytes of a run's states and of its checkpoint."""
     train, model = task.config.train, task.model
     weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
@@ -293,10 +266,7 @@ def count_bytes(task: PlannedPrior | PlannedTokenizer) -> tuple[int, int, int]:
     return parameters, 2 * weights + gradients + moments + frozen, (2 + keeps_best) * saved + moments
 
 
-# Measuring ----------------------------------------------------------------------------------------
-
-
-def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tuple[int, dict[int, int]]:
+def measure_training(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tuple[int, dict[int, int]]:
     """Measure the training FLOPs of an image, and the peak bytes of a step of each batch size in addition to the
     states. Gradients are allocated beforehand, as with DDP."""
     from accelerate.utils import convert_outputs_to_fp32
@@ -308,31 +278,28 @@ def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tupl
         checkpoint_blocks([block for net in task.nets.values() for block in repeated_blocks(net)])
     for net in task.nets.values():
         net.forward = convert_outputs_to_fp32(autocast(net.forward))  # as accelerate does
-    for parameter in (parameter for parameters in task.param_groups.values() for parameter in parameters):
-        parameter.grad = torch.zeros_like(parameter)
-    flops = count_flops(partial(compute_gradients, task, 1))
+    for parameters in task.param_groups.values():
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    # FLOPs of matrix products and convolutions; attention counts as two full products, masked or not.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        compute_gradients(task, 1)
+    flops = counter.get_total_flops()
     batches = task.config.batches or ((2, 4) if flops > LARGE else (8, 16))
-    return flops, {count: measure_peak(device, partial(compute_gradients, task, count)) for count in batches}
+    return flops, {count: measure_peak_bytes(device, partial(compute_gradients, task, count)) for count in batches}
 
 
 def compute_gradients(task: PlannedPrior | PlannedTokenizer, count: int) -> None:
     """Run all losses forward and backward on `count` images, at a late step, when a critic has its full weight."""
     batch, step = task.random_batch(count), sys.maxsize
-    for player in task.active_groups(step):
+    for group in task.active_groups(step):
         for name, parameters in task.param_groups.items():
             for parameter in parameters:
-                parameter.requires_grad_(name == player)
-        task.loss(player, batch, step)[0].backward()
+                parameter.requires_grad_(name == group)
+        task.loss(group, batch, step)[0].backward()
 
 
-def count_flops(call: Callable[[], None]) -> int:
-    """Count the FLOPs of matrix products and convolutions; attention counts as two full products, masked or not."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def measure_peak(device: torch.device, call: Callable[[], None]) -> int:
+def measure_peak_bytes(device: torch.device, call: Callable[[], None]) -> int:
     """Return the peak bytes of tensors allocated during `call`."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -347,44 +314,38 @@ def measure_peak(device: torch.device, call: Callable[[], None]) -> int:
     return max(accumulate(size for _, size in events))
 
 
-# The page -----------------------------------------------------------------------------------------
-
-
 def format_plan(plan: Plan) -> str:
-    """Format the plan."""
     config, train, tokens = plan.config, plan.config.train, len(plan.grid)
     images, each = plan.steps * train.batch_size, train.batch_size // (config.gpus * train.accumulate)
-    memory, room = plan.memory(each), GPUS[config.gpu].memory * GB
+    memory, room = plan.memory(each), GPUS[config.gpu][1] * GB
     epochs = f"{images / plan.rows:,.1f} epochs, " if plan.rows else ""
-    fits = f" of {format_number(room)}B, {'enough' if memory <= USABLE * room else 'too little'}"
+    fits = f" of {format_quantity(room)}B, {'enough' if memory <= USABLE * room else 'too little'}"
     peak = f"{config.utilization:.0%} of {config.gpus:,} x {plan.tflops:g} TFLOP/s"
     time = format_duration(plan.steps * plan.seconds_per_step)
     small, large = plan.peaks
     rows = [
         ("parameters", f"{plan.parameters:,}"),
-        ("per image", f"{format_number(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
-        ("per step", f"{format_number(plan.flops_per_step)}FLOP, {count_of(train.batch_size, 'image')}"),
+        ("per image", f"{format_quantity(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
+        ("per step", f"{format_quantity(plan.flops_per_step)}FLOP, {count_of(train.batch_size, 'image')}"),
         ("", f"{format_duration(plan.seconds_per_step)} at {peak}"),
         ("in total", f"{plan.steps:,} steps, {epochs}{images:,} images"),
-        ("", f"{format_number(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluation, previews and saving"),
-        ("memory per GPU", f"{format_number(memory)}B{'' if config.peak_tflops else fits}, for batches of {each:,}:"),
-        ("", f"{format_number(plan.states)}B of weights, gradients, moments and averages, and"),
         (
             "",
-            f"{format_number(memory - plan.states)}B of activations, extrapolated from {small} and {large} images",
+            f"{format_quantity(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluation, previews and saving",
         ),
+        ("memory per GPU", f"{format_quantity(memory)}B{'' if config.peak_tflops else fits}, for batches of {each:,}:"),
+        ("", f"{format_quantity(plan.states)}B of weights, gradients, moments and averages, and"),
+        ("", f"{format_quantity(memory - plan.states)}B of activations, extrapolated from {small} and {large} images"),
     ]
     if config.gpus > 1 and isinstance(config, PlanPriorConfig) and config.objective != "cca":
-        rows.append(("  with FSDP", f"about {format_number(memory - plan.states + plan.states / config.gpus)}B"))
-    rows.append(("checkpoint", f"{format_number(plan.checkpoint)}B on disk; up to three at a time"))
-    shape = " x ".join(map(str, plan.grid.shape))
-    kind = "GPU" if config.peak_tflops else config.gpu.upper()
-    hardware = f"on {config.gpus:,} x {kind} (gpus= and gpu= change this)"
-    vocabulary = f"vocabulary of {plan.grid.vocab_size:,}"
-    return f"{config.model['kind']}: {shape} tokens per image, {vocabulary}, {hardware}\n{table(rows)}"
+        rows.append(("  with FSDP", f"about {format_quantity(memory - plan.states + plan.states / config.gpus)}B"))
+    rows.append(("checkpoint", f"{format_quantity(plan.checkpoint)}B on disk; up to three at a time"))
+    shape, kind = " x ".join(map(str, plan.grid.shape)), "GPU" if config.peak_tflops else config.gpu.upper()
+    head = f"{config.model['kind']}: {shape} tokens per image, vocabulary of {plan.grid.vocab_size:,}, on"
+    return f"{head} {config.gpus:,} x {kind} (gpus= and gpu= change this)\n{table(rows)}"
 
 
-def format_number(number: float) -> str:
+def format_quantity(number: float) -> str:
     """Format with three digits and a prefix: `43.6 T`."""
     power = min(7, max(0, (len(str(round(number))) - 1) // 3))
     return f"{number / 1000**power:.3g} {' kMGTPEZ'[power].strip()}"
@@ -396,9 +357,6 @@ def format_duration(seconds: float) -> str:
     unit = next((unit for unit, size in units.items() if seconds >= size), "ms")
     value = seconds / units[unit]
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-
-
-# The command line ---------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> Plan:

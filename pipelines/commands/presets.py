@@ -14,15 +14,11 @@ from ..config.table import wrap_rows
 
 
 class PresetsConfig(Config):
-    """Which presets to list, and how."""
-
     examples = ("", "name=digits")
 
     name: str = Field("", description="list only names that contain this text, such as name=digits or name=prior/")
     paths: bool = Field(
-        False,
-        description="print only the paths of the files, for example for "
-        "accelerate launch --config_file $(smalti presets name=accelerate/fsdp paths=true)",
+        False, description="print only paths, as for --config_file $(smalti presets name=accelerate/fsdp paths=true)"
     )
 
 
@@ -34,15 +30,11 @@ def run(config: PresetsConfig) -> list[Path]:
     if config.paths:
         print(*found.values(), sep="\n")
     else:
-        print("\n".join(wrap_rows([(name, describe(path)) for name, path in found.items()])))
+        lines = {name: path.read_text(encoding="utf-8").splitlines() for name, path in found.items()}
+        comments = {name: takewhile(lambda line: line.startswith("#"), text) for name, text in lines.items()}
+        rows = [(name, " ".join(line.removeprefix("#").strip() for line in text)) for name, text in comments.items()]
+        print("\n".join(wrap_rows(rows)))
     return list(found.values())
-
-
-def describe(path: Path) -> str:
-    """Return the comment at the top of a preset's file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
-    return " ".join(comment)
 
 
 main = partial(run_command, PresetsConfig, run, verb="presets", description=__doc__)

@@ -39,16 +39,14 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class ProbeConfig(UsesImages, OutputConfig):
-    """Which pipeline, and which images."""
-
     examples = ("pipeline=runs/gpt_digits/pipeline",)
     often = "pipeline out overwrite num_train num_test data.source device"
 
     out: str | None = Field(
-        None, description="folder for probe.json and probe.png; default: `probe` beside the pipeline folder"
+        None, description="folder for probe.json and probe.png; default: beside the pipeline folder"
     )
-    num_train: int = Field(5000, ge=10, description="maximum number of training images to fit probes to")
-    num_test: int = Field(2000, ge=1, description="maximum number of held-out images to measure accuracy on")
+    num_train: int = Field(5000, ge=10, description="maximum number of training images")
+    num_test: int = Field(2000, ge=1, description="maximum number of held-out images")
     seed: int = Field(0, ge=0, description="seed for choosing images and for the random weights")
 
 
@@ -74,13 +72,19 @@ def run(config: ProbeConfig) -> list[Probe]:
     with lock_output(out):
         pipeline = config.load_pipeline()
         splits = config.load_images(pipeline)
-        train = draw_labelled_images(splits.train, config.num_train, config.seed)
-        test = draw_labelled_images(splits.held_out, config.num_test, config.seed)
+        train = choose_labelled(splits.train, config.num_train, config.seed)
+        test = choose_labelled(splits.held_out, config.num_test, config.seed)
         layers = [f"prior.{index}" for index in range(pipeline.prior.feature_layers)]
-        random = probe(randomize_prior(pipeline, config.seed), layers, train, test)
-        accuracies = probe(pipeline, ["pixels", "codes", *layers], train, test)
+        random = measure_accuracy(randomize_prior(pipeline, config.seed), layers, train, test)
+        accuracies = measure_accuracy(pipeline, ["pixels", "codes", *layers], train, test)
         rows = [Probe(name, accuracy, random.get(name)) for name, accuracy in accuracies.items()]
-        print(format_report(rows, test[1]))
+        cells = [("features", "accuracy", "random weights")]
+        for row in rows:
+            control = "" if row.random_accuracy is None else f"{row.random_accuracy:.1%}"
+            cells.append((row.features, f"{row.accuracy:.1%}", control))
+        common = int(test[1].bincount().max()) / len(test[1])
+        print(table(cells, right=[1, 2]))
+        print(f"\n{len(test[1]):,} held-out images; the most frequent class has {common:.1%}")
         with output.files() as folder:
             write_picture(draw_bars(rows), folder / "probe.png")
             write_json(folder / "probe.json", {"probes": [asdict(row) for row in rows]})
@@ -88,8 +92,8 @@ def run(config: ProbeConfig) -> list[Probe]:
     return rows
 
 
-def draw_labelled_images(split: ImageDataset, count: int, seed: int) -> Labelled:
-    """Draw up to `count` random images. Raises `UserError` unless they have at least two classes."""
+def choose_labelled(split: ImageDataset, count: int, seed: int) -> Labelled:
+    """Return up to `count` random images. Raises `UserError` unless they have at least two classes."""
     chosen = random_rows(len(split), count, seed)
     if split.labels is None or len(split.labels[chosen].unique()) < 2:
         raise UserError("data.label_column: a probe needs images of at least two classes")
@@ -105,9 +109,8 @@ def randomize_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
     return ImagePipeline(pipeline.tokenizer, prior.to(pipeline.device), condition_tokenizers=others)
 
 
-def probe(pipeline: ImagePipeline, layers: list[str], train: Labelled, test: Labelled) -> dict[str, float]:
-    """Return the accuracy of a probe for each layer that is not too wide. The prior gets no classes and no
-    columns."""
+def measure_accuracy(pipeline: ImagePipeline, layers: list[str], train: Labelled, test: Labelled) -> dict[str, float]:
+    """Return the accuracy of a probe for each layer that is not too wide. The prior gets no condition."""
 
     def embed(images: Tensor) -> list[Tensor]:
         batch = read_batch(pipeline, images)
@@ -131,16 +134,6 @@ def fit_probe(features: Tensor, unseen: Tensor, labels: Tensor, truth: Tensor) -
     model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
     model.fit(features.cpu().numpy(), labels.numpy())
     return float(model.score(unseen.cpu().numpy(), truth.numpy()))
-
-
-def format_report(rows: list[Probe], labels: Tensor) -> str:
-    """Format the table, and the share of the most frequent class."""
-    cells = [("features", "accuracy", "random weights")]
-    for row in rows:
-        random = "" if row.random_accuracy is None else f"{row.random_accuracy:.1%}"
-        cells.append((row.features, f"{row.accuracy:.1%}", random))
-    common = int(labels.bincount().max()) / len(labels)
-    return f"{table(cells, right=[1, 2])}\n\n{len(labels):,} held-out images; the most frequent class has {common:.1%}"
 
 
 def draw_bars(rows: list[Probe]) -> Pixels:

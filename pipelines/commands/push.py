@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from tokenizer.files import HUB_ID
 
 from ..card import HUB_LICENCE
-from ..config import Config, RunSubfolder, UserError, run_command
+from ..config import Config, RunSubfolder, UserError, run_command, user_errors
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
 from ..saving import INDEX, read_variant, restore_dtypes
@@ -21,8 +21,6 @@ from ..tokens.meta import META
 
 
 class PushConfig(Config):
-    """What to upload, and where."""
-
     examples = ("folder=runs/gpt_digits/pipeline to=owner/name", "folder=runs/digits_tokens to=owner/digits-tokens")
 
     folder: Annotated[str, RunSubfolder("pipeline", INDEX)] = Field(
@@ -30,9 +28,7 @@ class PushConfig(Config):
     )
     to: str = Field(description="Hub id, owner/name; the repository is created if necessary")
     private: bool = Field(True, description="make a new repository private")
-    license: str | None = Field(
-        None, description="licence for the model card, by its Hub name, such as apache-2.0; null: unchanged"
-    )
+    license: str | None = Field(None, description="licence for the card, such as apache-2.0; null: unchanged")
 
     @field_validator("license")
     @classmethod
@@ -59,28 +55,21 @@ def run(config: PushConfig) -> str:
         raise UserError(f"folder: {folder} is neither a pipeline (no {INDEX}) nor a token dataset (no {META})")
     if not is_pipeline and config.license is not None:
         raise UserError("license: applies to pipelines only; a token dataset has the licence of its images")
-    try:
+    with user_errors(PushError, prefix="to: "):
         require_reachable(config.to)  # before reading gigabytes
         if is_pipeline:
-            push_pipeline(folder, config)
+            pipeline = ImagePipeline.from_pretrained(folder)
+            if pipeline.sample_grid is None:
+                pipeline.sample_grid = pipeline.sample_picture()
+            restore_dtypes(pipeline)
+            if config.license is not None:
+                pipeline.provenance = {**pipeline.provenance, "license": config.license}
+            pipeline.push_to_hub(config.to, private=config.private, variant=read_variant(folder))
         else:
             load_tokens(folder, verify=True).push_to_hub(config.to, private=config.private)
-    except PushError as error:
-        raise UserError(f"to: {error}") from error
     address = f"{constants.ENDPOINT}/{'' if is_pipeline else 'datasets/'}{config.to}"
     print(address)
     return address
-
-
-def push_pipeline(folder: Path, config: PushConfig) -> None:
-    """Upload the pipeline with a sample picture, its weights as stored, and the licence. Raises `PushError`."""
-    pipeline = ImagePipeline.from_pretrained(folder)
-    if pipeline.sample_grid is None:
-        pipeline.sample_grid = pipeline.sample_picture()
-    restore_dtypes(pipeline)
-    if config.license is not None:
-        pipeline.provenance = {**pipeline.provenance, "license": config.license}
-    pipeline.push_to_hub(config.to, private=config.private, variant=read_variant(folder))
 
 
 main = partial(run_command, PushConfig, run, verb="push", description=__doc__)

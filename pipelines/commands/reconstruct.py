@@ -22,7 +22,7 @@ from tokenizer.losses import pixel_losses, psnr
 from tokenizer.spec import select_shown, to_float
 
 from ..anomaly.sheets import draw_rows, factor_of
-from ..config import OutputConfig, UserError, run_command
+from ..config import OutputConfig, run_command, user_errors
 from ..files import Output
 from ..images import ImageDataset
 from ..images.pictures import SUFFIXES, write_picture
@@ -36,8 +36,6 @@ BATCH = 256  # tiles that are reconstructed at a time
 
 
 class ReconstructConfig(UsesTokenizer, TileSettings, OutputConfig):
-    """Which tokenizer, and which images."""
-
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer",
         "tokenizer=runs/vqvae_digits/tokenizer data.source=my-images num_images=8",
@@ -59,7 +57,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
         figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)
         picture = reconstruction_picture(tokenizer, images, config.num_images)
     else:
-        figures, picture = reconstruct_tiles(tokenizer, images, view, config.num_images)
+        figures, picture = reconstruct_tiled(tokenizer, images, view, config.num_images)
     with out.file() as path:
         write_picture(picture, path)
     similarity = f"SSIM {figures['ssim']:.3f}, " if "ssim" in figures else ""
@@ -71,7 +69,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def reconstruct_tiles(
+def reconstruct_tiled(
     tokenizer: Tokenizer, images: ImageDataset, view: View, count: int
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Reconstruct images by their tiles, one after another. Return figures, and a picture of `count` evenly spread
@@ -81,10 +79,8 @@ def reconstruct_tiles(
     ids, sums = torch.zeros(tokenizer.grid.vocab_size, dtype=torch.long), Counter[str]()
     rows, names = list[list[Tensor]](), list[list[str]]()
     for number in range(len(several)):
-        try:
+        with user_errors(ValueError, prefix="data: "):
             image = to_float(read_image(several, number, view))
-        except ValueError as error:
-            raise UserError(f"data: {error}") from error
         tokens = encode_large(tokenizer, image, view, BATCH)
         ids += torch.bincount(tokens.flatten().cpu(), minlength=len(ids))
         decoded = decode_large(tokenizer, tokens, image.shape[-2:], view, BATCH).cpu()

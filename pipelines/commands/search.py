@@ -11,21 +11,19 @@ from torch import Tensor
 
 from tokenizer.files import escape
 
-from ..config import OutputConfig, UserError, run_command
+from ..config import OutputConfig, UserError, run_command, user_errors
 from ..config.table import count_of
 from ..files import Output
 from ..images import ImageDataset
 from ..images.grids import class_grid
 from ..images.pictures import SUFFIXES, write_picture
-from ..options import Named, UsesImages, choose_images, require_pictures, split_named_images
+from ..options import ImageChoice, UsesImages, choose_images, require_pictures, split_choice
 from ..provenance import defaults
 from ..representation import choose_layer, choose_pool, embed, nearest
 from ..shuffling import random_rows
 
 
 class SearchConfig(UsesImages, OutputConfig):
-    """Which images to search for, and which features to compare."""
-
     examples = (
         "pipeline=runs/gpt_digits/pipeline",
         "pipeline=runs/gpt_digits/pipeline images=my-images k=5 out=near.png",
@@ -33,51 +31,37 @@ class SearchConfig(UsesImages, OutputConfig):
     often = "pipeline out overwrite images num_images k layer data.source device"
 
     out: str = Field("neighbours.png", description="picture to write; each row has a query and its neighbours")
-    images: Named = Field(
-        None,
-        description="queries: image files, folders, or indices of held-out images; default: num_images held-out images",
-    )
-    num_images: int = Field(
-        10, ge=1, le=1000, description="maximum number of queries from folders and the held-out split"
-    )
-    num_index: int | None = Field(
-        10_000, ge=1, description="number of training images to search, drawn with `seed`; null: all"
-    )
+    images: ImageChoice = Field(None, description="queries: image files, folders, or indices of held-out images")
+    num_images: int = Field(10, ge=1, le=1000, description="maximum number of queries from folders or held out")
+    num_index: int | None = Field(10_000, ge=1, description="number of training images to search; null: all")
     k: int = Field(9, ge=1, le=1000, description="number of neighbours per query")
     layer: int | str | None = Field(
-        None,
-        description="features: a layer of the prior (3 or prior.3), pixels, codes or embeddings; default: "
-        "the middle layer",
+        None, description="features: a layer of the prior (3), pixels, codes or embeddings; default: the middle layer"
     )
     pool: Literal["mean", "flatten", "last"] | None = Field(
         None, description="how to pool positions into one vector; default: mean for the prior and codes, else flatten"
     )
-    seed: int = Field(0, ge=0, description="seed for choosing the training images")
+    seed: int = Field(0, ge=0, description="seed that chooses the training images")
 
 
 def run(config: SearchConfig) -> Tensor:
     """Search, print the neighbours of each query, and write the picture; return their indices `(n, k)` in the training
     split."""
-    out = Output(
-        config.out, [config.pipeline, config.data.path, *split_named_images(config.images)[0]], config.overwrite
-    )
+    files, _ = split_choice(config.images)
+    out = Output(config.out, [config.pipeline, config.data.path, *files], config.overwrite)
     out.check_file(SUFFIXES)
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "search")
-    try:
+    with user_errors(ValueError):
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     splits = config.load_images(pipeline)
     queries, query_names = choose_images(config.images, config.num_images, pipeline.spec, lambda: splits.held_out)
     chosen = random_rows(len(splits.train), config.num_index or len(splits.train), config.seed)
     if config.k > len(chosen):
         raise UserError(f"k: must be at most {len(chosen)}, the number of images searched (got {config.k})")
     index = embed(pipeline, splits.train.pixels(chosen), layer=config.layer, pool=config.pool)
-    near, distances = (
-        found.cpu() for found in nearest(pipeline, queries, index, config.k, layer=config.layer, pool=config.pool)
-    )
-    found = chosen[near]
+    near, distances = nearest(pipeline, queries, index, config.k, layer=config.layer, pool=config.pool)
+    found = chosen[near.cpu()]
     rows = zip(queries, found, strict=True)
     images = torch.cat([torch.cat([query[None], splits.train.pixels(ids)]) for query, ids in rows])
     captions = [text for row in distances.tolist() for text in ("query", *(f"{apart:.3f}" for apart in row))]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prior.given import Given
 from prior.options import SamplingOptions
 from tokenizer.files import require_replaceable, write_json
 
@@ -25,7 +24,7 @@ from ..images.pictures import write_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..metrics.figures import OF_SAMPLES
 from ..metrics.frechet import distance, moments
-from ..metrics.quality import FeatureSpace, feature_space, fixed_permutation
+from ..metrics.quality import feature_space, fixed_permutation
 from ..options import UsesImages
 from ..provenance import defaults
 from ..saving import PIPELINE, save_again
@@ -33,21 +32,18 @@ from ..saving import PIPELINE, save_again
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DEFAULTS = "defaults"  # of sampling
 LEAST_VALIDATION, FEW_VALIDATION = 30, 300
 GUIDANCE_GRID = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 RISING = (2.0, 3.0, 4.0)  # guidance at the last token, 1 at the first
 TEMPERATURES = (0.85, 0.92, 1.0, 1.08, 1.16)
 TOP_P = (1.0, 0.98, 0.95, 0.9)
 
-Settings = dict[str, dict[str, dict[str, Any]]]
+Changes = dict[str, dict[str, dict[str, Any]]]
 """The options to change, by setting and value."""
-Measure = Callable[[SamplingOptions], float]
-"""Computes the Frechet distance between samples drawn with the given options and the validation images."""
 
 
 class TuneConfig(UsesImages, OutputConfig):
-    """Which pipeline, and which images."""
-
     examples = ("pipeline=runs/gpt_digits/pipeline",)
     often = "pipeline out overwrite num_samples store data.source device"
 
@@ -55,21 +51,15 @@ class TuneConfig(UsesImages, OutputConfig):
         None, description="folder for tuning.json and tuning.png; default: `tuning` beside the pipeline folder"
     )
     num_samples: int = Field(1000, ge=50, description="samples per setting; fewer make the choice noisier")
-    feature_steps: int = Field(
-        300,
-        ge=0,
-        description="training steps of the classifier that provides the features, as in `evaluate`",
-    )
-    tokens: str | None = Field(
-        None, description="token dataset for the columns of a prior that has any; default: the prior's training tokens"
-    )
+    feature_steps: int = Field(300, ge=0, description="training steps of the classifier of the features")
+    tokens: str | None = Field(None, description="token dataset for columns; default: the prior's training tokens")
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k, for every setting")
     store: bool = Field(True, description="store the best settings in the pipeline folder; false: only report them")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A value of a setting, the full options, and the Frechet distance of samples to the validation images."""
+    """A value of a setting, the full options, and the Frechet distance of their samples to the validation images."""
 
     setting: str
     value: str
@@ -96,12 +86,18 @@ def run(config: TuneConfig) -> dict[str, Any]:
         given = choose_given(pipeline, tokens, train, config.num_samples)
         source = describe_source(config.data.source)
         space = feature_space(train, validation, config.feature_steps, source)
-        measure = make_measure(pipeline, space, validation, config, given)
-        trials = search(measure, pipeline.sampler, list_settings(pipeline))
+        real = moments(space.of(validation, fixed_permutation(len(validation))))
+
+        def sample_distance(options: SamplingOptions) -> float:
+            pipeline.sampler = options  # seeds and conditions stay, so that differences of options are less noisy
+            samples = draw_samples(pipeline, given, config.seed)
+            return distance(moments(samples.rows(space, config.num_samples)), real)
+
+        trials = try_settings(sample_distance, pipeline.sampler, list_settings(pipeline))
         before, best = trials[0], find_best(trials)
         facts = {
-            "settings": describe(best.options),
-            "before": describe(before.options),
+            "settings": best.options.describe() or DEFAULTS,
+            "before": before.options.describe() or DEFAULTS,
             "images": f"validation images of {source}",
             "validation_images": len(validation),
             "num_samples": config.num_samples,
@@ -116,14 +112,18 @@ def run(config: TuneConfig) -> dict[str, Any]:
             write_picture(draw_trials(trials), results / "tuning.png")
         print(f"\nbest: {facts['settings']}; figures and chart: {out}")
         if config.store:
-            store(pipeline, folder, before.options, best.options, facts)
+            pipeline.sampler = best.options
+            pipeline.provenance = {**pipeline.provenance, "tuning": facts}
+            if best.options != before.options and "evaluation" in pipeline.provenance:  # of other samples
+                figures: dict[str, Any] = pipeline.provenance["evaluation"]
+                pipeline.provenance["evaluation"] = {k: v for k, v in figures.items() if k not in OF_SAMPLES}
+            save_again(pipeline, folder, None if pipeline.sample_grid is None else pipeline.sample_picture())
             print(f"{config.pipeline} now samples with these settings")
     return found
 
 
 def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple[ImageDataset, ImageDataset]:
-    """Return the training images (for the classifier) and the validation images, never the held-out ones, which
-    `evaluate` reports on. Raises `UserError` for too few images, or if the classes are not the pipeline's."""
+    """Return training images, for the classifier, and validation images, never the held-out ones of `evaluate`."""
     images = config.load_images(pipeline, "validation")
     count = 0 if images.validation is None else len(images.validation)
     if images.validation is None or count < LEAST_VALIDATION:
@@ -137,31 +137,12 @@ def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple
     return images.train, images.validation
 
 
-# The search
-
-
-def make_measure(
-    pipeline: ImagePipeline, space: FeatureSpace, validation: ImageDataset, config: TuneConfig, given: Given
-) -> Measure:
-    """Return the measure of options. All options share seeds and conditions, so that their differences are less
-    noisy."""
-    real = moments(space.of(validation, fixed_permutation(len(validation))))
-
-    def measure(options: SamplingOptions) -> float:
-        pipeline.sampler = options
-        samples = draw_samples(pipeline, given, config.seed)
-        return distance(moments(samples.rows(space, config.num_samples)), real)
-
-    return measure
-
-
-def list_settings(pipeline: ImagePipeline) -> Settings:
-    """Return the settings to try for this pipeline, in search order."""
-    settings: Settings = {}
+def list_settings(pipeline: ImagePipeline) -> Changes:
+    """Return the settings to try, in order."""
+    settings: Changes = {}
     if pipeline.columns:
-        scales = {f"{scale:g}": (scale, None) for scale in GUIDANCE_GRID} | {
-            f"1 to {end:g}": (1, end) for end in RISING
-        }
+        scales: dict[str, Any] = {f"{scale:g}": (scale, None) for scale in GUIDANCE_GRID}
+        scales |= {f"1 to {end:g}": (1, end) for end in RISING}
         settings["guidance"] = {
             value: {"guidance_scale": scale, "guidance_end": end, "guidance_power": None}
             for value, (scale, end) in scales.items()
@@ -174,12 +155,14 @@ def list_settings(pipeline: ImagePipeline) -> Settings:
     return settings
 
 
-def search(measure: Measure, own: SamplingOptions, settings: Settings) -> list[Trial]:
+def try_settings(
+    sample_distance: Callable[[SamplingOptions], float], own: SamplingOptions, settings: Changes
+) -> list[Trial]:
     """Try the pipeline's own options, then vary one setting after another, keeping the best so far."""
-    measure, trials = cache(measure), list[Trial]()
+    sample_distance, trials = cache(sample_distance), list[Trial]()
 
     def attempt(setting: str, value: str, options: SamplingOptions) -> None:
-        trials.append(Trial(setting, value, options, measure(options)))
+        trials.append(Trial(setting, value, options, sample_distance(options)))
         print(f"{f'{setting} {value}':<18}Frechet distance {trials[-1].frechet_distance:.3f}", flush=True)
 
     attempt("before", "", own)
@@ -195,14 +178,6 @@ def find_best(trials: Sequence[Trial]) -> Trial:
     return min(trials, key=lambda trial: trial.frechet_distance)
 
 
-# Results
-
-
-def describe(options: SamplingOptions) -> str:
-    """Format the options that differ from the defaults."""
-    return options.describe() or "defaults"
-
-
 def draw_trials(trials: Sequence[Trial]) -> Pixels:
     """Plot the Frechet distance over the values of each setting; the dashed line is the setting before tuning."""
     settings = list(dict.fromkeys(trial.setting for trial in trials[1:]))
@@ -216,23 +191,11 @@ def draw_trials(trials: Sequence[Trial]) -> Pixels:
             axes.set(xlabel=setting, xlim=(-0.5, len(group) - 0.5))
         every[0].set_ylabel("Frechet distance")
         figure.suptitle(
-            f"best: {describe(find_best(trials).options)}; dashed: before tuning ({describe(trials[0].options)})"
+            f"best: {find_best(trials).options.describe() or DEFAULTS}; dashed: before tuning "
+            f"({trials[0].options.describe() or DEFAULTS})"
         )
 
     return render(120 + 60 * sum(map(len, groups)), 360, draw)
-
-
-def store(
-    pipeline: ImagePipeline, folder: Path, before: SamplingOptions, best: SamplingOptions, facts: dict[str, Any]
-) -> None:
-    """Store the best options in the pipeline folder, with their figures and a new picture of samples; drop figures of
-    samples that were drawn with other options."""
-    pipeline.sampler = best
-    pipeline.provenance = {**pipeline.provenance, "tuning": facts}
-    if best != before and "evaluation" in pipeline.provenance:
-        figures: dict[str, Any] = pipeline.provenance["evaluation"]
-        pipeline.provenance["evaluation"] = {k: v for k, v in figures.items() if k not in OF_SAMPLES}
-    save_again(pipeline, folder, None if pipeline.sample_grid is None else pipeline.sample_picture())
 
 
 main = partial(run_command, TuneConfig, run, verb="tune", description=__doc__, defaults=defaults)

@@ -18,14 +18,10 @@ from ..tokens.shards import chunks
 
 
 class VerifyConfig(Config):
-    """What to check."""
-
     examples = ("folder=runs/gpt_digits/pipeline", "--import my_prior.py", "--import my_prior.py grid=4,4")
 
     folder: Annotated[str | None, RunSubfolder("pipeline", MANIFEST)] = Field(
-        None,
-        description="folder with a manifest.json: a token dataset, an exported tokenizer, a pipeline or its run; null: "
-        "check the models loaded by --import",
+        None, description="folder with a manifest.json: tokens, a pipeline, a run; null: check models of --import"
     )
     grid: list[Annotated[int, Field(ge=1, le=64)]] = Field(
         [2, 3], min_length=1, max_length=3, description="token grid for checking an imported prior"
@@ -37,16 +33,26 @@ class VerifyConfig(Config):
 
 
 def run(config: VerifyConfig) -> Path | None:
-    """Verify the folder and return it; without a folder, check the imported models.
+    """Verify every file in the manifest, and every id and column of a token dataset; return the folder. Without a
+    folder, check the imported models.
 
     Raises a `PipelineLoadError` that names the first missing or changed file, or `UserError` for a model that fails a
     check.
     """
     if config.folder is not None:
-        return verify_folder(Path(config.folder))
+        folder = Path(config.folder)
+        files = verify_manifest(folder)["files"]
+        if (folder / META).is_file():
+            data = load_tokens(folder, verify=False, mapped=True)
+            for split in data.splits.values():
+                for rows in chunks(len(split)):
+                    split.tokens[rows], split.given[rows]  # reading checks the ids and the columns
+        size = sum(entry["size"] for entry in files.values())
+        print(f"{folder}: {len(files)} files ({size:,} bytes) match {MANIFEST}")
+        return folder
     if not importing.IMPORTED:
         raise UserError("folder: missing; give folder=FOLDER, or --import FILE to check your own models")
-    found = list(check_imported(config))
+    found = list(check_imported_models(config))
     for name, promise, problem in found:
         print(f"ok      {name}: {promise}" if problem is None else f"BROKEN  {name}: {promise}: {problem}")
     if not found:
@@ -57,22 +63,8 @@ def run(config: VerifyConfig) -> Path | None:
     return None
 
 
-def verify_folder(folder: Path) -> Path:
-    """Hash every file in the manifest, and check every id and column of a token dataset; return the folder."""
-    files = verify_manifest(folder)["files"]
-    if (folder / META).is_file():
-        data = load_tokens(folder, verify=False, mapped=True)
-        for split in data.splits.values():
-            for rows in chunks(len(split)):
-                split.tokens[rows], split.given[rows]  # reading checks the ids and the columns
-    size = sum(entry["size"] for entry in files.values())
-    print(f"{folder}: {len(files)} files ({size:,} bytes) match {MANIFEST}")
-    return folder
-
-
-def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
-    """Check each imported model, built with its default configuration. Yield its name, the promise, and the problem or
-    None."""
+def check_imported_models(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
+    """Check each imported model with its default configuration. Yield its name, the promise, and the problem if any."""
     from prior import Prior
     from prior.checks import check_prior, example_columns
     from tokenizer import TokenGrid, Tokenizer

@@ -1,7 +1,7 @@
 """The command-line grammar of every verb: YAML files and `key=value` become a validated configuration."""
 
 from .command import choose_device, run_command
-from .errors import UserError, is_first_process, tell
+from .errors import UserError, is_first_process, tell, user_errors
 from .schema import Config, DefaultsFrom, OutputConfig, RunSubfolder
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "is_first_process",
     "run_command",
     "tell",
+    "user_errors",
 ]

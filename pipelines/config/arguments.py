@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
-
-from pydantic.fields import FieldInfo
 
 from tokenizer.config import Data, Settings, mapped_model, show_value, to_plain, type_options
 
 from .errors import UserError, did_you_mean
-from .schema import rename_keys
+from .schema import Config, rename_keys
 from .yaml_text import read_yaml
 
 
 class CommandLine(NamedTuple):
-    """The words of a command line, sorted by kind. A missing file or module name is an empty string."""
+    """The words of a command line by kind. A missing file or module name is an empty string."""
 
     files: list[str]
     overrides: list[str]
@@ -53,23 +51,17 @@ def sort_words(argv: list[str]) -> CommandLine:
     return CommandLine(files, overrides, imports, topic, "--dry-run" in argv)
 
 
-def read_arguments(
-    words: CommandLine, folder: str = "", renamed: Mapping[str, str] | None = None
-) -> tuple[list[Data], list[str]]:
-    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems. folder,
-    renamed: see `read_preset`."""
-    files, overrides, problems = [], [], []
-    for path in words.files:
+def read_arguments(words: CommandLine, cls: type[Config] = Config) -> tuple[list[Data], list[str]]:
+    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems."""
+    found, problems = [], []
+    overrides = sorted(words.overrides, key=lambda argument: rank_override(argument, words.overrides))
+    calls = [partial(read_preset, path, cls) for path in words.files]
+    for read in [*calls, *(partial(read_override, argument) for argument in overrides)]:
         try:
-            files.append(read_preset(path, folder, renamed))
+            found.append(read())
         except UserError as error:
             problems.append(str(error))
-    for argument in sorted(words.overrides, key=lambda argument: rank_override(argument, words.overrides)):
-        try:
-            overrides.append(read_override(argument))
-        except UserError as error:
-            problems.append(str(error))
-    return files + overrides, problems
+    return found, problems
 
 
 def rank_override(argument: str, others: list[str]) -> float:
@@ -105,8 +97,7 @@ def nest(key: str, value: Any) -> Any:
 
 
 def nest_settings(settings: Data) -> Any:
-    """Return keyword arguments, whose names may have dots, as one nested mapping of plain values. Their order does not
-    matter."""
+    """Return keyword arguments, whose names may have dots, in any order, as a nested mapping of plain values."""
     nested: Any = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -126,14 +117,13 @@ def combine(one: Any, other: Any) -> Any:
     return {**one, **other, **{key: combine(one[key], other[key]) for key in one if key in other}}
 
 
-def read_preset(name: str, folder: str = "", renamed: Mapping[str, str] | None = None) -> Data:
-    """Read a YAML file, or the preset of this name. folder: see `find_preset`; renamed: see `Config`. Raises
-    `UserError`."""
-    data = read_file(name if os.path.isfile(name) else str(find_preset(name, folder)))
-    return rename_keys(data, renamed or {})
+def read_preset(name: str, cls: type[Config]) -> Data:
+    """Read a YAML file, or the preset of this name. Raises `UserError`."""
+    data = read_yaml_file(name if os.path.isfile(name) else str(find_preset(name, cls.presets)))
+    return rename_keys(data, cls.renamed)
 
 
-def read_file(path: str) -> Data:
+def read_yaml_file(path: str) -> Data:
     """Read a YAML file that holds a mapping. Raises `UserError`."""
     try:
         data = read_yaml(Path(path).read_text(encoding="utf-8"))
@@ -144,9 +134,6 @@ def read_file(path: str) -> Data:
     if not isinstance(data, dict | None):
         raise UserError(f"{path}: expected a mapping of keys at the top level (got {show_value(data)})")
     return data or {}
-
-
-# Presets ------------------------------------------------------------------------------------------
 
 
 def presets() -> dict[str, Path]:
@@ -175,44 +162,33 @@ def find_preset(name: str, folder: str = "") -> Path:
     raise UserError(f"{name[:400]}: cannot be read (no such file, no such preset); {hint}")
 
 
-# Lists without brackets, which zsh would expand as a pattern --------------------------------------
-
-
 def split_lists(cls: type[Settings] | None, data: Data) -> Data:
-    """Turn text with commas into a list where the key accepts one, and a single word or number where it accepts only
-    lists."""
+    """Turn text with commas into a list where the key accepts one (zsh would expand brackets), and a single word or
+    number where it accepts only lists."""
     found: Data = {}
     for name, value in data.items():
         field = cls.model_fields.get(name) if cls else None
+        hints = [hint for hint in type_options(field.annotation) if hint is not type(None)] if field else []
+        only_lists = bool(hints) and all(get_origin(hint) in (list, tuple) for hint in hints)
         if isinstance(value, dict) and field and (inner := mapped_model(field)):
-            found[name] = {
-                key: split_lists(inner, each) if isinstance(each, dict) else each for key, each in value.items()
-            }
+            value = {key: split_lists(inner, each) if isinstance(each, dict) else each for key, each in value.items()}
         elif isinstance(value, dict):
-            found[name] = split_lists(cls.nested(name, value) if cls and field else None, value)
+            value = split_lists(cls.nested(name, value) if cls and field else None, value)
         elif isinstance(value, str):
-            found[name] = list_or_text(field, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and takes_only_lists(field):
-            found[name] = [value]
-        else:
-            found[name] = value
+            value = split_text(hints, value)
+        if only_lists and isinstance(value, str | int | float) and not isinstance(value, bool):
+            value = [value]
+        found[name] = value
     return found
 
 
-def list_or_text(field: FieldInfo | None, text: str) -> Any:
-    """Return `text` as a list if the field accepts one, else unchanged. Where it accepts both, text with a space beside
-    a comma stays text, because class names look like that."""
-    hints = type_options(field.annotation) if field else []
-    lists = [hint for hint in hints if get_origin(hint) in (list, tuple)]
+def split_text(hints: list[Any], text: str) -> Any:
+    """Return `text` as a list if one of the types is a list, else unchanged. Where text is allowed too, text with a
+    space beside a comma stays text, because class names look like that."""
+    lists = any(get_origin(hint) in (list, tuple) for hint in hints)
     if isinstance(text, CommaText) and lists and not (str in hints and re.search(r",\s|\s,", text)):
         try:
             return [os.path.expanduser(part) if isinstance(part, str) else part for part in read_yaml(f"[{text}]")]
         except ValueError:  # such as a doubled comma
-            return str(text)
-    return [str(text)] if takes_only_lists(field) else str(text)
-
-
-def takes_only_lists(field: FieldInfo | None) -> bool:
-    """Whether the field accepts lists and nothing else but null."""
-    hints = [hint for hint in type_options(field.annotation) if hint is not type(None)] if field else []
-    return bool(hints) and all(get_origin(hint) in (list, tuple) for hint in hints)
+            pass
+    return str(text)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
@@ -23,14 +23,12 @@ from tokenizer.files import PipelineLoadError, one_line
 
 from .arguments import nest_settings, read_arguments, read_preset, sort_words, split_lists
 from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process, tell
-from .help import help_page, list_keys
+from .help import list_keys, verb_help_page
 from .importing import import_all
 from .schema import C, Config, DefaultsFrom, resolve_short_forms, to_yaml
 
 if TYPE_CHECKING:
     import torch
-
-LISTS_KEYS = "--help all lists them"
 
 R = TypeVar("R")
 
@@ -72,9 +70,9 @@ def parse(
     """
     words = sort_words(sys.argv[1:] if argv is None else argv)
     import_all(words.imports)
-    parts, problems = read_arguments(words, cls.presets, cls.renamed)
+    parts, problems = read_arguments(words, cls)
     parts = [resolve_short_forms(cls, part) for part in parts]
-    given = merge_all(parts)
+    given: Data = reduce(merge, parts, Data())
     further: Data = {}
     try:
         further = defaults(given) if defaults else {}
@@ -87,7 +85,7 @@ def parse(
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        lines = explain(cls, data, error, partial(describe_unknown, cls))
+        lines = explain(cls, data, error, partial(suggest_keys, cls))
         # Help needs no complete configuration, and a key may only seem missing because its file was unreadable.
         incomplete = problems or words.help is not None
         problems += [line for line in lines if not (incomplete and line.endswith(": missing"))]
@@ -96,7 +94,7 @@ def parse(
             name for name, field in cls.model_fields.items() if find_mark(field, DefaultsFrom) and not further.get(name)
         }
         known = {name: given.get(name, {}) if name in unknown else value for name, value in data.items()}
-        page = help_page(cls, verb, description, words.help, known, {*given, *further})
+        page = verb_help_page(cls, verb, description, words.help, known, {*given, *further})
         print_and_exit(page, problems)
     if config is None or problems:
         raise UserError("\n".join(map(one_line, problems)))
@@ -113,32 +111,33 @@ def build_config(
 
     defaults: as in `parse`.
     """
-    parts = [*(read_preset(os.fspath(file), cls.presets, cls.renamed) for file in files), nest_settings(settings)]
+    parts = [*(read_preset(os.fspath(file), cls) for file in files), nest_settings(settings)]
     parts = [resolve_short_forms(cls, part) for part in parts]
-    data = merge_with_defaults(cls, [defaults(merge_all(parts)) if defaults else {}, *parts])
+    data = merge_with_defaults(cls, [defaults(reduce(merge, parts, {})) if defaults else {}, *parts])
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        lines = explain(cls, data, error, partial(describe_unknown, cls))
+        lines = explain(cls, data, error, partial(suggest_keys, cls))
         raise UserError("\n".join(map(one_line, lines))) from None  # hide pydantic's multi-line message
 
 
-def merge_all(parts: Sequence[Data]) -> Data:
-    """Merge the parts from left to right."""
-    return reduce(merge, parts, {})
-
-
 def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
-    """Merge the parts into the defaults one by one, adding the defaults of each kind that a part selects. Print what
-    a part of a model keeps when its kind changes."""
+    """Merge the parts into the defaults one by one, adding the defaults of each kind that a part selects. Print which
+    settings a part of a model keeps when its kind changes."""
     data, given, notes = defaults_of(cls), Data(), dict[str, Data]()
     for part in parts:
         part = keep_settings(cls, data, given, part, notes)
-        given = merge(name_kinds(given, data), part)
+        given = merge(add_kinds(given, data), part)
         data = with_defaults(cls, merge(data, part))
-    for key, reset in notes.items():
-        if is_first_process():
-            tell(one_line(describe_kept(key, reset, reduce(lambda node, name: node[name], key.split("."), given))))
+    for key, reset in notes.items() if is_first_process() else ():
+        node = reduce(lambda node, name: node[name], key.split("."), given)
+        kept, lost = (
+            ", ".join(f"{name}={show_value(value)}" for name, value in settings.items() if name != "kind")
+            for settings in (node, reset)
+        )
+        tell(
+            one_line(f"{key}: {node['kind']} with {kept or 'its defaults'}" + f"; it does not take {lost}" * bool(lost))
+        )
     return split_lists(cls, data)
 
 
@@ -167,7 +166,6 @@ def keep_settings(
 
 
 def accepts(model: type[Settings], name: str, value: Any) -> bool:
-    """Whether a kind has this setting, and takes this value."""
     if name == "kind" or name not in model.model_fields:
         return False
     try:
@@ -177,40 +175,23 @@ def accepts(model: type[Settings], name: str, value: Any) -> bool:
     return True
 
 
-def name_kinds(given: Data, data: Data) -> Data:
+def add_kinds(given: Data, data: Data) -> Data:
     """Return the settings `given` with the kind of each node, from `data`."""
     nodes = {name: data[name] for name, value in given.items() if isinstance(value, dict) and name in data}
-    named = {name: name_kinds(given[name], node) for name, node in nodes.items() if isinstance(node, dict)}
-    kind = {"kind": data["kind"]} if "kind" in data else {}
-    return {**given, **named, **kind}
+    nested = {name: add_kinds(given[name], node) for name, node in nodes.items() if isinstance(node, dict)}
+    return {**given, **nested, **({"kind": data["kind"]} if "kind" in data else {})}
 
 
-def describe_kept(key: str, reset: Data, node: Data) -> str:
-    """Describe a node whose kind changed: the settings given so far, which it keeps, and those it resets."""
-    kept = ", ".join(f"{name}={show_value(value)}" for name, value in node.items() if name != "kind")
-    lost = ", ".join(f"{name}={show_value(value)}" for name, value in reset.items() if name != "kind")
-    return f"{key}: {node['kind']} with {kept or 'its defaults'}" + (f"; it does not take {lost}" if lost else "")
-
-
-def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
+def suggest_keys(cls: type[Config], key: str, value: Any) -> list[str]:
     """Return a line for each unknown key at or below `key`, with the key that was probably meant."""
-    known, lines = list_keys(cls), list[str]()
-    for name in list_leaves(key, value):
-        first, dot, rest = name.partition(".")
-        hint = cls.unavailable.get(name) or did_you_mean(name, known, LISTS_KEYS)
-        hint = f"it is called {cls.renamed[first]}{dot}{rest[:200]} now" if first in cls.renamed else hint
-        nested = "in a file, write nested keys instead of dots"
-        lines.append(f"{name[:200]}: {nested if name in known else f'unknown key; {hint}'}")
-    return lines
-
-
-def list_leaves(key: str, value: Any) -> Iterator[str]:
-    """Yield the dotted keys of all leaves below `key`."""
     if isinstance(value, dict) and value:
-        for name, part in value.items():
-            yield from list_leaves(f"{key}.{name}", part)
-    else:
-        yield key
+        return [line for name, part in value.items() for line in suggest_keys(cls, f"{key}.{name}", part)]
+    known, (first, dot, rest) = list_keys(cls), key.partition(".")
+    if key in known:
+        return [f"{key}: in a file, write nested keys instead of dots"]
+    hint = cls.unavailable.get(key) or did_you_mean(key, known, "--help all lists them")
+    hint = f"it is called {cls.renamed[first]}{dot}{rest[:200]} now" if first in cls.renamed else hint
+    return [f"{key[:200]}: unknown key; {hint}"]
 
 
 def print_and_exit(text: str, problems: Sequence[str] = ()) -> NoReturn:

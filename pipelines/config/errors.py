@@ -25,6 +25,15 @@ class UserError(Exception):
         super().__init__(escape(str(message), keep="\n"))
 
 
+@contextmanager
+def user_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Turn errors of these kinds into `UserError`, after a prefix such as `data: `."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
 class ReportedElsewhere(UserError):
     """Raised on other processes when the main process reports the error."""
 
@@ -38,7 +47,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def is_first_process() -> bool:
-    """Return whether this process is the one that prints, among those that `accelerate launch` started."""
+    """Whether this process prints, among those that `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -29,8 +29,7 @@ from .schema import Config, DefaultsFrom
 from .table import width, wrap, wrap_rows
 
 ALL = "all"
-NAME = "NAME"
-"""Stands for a name that the user chooses, in a key."""
+USER_NAME = "NAME"  # stands for a name that the user chooses, in a key
 OPTIONS = {
     "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
     "key=value": "set one key, overriding the files; the value is YAML, as in train.lr=1e-3 or sizes=1,2; a new "
@@ -40,9 +39,7 @@ OPTIONS = {
 }
 
 
-class Row(NamedTuple):
-    """One key of the table."""
-
+class KeyRow(NamedTuple):
     key: str
     type: str
     default: str
@@ -55,19 +52,15 @@ class Section(NamedTuple):
     node: str = ""
     kind: str = ""
     sentence: str = ""
-    rows: tuple[Row, ...] = ()
+    rows: tuple[KeyRow, ...] = ()
 
     @property
     def title(self) -> str:
         """Heading; empty at the top level."""
-        key = f"{self.node}.kind={self.kind}" if self.kind else self.node
-        return f"{key}: {self.sentence}" if self.sentence else key
+        return ": ".join(filter(None, [f"{self.node}.kind={self.kind}" if self.kind else self.node, self.sentence]))
 
 
-# Pages --------------------------------------------------------------------------------------------
-
-
-def help_page(
+def verb_help_page(
     cls: type[Config],
     verb: str,
     description: str | None,
@@ -77,70 +70,44 @@ def help_page(
 ) -> str:
     """Return the page for a topic: empty, `all`, a section or a key. Raises `UserError` for an unknown topic.
 
-    values: current values, shown instead of the class defaults. given: top-level keys that the command line sets.
+    values: printed instead of the defaults of the class. given: top-level keys that the command line sets.
     """
     values, options = values or {}, dict(OPTIONS)
     if topic == ALL:
         chosen = {name: values[name] for name in given if name in values}
-        shown = list(dict.fromkeys(list_sections(cls, chosen)))  # each tokenizer lists the quantizers again
+        sections = list(dict.fromkeys(list_sections(cls, chosen)))  # each tokenizer lists the quantizers again
     else:
         found = list(list_sections(cls, values))
+        rows = {row.key: row for section in found for row in section.rows}
+        nodes = list(dict.fromkeys(section.node for section in found if section.node))
         if topic:
-            return "\n".join(format_sections(choose_topic(found, topic))).lstrip("\n")
-        shown = [Section(rows=tuple(choose_often(cls, found)))]
-        if left := len(set(list_rows(found)) - set(list_rows(shown))):
-            nodes = ", ".join(dict.fromkeys(section.node for section in found if section.node))
-            options["--help WHAT"] = f"{left} more keys: all, {f'one section ({nodes}), ' if nodes else ''}or one key"
+            below = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
+            if not below and topic not in rows:
+                hint = did_you_mean(topic, [*nodes, *rows], f"the sections are {', '.join([*nodes, ALL])}")
+                raise UserError(f"--help {topic}: no such section or key; {hint}")
+            return format_sections(below or [Section(rows=(rows[topic],))]).lstrip("\n")
+        often = [rows[key] for key in cls.often.split() if key in rows]
+        often = often or [row for section in found if not section.node for row in section.rows]
+        sections = [Section(rows=tuple(often))]
+        if left := len(set(rows.values()) - set(often)):
+            one = f"one section ({', '.join(nodes)}), " if nodes else ""
+            options["--help WHAT"] = f"{left} more keys: all, {one}or one key"
     usage = f"usage: smalti {verb} [--config FILE ...] [key=value ...] [--help [WHAT]]"
     about = [line for part in (description or "").split("\n\n") for line in wrap(" ".join(part.split()), width())]
     commands = [wrap(f"smalti {verb} {example}", width() - 8) for example in cls.examples]
-    examples = ["  " + " \\\n      ".join(lines) for lines in commands]  # joined by the shell
-    parts = [
-        [usage],
-        about,
-        ["examples", *examples],
-        format_sections(shown),
-        ["more", *wrap_rows(list(options.items()))],
-    ]
-    return "\n\n".join("\n".join(part) for part in parts)
+    examples = ["examples", *("  " + " \\\n      ".join(lines) for lines in commands)]  # joined by the shell
+    more = ["more", *wrap_rows(list(options.items()))]
+    return "\n\n".join([usage, "\n".join(about), "\n".join(examples), format_sections(sections), "\n".join(more)])
 
 
-def list_rows(found: Iterable[Section]) -> list[Row]:
-    """Return the rows of all sections."""
-    return [row for section in found for row in section.rows]
-
-
-def choose_often(cls: type[Config], found: list[Section]) -> list[Row]:
-    """Return the rows of the common keys, or all top-level rows."""
-    rows = {row.key: row for row in list_rows(found)}
-    often = [rows[key] for key in cls.often.split() if key in rows]
-    return often or list_rows(section for section in found if not section.node)
-
-
-def choose_topic(found: list[Section], topic: str) -> list[Section]:
-    """Return the sections at and below `topic`, or one key. Raises `UserError`, which suggests the nearest name."""
-    below = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
-    one = [row for row in list_rows(found) if row.key == topic]
-    if not below and not one:
-        nodes = list(dict.fromkeys(section.node for section in found if section.node))
-        hint = did_you_mean(
-            topic, [*nodes, *(row.key for row in list_rows(found))], f"the sections are {', '.join([*nodes, ALL])}"
-        )
-        raise UserError(f"--help {topic}: no such section or key; {hint}")
-    return below or [Section(rows=tuple(one))]
-
-
-def format_sections(shown: list[Section]) -> list[str]:
-    """Return the lines of sections, each with its own column widths."""
+def format_sections(sections: list[Section]) -> str:
+    """Format sections below their headings, each with its own column widths."""
     lines: list[str] = []
-    for section in shown:
+    for section in sections:
         head = [] if lines else [("key", "type", "default", "")]
         lines += ["", *wrap(section.title, width())] if section.title else []
         lines += wrap_rows([*head, *section.rows])
-    return lines
-
-
-# Keys ---------------------------------------------------------------------------------------------
+    return "\n".join(lines)
 
 
 def list_sections(
@@ -155,11 +122,11 @@ def list_sections(
 ) -> Iterator[Section]:
     """Yield the keys of a configuration, one section for each nested one.
 
-    values: shown instead of the defaults; a node with a value lists only the keys of its kind. node, kind, sentence:
-    heading of the first section. owner: model that provides the defaults, such as "pipeline's". families: families of
-    the enclosing nodes, whose members are not listed again.
+    values: used instead of the defaults; a node with a value lists only the keys of its kind. node, kind, sentence:
+    heading of the first section. owner: model that provides the defaults, such as "pipeline's". families: of the
+    enclosing nodes, whose members are not listed again.
     """
-    rows: list[Row] = []
+    rows: list[KeyRow] = []
     nested: list[Section] = []
     for name, field in cls.model_fields.items():
         if name == "kind" and issubclass(cls, Choices):
@@ -172,7 +139,7 @@ def list_sections(
         whose = f"{of.name}'s" if of else owner
         if family is not None:
             chosen = below.get("kind", "null" if default is None else "required")
-            row = Row(f"{key}.kind", "kind", str(chosen), f"{about}: {', '.join(models)}")
+            row = KeyRow(f"{key}.kind", "kind", str(chosen), f"{about}: {', '.join(models)}")
             if families:
                 rows.append(row)
             else:
@@ -183,17 +150,20 @@ def list_sections(
                     around = (*families, family.family)
                     nested += list_sections(model, inner, key, member, first_line, owner=whose, families=around)
         elif mapped := mapped_model(field):
-            rows.append(Row(f"{key}.{NAME}", "text", "none", about))
+            rows.append(KeyRow(f"{key}.{USER_NAME}", "text", "none", about))
             first_line = (mapped.__doc__ or "").strip().split("\n")[0]
-            nested += list_sections(mapped, {}, f"{key}.{NAME}", "", first_line)
+            nested += list_sections(mapped, {}, f"{key}.{USER_NAME}", "", first_line)
         elif models:
             inner = values.get(name, {}) if whose else below
             nested += list_sections(models[""], inner, key, "", about, owner=whose, families=families)
         else:
-            default_text = whose if whose and name not in values else describe_default(value)
+            text = value if isinstance(value, str) and value else show_value(value)
+            text = "required" if value is PydanticUndefined else whose if whose and name not in values else text
             if get_origin(field.annotation) is dict:
-                key, default_text = f"{key}.NAME", "null" if value == {} else default_text
-            rows.append(Row(key, describe_type(field), default_text, about))
+                key, text = f"{key}.{USER_NAME}", "null" if value == {} else text
+            kinds = format_type(field.annotation, format_range(field.metadata))
+            # That a key may be null goes without saying if null is the default.
+            rows.append(KeyRow(key, kinds.removesuffix(" or null") if field.default is None else kinds, text, about))
     if rows:
         yield Section(node, kind, sentence, tuple(rows))
     yield from nested
@@ -203,19 +173,12 @@ def list_sections(
 def list_keys(cls: type[Settings]) -> list[str]:
     """Return the names of all sections and keys of a configuration."""
     found = list(list_sections(cls, {}))
-    nodes, rows = [section.node for section in found], [row for section in found for row in section.rows]
-    return list(dict.fromkeys(filter(None, [*nodes, *(row.key for row in rows)])))
-
-
-def describe_type(field: FieldInfo) -> str:
-    """Return the type and range of a key, such as `int >= 1 or null`, `[float, float]` or `a | b`. A null that is the
-    default is not mentioned."""
-    text = format_type(field.annotation, format_range(field.metadata))
-    return text.removesuffix(" or null") if field.default is None else text
+    keys = [row.key for section in found for row in section.rows]
+    return list(dict.fromkeys(filter(None, [*(section.node for section in found), *keys])))
 
 
 def format_type(hint: Any, limits: str = "") -> str:
-    """Return a readable form of an annotation."""
+    """Return a readable form of an annotation, such as `int >= 1 or null`, `[float, float]` or `a | b`."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         marks = [mark for part in parts[1:] for mark in (part.metadata if isinstance(part, FieldInfo) else [part])]
@@ -239,10 +202,3 @@ def format_range(marks: Iterable[Any]) -> str:
     if set(bounds) == {"ge", "le"}:
         return f" {show_number(bounds['ge'])}..{show_number(bounds['le'])}"
     return ",".join(f" {SIGNS[name]} {show_number(bound)}" for name, bound in bounds.items())
-
-
-def describe_default(value: Any) -> str:
-    """Return a default value as text; strings are not quoted."""
-    if value is PydanticUndefined:
-        return "required"
-    return value if isinstance(value, str) and value else show_value(value)

@@ -19,8 +19,6 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(Settings):
-    """Base of every verb's configuration."""
-
     examples: ClassVar[tuple[str, ...]] = ()
     """Command lines for the help page, without `smalti` and the verb."""
     often: ClassVar[str] = ""
@@ -74,7 +72,7 @@ def resolve_short_forms(cls: type[Config], data: Data) -> Data:
 
 
 def to_yaml(config: BaseModel) -> str:
-    """Return the configuration as YAML text for `--config`."""
+    """Return YAML text that `--config` reads."""
     return write_yaml(config.model_dump(mode="json"))
 
 

@@ -24,7 +24,7 @@ def table(rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 image`, `2,000 images`."""
+    """Return `1 image` or `2,000 images`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -34,13 +34,11 @@ def width() -> int:
 
 
 def wrap(text: str, columns: int) -> list[str]:
-    """Wrap text into lines without breaking at hyphens."""
     return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 
 def wrap_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Wrap rows whose last cell is a sentence. The first column is as wide as its widest cell, the columns in between
-    leave at least 30 characters if possible, and the sentence fills the rest."""
+    """Wrap rows whose last cell, a sentence, fills the rest. Columns in between leave at least 30 characters."""
     first, *between = [max(map(len, cells)) for cells in list(zip(*rows, strict=True))[:-1]]
     room = width() - len(GAP) - first - len(GAP)
     most = min(20, max(12, (room - 30) // max(1, len(between)) - len(GAP)))

@@ -13,10 +13,9 @@ from tokenizer.config import Data
 
 
 class Loader(yaml.SafeLoader):
-    """Loads plain values only; keys must be text and unique."""
+    """Loads plain values; keys must be text and unique."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Construct a mapping. Raises `ConstructorError` for a key that is not text or appears twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
@@ -50,7 +49,6 @@ def read_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark and "\n" in text.strip() else ""
         raise ValueError(f"{line}not readable as YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        # An impossible date is a ValueError; a wrong tag, as in `!!bool maybe`, may be anything.
         raise ValueError(f"not readable as YAML: {str(error).splitlines()[0]}") from error
-    except (AttributeError, LookupError, TypeError) as error:  # PyYAML's own bugs, as with `!!bool maybe`
-        raise ValueError("not readable as YAML: a value does not match its tag") from error

@@ -76,7 +76,7 @@ class StreamedColumn:
     def join(self, one: Any, other: Any, shard: Input) -> Any:
         """Return the summary of two, the first of which may be None. shard: that of the other. Raises `ValueError`."""
         try:
-            return other if one is None else FORMATS[self.kind].join(one, other)
+            return other if one is None else one.join(other)
         except ValueError as error:
             raise ValueError(f"{shard.path}: {error}") from error
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from folders import contents
 from small import QUANTIZERS, TOKENIZERS, make_tokenizer, quantizer_of
 from torch import Tensor
 
+import pipelines
 from pipelines import exports
 from pipelines.exports import (
     NAMES,
@@ -174,6 +176,18 @@ def test_a_program_holds_only_its_own_weights_and_no_image_of_the_user(exported:
         assert not [name for name in names if name.startswith(f"tokenizer.{other}.")]
     data = b"".join((export.folder / f"{part}.pt2").read_bytes() for part in NAMES)
     assert export.given[0].numpy().tobytes()[:64] not in data
+
+
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_the_files_contain_no_path_of_this_machine(format: Any, exported: Any) -> None:
+    folder = exported(format, "vqvae, ema", BLOCKS if format == "torch" else None).folder
+    for path in sorted(folder.iterdir()):
+        texts = [path.read_bytes()]
+        if path.suffix == ".pt2":
+            with ZipFile(path) as archive:
+                texts += [archive.read(name) for name in archive.namelist()]
+        for place in (Path(torch.__file__).parents[1], Path(pipelines.__file__).parents[1], folder.parent):
+            assert not any(str(place).encode() in text for text in texts), (path.name, place)
 
 
 def test_exporting_does_not_change_the_tokenizer(exported: Any) -> None:

@@ -130,7 +130,7 @@ def test_a_file_holds_the_same_and_there_is_none_without_classes(tmp_path):
     assert not (tmp_path / "none").exists() and Frequencies.load(tmp_path / "none", COLUMNS) == Frequencies()
 
 
-@pytest.mark.parametrize(("label", "view"), [(1 << 16, 0), (1 << 17, 0), (1 << 10, 1 << 5), (10, 1 << 16)])
+@pytest.mark.parametrize(("label", "view"), [(1 << 16, 0), (1 << 17, 0), (1 << 10, 1 << 5)])
 def test_every_file_that_is_written_can_be_read(label, view, tmp_path):
     """Also of many classes and combinations."""
     sizes = {name: size for name, size in (("label", label), ("view", view)) if size}
@@ -138,7 +138,8 @@ def test_every_file_that_is_written_can_be_read(label, view, tmp_path):
     rows = {name: torch.arange(count) // (1 if name == "label" else label) % size for name, size in sizes.items()}
     found = Frequencies.count(Given(columns, rows, count))
     found.save(tmp_path)
-    assert Frequencies.load(tmp_path, columns).to_dict() == found.to_dict()
+    for one, other in zip(Frequencies.load(tmp_path, columns).tables, found.tables, strict=True):
+        assert one.values.equal(other.values) and one.counts.equal(other.counts)
     assert bool(found.tables) == (label <= 1 << 16)
 
 
@@ -146,16 +147,11 @@ def test_every_file_that_is_written_can_be_read(label, view, tmp_path):
     ("columns", "values", "counts", "problem"),
     [
         (["label"], [[0], [1]], [1], "tables.0: values: must have equally many numbers each, and a count each"),
-        (["label"], [[0], []], [1, 1], "equally many numbers each"),
         (["label"], [[0]], [0], "counts.0: should be at least 1"),
-        (["label"], [[1.5]], [1], "values.0.0: should be a whole number"),
         (["label"], [[4]], [1], r"values: label: ids should lie in \[0, 4\)"),
-        (["label"], [[1 << 70]], [1], "less than 2147483648"),
         (["tags"], [[0, 2]], [1], "values: tags: flags must be 0 or 1"),
         (["tags"], [[0, 257]], [1], "values: tags: too large"),
-        (["tags"], [[0]], [1], "values: expected 2 numbers each"),
         (["age"], [[0]], [1], "expected columns of classes and flags"),
-        (["other"], [[0]], [1], "expected columns of classes and flags"),
         (["label", "label"], [[0, 0]], [1], "each once"),
     ],
 )

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small import QUANTIZERS, make_prior, make_tokenizer, quantizer_of
+from small import make_prior, make_tokenizer, quantizer_of
 from small_pipelines import (
     every_pair,
     every_prior_pair,
@@ -18,8 +18,7 @@ from small_pipelines import (
 from torch._dynamo.testing import CompileCounter
 
 from pipelines import ImagePipeline
-from tokenizer import TokenGrid, Tokenizer
-from tokenizer.base import LikelihoodError, TokenizerConfig
+from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError, IntegrityError
 
 # Scoring
@@ -50,43 +49,6 @@ def test_bits_per_dim_needs_a_decoder_with_a_likelihood(tokenizer):
         torch.testing.assert_close(pipe.bits_per_dim(pixels), expected)
 
 
-class HalvesConfig(TokenizerConfig):
-    """No settings."""
-
-
-class Halves(Tokenizer):
-    """A 2x2 image of 256 grey values: an id says in which half a pixel is; its 128 values are equally likely."""
-
-    Config = HalvesConfig
-
-    def __init__(self) -> None:
-        super().__init__(HalvesConfig(image_size=2, channels=1))
-        self.grid = TokenGrid((2, 2), 2)
-
-    def encode(self, images):
-        return (images[:, 0] > 0).long()
-
-    def decode(self, tokens):
-        return tokens.float().unsqueeze(1) - 0.5
-
-    def pixel_log_prob(self, images, tokens):
-        inside = (self.encode(images) == tokens).flatten(1).all(1)
-        return torch.where(inside, -4 * torch.log(torch.tensor(128.0)), -torch.inf)
-
-
-def test_bits_per_dim_adds_tokens_and_pixels():
-    prior = make_prior("marginal", (2, 2), 2, num_classes=2)
-    with torch.no_grad():
-        prior.table.zero_()
-        prior.table[0, :, 1] = torch.log(torch.tensor(3.0))  # class 0: p(upper half) = 3/4
-    pipe = ImagePipeline(Halves(), prior)
-    images = torch.tensor([[-1.0, -0.5, -0.1, -0.9], [0.1, 0.5, 1.0, -1.0]]).reshape(2, 1, 2, 2)
-    torch.testing.assert_close(pipe.bits_per_dim(images), torch.full((2,), 8.0))  # 1 bit for the half, 7 inside it
-    upper = -torch.log2(torch.tensor(0.75))
-    expected = 7 + torch.stack([torch.tensor(2.0), (3 * upper + 2) / 4])
-    torch.testing.assert_close(pipe.bits_per_dim(images, 0), expected)
-
-
 def test_an_empty_batch_has_empty_scores():
     """A selection of images may be empty."""
     pipe = make_pipeline("pixels")
@@ -114,13 +76,6 @@ def test_tokens_and_pixels_do_not_depend_on_the_batch(tokenizer):
         assert (pipe.decode(tokens, output_type="pt", batch_size=size) - images).abs().max() <= 1 / 127.5
         made = pipe.reconstruct(pixels, output_type="pt", batch_size=size)
         assert (made - images).abs().max() <= 1 / 127.5
-
-
-@pytest.mark.parametrize("method", ["encode", "reconstruct", "log_prob", "embed"])
-def test_bad_batch_sizes_are_named(method):
-    for size in (0, 2.5):
-        with pytest.raises(ValueError, match="batch_size"):
-            getattr(make_pipeline(), method)(torch.zeros(2, 1, 8, 12), batch_size=size)
 
 
 def test_grey_images_have_mode_l_and_one_channel():
@@ -166,7 +121,7 @@ def test_half_precision_can_be_used_saved_and_loaded(tokenizer, prior, dtype, tm
     assert torch.equal(loaded(2, 1, seed=0).tokens, drawn.tokens)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["ema", "lfq"])
 def test_dtype_is_that_of_the_networks(name):
     """A codebook stays float32, and may be the tokenizer's first parameter."""
     tokenizer = make_tokenizer("vqvae", quantizer=quantizer_of(name, 3, 2))

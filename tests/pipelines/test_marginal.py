@@ -26,7 +26,7 @@ from pipelines.frequencies import FREQUENCIES, Frequencies
 from pipelines.metrics.likelihood import evaluate_open_class
 from pipelines.tokens import TokenSplit, load_tokens
 from prior.given import Given
-from tokenizer.files import PipelineLoadError, read_manifest, write_json, write_manifest
+from tokenizer.files import read_manifest, write_manifest
 
 OTHERS = {"findings": ["bone"], "age": 63}
 
@@ -74,20 +74,6 @@ def test_bits_per_dim_sum_over_the_classes():
     torch.testing.assert_close(pipe.bits_per_dim(images, marginal="label").double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_cannot_be_summed_over_is_refused_in_one_line():
-    """Other mistakes are in tests/prior/test_mixture.py; a pipeline looks up the frequencies before, of any column."""
-    pipe, many = make_conditioned(outline=False), make_pipeline(labels=[], num_classes=10_000)
-    for one, options, problem in (
-        (pipe, {"marginal": "findings"}, "marginal: 'findings' is a flags column"),
-        (pipe, {"marginal": "label", "labels": "dog"}, "marginal: 'label' is given"),
-        (many, {"marginal": "label"}, "10,000 passes of the prior for each image"),
-    ):
-        for method in (one.log_prob, one.bits_per_dim, one.anomaly_score):
-            with pytest.raises(ValueError) as caught:
-                method(pixels_for(pipe, 2), **options)
-            assert problem in str(caught.value) and "\n" not in str(caught.value)
-
-
 # Files
 
 
@@ -104,17 +90,6 @@ def test_frequencies_are_stored_beside_the_models_and_read_again(tmp_path):
     assert not again.frequencies.tables
     again.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other" / FREQUENCIES).exists()
-
-
-def test_frequencies_of_other_columns_are_refused(tmp_path):
-    pipe = count_split(make_conditioned(outline=False))
-    pipe.save_pretrained(tmp_path / "pipe")
-    found = json.loads((tmp_path / "pipe" / FREQUENCIES).read_text())
-    found["tables"][0]["columns"][0] = "class"
-    write_json(tmp_path / "pipe" / FREQUENCIES, found)
-    write_manifest(tmp_path / "pipe")
-    with pytest.raises(PipelineLoadError, match=f"{FREQUENCIES}: tables.0.columns: expected columns of classes"):
-        ImagePipeline.from_pretrained(tmp_path / "pipe")
 
 
 # Anomalies

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from pipelines import ImagePipeline, train_prior
 from pipelines.__main__ import main as smalti
 from pipelines.provenance import tokenizer_folder
-from pipelines.saving import HERE, list_shipped, resolve_shipped
+from pipelines.saving import SHIPPED, list_shipped, resolve_shipped
 from tokenizer.files import PathError
 
 MOST_BYTES = 3_000_000
@@ -28,7 +28,7 @@ def pipe():
 
 @pytest.mark.parametrize("name", list_shipped())
 def test_it_is_small_in_bfloat16_and_its_card_has_figures(name):
-    folder = HERE / name
+    folder = SHIPPED / name
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
     for part in ("tokenizer", "prior"):
         with safe_open(folder / part / "model.safetensors", "pt") as file:
@@ -58,16 +58,6 @@ def test_it_completes_scores_and_detects_noise(pipe):
     assert (pipe.anomaly_score(noise, p_values=True) < 0.01).all()
 
 
-def test_it_compresses(pipe):
-    pytest.importorskip("constriction")
-    images = pipe(num_images=4, labels=3, seed=0, progress=False).images
-    stream = pipe.compress(images, progress=False)
-    decoded = pipe.decompress(stream, progress=False)
-    assert [np.array(image).tolist() for image in decoded] == [
-        np.array(image).tolist() for image in pipe.reconstruct(images)
-    ]
-
-
 @needs_digits
 def test_held_out_digits_are_normal(pipe):
     """Digits not used in calibration: more than 10 of 60 below p = 0.05 happens once in ten thousand times."""
@@ -80,7 +70,7 @@ def test_held_out_digits_are_normal(pipe):
 
 def test_a_local_folder_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert resolve_shipped("digits") == HERE / "digits" and resolve_shipped(Path("digits")) == Path("digits")
+    assert resolve_shipped("digits") == SHIPPED / "digits" and resolve_shipped(Path("digits")) == Path("digits")
     Path("digits").mkdir()
     assert resolve_shipped("digits") == "digits"
     with pytest.raises(PathError, match="model_index.json"):
@@ -113,7 +103,7 @@ def test_its_tokenizer_and_its_data_are_found_by_the_name(tmp_path, monkeypatch,
 
 def test_the_tokenizer_is_found_in_a_run_or_pipeline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(HERE / "digits", "runs/gpt/pipeline")
+    shutil.copytree(SHIPPED / "digits", "runs/gpt/pipeline")
     assert tokenizer_folder("runs/gpt") == tokenizer_folder("runs/gpt/pipeline") == "runs/gpt/pipeline/tokenizer"
     assert tokenizer_folder("runs/gpt/pipeline/tokenizer") == "runs/gpt/pipeline/tokenizer"
     assert tokenizer_folder("runs") == "runs"

@@ -72,36 +72,24 @@ EVALUATE = ["evaluate", "out={out}", "pipeline={world}/run/pipeline", "num_image
 RECONSTRUCT = ["reconstruct", "out={out}.png", "tokenizer={world}/tokenizer", "data.source={world}/images"]
 
 BAD = [
-    (TRAIN, ["data.source={world}/nowhere"], "data.source: "),
     (TRAIN, ["data.source={world}/empty"], "{world}/empty: "),
     (TRAIN, ["data.source={world}/corrupt"], "{world}/corrupt/cat/broken.png"),
     (TRAIN, ["data.source={world}/giant"], "{world}/giant/cat/bomb.png: "),
-    (TRAIN, ["data.image_size=30"], "30x30"),
     (TRAIN, ["train.batch_size=10", "train.accumulate=3"], "train.batch_size: "),
     (TRAIN, ["model.widths=[12]"], "widths: "),
-    (ENCODE, ["tokenizer={world}/nowhere"], "{world}/nowhere"),
     (ENCODE, ["tokenizer={world}/empty"], "{world}/empty/config.json: "),
     (ENCODE, ["tokenizer={world}/run/pipeline/prior"], "'gpt'"),
-    (ENCODE, ["data.image_size=32"], "(1, 28, 28)"),
     (ENCODE, ["out={world}/mine"], "{world}/mine"),
     (PRIOR, ["tokens={world}/images"], "`smalti encode`"),
     (PRIOR, ["tokens={world}/stage_one"], "{world}/stage_one_tokens?"),
     (PRIOR, ["tokens={world}/tokens_without_test"], "'test'"),
     (PRIOR, ["model.order=zigzag"], "order"),
-    (PRIOR, ["model.num_classes=3"], "model.num_classes: "),
-    (PRIOR, ["model.kind=masked", "sampler.steps=50"], "sampler: steps "),
-    (GENERATE, ["pipeline={world}/mine"], "{world}/mine: "),
     (GENERATE, ["pipeline={world}/damaged"], "{world}/damaged/prior/model.safetensors: "),
     (GENERATE, ["labels=cow"], "'cow'"),
-    (GENERATE, ["order=zigzag"], "'zigzag'"),
-    (GENERATE, ["num_orders=2"], "num_orders: "),
     (GENERATE, ["device=toaster"], "device: "),
     (GENERATE, ["out={world}/mine/thesis.tex/grid.png"], "out: "),
-    (EVALUATE, ["pipeline={world}/tokenizer"], "{world}/tokenizer"),
     (EVALUATE, ["data.source={world}/images"], "classes"),
-    (EVALUATE, ["inception_weights={world}/nowhere.pth"], "inception_weights: "),
     (RECONSTRUCT, ["data.channels=3"], "(3, 28, 28)"),
-    (RECONSTRUCT, ["out={out}"], "out: "),
 ]
 
 
@@ -155,10 +143,10 @@ def test_a_run_stands_for_what_is_in_it(world, tmp_path, capsys, monkeypatch):
 
 
 @needs_digits
-@pytest.mark.parametrize("source", ["run/pipeline", "tokenizer"])
-def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, source):
-    main(["reconstruct", f"tokenizer={world}/{source}", f"out={tmp_path}/kept.png", "num_images=4", "data.limit=40"])
-    assert Image.open(tmp_path / "kept.png").size == (4 * 58 + 2, 2 * 58 + 2)
+def test_reconstructions_of_a_pipeline(world, tmp_path, capsys):
+    given = [f"out={tmp_path}/again.png", "num_images=4", "data.limit=40"]
+    main(["reconstruct", f"tokenizer={world}/run/pipeline", *given])
+    assert Image.open(tmp_path / "again.png").size == (4 * 58 + 2, 2 * 58 + 2)
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("PSNR", "SSIM"))
 

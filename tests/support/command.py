@@ -7,7 +7,7 @@ import pytest
 from pipelines.__main__ import main
 
 NOTES = ("is divided anew", "is not recorded")
-"""Ends of what is said about the division of images before a mistake is found."""
+"""Ends of notes on the division of images, which come before an error."""
 
 
 def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:

@@ -9,13 +9,20 @@ import gradio as gr
 
 from ...anomaly.calibration import Calibration
 from ...anomaly.scores import METHODS
-from ..controls import UNCONDITIONAL, format_arguments, format_open, make_class_menu, make_condition_fields, read_given
-from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
-from ..served import Picked, Served, Step, as_shown, picked_image
+from ..controls import (
+    UNCONDITIONAL,
+    condition_arguments,
+    format_arguments,
+    format_open,
+    make_class_menu,
+    make_condition_fields,
+)
+from ..parts import SampleGallery, make_code_field, make_gallery, make_image_picker, on_click
+from ..served import Picked, ReportStep, Served, picked_image, to_gallery
 from .compare import draw_surprise
 
 
-def build(served: Served, samples: Samples) -> None:
+def build_anomaly_tab(served: Served, samples: SampleGallery) -> None:
     """Build the tab, or a hint if the pipeline is not calibrated."""
     calibration = served.pipeline.calibration
     if calibration is None:
@@ -38,20 +45,22 @@ def build(served: Served, samples: Samples) -> None:
             scored = make_gallery("scored", "medium")
             line = make_code_field(served)
 
-    on_click(served, [button], score, [image, method, label, *fields], [facts, scored, line])
+    on_click(served, [button], score_upload, [image, method, label, *fields], [facts, scored, line])
 
 
-def score(served: Served, step: Step, picked: Picked, method: str, label: Any = UNCONDITIONAL, *fields: Any) -> Any:
+def score_upload(
+    served: Served, step: ReportStep, picked: Picked, method: str, label: Any = UNCONDITIONAL, *fields: Any
+) -> Any:
     """Return the verdict in Markdown, pictures with captions, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.spec)
     assert pipeline.calibration is not None  # otherwise there is no button
-    given, marginal = read_given(pipeline, label, fields), pipeline.calibration.marginal
+    given, marginal = condition_arguments(pipeline, label, fields), pipeline.calibration.marginal
     options = given if marginal is None else {**given, "marginal": marginal}
     with warnings.catch_warnings(record=True) as known:
         warnings.simplefilter("always")
         found = float(pipeline.anomaly_score(batch, method, **options))
         p_value = float(pipeline.anomaly_score(batch, method, p_values=True, **options))
-    images = [(as_shown(batch[0]), served.spec.noun), *draw_surprise(served, batch, **given)]
+    images = [(to_gallery(batch[0]), served.spec.noun), *draw_surprise(served, batch, **given)]
     others = format_arguments(options)
     lines = [
         f"image = {format_open('image', served.spec.shape[:-3], served.spec.channels)}",
@@ -59,10 +68,10 @@ def score(served: Served, step: Step, picked: Picked, method: str, label: Any = 
         f"pipe.anomaly_score(image, {method!r}{others}, p_values=True)",
     ]
     is_known = any("calibrat" in str(warning.message) for warning in known)
-    return verdict(pipeline.calibration, method, found, p_value, is_known), images, served.code(*lines)
+    return format_verdict(pipeline.calibration, method, found, p_value, is_known), images, served.code(*lines)
 
 
-def verdict(calibration: Calibration, method: str, score: float, p_value: float, known: bool) -> str:
+def format_verdict(calibration: Calibration, method: str, score: float, p_value: float, known: bool) -> str:
     """Explain a score in Markdown."""
     threshold = calibration.scores[method].threshold
     above = p_value <= calibration.false_alarms if threshold is None else not score <= threshold

@@ -13,13 +13,12 @@ from torch.nn import functional
 from tokenizer.spec import to_uint8
 
 from ...anomaly.sheets import apply_colormap
-from ..controls import format_arguments, format_open, make_class_menu, make_condition_fields, read_given
-from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
-from ..served import Picked, Served, Step, as_shown, picked_image
+from ..controls import condition_arguments, format_arguments, format_open, make_class_menu, make_condition_fields
+from ..parts import SampleGallery, make_code_field, make_gallery, make_image_picker, on_click
+from ..served import Picked, ReportStep, Served, picked_image, to_gallery
 
 
-def build(served: Served, samples: Samples) -> None:
-    """Build the tab."""
+def build_compare_tab(served: Served, samples: SampleGallery) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             image, _ = make_image_picker(served, "compare-image", samples)
@@ -31,21 +30,24 @@ def build(served: Served, samples: Samples) -> None:
             facts = gr.Markdown(elem_id="compare-facts")
             line = make_code_field(served)
 
-    on_click(served, [button], compare, [image, label, *fields], [compared, facts, line])
+    on_click(served, [button], compare_image, [image, label, *fields], [compared, facts, line])
 
 
-def compare(served: Served, step: Step, picked: Picked, label: Any, *fields: Any) -> Any:
+def compare_image(served: Served, step: ReportStep, picked: Picked, label: Any, *fields: Any) -> Any:
     """Return pictures with captions, figures in Markdown, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.spec)
-    given = read_given(pipeline, label, fields)
+    given = condition_arguments(pipeline, label, fields)
     tokens = pipeline.encode(batch)
     again = to_uint8(pipeline.decode(tokens, output_type="pt").cpu())
     lead = served.spec.shape[:-3]
     frames = [color_tokens(ids, pipeline.prior.grid.vocab_size) for ids in tokens.flatten(0, len(lead))]
     images = [
-        (as_shown(batch[0]), served.spec.noun),
-        (as_shown(again[0]), "reconstruction"),
-        (as_shown(torch.stack(frames).unflatten(0, (1, *lead))[0]), f"its {tokens.numel()} tokens, one colour per id"),
+        (to_gallery(batch[0]), served.spec.noun),
+        (to_gallery(again[0]), "reconstruction"),
+        (
+            to_gallery(torch.stack(frames).unflatten(0, (1, *lead))[0]),
+            f"its {tokens.numel()} tokens, one colour per id",
+        ),
         *draw_surprise(served, batch, **given),
     ]
     others = format_arguments(given)
@@ -54,7 +56,7 @@ def compare(served: Served, step: Step, picked: Picked, label: Any, *fields: Any
         "pipe.reconstruct(image)",
         f"pipe.log_prob(image{others})  # nats",
     ]
-    return images, figures(served, batch, again, given), served.code(*lines)
+    return images, format_figures(served, batch, again, given), served.code(*lines)
 
 
 def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -65,8 +67,7 @@ def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
     if tokens.ndim > 1:
         return palette[:, tokens.flatten(0, -2)]
     width = math.ceil(math.sqrt(len(tokens)))
-    rest = -len(tokens) % width
-    return functional.pad(palette[:, tokens], (0, rest)).view(3, -1, width)
+    return functional.pad(palette[:, tokens], (0, -len(tokens) % width)).view(3, -1, width)
 
 
 def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Any, str]]:
@@ -77,14 +78,12 @@ def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Any
     bits = served.pipeline.anomaly_map(batch, **given).cpu()
     low, high = min(0.0, float(bits.min())), float(bits.max())
     (picture,) = to_uint8(apply_colormap((bits - low) / max(high - low, 1e-6)))
-    return [(as_shown(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
+    return [(to_gallery(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
 
 
-def figures(served: Served, batch: Tensor, again: Tensor, given: dict[str, Any]) -> str:
-    """Format the figures of an image and its reconstruction, both uint8 `(1, *spec.shape)`, given labels and a
-    condition, in Markdown."""
-    pipeline = served.pipeline
-    count = len(pipeline.prior.grid)
+def format_figures(served: Served, batch: Tensor, again: Tensor, given: dict[str, Any]) -> str:
+    """Format the figures of an image and its reconstruction, uint8 `(1, *spec.shape)`, in Markdown."""
+    pipeline, count = served.pipeline, len(served.pipeline.prior.grid)
     bits = -float(pipeline.log_prob(batch, **given)) / math.log(2)
     about = "" if pipeline.prior.exact else " (estimated bound)"
     error = (batch.double() - again).square().mean()

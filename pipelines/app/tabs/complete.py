@@ -11,18 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from .. import controls
-from ..parts import Samples, make_code_field, make_gallery, make_image_picker, make_run_buttons, on_click, zoom
-from ..served import Picked, Served, Step, as_shown, picked_image, report_tokens
+from ..parts import SampleGallery, make_code_field, make_gallery, make_image_picker, make_run_buttons, on_click, zoom
+from ..served import Picked, ReportStep, Served, picked_image, report_tokens, to_gallery
 
 MOST_DRAWS = 16
 PAINT = "#FFF4E6D8"  # translucent white, with a tint that does not occur in grey images
 TOOLBAR = 62  # height of the editor beyond its canvas, in screen pixels
 
 
-def build(served: Served, samples: Samples) -> None:
-    """Build the tab."""
+def build_complete_tab(served: Served, samples: SampleGallery) -> None:
     pipeline, most = served.pipeline, min(MOST_DRAWS, served.max_images)
-    work, make_fields = (complete, make_editor) if served.pipeline.frames == 1 else (continue_clip, make_frames_field)
+    work, make_fields = (complete_image, make_editor) if pipeline.frames == 1 else (continue_clip, make_frames_field)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             image, picks = make_image_picker(served, "complete-image", samples)
@@ -59,18 +58,17 @@ def make_editor(served: Served, image: gr.Gallery, picks: Sequence[Any]) -> list
         buttons=[],
     )
     for pick in picks:
-        pick.then(served.handler(canvas), image, editor)
+        pick.then(served.handler(enlarge_image), image, editor)
     return [editor, gr.Checkbox(False, label="Keep the painted area and regenerate the rest")]
 
 
 def make_frames_field(served: Served, image: gr.Gallery, picks: Sequence[Any]) -> list[Any]:
-    """Make the field for the frames of a clip to keep."""
     last = served.pipeline.frames - 1
-    about = "from the start; the others are drawn anew"
+    about = "from the start; the others are sampled"
     return [gr.Slider(1, last, value=max(1, last // 4), step=1, label="Frames to keep", info=about)]
 
 
-def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
+def enlarge_image(served: Served, step: ReportStep, picked: Picked) -> np.ndarray | None:
     """Enlarge the image for the editor, so that it can be painted on."""
     if not picked:
         return None
@@ -78,12 +76,10 @@ def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
     return image.expand(3, -1, -1).movedim(0, -1).numpy().repeat(times, 0).repeat(times, 1)
 
 
-def painted(editor: Any, width: int, height: int) -> np.ndarray:
-    """Return the pixels that are at least half painted, bool `(height, width)`. Raises `ValueError` if nothing is
-    painted."""
-    layers = (editor or {}).get("layers") or []
+def find_painted(editor: Any, width: int, height: int) -> np.ndarray:
+    """Return the pixels that are at least half painted, bool `(height, width)`."""
     found = np.zeros((height, width), dtype=bool)
-    for layer in layers:
+    for layer in (editor or {}).get("layers") or []:
         alpha = Image.fromarray(layer[..., 3]).resize((width, height), Image.Resampling.BOX)
         found |= np.asarray(alpha) >= int(PAINT[-2:], 16) // 2
     if not found.any():
@@ -91,22 +87,14 @@ def painted(editor: Any, width: int, height: int) -> np.ndarray:
     return found
 
 
-def complete(
-    served: Served,
-    step: Step,
-    picked: Picked,
-    editor: Any,
-    inverted: bool,
-    label: Any,
-    draws: Any,
-    seed: Any,
-    *values: Any,
+def complete_image(
+    served: Served, step: ReportStep, picked: Picked, editor: Any, inverted: bool, label: Any, draws: Any, *values: Any
 ) -> Any:
     """Return the mask and the completions with captions, and Python code."""
     height, width = served.spec.size
     pixels = picked_image(picked, served.spec)
-    hidden = painted(editor, width, height) != bool(inverted)
-    found, others = draw(served, step, pixels, {"mask": hidden}, label, draws, seed, values)
+    hidden = find_painted(editor, width, height) != bool(inverted)
+    found, others = complete_area(served, step, pixels, {"mask": hidden}, label, draws, values)
     lines = [
         "# the mask is the first picture above; the white area is regenerated",
         'image, mask = Image.open("image.png"), Image.open("mask.png")',
@@ -116,33 +104,31 @@ def complete(
 
 
 def continue_clip(
-    served: Served, step: Step, picked: Picked, frames: Any, label: Any, draws: Any, seed: Any, *values: Any
+    served: Served, step: ReportStep, picked: Picked, frames: Any, label: Any, draws: Any, *values: Any
 ) -> Any:
     """Return the clip and its completions with captions, and Python code."""
     pixels = picked_image(picked, served.spec)
-    found, others = draw(served, step, pixels, {"frames": int(frames)}, label, draws, seed, values)
+    found, others = complete_area(served, step, pixels, {"frames": int(frames)}, label, draws, values)
     lines = [
         f"clip = {controls.format_open('clip', served.spec.shape[:-3], served.spec.channels)}",
         f"out = pipe.complete(clip, frames={int(frames)}{others})",
     ]
-    return [(as_shown(pixels[0]), "clip"), *found], served.code(*lines)
+    return [(to_gallery(pixels[0]), "clip"), *found], served.code(*lines)
 
 
-def draw(
+def complete_area(
     served: Served,
-    step: Step,
+    step: ReportStep,
     pixels: Tensor,
     area: dict[str, Any],
     label: Any,
     draws: Any,
-    seed: Any,
     values: Sequence[Any],
 ) -> tuple[list[tuple[Any, str]], str]:
-    """Return the completions of `pixels` `(1, *spec.shape)` with captions, and the arguments as Python source. area:
-    the argument that says what to redraw."""
-    arguments = {"draws": int(draws), **controls.sampling_arguments(served.pipeline, label, 1, seed, values)}
+    """Return the completions with captions, and the arguments as Python source. area: argument for what to sample."""
+    arguments = {"draws": int(draws), **controls.sampling_arguments(served.pipeline, label, 1, *values)}
     options: dict[str, Any] = {"progress": False, "callback_on_step_end": report_tokens(step)}
     out = served.pipeline.complete(pixels, **area, **arguments, **options)
     found = out.images if int(draws) == 1 else out.images[0]
-    shown = [(as_shown(image), f"completion {k}") for k, image in enumerate(found, 1)]
-    return shown, controls.format_arguments(arguments)
+    images = [(to_gallery(image), f"completion {k}") for k, image in enumerate(found, 1)]
+    return images, controls.format_arguments(arguments)

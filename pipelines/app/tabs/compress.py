@@ -12,14 +12,14 @@ import torch
 from ...compression.coding import read_exact
 from ...config.table import count_of
 from ...images.formats import WEB_FORMATS
-from ..parts import Samples, make_gallery, make_picker, on_click
-from ..served import Picked, Served, Step, as_shown, picked_images
+from ..parts import SampleGallery, make_gallery, make_picker, on_click
+from ..served import Picked, ReportStep, Served, picked_images, to_gallery
 
 STREAM = "images.smalti"
-LOSSY = "only the tokens are kept, which decompress to reconstructions"
+LOSSY = "only the tokens are stored, which decompress to reconstructions"
 
 
-def build(served: Served, samples: Samples) -> None:
+def build_compress_tab(served: Served, samples: SampleGallery) -> None:
     """Build the tab, or a hint if the coder is not installed."""
     if importlib.util.find_spec("constriction") is None:
         gr.Markdown('Compression needs the package constriction on the server: `pip install "smalti[compress]"`')
@@ -33,7 +33,7 @@ def build(served: Served, samples: Samples) -> None:
             use = gr.Button("Use all samples", size="sm")
             can_keep = tokenizer.reversible or tokenizer.has_likelihood
             about = f"otherwise {LOSSY}"
-            lossless = gr.Checkbox(False, label="Lossless: keep every pixel", info=about, visible=can_keep)
+            lossless = gr.Checkbox(False, label="Lossless: store every pixel", info=about, visible=can_keep)
             if not can_keep:
                 gr.Markdown(f"Lossy: {LOSSY}.")
             button = gr.Button("Compress", variant="primary")
@@ -45,36 +45,34 @@ def build(served: Served, samples: Samples) -> None:
             found = make_gallery("decompressed")
     use.click(lambda picked: picked, samples.gallery, images, queue=False)
 
-    on_click(served, [button], compress, [images, lossless], [link])
-    on_click(served, [back], decompress, [stream], [facts, found])
+    on_click(served, [button], compress_images, [images, lossless], [link])
+    on_click(served, [back], decompress_stream, [stream], [facts, found])
 
 
-def compress(served: Served, step: Step, picked: Picked, lossless: Any) -> str:
+def compress_images(served: Served, step: ReportStep, picked: Picked, lossless: Any) -> str:
     """Return a download link for the stream and its size, in HTML."""
-    images, noun = picked_images(picked, served.max_images, served.spec), served.spec.noun
-    batch = []
+    images, noun, batch = picked_images(picked, served.max_images, served.spec), served.spec.noun, []
     for number, image in enumerate(images, 1):
         step(number - 1, len(images), f"{noun}s")
         try:
             batch.append(read_exact(image, served.spec, bool(lossless), WEB_FORMATS))
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise ValueError(f"{noun} {number}: {error}") from error
-    data = served.pipeline.compress(torch.stack(batch), lossless=bool(lossless), progress=False)
-    count = len(batch)
-    kept = "every pixel is kept" if lossless else LOSSY
+    data, count = served.pipeline.compress(torch.stack(batch), lossless=bool(lossless), progress=False), len(batch)
+    stored = "every pixel is stored" if lossless else LOSSY
     facts = (
         f"{count_of(count, noun)}: {len(data):,} bytes, {len(data) / count:.1f} per {noun}, "
-        f"{8 * len(data) / torch.stack(batch).numel():.3f} bits per dim; {kept}"
+        f"{8 * len(data) / torch.stack(batch).numel():.3f} bits per dim; {stored}"
     )
     address = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
     return f'<a download="{STREAM}" href="{address}">Save {STREAM}</a><p>{facts}</p>'
 
 
-def decompress(served: Served, step: Step, data: bytes | None) -> Any:
+def decompress_stream(served: Served, step: ReportStep, data: bytes | None) -> Any:
     """Return a summary of a stream, and its images with their numbers. Raises `StreamError` for too many."""
     if not data:
         raise ValueError("choose a file first")
     images = served.pipeline.decompress(data, max_images=served.max_images, progress=False)
     noun, each = served.spec.noun, len(data) / max(1, len(images))
     facts = f"{count_of(len(images), noun)} from {len(data):,} bytes, {each:.1f} per {noun}"
-    return facts, [(as_shown(image), str(number)) for number, image in enumerate(images, 1)]
+    return facts, [(to_gallery(image), str(number)) for number, image in enumerate(images, 1)]

@@ -12,14 +12,14 @@ from torch import Tensor
 from ...images.dataset import ImageDataset
 from ...representation import embed, nearest_neighbours
 from ...shuffling import random_rows
-from ..parts import Samples, make_gallery, make_image_picker, make_run_buttons, on_click
-from ..served import Picked, Served, Step, as_shown, picked_image
+from ..parts import SampleGallery, make_gallery, make_image_picker, make_run_buttons, on_click
+from ..served import Picked, ReportStep, Served, picked_image, to_gallery
 
 AT_A_TIME = 64
 MOST_FOUND = 24
 
 
-class Index:
+class SearchIndex:
     """Embeddings of the training images, computed on first use."""
 
     def __init__(self, served: Served, train: ImageDataset) -> None:
@@ -27,8 +27,8 @@ class Index:
         self.rows = random_rows(len(train), served.num_index or len(train), 0)
         self.parts: list[Tensor] = []
 
-    def vectors(self, step: Step) -> Tensor:
-        """Return the embeddings `(n, dim)`; those computed so far are kept if the visitor stops."""
+    def vectors(self, step: ReportStep) -> Tensor:
+        """Return the embeddings `(n, dim)`; if the visitor stops, the next search continues from there."""
         for part in self.rows.split(AT_A_TIME)[len(self.parts) :]:
             step(AT_A_TIME * len(self.parts), len(self.rows), "training images")
             self.parts.append(embed(self.served.pipeline, self.train.pixels(part), batch_size=AT_A_TIME))
@@ -40,9 +40,8 @@ class Index:
         return name if labels is None else f"{self.train.class_names[int(labels[row])]}, {name}"
 
 
-def build(served: Served, samples: Samples, train: ImageDataset) -> None:
-    """Build the tab."""
-    index = Index(served, train)
+def build_search_tab(served: Served, samples: SampleGallery, train: ImageDataset) -> None:
+    index = SearchIndex(served, train)
     most = min(MOST_FOUND, len(index.rows))
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -56,10 +55,10 @@ def build(served: Served, samples: Samples, train: ImageDataset) -> None:
                 "layer."
             )
 
-    on_click(served, buttons, partial(search, index), [image, number], [found])
+    on_click(served, buttons, partial(find_neighbours, index), [image, number], [found])
 
 
-def search(index: Index, served: Served, step: Step, picked: Picked, number: Any) -> Any:
+def find_neighbours(index: SearchIndex, served: Served, step: ReportStep, picked: Picked, number: Any) -> Any:
     """Return the image and its neighbours with captions."""
     batch = picked_image(picked, served.spec)
     near, distances = nearest_neighbours(index.vectors(step), embed(served.pipeline, batch), int(number))
@@ -69,4 +68,4 @@ def search(index: Index, served: Served, step: Step, picked: Picked, number: Any
         for row, distance in zip(rows.tolist(), distances[0].tolist(), strict=True)
     ]
     pixels = torch.cat([batch, index.train.pixels(rows)])
-    return list(zip(map(as_shown, pixels), ["query", *captions], strict=True))
+    return list(zip(map(to_gallery, pixels), ["query", *captions], strict=True))

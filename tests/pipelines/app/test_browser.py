@@ -54,7 +54,7 @@ def server(folder):
     with app(folder / "pipeline", folder / "here", *keys, TMPDIR=str(folder / "here")) as running:
         yield running
     assert not [path for path in (folder / "here").rglob("*.png") if path.is_file()], "uploads and pictures are gone"
-    assert running.process.returncode == 0 and "Traceback" not in running.said
+    assert running.process.returncode == 0 and "Traceback" not in running.output
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def chromium():
 
 
 @pytest.fixture
-def page(server, chromium):
+def page(chromium, server):
     """A page that sampled when it was opened, and then six images. Its console stays without errors, and it requests
     nothing from another machine."""
     driver = Driver(chromium.new_page(viewport={"width": 1280, "height": 900}), server.url)
@@ -184,15 +184,6 @@ def test_long_sampling_shows_its_steps_and_stops(page):
     assert np.array_equal(shown(page, "samples"), before)
 
 
-def test_a_narrow_page_does_not_overflow(page, server):
-    page.page.set_viewport_size({"width": 390, "height": 844})
-    for name in ("Sample", "Complete", "Compare", "Anomaly", "Search", "Compress"):
-        page.tab(name)
-        page.page.wait_for_timeout(100)
-        assert page.page.evaluate("document.documentElement.scrollWidth") == 390, name
-    page.page.set_viewport_size({"width": 1280, "height": 900})
-
-
 def test_a_foreign_host_files_and_large_uploads_are_refused(server):
     with httpx.Client(base_url=server.url, trust_env=False) as client:
         port = server.url.rstrip("/").rpartition(":")[2]
@@ -209,8 +200,6 @@ def test_a_foreign_host_files_and_large_uploads_are_refused(server):
     [
         ("127.0.0.1", "localhost:7860", 200),
         ("fe80::1", "[fe80::1]:7860", 200),
-        ("127.0.0.1", "192.168.1.5", 400),
-        ("192.168.1.5", "192.168.1.5:7860", 200),
         ("192.168.1.5", "evil.example", 400),
         ("0.0.0.0", "any.name", 200),
     ],

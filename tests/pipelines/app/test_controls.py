@@ -23,7 +23,7 @@ def arguments(pipe, classes=(), count=2, **changed):
     with gr.Blocks():
         values = [slider.value for slider in controls.make_sliders(pipe)]
     values = [changed.get(name, value) for name, value in zip(controls.get_slider_values(pipe), values, strict=True)]
-    return controls.sampling_arguments(pipe, list(classes), count, 5, values)
+    return controls.sampling_arguments(pipe, list(classes), count, 5, *values)
 
 
 @pytest.mark.parametrize("kind", Prior.available())
@@ -75,7 +75,7 @@ def test_images_cycle_through_classes(labels):
 def test_a_bad_seed_is_named(seed):
     pipe = pipeline()
     with pytest.raises(ValueError, match="^seed: "):
-        controls.sampling_arguments(pipe, [], 1, seed, [*controls.get_slider_values(pipe).values()])
+        controls.sampling_arguments(pipe, [], 1, seed, *controls.get_slider_values(pipe).values())
 
 
 @pytest.mark.parametrize("classes", [[], [0], [1, 2], [1, -1], [-1]])

@@ -25,8 +25,8 @@ pytestmark = needs_gradio
 def test_a_fresh_process_serves_it(tmp_path):
     main(["app", "pipeline=digits", f"--space={tmp_path / 'space'}", "max_images=5"])
     port = free_port()
-    told = {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    with running([sys.executable, "app.py"], tmp_path / "space", port, **told) as server:
+    variables = {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    with running([sys.executable, "app.py"], tmp_path / "space", port, **variables) as server:
         found = httpx.get(f"{server.url}config", trust_env=False).json()["components"]
     sliders = [each["props"] for each in found if each["props"].get("label") == "Images"]
     assert [each["maximum"] for each in sliders] == [5]
@@ -51,13 +51,8 @@ def test_three_files_say_how_the_hub_runs_it(tmp_path, capsys):
     ("keys", "problem"),
     [
         (["pipeline=not_there"], "not_there"),
-        (["pipeline=digits", "max_images=0"], "max_images"),
-        (["pipeline=digits", "max_upload_mb=0"], "max_upload_mb"),
-        (["pipeline=digits", "queue=0"], "queue"),
-        (["pipeline=digits", "port=70000"], "port"),
         (["pipeline={here}", "space={here}/space"], "space: the pipeline must be on the Hub"),
         (["pipeline=digits", "space={here}"], "space: "),
-        (["space={here}/space"], "space: the pipeline must be on the Hub"),
         (["data.source={here}"], "data: the pipelines in the package"),
     ],
 )

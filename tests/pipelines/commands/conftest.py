@@ -31,5 +31,5 @@ def two_classes(tmp_path_factory):
     pipe.save_pretrained(root / "run" / "pipeline")
     (root / "broken.png").write_bytes(b"no picture")
     (root / "empty").mkdir()
-    shutil.copytree(root / "images" / "test" / "above", root / "alike" / "above")
+    shutil.copytree(root / "images" / "test" / "above", root / "one_class" / "above")
     return root

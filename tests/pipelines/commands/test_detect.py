@@ -55,14 +55,6 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_calibrate_saves_into_the_folder(world):
-    loaded = ImagePipeline.from_pretrained(world / "pipe")
-    assert loaded.calibration.count == 40 and loaded.background is not None
-    assert set(loaded.calibration.scores) == {*METHODS} - {"hidden"}  # this prior does not hide blocks
-    assert (world / "pipe" / "calibration.json").stat().st_size < 1 << 20
-    assert ImagePipeline.from_pretrained(world / "bare").calibration is None
-
-
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_calibrating_leaves_the_weights_as_they_are_stored(world, tmp_path, variant):
     """In a variant, or in bfloat16."""
@@ -71,7 +63,8 @@ def test_calibrating_leaves_the_weights_as_they_are_stored(world, tmp_path, vari
     files = {path: path.read_bytes() for path in (tmp_path / "pipe").rglob("*.safetensors")}
     main(["calibrate", f"pipeline={tmp_path}/pipe"])
     assert {path: path.read_bytes() for path in (tmp_path / "pipe").rglob("*.safetensors")} == files
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe", variant=variant).calibration is not None
+    found = ImagePipeline.from_pretrained(tmp_path / "pipe", variant=variant).calibration
+    assert found.count == 40 and set(found.scores) == {*METHODS} - {"hidden", "ratio"}  # it does not hide blocks
 
 
 def test_detect_tells_classes_apart(world, tmp_path, capsys):
@@ -93,8 +86,7 @@ def test_detect_tells_classes_apart(world, tmp_path, capsys):
     p, flagged = (np.array([float(row[name]) for row in rows]) for name in ("p_value", "flagged"))
     assert flagged.sum() and (flagged == 1).tolist() == benjamini_hochberg(p, 0.3).tolist()
     width, height = Image.open(tmp_path / "found" / "sheet.png").size
-    side = (width - 2) // 4 - 2  # four panels in each of six rows, with a name above each
-    assert side % SIZE == 0 and (width, height) == (4 * (side + 2) + 2, 6 * (side + BAND + 2) + 2)
+    assert (width - 2) // 4 - (height - 2) // 6 == -BAND  # four panels in each of six rows, with a name above each
 
 
 def test_the_default_is_held_out_images_that_were_not_used_to_calibrate(world, tmp_path, capsys):
@@ -137,12 +129,8 @@ def test_a_confidence_is_saved_and_reported(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options",
     [
-        ["data.limit=60"],
         ["every=9"],
-        ["data.limit=30"],
         ["data.limit=12", "every=1"],
-        ["false_alarms=0.001"],
-        ["data.limit=50", "confidence=0.9"],
         ["data.limit=20", "confidence=0.99", "every=5"],
     ],
 )
@@ -164,7 +152,6 @@ def test_folds_use_all_images_and_print_what_is_guaranteed(world, tmp_path, caps
     shutil.copytree(world / "bare", tmp_path / "pipe")
     verb = f"pipeline={tmp_path}/pipe"
     assert "folds=1 only" in fails(capsys, "calibrate", verb, "folds=5", "confidence=0.9")
-    assert "folds" in fails(capsys, "calibrate", verb, "folds=9")
     main(["calibrate", verb, "folds=5", "data.limit=60"])  # 30 images: two halves would need 38
     fitted = ImagePipeline.from_pretrained(tmp_path / "pipe").calibration
     bound, printed = f"guaranteed is at most {100 * fitted.bound:.1f} %", capsys.readouterr().out
@@ -209,14 +196,10 @@ def test_other_images_of_calibrated_objects_are_not_new(world, tmp_path, capsys)
         (["detect", "pipeline={world}/bare"], "smalti calibrate pipeline="),
         (["detect", "data.image_size=20"], "data.image_size, data.channels: "),
         (["detect", "images={world}/nowhere"], "{world}/nowhere"),
-        (["detect", "images={world}/normal/train"], "images: "),
-        (["detect", "data.label_column=null", "normal_labels=[a]"], "normal_labels: "),
         (["detect", "images={world}/classes", "normal_labels=round"], "'round'"),
         (["detect", "images={world}/classes", "normal_labels=flat,stripes"], "normal_labels: "),
-        (["detect", "method=guess"], "method: "),
         (["detect", "out={world}/fresh/000.png"], "out: "),
         (["calibrate", "pipeline=some/hub-id"], "pipeline: "),
-        (["calibrate", "data.limit=12"], "data: "),
         (["calibrate", "data.limit=12", "every=1"], "false_alarms="),
         (["calibrate", "background={world}/other"], "background/config.json: "),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 
 import pytest
 import torch
@@ -49,14 +48,11 @@ CONV = "decoder.up.1.block.0.conv1.weight"
     ("change", "message"),
     [
         (lambda w: w.pop(CONV), CONV),
-        (lambda w: w.pop("quantize.embedding.weight"), "quantize.embedding.weight"),
         (lambda w: w.update(colorize=torch.zeros(3)), "'colorize'"),
         (lambda w: w.update({CONV: w[CONV][:, :3]}), f"{CONV} has shape [16, 3, 3, 3]"),
-        (lambda w: w.update({CONV: w[CONV] / 0}), CONV),
         (lambda w: w.update({CONV: w[CONV].long()}), f"{CONV} has dtype torch.int64"),
         (lambda w: w.update({"encoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}), "channels: "),
         (lambda w: w.clear(), "diffusers VQModel"),
-        (lambda w: w.update({"quantize.proj.weight": torch.zeros(32, 8, 1, 1)}), "quantize.embed.weight"),
     ],
 )
 def test_bad_weights_are_named(small, tmp_path, capsys, change, message):
@@ -65,16 +61,6 @@ def test_bad_weights_are_named(small, tmp_path, capsys, change, message):
     path = write({name: value.contiguous() for name, value in weights.items()})
     error = fails(capsys, "import", f"source={path}", f"out={tmp_path}/out", "groups=4", "image_size=16")
     assert message in error and str(path) in error and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [struct.pack("<Q", 1 << 40) + b"{}", b"PK\x03\x04 a zip of pickles", struct.pack("<Q", 10) + b"0123456789", b""],
-)
-def test_damaged_files_are_one_line(tmp_path, capsys, content):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content)
-    assert str(path) in fails(capsys, "import", f"source={path}", f"out={tmp_path}/out")
 
 
 @pytest.mark.parametrize(("setting", "key"), [("groups=3", "groups"), ("image_size=[17, 16]", "widths")])
@@ -102,7 +88,7 @@ def test_places_without_weights_are_refused(small, tmp_path, capsys):
     assert f"{tmp_path}/config.json" in line and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "vq.pt", "bare.bin", "autoencoder.jit"])
+@pytest.mark.parametrize("name", ["last.ckpt", "autoencoder.jit"])
 def test_pickles_and_torchscript_are_never_opened(tmp_path, capsys, monkeypatch, name):
     torch.save({"state_dict": {}}, tmp_path / name)
     for function in ("torch.load", "torch.jit.load", "pickle.load"):

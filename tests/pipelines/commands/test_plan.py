@@ -50,7 +50,7 @@ def test_checkpointed_blocks_take_less_memory_and_more_flops():
     assert checkpointed.memory(64) < 0.7 * plain.memory(64) and 1.2 < checkpointed.flops / plain.flops < 1.4
 
 
-@pytest.mark.parametrize("stage", ["prior", "tokenizer", "critic"])
+@pytest.mark.parametrize("stage", ["prior", "critic"])
 def test_checkpoints_have_the_size_of_a_real_run(stage, tokens, tmp_path):
     """Apart from step counts."""
     more = {"train__steps": 2, "train__save_every": 1, "train__optimizer": "muon"}
@@ -60,7 +60,7 @@ def test_checkpoints_have_the_size_of_a_real_run(stage, tokens, tmp_path):
         assert planned(*TINY, f"tokens={tokens}").grid == TokenGrid((8, 8), 64), "keys take precedence"
         run(tmp_path / "run", tokens, **more)
     else:
-        more |= {"critic__weight": 0.5, "critic__width": 8, "critic__layers": 1} if stage == "critic" else {}
+        more |= {"critic__weight": 0.5, "critic__width": 8, "critic__layers": 1}
         found = planned(*tokenizer_arguments(tmp_path / "run", **more))
         train_tokenizer(tmp_path / "run", **more)
     tensors = read_checkpoint(states(tmp_path / "run")[-1])
@@ -89,12 +89,6 @@ def test_time_is_flops_over_the_achieved_peak():
     assert by_clock.steps * by_clock.seconds_per_step == pytest.approx(120, rel=0.05)
 
 
-def test_the_first_line_names_the_gpu_and_a_number_suggests_one(capsys):
-    planned(*TINY)
-    assert "H100" in capsys.readouterr().out.splitlines()[0]
-    assert "'rtx4090'" in fails(capsys, "plan", *TINY, "gpu=4090")
-
-
 def test_a_fine_tuned_prior_has_the_size_of_its_pipeline(tmp_path):
     prior = make_prior("gpt")
     prior.save_pretrained(tmp_path / "prior")
@@ -104,18 +98,14 @@ def test_a_fine_tuned_prior_has_the_size_of_its_pipeline(tmp_path):
 
 BAD = [
     ([], "grid, vocab_size, classes"),
-    (GPT, "grid, vocab_size, classes"),
     ([*GPT, "grid=[16,16]", "vocab_size=4"], "classes"),
-    ([*TINY, "gpu=tpu"], "gpu"),
-    ([*TINY, "batches=4,4"], "batches"),
+    ([*TINY, "gpu=4090"], "gpu"),
     ([*TINY, "gpus=3", "train.batch_size=64"], "train.batch_size"),
-    ([*TINY, "train.steps=null"], "train.steps"),
     ([*TINY, "train.mixed_precision=no"], "peak_tflops"),
     ([*TINY, "grid=[0,16]"], "grid"),
-    ([*TINY, "model.kind=masked", "model.hidden=null", "objective=cca"], "objective"),
     (["model.kind=palette"], "model.kind"),
     (["model.kind=vqvae", "critic.weight=1", "critic.layers=6"], "critic.layers"),
-    ([*TINY, "model.dim=8192", "model.depth=200", "model.hidden=null"], "device"),  # 3 TB: more than this machine has
+    ([*TINY, "model.dim=16384", "model.depth=48", "model.hidden=null"], "device"),  # 3 TB: more than this machine has
 ]
 
 

@@ -59,7 +59,7 @@ def test_random_weights_are_the_control(two_classes):
     ("wrong", "key"),
     [
         (["data.label_column=null"], "data.label_column: "),
-        (["data.source={world}/alike"], "data.label_column: "),
+        (["data.source={world}/one_class"], "data.label_column: "),
         (["out={world}/broken.png"], "out: "),
     ],
 )

@@ -59,7 +59,6 @@ def test_every_verb_with_images_works(world, tmp_path):
     main(["detect", pipeline, f"out={tmp_path}/found", "num_shown=2"])
     assert (Image.open(tmp_path / "found" / "sheet.png").width - 2) % 3 == 0  # three columns, without a map
     main(["generate", pipeline, f"out={tmp_path}/c.png", "num_images=4"])
-    main(["probe", pipeline, f"out={tmp_path}/probe"])
     main(["search", pipeline, f"out={tmp_path}/d.png"])
     (tmp_path / "images").mkdir()
     Image.new("L", (28, 28), 90).save(tmp_path / "images" / "0.png")

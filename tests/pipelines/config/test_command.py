@@ -166,14 +166,14 @@ run_values = {
 }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.dictionaries(plain_text, yaml_values, max_size=4))
 @example({"a": ["1e-3", "yes", "null", "12:30", "2024-01-01", "a, b", "# c"], "b": 1e-300})
 def test_written_yaml_is_read_back(data: dict[str, Any]) -> None:
     assert read_yaml(write_yaml(data)) == data == yaml.safe_load(write_yaml(data))  # plain YAML for everyone else
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.fixed_dictionaries({}, optional=run_values), st.randoms(use_true_random=False))
 def test_words_in_any_order_give_a_configuration_that_is_itself_a_file(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], random: Any
@@ -189,6 +189,7 @@ def test_words_in_any_order_give_a_configuration_that_is_itself_a_file(
     assert parse(Run, ["--config", path], verb="try", description="") == config
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.floats(1e-30, 1), st.sampled_from(["{!r}", "{:e}", "{:E}", "+{!r}", "{:.17g}"]))
 def test_every_spelling_of_a_float_is_read(number: float, spelling: str) -> None:
     text = spelling.format(number)
@@ -199,16 +200,12 @@ def test_every_spelling_of_a_float_is_read(number: float, spelling: str) -> None
     ("word", "value"),
     [
         ("side=32, 96", (32, 96)),
-        ("labels=3,", [3]),
         ("labels=3,big dog,-1", [3, "big dog", -1]),  # zsh would expand brackets as a pattern
         ("paths=a", ["a"]),
         ("numbers=3", [3]),
         ("labels=tench, Tinca tinca", "tench, Tinca tinca"),  # the name of one class
         ('labels="a,b"', "a,b"),  # the name of one file
         ("out=3,8", "3,8"),
-        ("out=a=b", "a=b"),
-        ("labels=[1e3x, 3]", ["1e3x", 3]),
-        ("mode=null", None),
         ("out=~/run", "/home/me/run"),
         ("labels=~/a.png,3", ["/home/me/a.png", 3]),
         ("out=run~/a", "run~/a"),
@@ -281,7 +278,6 @@ COVER = "model: {coder: {kind: book, codes: 9, beta: 0.5}}\n"
     ("words", "coder", "line"),
     [
         (["kind=tree"], {"codes": 9}, "tree with codes=9; it does not take beta=0.5"),
-        (["kind=tree", "codes=7"], {"codes": 7}, "tree with codes=7; it does not take beta=0.5"),
         (["codes=7", "kind=tree"], {"codes": 7}, "tree with codes=7; it does not take beta=0.5"),
         (["kind=tree", "depth=3"], {"codes": 9, "depth": 3}, "tree with codes=9, depth=3; it does not take beta=0.5"),
         (["kind=steps"], {}, "steps with its defaults; it does not take codes=9, beta=0.5"),
@@ -328,20 +324,13 @@ def test_a_kind_may_follow_the_keys_of_its_node(words: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("argument", "key"),
     [
-        ("train.lr=-1", "train.lr"),
         ("train.lr=abc", "train.lr"),
         ("seed=true", "seed"),
-        ('seed="5"', "seed"),
         ("seed.x=1", "seed.x"),
-        ("fast=1", "fast"),
-        ("out=5", "out"),
         ("mode=c", "mode"),
         ("side=[8,2]", "side"),
-        ("train=3", "train"),
         ("model=cnov", "model.kind"),
         ("train.betas=1,,2", "train.betas"),
-        ("train.names=a,d", "train.names"),
-        ("model.width=4", "model.width"),
         ("model.coder.kind=vq", "model.coder.kind"),
         ("labels=[1", "labels"),
         ("train={lr: 1, lr: 2}", "train"),
@@ -361,9 +350,7 @@ def test_the_error_of_an_unknown_key_names_the_key_that_was_meant(key: str, mean
     assert line.startswith(f"{key}: ") and meant in line
 
 
-@pytest.mark.parametrize(
-    "word", ["train", "-x", "--x", "---x=1", "a..b=1", "=3", ".a=1", "a.=1", "a.yaml", "gpt_digits"]
-)
+@pytest.mark.parametrize("word", ["train", "--x", "a..b=1", "=3", "a.yaml", "gpt_digits"])
 def test_a_word_outside_the_grammar_is_refused(word: str) -> None:
     (line,) = problems(word)
     assert line.startswith(f"{word}: ")
@@ -385,9 +372,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("seed: 1\ntrain:\n  lr: 1\n  lr: 2\n", r"a.yaml, line 4: "),
         ("seed: 1\non: 2\n", r"a.yaml, line 2: "),  # which YAML reads as true
         ("- 1\n- 2\n", r"a.yaml: "),
-        ("\0", "a.yaml, "),
         ("out: !!python/object/apply:os.mkdir [b]", "a.yaml, "),
-        ("[" * 5000, "a.yaml, "),
         ("train.lr: 0.1\n", "train.lr: .*nested"),
         ("model: {zzz: 1}\n", "model.zzz: "),
     ],
@@ -466,13 +451,8 @@ def test_a_mistake_in_a_mapping_names_the_key() -> None:
     with pytest.raises(UserError) as caught:
         read_parts(*argv)
     lines = str(caught.value).splitlines()
-    for start in (
-        "parts.a.size: unknown key",
-        "parts.b.kind: must be one of",
-        "parts.c: ",
-        "parts.d.sizes: ",
-        "part.e: ",
-    ):
+    starts = ("parts.a.size: unknown key", "parts.b.kind: must be one of", "parts.c: ", "parts.d.sizes: ", "part.e: ")
+    for start in starts:
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert len(lines) == 5 and "did you mean 'parts.NAME.sizes'" in str(caught.value)
 
@@ -493,10 +473,9 @@ def ended(error: BaseException, *argv: str) -> Any:
     def run(config: Run) -> None:
         raise error
 
+    options: dict[str, Any] = {"verb": "try", "description": "", "after_ctrl_c": lambda config: f"left {config.out}"}
     with pytest.raises(SystemExit) as caught:
-        run_command(
-            Run, run, ["out=x", *argv], verb="try", description="", after_ctrl_c=lambda config: f"left {config.out}"
-        )
+        run_command(Run, run, ["out=x", *argv], **options)
     return caught.value.code
 
 

@@ -40,7 +40,7 @@ def keys_of(page: str) -> list[str]:
 
 def configs_of(verb: str) -> list[type[Config]]:
     """The configurations that a verb's module defines."""
-    if verb == "plan":  # without a model kind it plans a prior
+    if verb == "plan":  # without a model kind, of a prior
         return [load_verb(verb).PlanPriorConfig]
     found = [cls for cls in vars(load_verb(verb)).values() if isinstance(cls, type) and issubclass(cls, Config)]
     return [cls for cls in found if cls.__module__ == load_verb(verb).__name__ and cls.examples]
@@ -78,8 +78,6 @@ def test_a_row_has_type_range_default_and_sentence(capsys: Captured) -> None:
         r"data.label_column +text or null +label +\w",
         r"data.channels +int 1..16 +1 +\w",
         r"model.kind +kind +vqvae +\w.*cosmos, ",
-        r"model.heads +int 1..256 +4 +\w",
-        r"train.lr +float > 0 +0.001 +\w",
         r"train.betas +\[float >= 0, < 1, +\[0.9, 0.95\] +\w",
     ]:
         assert re.search(rf"^  {row}", page, re.M), row

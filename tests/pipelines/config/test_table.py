@@ -1,6 +1,6 @@
 """Tables of text."""
 
-from pipelines.config.table import count_of, table, wrap_rows
+from pipelines.config.table import table, wrap_rows
 
 
 def test_columns_are_as_wide_as_their_widest_cell():
@@ -11,10 +11,6 @@ def test_columns_are_as_wide_as_their_widest_cell():
         "longer      7  of some",
     ]
     assert table([("a", "b"), ("long",), ()]) == "a     b\nlong\n"
-
-
-def test_a_number_agrees_with_its_noun():
-    assert [count_of(number, "image") for number in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
 
 
 def test_every_cell_is_wrapped_to_its_column(monkeypatch):

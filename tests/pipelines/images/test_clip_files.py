@@ -22,7 +22,7 @@ from PIL import Image
 
 from pipelines import ImagePipeline, evaluate, train_prior, train_tokenizer
 from pipelines.__main__ import main
-from pipelines.commands.detect import DetectConfig, find_images
+from pipelines.commands.detect import DetectConfig, load_input
 from pipelines.config import UserError
 from pipelines.images import DataConfig, clip_files, load_images
 from pipelines.images.animations import write_animation
@@ -624,7 +624,7 @@ def test_detection_does_not_take_stills_for_strips(run, tmp_path):
     config = DetectConfig(pipeline=str(run / "prior"), images=str(tmp_path / "strip.png"))
     pipe = ImagePipeline.from_pretrained(run / "prior")
     with pytest.raises(UserError, match=r"^images: [^\n]*strip.png: 1 frame, fewer than data.frames=4; [^\n]*$"):
-        find_images(config, pipe, View.of(pipe.spec, None))
+        load_input(config, pipe, View.of(pipe.spec, None))
 
 
 def test_tokenizers_without_a_grid_are_refused_before_training(run, tmp_path, capsys):

@@ -10,7 +10,7 @@ from tiny_task import assert_same_run, killed_at, train_tiny
 from torch.overrides import TorchFunctionMode
 
 from pipelines.config import UserError
-from pipelines.config.arguments import read_file
+from pipelines.config.arguments import read_yaml_file
 from pipelines.config.command import parse
 from pipelines.config.schema import to_yaml
 from pipelines.processes import launch
@@ -65,7 +65,7 @@ def test_no_needs_no_quotes(tmp_path):
         config = parse(TrainPriorConfig, argv, verb="train_prior", description=None)
         assert config.train.mixed_precision == (None if value == "null" else value.strip("'"))
         (path := tmp_path / "config.yaml").write_text(to_yaml(config))
-        assert type(config).model_validate(read_file(str(path))) == config
+        assert type(config).model_validate(read_yaml_file(str(path))) == config
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

@@ -24,7 +24,7 @@ class Server:
         self.process, self.url, self.log = process, url, log
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
 
