@@ -18,8 +18,8 @@ exactly (on 500 images).
 
 Samples of the first seed: `samples` images without guidance. agreement: share that a small classifier of decoded
 training tokens assigns to the requested class; Frechet: distance between its features of samples and of as many decoded
-training images; judge: bits per token of the samples under another `gpt` (seed 9), which favours samples of a `gpt`.
-The last row is for decoded held-out images.
+training images; other gpt: bits per token of the samples under a second `gpt` (seed 9), which favours samples of its
+kind. The last row is for decoded held-out images.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.quality import train_classifier
 from pipelines.tokens import load_tokens
 
-JUDGE, TIMED, EXACT_ROWS, TRAINING, CLASSIFIER_STEPS = 9, 64, 500, 10_000, 1500
+OTHER_SEED, TIMED, EXACT_ROWS, TRAINING, CLASSIFIER_STEPS = 9, 64, 500, 10_000, 1500
 OPTIONS = {
     "tokens": str,
     "config": "configs/prior/gpt_fashion_mnist.yaml",
@@ -84,9 +84,9 @@ class Pictures:
 class SampleMetrics:
     """Metrics of samples: a classifier of decoded training tokens, its features, and another prior."""
 
-    def __init__(self, pipe: Any, judge: Any, data: Any, samples: int) -> None:
+    def __init__(self, pipe: Any, other_gpt: Any, data: Any, samples: int) -> None:
         pictures: Any = Pictures(pipe, data.splits["train"], TRAINING, data.class_names)
-        self.net, self.judge, self.samples = train_classifier(pictures, CLASSIFIER_STEPS), judge, samples
+        self.net, self.other_gpt, self.samples = train_classifier(pictures, CLASSIFIER_STEPS), other_gpt, samples
         self.known = self.features(pictures.images[:samples])
 
     def features(self, images: Any) -> Any:
@@ -99,11 +99,11 @@ class SampleMetrics:
         with torch.inference_mode():
             found = torch.cat([self.net(part).argmax(1) for part in images.split(500)])
             parts = zip(tokens.split(250), labels.split(250), strict=True)
-            nats = torch.cat([self.judge.log_prob(part, ids) for part, ids in parts])
+            nats = torch.cat([self.other_gpt.log_prob(part, ids) for part, ids in parts])
         return {
             "agreement": float((found == labels).double().mean()),
             "frechet": frechet_distance(self.features(images), self.known),
-            "judge": -float(nats.double().mean()) / len(self.judge.grid) / math.log(2),
+            "other_gpt": -float(nats.double().mean()) / len(self.other_gpt.grid) / math.log(2),
         }
 
 
@@ -171,7 +171,7 @@ def format_row(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]
     else:
         cells += ["no density" if "passes" in first else "", ""]
     cells += [f"{first['seconds']:.2f}" if "seconds" in first else ""]
-    cells += [f"{100 * first['agreement']:.1f} %", f"{first['frechet']:.2f}", f"{first['judge']:.2f}"]
+    cells += [f"{100 * first['agreement']:.1f} %", f"{first['frechet']:.2f}", f"{first['other_gpt']:.2f}"]
     return table_row(cells)
 
 
@@ -183,8 +183,8 @@ def main() -> None:
     kinds = {"gpt": ("gpt", "raster"), **{order: ("blocks", order) for order in orders}}
     runs = {name: [train(*what, seed, options) for seed in seeds] for name, what in kinds.items()}
     masked = [train("masked", "raster", seed, options) for seed in seeds] if options.masked else []
-    judge = ImagePipeline.from_pretrained(train("gpt", "raster", JUDGE, options) / "pipeline")
-    metrics = SampleMetrics(judge, judge.prior, data, options.samples)
+    other_gpt = ImagePipeline.from_pretrained(train("gpt", "raster", OTHER_SEED, options) / "pipeline")
+    metrics = SampleMetrics(other_gpt, other_gpt.prior, data, options.samples)
     rows = {
         name: [measure_prior(run, data, None if at else metrics) for at, run in enumerate(each)]
         for name, each in runs.items()
@@ -199,11 +199,13 @@ def main() -> None:
         ]
         rows |= {name: [each[name] for each in found] for name in found[0]}
     print(f"{len(data.grid)} tokens of {data.grid.vocab_size} ids, {options.steps} steps, {options.seeds} seed(s)\n")
-    print(table_head("order", "passes", "bits/token", "price", "s, 64 images", "agreement", "Frechet", "judge, bits"))
+    print(
+        table_head("order", "passes", "bits/token", "price", "s, 64 images", "agreement", "Frechet", "other gpt, bits")
+    )
     for name, each in rows.items():
         print(format_row(name, each, rows["gpt"]), flush=True)
     test = data.splits["test"]
-    real = metrics(judge, test.tokens[: options.samples].long(), test.given.raw("label")[: options.samples])
+    real = metrics(other_gpt, test.tokens[: options.samples].long(), test.given.raw("label")[: options.samples])
     print(format_row("held-out images", [real], rows["gpt"]))
 
 

@@ -79,18 +79,18 @@ def print_bits(pipes: dict[str, Any], out: Path) -> None:
         print(table_row([name, *cells]), flush=True)
 
 
-def measure_motion(pipes: dict[str, Any], data: Path, out: Path, kept: int = 2) -> None:
-    """Continue held-out clips from their first frames; print how many of the drawn steps move as the clip does, exactly
-    and within a pixel along each axis, and save a strip for some clips: the clip, and below it what was drawn."""
+def measure_motion(pipes: dict[str, Any], data: Path, out: Path, given: int = 2) -> None:
+    """Continue held-out clips from their first frames; print how many of the sampled steps move as the clip does,
+    exactly and within a pixel along each axis, and save a strip for some clips, each above its continuation."""
     pixels, asked = read_clips(data, 32).pixels(range(CLIPS_SHOWN)), np.loadtxt(data / "test.csv", int, delimiter=",")
     asked = asked[: len(pixels), None]
     clips = pixels[:, :, 0].numpy()
     first = next(iter(pipes.values()))
     rows = {"held out": clips, "reconstructed": first.reconstruct(pixels, output_type="np")[..., 0]}
-    rows["continued"] = first.complete(pixels, frames=kept, seed=0, output_type="np").images[..., 0]
+    rows["continued"] = first.complete(pixels, frames=given, seed=0, output_type="np").images[..., 0]
     print(table_head("steps that move as the clip", "exactly", "within a pixel"))
     for name, found in rows.items():
-        apart = np.abs(find_velocities(found)[:, kept - 1 :] - asked).max(-1)
+        apart = np.abs(find_velocities(found)[:, given - 1 :] - asked).max(-1)
         print(table_row([name, f"{(apart == 0).mean():.3f}", f"{(apart <= 1).mean():.3f}"]), flush=True)
     shown = [rows[name][clip] for clip in range(6) for name in ("held out", "continued")]
     save_strip(out / "continued.png", shown, FRAMES)

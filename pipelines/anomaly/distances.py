@@ -38,7 +38,7 @@ def read_array(axes: int, found: Any) -> Floats:
     even = len(lengths) == 1 and 0 not in lengths
     # Reject strings here: numpy would allocate room for the longest one in every element.
     if not even or not all(type(value) in (int, float) and abs(value) <= LARGEST for row in rows for value in row):
-        raise ValueError(f"should be finite numbers along {axes} axes")
+        raise ValueError(f"should be {'a list' if axes == 1 else 'lists of equal length'} of finite numbers")
     return np.array(found, np.float64)
 
 

@@ -18,7 +18,7 @@ class Figure:
     key: its name in `evaluation.json` and in a pipeline's provenance. of: what it measures; figures of `samples` depend
     on the sampling settings. title and beside are templates that may refer to other figures; beside is a list separated
     by semicolons, and items whose figures are missing are left out. better: which direction is better; figures without
-    a direction are not sent to the Hub.
+    a direction are not in the metadata of the Hub.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""Sample quality: distances between sets of images in a named feature space, and SSIM.
+"""Sample quality: distances between sets of images in a feature space, and SSIM.
 
 Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
 
