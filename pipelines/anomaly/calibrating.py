@@ -169,7 +169,7 @@ def least_false_alarms(units: int, confidence: float | None, folds: int = 1) -> 
     return next((k / 100 for k in range(1, 100) if units >= least_units(k / 100, confidence, folds)), None)
 
 
-class Division(NamedTuple):
+class FittingPart(NamedTuple):
     """Images to fit to, images to score, in the random order of their objects, and the number of each scored image's
     object, ascending."""
 
@@ -178,17 +178,17 @@ class Division(NamedTuple):
     owners: NDArray[np.int64]
 
 
-def divide_objects(numbers: NDArray[np.int64], objects: int, seed: int, folds: int = 1) -> list[Division]:
+def divide_objects(numbers: NDArray[np.int64], objects: int, seed: int, folds: int = 1) -> list[FittingPart]:
     """Divide the objects at random into a half to fit to and a half to score; or into folds, each of which is scored by
     the others. At most 2,000 objects are scored. numbers: the object of each image, `(n,)`."""
     rank = np.argsort(np.random.default_rng(seed).permutation(objects))[numbers]
     order = np.argsort(rank, kind="stable")
     edges = [objects // 2, objects] if folds == 1 else [objects * k // folds for k in range(folds + 1)]
-    parts = list[Division]()
+    parts = list[FittingPart]()
     for first, stop in zip(edges, edges[1:], strict=False):
         own = (rank[order] >= first) & (rank[order] < stop)
         scored = own & (rank[order] < first + MAX_SCORES // folds)
-        parts.append(Division(order[~own].tolist(), order[scored].tolist(), rank[order[scored]]))
+        parts.append(FittingPart(order[~own].tolist(), order[scored].tolist(), rank[order[scored]]))
     return parts
 
 
@@ -203,7 +203,7 @@ class NormalImages:
     """The evidence of normal images: the `rows` of the tiles that are used for fitting by the number of their image,
     the sum of their error maps, what is `known` of all images (digest and size), and whatever is used again."""
 
-    def __init__(self, examination: Examination, parts: Sequence[Division], mapped: bool, seed: int) -> None:
+    def __init__(self, examination: Examination, parts: Sequence[FittingPart], mapped: bool, seed: int) -> None:
         self._examination, self._seed, self._mapped = examination, seed, mapped
         self._want = ["digest", "statistics", "error", *(MAPPED if mapped else ())]
         self.known = dict[int, tuple[str, Size]]()
@@ -243,7 +243,7 @@ class NormalImages:
                 self._held[evidence.number] = evidence
             yield evidence
 
-    def fit(self, part: Division, parts: int) -> NormalStatistics:
+    def fit(self, part: FittingPart, parts: int) -> NormalStatistics:
         """Fit scores and maps to the images of a part. parts: their number; each has a share of the stored points."""
         some = [self.rows[number] for number in part.fitting]
         chance = np.random.default_rng(self._seed)
@@ -260,7 +260,7 @@ class NormalImages:
         maps = fit_map_reference(self._examination, examine, codes, roles, self._seed, MAX_POINTS // parts)
         return NormalStatistics(fitted=fitted, maps=maps, scores={})
 
-    def score(self, part: Division, reference: NormalStatistics) -> NormalStatistics:
+    def score(self, part: FittingPart, reference: NormalStatistics) -> NormalStatistics:
         """Add the highest score of each object of a part, by method, to the reference."""
         methods, found = list_methods(self._examination.pipeline), dict[int, dict[str, Floats]]()
         for each in score_images(self._examination, self.examine(part.scoring), methods, [reference]):

@@ -24,9 +24,9 @@ MAX_FOLDS, MAX_FOLDED = 8, 10_000  # of folds, and of images with them: the file
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise available to `heal`."""
 
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+ColumnName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-Side = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=1)]
 
 
 class Fitted(StoredObject):
@@ -93,14 +93,14 @@ class Calibration(StoredObject):
     """Number of objects that the images show, if each object has a single score, that of its most anomalous image."""
     labels: bool
     """Whether token bits were conditioned on the images' classes."""
-    columns: list[Name] = Field([], max_length=MAX_COLUMNS)
+    columns: list[ColumnName] = Field([], max_length=MAX_COLUMNS)
     """The columns that token bits were conditioned on."""
-    marginal: Name | None = None
+    marginal: ColumnName | None = None
     """The column of classes over which token bits are those of a mixture."""
-    tile: list[Side] | None = Field(None, min_length=2, max_length=2)
+    tile: list[Length] | None = Field(None, min_length=2, max_length=2)
     """Height and width of the tiles of which each score is the maximum, at every `stride` pixels."""
     stride: int | None = Field(None, ge=1)
-    sizes: list[Side] | None = Field(None, min_length=4, max_length=4)
+    sizes: list[Length] | None = Field(None, min_length=4, max_length=4)
     """With tiles, the smallest height and width of the images, and the largest; not in files of 0.3."""
     false_alarms: float = Field(gt=0, lt=1)
     """Share of normal images above a method's threshold."""

@@ -30,7 +30,7 @@ class CalibrationError(ValueError):
     """The pipeline is not calibrated for the requested score."""
 
 
-def read_array(axes: int, found: Any) -> Floats:
+def parse_array(axes: int, found: Any) -> Floats:
     if isinstance(found, np.ndarray):
         return found
     rows = found if axes == 2 and isinstance(found, list) else [found]
@@ -43,8 +43,8 @@ def read_array(axes: int, found: Any) -> Floats:
 
 
 to_lists = PlainSerializer(lambda numbers: numbers.tolist())
-Vector = Annotated[Floats, PlainValidator(lambda found: read_array(1, found)), to_lists]
-Matrix = Annotated[Floats, PlainValidator(lambda found: read_array(2, found)), to_lists]
+Vector = Annotated[Floats, PlainValidator(lambda found: parse_array(1, found)), to_lists]
+Matrix = Annotated[Floats, PlainValidator(lambda found: parse_array(2, found)), to_lists]
 
 
 class StoredObject(BaseModel):

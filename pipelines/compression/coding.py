@@ -1,9 +1,9 @@
 """Images to bytes and back: tokens coded under the prior, and for lossless streams the pixels given the tokens.
 
 `container` defines the file, and `codec` the probabilities for coding symbols. Encoder and decoder evaluate the models
-in the same order; batch size and machine may differ, which `codec` allows for. Classes that
-the encoder chooses are part of the stream. A lossy stream is decoded from its tokens in float32, so a pixel may differ
-by one grey level between processors."""
+in the same order; batch size and machine may differ, which `codec` allows for. Classes that the encoder chooses are
+part of the stream. A lossy stream is decoded from its tokens in float32, so a pixel may differ by one grey level
+between processors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tokenizer.spec import ImageSpec
 
 from ..images.formats import FORMATS, OWN_SIZE, Payload, Window, decode_image, open_image, read_values
 from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_image
-from .codec import Decoder, Encoder, SymbolCoder, constriction
+from .codec import SymbolCoder, SymbolDecoder, SymbolEncoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ def read_frame(window: Window, k: int, spec: ImageSpec, lossless: bool) -> Tenso
         elif frame.shape[2:] == (3,) and spec.channels == 1 and bool((frame == frame[..., :1]).all()):
             frame = frame[..., 0]
         pixels = read_values(frame, spec)
-        require_size(pixels.shape[2], pixels.shape[1], spec)
+        require_spec_size(pixels.shape[2], pixels.shape[1], spec)
     except Exception as error:  # as in `read_exact`
         raise ValueError(f"frame {window.start + k}: {error}") from error
     return torch.from_numpy(pixels.copy())
 
 
-def require_size(width: int, height: int, spec: ImageSpec) -> None:
+def require_spec_size(width: int, height: int, spec: ImageSpec) -> None:
     if (width, height) != (spec.width, spec.height):
         found = f"{width} x {height}"
         raise ValueError(f"the pipeline's images are {spec.width} x {spec.height} pixels, this one is {found}")
@@ -89,7 +89,7 @@ def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
     colour, or 16 bits per channel, which Pillow silently reduces to 8."""
     problem = find_inexact(image, spec.channels) if lossless else None
     upright = ImageOps.exif_transpose(image)
-    require_size(*upright.size, spec)
+    require_spec_size(*upright.size, spec)
     if problem:
         raise ValueError(problem)
     return torch.from_numpy(decode_image(upright, spec).copy())
@@ -223,7 +223,7 @@ class Models:
     @torch.inference_mode()
     def encode(self, tokens: Tensor, given: Given, pixels: Tensor | None, classes: Tensor | None = None) -> Chunk:
         """Encode tokens `(n, *grid.shape)`, pixels `(n, ..., C, H, W)` in 0 to 255, and `classes` `(n,)` to a chunk."""
-        tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
+        tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), SymbolEncoder(), SymbolEncoder()
         if classes is not None:
             given = self.code_classes(classes.to(self.device), given, of_tokens)
         self.code_tokens(tokens, given, of_tokens, len(tokens))
@@ -250,13 +250,13 @@ class Models:
         unsure = torch.zeros(symbols, dtype=torch.bool)
         unsure[torch.from_numpy(chunk.exceptions.astype(np.int64))] = True
         unsure = unsure.to(self.device)
-        decoder = Decoder(chunk.tokens, unsure[:first])
+        decoder = SymbolDecoder(chunk.tokens, unsure[:first])
         if chunk.classes:
             given = self.code_classes(tokens.new_zeros(count), given, decoder)
         self.code_tokens(tokens, given, decoder, batch_size or count)
         decoder.finish()
         if pixels is not None:
-            decoder = Decoder(chunk.pixels, unsure[first:])
+            decoder = SymbolDecoder(chunk.pixels, unsure[first:])
             self.code_pixels(pixels, tokens, decoder)
             decoder.finish()
         if checksum_of(tokens, pixels) != chunk.digest:

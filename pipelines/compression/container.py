@@ -97,7 +97,7 @@ class Chunk(NamedTuple):
 def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int:
     """Write a stream, one chunk at a time, and return its size in bytes. Raises `StreamError` for invalid names before
     anything is written."""
-    check_names(header)
+    check_file_names(header)
     pipeline, image, images, chunk_images, lossless, names, condition, sizes = header
     version, last = (VERSION_WITH_CONDITION, [condition]) if condition else (VERSION, [])
     if sizes is not None:
@@ -128,7 +128,7 @@ def read_stream(data: bytes) -> tuple[Header, list[Chunk]]:
         read = f"{min(HEADERS)} to {max(HEADERS)}"
         newer = "; a newer Smalti is needed" if version > max(HEADERS) else ""
         raise StreamError(f"the stream has format version {version}, this Smalti reads {read}{newer}")
-    header = read_header(HEADERS[version], reader.section(), reader.section())
+    header = parse_header(HEADERS[version], reader.section(), reader.section())
     if version == VERSION_WITH_TILES:
         header = read_sizes(header, reader.section())
     chunks = [read_chunk(reader.section()) for _ in range(header.num_chunks)]
@@ -158,7 +158,7 @@ class Reader:
         return content
 
 
-def read_header(form: struct.Struct, fields: memoryview, names: memoryview) -> Header:
+def parse_header(form: struct.Struct, fields: memoryview, names: memoryview) -> Header:
     """Parse and check the header from its two sections. form: the fields of its version."""
     try:
         pipeline, channels, height, width, images, chunk_images, lossless, *condition = form.unpack(fields)
@@ -168,7 +168,7 @@ def read_header(form: struct.Struct, fields: memoryview, names: memoryview) -> H
     if not chunk_images:
         raise DamagedStream("the stream is damaged: its chunks contain no images")
     header = Header(pipeline, (channels, height, width), images, chunk_images, lossless, called, *condition)
-    check_names(header)
+    check_file_names(header)
     return header
 
 
@@ -205,7 +205,7 @@ def read_chunk(content: memoryview) -> Chunk:
     return Chunk(positions, reader.take(tokens), reader.left, digest, classes)
 
 
-def check_names(header: Header) -> None:
+def check_file_names(header: Header) -> None:
     """Raise `StreamError` unless there are no names, or one distinct, valid file name below the output folder per
     image."""
     names = header.names

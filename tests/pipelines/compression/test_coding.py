@@ -27,7 +27,7 @@ from small import PRIORS
 from small_pipelines import COLUMNS, make_conditioned
 
 from pipelines.compression import codec, coding
-from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_steps
+from pipelines.compression.codec import SymbolDecoder, SymbolEncoder, exponentials, grid_steps
 from pipelines.compression.coding import exact_pixels, identify_given
 from pipelines.compression.container import DamagedStream, ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
@@ -247,24 +247,24 @@ def test_any_logits_code_and_decode(rows):
     """NaN and infinities too; rows near a rounding boundary are uniform."""
     logits = torch.tensor(rows, dtype=torch.float64)
     symbols = torch.arange(len(rows)) % 4
-    encoder = Encoder()
+    encoder = SymbolEncoder()
     likely = grid_steps(logits)[0].argmin(1)  # a symbol of probability zero is never coded
     symbols = torch.where(grid_steps(logits)[1], symbols, likely)
     encoder.code(logits, symbols)
-    decoder = Decoder(encoder.bytes(), torch.cat(encoder.unsure))
+    decoder = SymbolDecoder(encoder.bytes(), torch.cat(encoder.unsure))
     assert torch.equal(decoder.code(logits, torch.zeros_like(symbols)), symbols)
     decoder.finish()
 
 
 def test_symbols_that_are_left_over_are_an_error():
     logits, symbols = torch.zeros(500, 9, dtype=torch.float64), torch.arange(500) % 9
-    encoder = Encoder()
+    encoder = SymbolEncoder()
     encoder.code(logits, symbols)
     unsure = torch.zeros(500, dtype=torch.bool)
     with pytest.raises(ModelMismatch):
-        Decoder(encoder.bytes(), unsure).finish()
+        SymbolDecoder(encoder.bytes(), unsure).finish()
     with pytest.raises(StreamError):
-        Decoder(bytes(5), unsure)  # not a whole number of words
+        SymbolDecoder(bytes(5), unsure)  # not a whole number of words
 
 
 def test_the_coder_still_makes_the_same_bytes():
@@ -302,8 +302,10 @@ def test_every_prior_codes_given_a_condition(prior, monkeypatch):
     """With the probabilities of `forward`, in any batches."""
     pipe, seen = conditioned(prior), []
     images, condition = images_of(pipe, 8), rows_of(pipe, 8)
-    code = Encoder.code
-    monkeypatch.setattr(Encoder, "code", lambda coder, logits, ids: code(coder, seen.append(logits) or logits, ids))
+    code = SymbolEncoder.code
+    monkeypatch.setattr(
+        SymbolEncoder, "code", lambda coder, logits, ids: code(coder, seen.append(logits) or logits, ids)
+    )
     data = compressed(pipe, images, condition=condition)
     for batch_size in (1, 3, None):
         found = decompressed(pipe, data, condition=condition, batch_size=batch_size)
