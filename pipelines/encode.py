@@ -37,7 +37,16 @@ from .config.importing import format_imports
 from .encode_stream import StreamedShards, check_stream_settings, open_stream
 from .files import Output, lock_output
 from .frequencies import FREQUENCIES
-from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, report_division
+from .images import (
+    TEST_DRAWS,
+    DataConfig,
+    ImageDataset,
+    Splits,
+    load_images,
+    report_division,
+    require_same_spec,
+    require_same_values,
+)
 from .images.attributes import AttributeSource, LoadedColumn, check_sources, choose_data, load_attributes
 from .images.checking import BAD_IMAGES
 from .images.duplicates import warn_about_duplicates
@@ -193,7 +202,7 @@ def run(config: EncodeConfig) -> Path:
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
-    check_shape(config.data, tokenizer, "tokenizer")
+    require_same_spec(config.data, tokenizer, "tokenizer")
     if config.augmentations and not config.data.augment.describe():
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
     if config.table and not config.attributes:
@@ -305,7 +314,9 @@ def open_images(
     config: EncodeConfig, tokenizer: Tokenizer, inherited: Inherited | None, group: ProcessGroup
 ) -> LoadedImages:
     """Load and check the images, and read their columns. Raises `UserError`."""
-    images = check_type(load_images(config.data, inherited=inherited, distributed=True), tokenizer, "tokenizer")
+    images = require_same_values(
+        load_images(config.data, inherited=inherited, distributed=True), tokenizer, "tokenizer"
+    )
     report_division(images)
     warn_about_duplicates(images)
     splits = name_splits(images)

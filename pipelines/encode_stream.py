@@ -38,9 +38,9 @@ from .images.splits import Division, Inherited, SplitFacts
 from .images.stream_columns import (
     Input,
     StreamedColumn,
+    choose_column_kinds,
     join_column,
     number_classes,
-    open_columns,
     read_shard,
     scan_shard,
 )
@@ -48,7 +48,7 @@ from .images.streaming import divide_files
 from .images.tables import Sample, names_in
 from .prefetch import pin_memory, prefetch, to_device_async
 from .shuffling import splitmix64
-from .tokens.shards import MAX_SHARDS, pack_columns, read_header, shard_names, write_shard
+from .tokens.shards import MAX_SHARDS, pack_columns, read_shard_header, shard_names, write_shard
 
 if TYPE_CHECKING:
     from .encode import EncodeConfig
@@ -101,7 +101,7 @@ def open_stream(
                 "reached, and data.on_error=skip then continues without it"
             )
     inputs = name_files(division)
-    attributes = group.on_main(lambda: open_columns(config.data, config.attributes, inputs))
+    attributes = group.on_main(lambda: choose_column_kinds(config.data, config.attributes, inputs))
     classes = names_in(inputs[0].path, config.data.label_column)
     scans = group.map(lambda shard: scan_shard(shard, config.data, attributes, classes), inputs)
     ids, columns = number_classes(config.data, inputs, scans, classes)
@@ -176,7 +176,7 @@ class StreamedShards:
         many of them."""
         sizes, bad, images = dict[str, list[int]](), dict[str, list[BadImage]](), Counter[str]()
         for shard in self.inputs.values():
-            rows, remarks = read_header(work / shard.name)
+            rows, remarks = read_shard_header(work / shard.name)
             found = [BadImage(f"{shard.path}: {name}", *others) for name, *others in json.loads(remarks.get(BAD, "[]"))]
             sizes.setdefault(shard.split, []).append(rows)
             bad.setdefault(shard.split, []).extend(found)

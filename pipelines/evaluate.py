@@ -29,7 +29,7 @@ from .config.importing import format_imports
 from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
-from .images import TEST_DRAWS, ImageDataset, check_shape
+from .images import TEST_DRAWS, ImageDataset, require_same_spec
 from .images.grids import class_grid
 from .images.origin import TOKENS_KEY, describe_source
 from .images.pictures import LATENT, write_picture
@@ -128,7 +128,7 @@ def prepare(
     """Load the pipeline, the Inception network and the splits of the token dataset. Raises `UserError` for mistakes
     that can be found before the evaluation starts."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
-    check_shape(config.data, pipeline.tokenizer)
+    require_same_spec(config.data, pipeline.tokenizer)
     if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
         raise UserError(f"num_orders: this {pipeline.prior.name} prior does not have one density per order")
     channels = pipeline.spec.channels

@@ -38,7 +38,6 @@ def prefetch(
 
 
 def pin_memory(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the batch with its tensors in pinned memory, which allows asynchronous copies to a GPU."""
     return tuple(map_tensors(Tensor.pin_memory, part) for part in batch)
 
 

@@ -33,7 +33,7 @@ from benchmarks.support.tables import table_head, table_row
 from pipelines.anomaly.filters import smooth
 from pipelines.anomaly.ground_truth import evaluate_defects, find_masks, read_mask
 from pipelines.anomaly.maps import peak_of
-from pipelines.images.views import View, as_lazy, convert_whole, cut, paste
+from pipelines.images.views import View, as_lazy, convert_at_own_size, cut, paste
 from tokenizer.spec import to_float
 
 OPTIONS: dict[str, Any] = {
@@ -104,7 +104,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
 
     with torch.inference_mode():
         for file in files:
-            pixels = convert_whole(Image.open(file), pipe.spec)
+            pixels = convert_at_own_size(Image.open(file), pipe.spec)
             image = to_float(pixels)[0]
             errors = (error_of(tiles) for tiles, _ in cut(as_lazy([pixels]), view, 256))
             (error,) = paste(errors, [pixels.shape[-2:]], view, "mean")

@@ -15,7 +15,7 @@ from prior.arguments import whole_number
 from prior.columns import LABEL
 
 from ..images.views import Size, check_places
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .calibration import (
     LEVELS,
     MAX_FOLDED,
@@ -227,7 +227,7 @@ class NormalImages:
             for name, rows in evidence.rows.items():
                 limit = most if name in ("hidden", "tokens") else measured
                 if name != "errors" and (self._mapped or name != "tokens"):
-                    own[name] = rows if len(rows) <= limit else rows[torch.from_numpy(spread(len(rows), limit))]
+                    own[name] = rows if len(rows) <= limit else rows[torch.from_numpy(spread_rows(len(rows), limit))]
             count = len(own["error"])
             self.error = self.error + count * (evidence.rows["errors"][0] / len(evidence.rows["error"]))
             self.num_tiles += count

@@ -20,8 +20,8 @@ from torch import Tensor
 from prior.given import Given
 from tokenizer.spec import to_float, to_uint8
 
-from ..images.views import LazyImages, Size, Tile, View, as_lazy, check_places, cut, give_places, paste, read_image
-from ..shuffling import spread
+from ..images.views import LazyImages, Size, Tile, View, as_lazy, check_places, cut, give_places, paste, read_large
+from ..shuffling import spread_rows
 from .calibration import digest_image
 from .filters import filter_responses
 from .hidden import hidden_bits
@@ -110,7 +110,7 @@ class Examination:
 
     def read(self, number: int) -> Tensor:
         """Read an image `(C, H, W)`, uint8 or float in [-1, 1]. Raises `ValueError` for one smaller than a tile."""
-        return read_image(self.source, number, self.view)
+        return read_large(self.source, number, self.view)
 
     def digest(self, images: Tensor) -> list[str]:
         """Identify images `(B, C, H, W)` of one size, as calibrations do: as the models see them, so after `binarize`.
@@ -147,8 +147,8 @@ class Examination:
                 responses = filter_responses(to_float(image).to(self.pipeline.device)).cpu()
             if measured is not None:
                 tiles = self.view.tiles(number, size)
-                used = spread(len(tiles), most)
-                few.update(tiles[row] for row in used[spread(len(used), measured)])
+                used = spread_rows(len(tiles), most)
+                few.update(tiles[row] for row in used[spread_rows(len(used), measured)])
             found[number] = Evidence(number, size, "", responses)
             if "digest" in want and self.view.is_tiled:
                 (found[number].digest,) = self.digest(image[None])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..images.views import View, check_places
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .calibration import MapReference, require_calibration
 from .conformal import Floats
 from .distances import CalibrationError, round_digits
@@ -204,7 +204,7 @@ class Roles(NamedTuple):
         every = np.array(numbers)
         memory, others = np.split(every, [max(1, 3 * len(every) // 4)])
         chosen = ((memory, MAX_MEMORY), (others, MAX_OF_PIXELS), (every, MAX_OF_IMAGES))
-        return cls(*(some[spread(len(some), most)].tolist() for some, most in chosen))
+        return cls(*(some[spread_rows(len(some), most)].tolist() for some, most in chosen))
 
 
 @torch.no_grad()

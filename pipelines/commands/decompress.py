@@ -25,7 +25,7 @@ from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.animations import gif_bytes
-from ..images.folder import ARRAY_SUFFIXES, SUFFIXES, suffix_of
+from ..images.folder import ARRAY_SUFFIXES, IMAGE_SUFFIXES, suffix_of
 from ..images.pictures import npy_bytes, png_bytes
 from ..options import UsesPipeline, require_pictures
 
@@ -91,7 +91,7 @@ def read_condition_of(config: DecompressConfig, pipeline: ImagePipeline, header:
 def name_compressed(name: str, suffix: str) -> str:
     """Return the name of the file that was compressed, of which the restored one may have one more suffix."""
     short = name.removesuffix(suffix)
-    return short if suffix_of(short) in {*SUFFIXES, *ARRAY_SUFFIXES} else name
+    return short if suffix_of(short) in {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES} else name
 
 
 main = partial(run_command, DecompressConfig, run, verb="decompress", description=__doc__)

@@ -29,7 +29,7 @@ from ..config import OutputConfig, UserError, run_command, tell, user_errors
 from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images.pictures import SUFFIXES, write_picture
+from ..images.pictures import PICTURE_SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.unseen import find_parts
 from ..images.views import View, as_lazy, check_places, read_whole
@@ -111,7 +111,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
     check_ground_truth(config, pipeline)
     truth = [] if config.ground_truth is None else [config.ground_truth]
     out = Output(config.out, [config.pipeline, config.data.path, *config.paths, *truth], config.overwrite)
-    if out.path.suffix.lower() in (*SUFFIXES, ".csv", ".json"):
+    if out.path.suffix.lower() in (*PICTURE_SUFFIXES, ".csv", ".json"):
         raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json", *(TRUTH_FILES if truth else [])])
     with lock_output(config.out):

@@ -25,14 +25,14 @@ from prior import Prior
 from prior.arguments import check_count
 from prior.columns import LABEL, describe_columns
 from prior.given import Given
-from prior.sampling import progress_bar
+from prior.sampling import show_progress
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 from tokenizer.spec import ImageSpec
 
-from ..images.formats import FORMATS, OWN_SIZE, Payload, Window, decode_image, open_image, read_values
-from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_image
+from ..images.formats import FORMATS, OWN_SIZE, ClipWindow, Payload, decode_image, open_image, read_values
+from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_large
 from .codec import SymbolCoder, SymbolDecoder, SymbolEncoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
 
@@ -52,14 +52,14 @@ PIXEL_IMAGES = 16  # images whose pixels are evaluated at once
 def read_exact(payload: Payload, spec: ImageSpec, lossless: bool, formats: tuple[str, ...] = FORMATS) -> Tensor:
     """Read an encoded image, or a window of a clip, uint8 `spec.shape`; see `exact_pixels`. Raises `ValueError`, and
     whatever Pillow raises for damaged files."""
-    if isinstance(payload, Window):
+    if isinstance(payload, ClipWindow):
         return torch.stack([read_frame(payload, k, spec.frame, lossless) for k in range(payload.frames)])
     if isinstance(payload, np.ndarray):
         raise ValueError("an array, not a file")
     return exact_pixels(open_image(payload, formats), spec, lossless)
 
 
-def read_frame(window: Window, k: int, spec: ImageSpec, lossless: bool) -> Tensor:
+def read_frame(window: ClipWindow, k: int, spec: ImageSpec, lossless: bool) -> Tensor:
     """Read frame k of a window, uint8 `(C, H, W)`. Raises `ValueError`, which names the frame of the clip."""
     try:
         frame = window.read(window.start + k, lossless)
@@ -360,7 +360,7 @@ def write_tiles(
 
 def sizes_of(images: LazyImages, view: View) -> list[tuple[int, int]]:
     """Return (height, width) of each image. Raises `ValueError` for one that is smaller than a tile."""
-    found = [read_image(images, number, view).shape for number in range(len(images))]
+    found = [read_large(images, number, view).shape for number in range(len(images))]
     return [(height, width) for *_, height, width in found]
 
 
@@ -436,4 +436,4 @@ def decompress(
 
 def iterate_chunks(header: Header, progress: bool) -> Iterable[int]:
     """Iterate over chunk numbers. progress: show a bar if there are several."""
-    return progress_bar(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")
+    return show_progress(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")

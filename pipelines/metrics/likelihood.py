@@ -19,7 +19,7 @@ from tokenizer import TokenGrid, Tokenizer
 from ..frequencies import Frequencies
 from ..images import ImageDataset
 from ..processes.group import ALONE, ProcessGroup
-from ..shuffling import random_rows, spread
+from ..shuffling import random_rows, spread_rows
 from ..tokens import TokenSplit
 from .figures import WITHOUT
 from .reconstruction import images_at_a_time
@@ -47,7 +47,7 @@ def bits_per_token(
     model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1, group: ProcessGroup = ALONE
 ) -> float:
     """Return the mean -log2 p per token over `limit` evenly spread rows. num_orders: as in `Prior.log_prob`."""
-    nats = log_probs(model, split, spread(len(split), limit), num_orders, group)
+    nats = log_probs(model, split, spread_rows(len(split), limit), num_orders, group)
     return -float(nats.mean()) / (math.log(2) * len(model.grid))
 
 

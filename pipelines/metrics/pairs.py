@@ -12,7 +12,7 @@ from ..columns import format_of
 from ..images import ImageDataset
 from ..images.pictures import LATENT, grid_picture
 from ..processes.group import ALONE, ProcessGroup
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from ..tokens import TokenSplit
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def condition_picture(
     row of samples is below the rows of their grids, decoded, and of the real `images` of these rows, if given; all rows
     are full. The processes of the group share the sampling."""
     width = min(COLUMNS, count, len(split))
-    rows = spread(len(split), min(count, len(split)) // width * width)
+    rows = spread_rows(len(split), min(count, len(split)) // width * width)
     size = -(-len(rows) // group.world)
 
     def draw(start: int) -> Tensor:

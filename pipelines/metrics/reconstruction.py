@@ -18,7 +18,7 @@ from tokenizer.spec import ImageSpec, to_float, to_uint8
 from ..images import ImageDataset
 from ..images.pictures import grid_picture
 from ..processes.group import ALONE, ProcessGroup
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .quality import ssim
 
 EVALUATED_PIXELS = 1 << 20  # limit on the pixels reconstructed at a time
@@ -37,8 +37,8 @@ def evaluate_reconstruction(
 ) -> dict[str, Any]:
     """Return mean PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` evenly spread images; and the
     mean SSIM over `ssim_images` of them, unless that is 0, with reconstructions of 8-bit images rounded to 8 bits."""
-    rows = spread(len(images), limit)
-    chosen = spread(len(rows), ssim_images)
+    rows = spread_rows(len(images), limit)
+    chosen = spread_rows(len(rows), ssim_images)
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
     size = images_at_a_time(images.spec)
 
@@ -70,7 +70,7 @@ def evaluate_pixel_bits(
     decoder has no likelihood."""
     if not model.has_likelihood:
         return {}
-    rows, size = spread(len(images), limit), images_at_a_time(images.spec)
+    rows, size = spread_rows(len(images), limit), images_at_a_time(images.spec)
 
     def measure(start: int) -> float:
         batch = images.batch(rows[start : start + size]).to(model.device)
