@@ -67,17 +67,6 @@ def test_every_form_of_clips_has_the_tokens_of_its_frames(form, channels):
         assert torch.equal(pipe.encode(grey[0] if form == "array" else [grey[0]]), expected[:1])
 
 
-def test_clips_of_other_types_keep_their_range():
-    facts = {"dtype": "uint16", "range": (0.0, 4095.0)}
-    pipe = make_clips(channels=2, sizes=facts)
-    clips = torch.randint(0, 4096, (2, T, 2, H, W)).to(torch.uint16)
-    tokens = pipe.encode(clips.movedim(2, -1).numpy())
-    assert torch.equal(tokens, pipe.encode(clips.float() / 4095 * 2 - 1))
-    again = pipe.decode(tokens, output_type="np")
-    assert again.dtype == np.uint16 and again.shape == (2, T, H, W, 2)
-    assert torch.equal(pipe.encode(pipe.decode(tokens, output_type="pt")), pipe.encode(again))
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_output_type_shows_the_same_clips(channels):
     pipe = make_clips(channels=channels)

@@ -20,7 +20,7 @@ from launch import (
     two_processes,
 )
 from one_process import one_process
-from tiny_task import assert_same_run, killed_at, stopped_at
+from tiny_task import assert_same_run, killed_at
 
 from pipelines import ImagePipeline
 from pipelines import train_prior as verb
@@ -151,8 +151,6 @@ RUN = {"model": GPT, "train__save_every": 4, "train__steps": 8}
 
 def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path):
     whole = train_prior(tmp_path / "whole", tokens, **RUN)
-    with stopped_at(3):
-        train_prior(tmp_path / "run", tokens, **RUN)
     with killed_at(6):
         train_prior(tmp_path / "run", tokens, **RUN)
     run = train_prior(tmp_path / "run", tokens, **RUN)

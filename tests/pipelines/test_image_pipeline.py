@@ -9,7 +9,6 @@ import pytest
 import torch
 from small import make_prior, make_tokenizer, quantizer_of
 from small_pipelines import (
-    every_pair,
     every_prior_pair,
     every_tokenizer,
     make_pipeline,
@@ -96,7 +95,7 @@ def test_prefixes_of_tokens_decode_in_any_batch():
 
 @pytest.mark.sparse
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_pair
+@every_prior_pair
 def test_half_precision_can_be_used_saved_and_loaded(tokenizer, prior, dtype, tmp_path):
     pipe = make_pipeline(tokenizer, prior)
     assert pipe.to(dtype=dtype) is pipe and next(pipe.prior.parameters()).dtype == dtype
@@ -145,12 +144,10 @@ def test_a_compiled_prior_draws_scores_and_embeds_as_before(tmp_path):
     images = pixels_for(pipe, 3)
     plain, scores, drawn = pipe.embed(images), pipe.log_prob(images), pipe(3, "dog", seed=0).tokens
     pipe.prior.compile(backend=counter)
-    for _ in range(2):
-        torch.testing.assert_close(pipe.log_prob(images), scores)
-        torch.testing.assert_close(pipe.embed(images), plain)
+    torch.testing.assert_close(pipe.log_prob(images), scores)
+    torch.testing.assert_close(pipe.embed(images), plain)
     assert counter.frame_count > 0
-    for way in ({}, {"cache": False}):
-        assert pipe(3, "dog", seed=0, **way).tokens.equal(drawn)
+    assert pipe(3, "dog", seed=0).tokens.equal(drawn)
     pipe.save_pretrained(tmp_path / "pipe")
     assert ImagePipeline.from_pretrained(tmp_path / "pipe")(3, "dog", seed=0).tokens.equal(drawn)
     torch._dynamo.reset()

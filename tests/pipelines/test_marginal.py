@@ -179,13 +179,6 @@ def test_encode_counts_the_training_split(tmp_path):
 
 
 def test_evaluate_leaves_out_the_mixture_where_it_costs_too_much_or_is_a_bound():
-    for prior, found in (
-        (make_prior("gpt", num_classes=100), True),
-        (make_prior("gpt", num_classes=101), False),
-        (make_prior("gpt", num_classes=0), False),
-        (make_prior("masked", exact=False), False),
-    ):
+    for prior in (make_prior("gpt", num_classes=101), make_prior("masked", exact=False)):
         split = TokenSplit(draw_tokens(prior, 3), Given(prior.columns, {}, 3))
-        figures = evaluate_open_class(prior, split, Frequencies())
-        assert bool(figures) == found
-        assert not found or figures["class_unknown_bits_per_token"] != figures["null_class_bits_per_token"]
+        assert not evaluate_open_class(prior, split, Frequencies())

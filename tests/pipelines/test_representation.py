@@ -48,18 +48,6 @@ def test_features_depend_on_earlier_tokens_only(name, order):
             assert moved.any() == later.any(), f"layer {layer} does not see rank {rank}"
 
 
-@every_layered
-def test_several_layers_in_one_pass_equal_single_ones(name):
-    model = make_prior(name)
-    tokens, labels, count = draw_tokens(model, 3), torch.tensor([0, 2, 3]), model.feature_layers
-    together = all_layers(model, tokens, labels)
-    assert count == len(together) >= 2
-    assert all(torch.equal(f, model.features(tokens, labels, layer)) for layer, f in enumerate(together))
-    assert torch.equal(model.features(tokens, labels), together[count // 2])
-    assert not torch.equal(together[0], together[1])
-    assert not torch.equal(model.features(tokens, labels), model.features(tokens)), "labels have no effect"
-
-
 # Embeddings
 
 

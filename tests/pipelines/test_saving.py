@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import TOKENIZERS
-from small_pipelines import LABELS, PARTS, PROVENANCE, every_pair, make_pipeline, pixels_for
+from small_pipelines import LABELS, PARTS, PROVENANCE, every_prior_pair, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline, IntegrityError, PathError
 
@@ -19,7 +19,7 @@ def names_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-@every_pair
+@every_prior_pair
 def test_what_is_saved_is_what_is_loaded(tokenizer, prior, tmp_path):
     pipe = make_pipeline(tokenizer, prior, sampler={"top_k": 7})
     pipe.save_pretrained(tmp_path / "pipe")
