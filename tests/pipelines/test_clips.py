@@ -1,7 +1,5 @@
 """Clips at the pipeline's door: their forms, completion of their first frames, and the bits of a frame."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from small import make_prior, make_tokenizer
 from small_pipelines import LABELS
 
 from pipelines import ImagePipeline
-from pipelines.completion import conditional_log_prob, encode_visible
+from pipelines.completion import encode_visible
 from prior.columns import GridColumn
 from tokenizer.frame_by_frame import FrameByFrame
 
@@ -141,18 +139,6 @@ def test_clips_continue_from_their_first_frames(prior, more):
         assert torch.equal(pipe.complete(clips, draws=2, seed=0, output_type="latent", **how).tokens, one.tokens)
 
 
-def test_frames_are_continued_as_often_as_their_probability_says():
-    """The score of later frames given the first is their share of the log-probability of all."""
-    pipe = make_clips(labels=[])
-    clips = pixels_for(pipe)
-    tokens = pipe.encode(clips)
-    frames = pipe.prior.token_log_probs(tokens).flatten(2).sum(2)
-    for kept in (1, 2):
-        found = conditional_log_prob(pipe, clips, frames=kept)
-        torch.testing.assert_close(found, frames[:, kept:].sum(1).detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(pipe.log_prob(clips), frames.sum(1).detach(), rtol=1e-4, atol=1e-4)
-
-
 def test_paint_does_not_cross_from_frame_to_frame():
     """A frame with a hole is painted from its own pixels."""
     pipe = make_clips()
@@ -187,19 +173,6 @@ def test_other_numbers_of_frames_and_masks_are_refused(arguments, error, word):
 # Scores and vectors
 
 
-def test_bits_of_a_frame_do_not_depend_on_later_frames():
-    """In raster order: the bits of the first frames are those of the clips that share them."""
-    for more in ({}, {"window": (1, 1, 1)}):
-        pipe = make_clips(**more)
-        clips = pixels_for(pipe)
-        other = clips.clone()
-        other[:, 2] = 255 - other[:, 2]
-        one, two = (pipe.anomaly_map(each, 1).flatten(2).sum(2) for each in (clips, other))
-        torch.testing.assert_close(one[:, :2], two[:, :2], rtol=1e-5, atol=1e-4)
-        assert not torch.allclose(one[:, 2], two[:, 2])
-        torch.testing.assert_close(one.sum(1) * -math.log(2), pipe.log_prob(clips, 1), rtol=1e-4, atol=1e-3)
-
-
 def test_maps_scores_and_vectors_of_clips():
     pipe = make_clips(labels=[])
     clips = pixels_for(pipe, 45)
@@ -216,17 +189,6 @@ def test_maps_scores_and_vectors_of_clips():
         assert pipe.nearest(clips[:3], vectors, layer=layer)[0].flatten().tolist() == [0, 1, 2]
     codes = pipe.tokenizer.tokenizer.quantizer.lookup(pipe.encode(clips[:1])[0])
     assert torch.equal(pipe.embed(clips[:1], layer="embeddings", pool="mean")[0], codes.mean((0, 2, 3)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "sizes"), [("vqvae", {"likelihood": {"kind": "discretized_logistic"}}), ("pixels", {})]
-)
-def test_bits_per_dim_are_the_mean_over_frames(kind, sizes):
-    pipe = make_clips(kind, channels=1, sizes=sizes)
-    clips = pixels_for(pipe)
-    found = pipe.bits_per_dim(clips)
-    maps = pipe.anomaly_map(clips)
-    torch.testing.assert_close(maps.flatten(1).mean(1), found.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_streams_hold_clips():

@@ -185,7 +185,7 @@ def test_several_processes_share_the_images_and_find_the_same_figures(tmp_path, 
     for owner in (quality, samples, evaluation, fid):  # small parts, several for each process
         monkeypatch.setattr(owner, "AT_A_TIME", 16)
     for owner, name, value in (
-        (samples, "DRAWN", 5),
+        (samples, "SAMPLED_AT_A_TIME", 5),
         (likelihood, "LOGITS", 1 << 15),
         (reconstruction, "EVALUATED_PIXELS", 16 * 64),
         (dataset, "CHUNK", 8),

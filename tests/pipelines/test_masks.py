@@ -92,13 +92,3 @@ def test_bad_masks_are_one_line_of_error(mask, key):
     with pytest.raises(ValueError, match=key) as caught:
         pipe.complete(pixels_for(pipe, 2), mask=mask)
     assert "\n" not in str(caught.value)
-
-
-def test_either_known_or_mask_is_given():
-    pipe = make_pipeline()
-    images, mask = pixels_for(pipe, 2), hidden()
-    for given in ({}, {"known": ~mask, "mask": mask}):
-        with pytest.raises(TypeError, match="known .* mask"):
-            pipe.complete(images, **given)
-    with pytest.raises(ValueError, match="mask="):
-        pipe.complete(images, picture(mask[0]))
