@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,26 @@ from pipelines import ImagePipeline
 
 def make_like(pipe, sampler):
     return ImagePipeline(pipe.tokenizer, pipe.prior, labels=pipe.labels, sampler=sampler)
+
+
+ASKED = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize("method", ["__call__", "complete"])
+def test_signatures_show_the_common_settings_and_none_is_the_pipelines_own(method):
+    """Also for a prior whose `Sampling` has more settings."""
+    plain, known = make_pipeline(prior="masked"), torch.zeros(8, 12, dtype=torch.bool)
+    own, first = make_like(plain, ASKED), [2, 1] if method == "__call__" else [pixels_for(plain, 2), known, 1]
+
+    def of(pipe, **settings):
+        return getattr(pipe, method)(*first, seed=0, output_type="latent", **settings).tokens
+
+    parameters = inspect.signature(getattr(ImagePipeline, method)).parameters
+    assert all(parameters[name].kind == inspect.Parameter.KEYWORD_ONLY for name in ASKED)
+    assert of(own).equal(of(plain, **ASKED)) and of(own).equal(of(own, **dict.fromkeys(ASKED)))
+    assert of(own, temperature=1.0, guidance_scale=1.0, top_k=99, top_p=1).equal(of(plain))
+    for name, value in ASKED.items():
+        assert of(plain, **{name: value}).equal(of(make_like(plain, {name: value})))
 
 
 # Outputs
