@@ -9,7 +9,7 @@ from itertools import accumulate
 import counter_noise
 import pytest
 import torch
-from costs import Operations, all_steps, flops
+from costs import all_steps, flops
 from frequencies import as_frequent
 from givens.headed import CLIPS, HEADED, MODELS, MODELS_IN_ORDERS, make_model, make_tiny, numbers_of
 from small import (
@@ -18,7 +18,6 @@ from small import (
     VARIANTS,
     draw_known,
     draw_tokens,
-    encode,
     generators,
     logits_of,
     make_prior,
@@ -27,8 +26,6 @@ from small import (
 
 from prior import Prior
 from prior.orders import make_partition
-from prior.sampling import UncachedState
-from tokenizer import TokenGrid
 
 every_prior = pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
 every_model = pytest.mark.parametrize("name", [*MODELS, *CLIPS])
@@ -283,25 +280,6 @@ def test_an_empty_batch_and_weights_of_lower_precision_work(name):
     assert model.log_prob(tokens).shape == (0,)
 
 
-@every_prior
-def test_a_step_takes_as_many_operations_on_a_larger_grid(name):
-    """Of a cached path: nothing is packed, copied or grown along the way."""
-    counts = []
-    for side in (4, 8):
-        model = make_prior(name, shape=(side, side))
-        with torch.inference_mode():
-            state, last, steps = model.start(encode(model, 4, torch.arange(4))), None, []
-            if isinstance(state, UncachedState) or name == "next_scale":
-                return
-            for size in model.blocks:
-                with Operations() as operations:
-                    model.next_logits(state, last)
-                steps.append(len(operations.names))
-                last = torch.zeros(4, size, dtype=torch.long)
-        counts.append(max(steps[1:]))
-    assert counts[0] == counts[1]
-
-
 @pytest.mark.parametrize("name", [name for name in PRIORS if "dropout" in make_prior(name).config.model_fields])
 def test_dropout_is_for_training_only(name):
     model = make_prior(name, dropout=0.5)
@@ -353,21 +331,3 @@ def test_training_begins_with_equally_likely_ids(name):
     assert logits_of(model, tokens, labels).abs().max() == 0
     model.loss(tokens, labels).backward()
     assert model.head.weight.grad.abs().max() > 0
-
-
-class ManyRows:
-    """Rows of one token, of which nine in ten are 0."""
-
-    def __len__(self):
-        return 24_000_000
-
-    def __getitem__(self, part):
-        begin, end, _ = part.indices(len(self))
-        return (torch.arange(begin, end) % 10 == 0).long()[:, None]
-
-
-@pytest.mark.slow
-def test_marginal_counts_more_rows_than_a_float_counts_one_by_one():
-    model = Prior.create("marginal", grid=TokenGrid((1,), 2))
-    model.initialize(ManyRows(), model.read_given(None, None, len(ManyRows())))
-    assert float(model.log_prob(torch.tensor([[0]])).detach().exp()) == pytest.approx(0.9, abs=1e-5)

@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from givens.headed import HEADED, make_model
-from small import draw_tokens
 
 from prior.heads import (
     FLOOR,
@@ -20,24 +18,6 @@ from prior.heads import (
     Softmax,
 )
 from tokenizer import TokenGrid
-
-# Every prior with a head
-
-
-every_headed = pytest.mark.parametrize("name", HEADED)
-
-
-@every_headed
-def test_a_gradient_reaches_every_weight(name):
-    model = make_model(name, std=0.1).train()
-    tokens, labels = draw_tokens(model, 16), torch.arange(16) % 4
-    model.loss(tokens, labels, progress=0.5).backward()
-    still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
-    assert [name for name in still if "nothing" not in name] == []
-
-
-# Heads alone
-
 
 ALONE: dict[str, Head] = {
     "softmax": Softmax(TokenGrid((2, 5), 20)),
@@ -88,9 +68,6 @@ def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(compon
     table = head.next_logits(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())[0].exp()
     torch.testing.assert_close(table, table.flip(0))
     assert float(table.sum()) == pytest.approx(1) and float(table.min()) > FLOOR / 256
-
-
-# The mixture of logistics
 
 
 VALUES = 256

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from costs import all_steps, flops
+from costs import all_steps
 from frequencies import as_frequent
 from givens.headed import all_grids, numbers_of
 from givens.made_variants import (
-    ROWS,
     by_the_paper,
     earlier,
     every_variant,
@@ -24,9 +23,8 @@ from hypothesis import strategies as st
 from small import draw_tokens, generators, logits_of, make_prior, moved_by
 
 from pipelines import ImagePipeline
-from prior import Prior
 from prior.made import even_degrees, random_degrees
-from tokenizer import TokenGrid, Tokenizer
+from tokenizer import Tokenizer
 
 examples = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -61,16 +59,6 @@ def test_later_logits_see_all_that_the_receptive_field_says(variant, order):
         assert moved.equal(earlier(model.order)) and moved.equal(model.receptive_field)
 
 
-def test_published_sizes():
-    """784-8000-784 (Germain et al. 2015), and that of the black and white garments: one weight for each pixel and
-    unit, one logit for each pixel."""
-    for units, count in ((8000, 12_552_784), (1000, 1_569_784)):
-        with torch.device("meta"):
-            model = Prior.create("made", grid=TokenGrid((28, 28), 2), hidden=(units,))
-        assert sum(parameter.numel() for parameter in model.parameters()) == count
-        assert count == 784 * units + units + units * 784 + 784
-
-
 # Training
 
 
@@ -100,15 +88,6 @@ def test_a_finite_set_of_masks_is_that_of_the_mixture():
     assert orders == {tuple(model.to_partition(order).order.tolist()) for order in model.orders(3)}
     assert degrees == {tuple(torch.cat(model.numbered_degrees(number)).tolist()) for number in range(3)}
     assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9
-
-
-@pytest.mark.parametrize("variant", ["two ids", "two ids, one-hot", "three layers"])
-def test_the_loss_is_the_cross_entropy(variant):
-    model = make_made(variant).double()
-    tokens = draw_tokens(model, 4)
-    logits = model(tokens)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-    assert model.loss_from_outputs(logits, tokens).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_stored_masks_are_those_of_the_order_the_degrees_and_the_type():
@@ -169,25 +148,6 @@ def test_steps_equal_a_whole_pass(variant, walk, number):
             steps, images = all_steps(model, tokens[:rows], labels[:rows], order), torch.arange(rows)[:, None]
             assert (steps - whole[images, path[:rows]]).abs().max() < 1e-9
         assert number == 0 or not torch.allclose(logits_of(model, tokens[:rows], labels[:rows], order=order), whole)
-
-
-@pytest.mark.parametrize(
-    ("config", "bound"),
-    [
-        ({"vocab_size": 2, "hidden": (500,)}, 0.51),  # half of the weights are masked
-        ({"vocab_size": 2, "hidden": (200,), "direct": True}, 0.58),  # direct ones are added to all positions
-        ({"vocab_size": 2, "hidden": (500,), "sigmoid": False}, 0.26),  # rows for one-hot products, then half
-        ({"vocab_size": ROWS, "hidden": (200,)}, 0.51),
-        ({"vocab_size": 16, "hidden": (30, 20)}, 0.3),  # fewer units than positions
-        ({"vocab_size": 100, "hidden": (200,), "embedding": 8, "direct": True}, 1.0),
-    ],
-)
-def test_sampling_costs_a_share_of_one_pass(config, bound):
-    model = make_prior("made", shape=(8, 8), order_agnostic=True, **config)
-    whole, tokens, labels = flops(lambda: model(draw_tokens(model, 4))), draw_tokens(model, 4), torch.zeros(4).long()
-    for order in (None, torch.rand(4, 64).argsort(1)):
-        steps = flops(lambda order=order: all_steps(model, tokens, labels, order))
-        assert steps <= bound * whole
 
 
 # Mixtures
