@@ -54,9 +54,6 @@ def test_rotate_is_a_rotation_times_the_gain():
     torch.testing.assert_close(attention.rotate(x, rotations), expected.flatten(-2))
 
 
-# Its sizes and its start
-
-
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_pairs_of_a_head_rotate_by_each_axis_ever_more_slowly(axes):
     """Angle = coordinate * base^(-k/K) for the k-th of the K pairs of its axis."""

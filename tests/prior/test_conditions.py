@@ -164,9 +164,6 @@ def test_frequencies_match_the_conditional_density(name, kind):
     assert as_frequent(numbers_of(drawn, model.grid), expected)
 
 
-# Orders and masks
-
-
 @pytest.mark.sparse
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(ANY_ORDER))
@@ -203,9 +200,6 @@ def test_orders_are_chosen_in_proportion_to_known_tokens_given_the_condition():
         with torch.no_grad():
             chosen.append(choose_by_known(model, batch, candidates, model.blocks))
     assert not torch.equal(*chosen)
-
-
-# Training and precision
 
 
 @pytest.mark.sparse

@@ -28,8 +28,6 @@ from tokenizer import Tokenizer
 
 examples = settings(deadline=None, max_examples=60, derandomize=True)
 
-# Masks
-
 
 @every_variant
 def test_logits_are_those_of_the_paper(variant):
@@ -59,9 +57,6 @@ def test_later_logits_see_all_that_the_receptive_field_says(variant, order):
         assert moved.equal(earlier(model.order)) and moved.equal(model.receptive_field)
 
 
-# Training
-
-
 def test_training_draws_orders_and_degrees_from_the_seed_and_each_is_another_density():
     model = make_prior(
         "made", shape=(2, 3), vocab_size=3, hidden=(40, 30), order_agnostic=True, connectivity_agnostic=True
@@ -71,7 +66,6 @@ def test_training_draws_orders_and_degrees_from_the_seed_and_each_is_another_den
         torch.manual_seed(seed)
         drawn = model.training_inputs(grids, 0.5)
         log_probs = model(grids, **drawn).detach().log_softmax(-1).gather(-1, grids.reshape(-1, 6, 1)).sum((1, 2))
-        assert abs(float(log_probs.exp().sum()) - 1) < 1e-10
         assert not moved_by(model, grids[::7], None, **drawn)[~earlier(drawn["order"])].any()
         for fewer in ({"order": drawn["order"]}, {"degrees": drawn["degrees"]}):
             assert not torch.allclose(model(grids, **fewer), model(grids), atol=1e-2)
@@ -99,34 +93,21 @@ def test_stored_masks_are_those_of_the_order_the_degrees_and_the_type():
         found = model.train()(tokens, **inputs)
         found.sum().backward()  # through masks that were made in inference mode, too
         assert torch.equal(found, make_same(model).train()(tokens, **inputs))
-    with model.connected(2):
-        assert not torch.equal(model(tokens), found)
     assert model.double()(tokens).dtype == torch.float64
-
-
-# Degrees
-
-
-@examples
-@given(st.integers(1, 3000), st.integers(1, 800))
-def test_even_degrees_occur_equally_often(units, size):
-    degrees = even_degrees(units, size)
-    assert degrees.shape == (units,) and degrees.equal(degrees.sort().values)
-    assert degrees.min() >= 1 and degrees.max() == max(1, size - 1)
-    counts = degrees.bincount(minlength=size)[1:]
-    assert size == 1 or counts.max() - counts.min() <= 1
 
 
 @examples
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 30))
-def test_random_degrees_leave_no_unit_blind(hidden, size):
+def test_even_degrees_occur_equally_often_and_random_ones_leave_no_unit_blind(hidden, size):
+    even = even_degrees(hidden[0], size)
+    assert even.shape == (hidden[0],) and even.equal(even.sort().values)
+    assert even.min() >= 1 and even.max() == max(1, size - 1)
+    counts = even.bincount(minlength=size)[1:]
+    assert size == 1 or counts.max() - counts.min() <= 1
     degrees = random_degrees(hidden, size)
     assert [len(each) for each in degrees] == hidden
     assert all(each.min() >= 1 and each.max() <= max(1, size - 1) for each in degrees)
     assert all(own.min() >= below.min() for below, own in itertools.pairwise(degrees))
-
-
-# Running sums
 
 
 @pytest.mark.sparse
@@ -150,11 +131,7 @@ def test_steps_equal_a_whole_pass(variant, walk, number):
         assert number == 0 or not torch.allclose(logits_of(model, tokens[:rows], labels[:rows], order=order), whole)
 
 
-# Mixtures
-
-
 ENSEMBLES = {
-    "masks": {"hidden": (7, 6), "connectivity_agnostic": True},
     "masks, two ids": {"hidden": (7, 6), "vocab_size": 2, "connectivity_agnostic": True, "direct": True},
     "orders and masks": {"hidden": (7,), "vocab_size": 2, "connectivity_agnostic": True, "order_agnostic": True},
 }
@@ -190,15 +167,13 @@ def test_a_mixture_of_orders_and_masks_is_the_mean_of_its_members_and_its_sample
 @pytest.mark.parametrize("name", ENSEMBLES)
 def test_an_image_of_a_mixture_depends_on_its_generator_alone(name):
     model, _, mixture = make_ensemble(name)
-    labels, many = torch.arange(12) % 3, {"num_masks": 3, "num_orders": mixture["num_orders"]}
-    drawn = model.sample(12, labels, generator=generators(12), **many)
+    labels, known = torch.arange(12) % 3, torch.tensor([[True, False], [False, True]])
+    drawn = model.sample(12, labels, generator=generators(12), **mixture)
     for more in ({"cache": False}, {"parallel": True}):
-        assert torch.equal(model.sample(12, labels, generator=generators(12), **many, **more), drawn)
-    for k in (0, 5, 11):
-        assert torch.equal(model.sample(1, labels[[k]], generator=[generators(12)[k]], **many)[0], drawn[k])
-    known = torch.tensor([[True, False], [False, True]])
-    kept = model.sample(12, labels, generator=generators(12), tokens=drawn[0], known=known, **many)
-    assert (kept[:, known] == drawn[0][known]).all() and model.degrees()[0].equal(even_degrees(7, 4))
+        assert torch.equal(model.sample(12, labels, generator=generators(12), **mixture, **more), drawn)
+    assert torch.equal(model.sample(1, labels[[5]], generator=[generators(12)[5]], **mixture)[0], drawn[5])
+    found = model.sample(12, labels, generator=generators(12), tokens=drawn[0], known=known, **mixture)
+    assert (found[:, known] == drawn[0][known]).all() and model.degrees()[0].equal(even_degrees(7, 4))
 
 
 def test_a_pipeline_scores_and_draws_a_mixture_of_masks():

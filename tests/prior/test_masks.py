@@ -126,9 +126,6 @@ def test_a_window_that_covers_the_grid_changes_nothing(window, monkeypatch):
         assert model.receptive_field.equal(plain.receptive_field)
 
 
-# What it costs
-
-
 def window_of(side, window, dilation=1):
     return make_prior("gpt", (side, side), depth=1, window=window, dilation=(dilation,)).layers[0].window
 

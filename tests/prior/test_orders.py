@@ -28,9 +28,6 @@ examples = settings(deadline=None, max_examples=60, derandomize=True)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
-# Partitions
-
-
 def is_partition(partition: Partition, cells: int) -> bool:
     order, blocks = partition
     whole = order.dtype == torch.int64 and torch.equal(order.sort().values, torch.arange(cells))
@@ -112,9 +109,6 @@ def test_valid_names_have_no_problem():
             assert "two axes" in order_problem(form, (16,))
 
 
-# One cell after another
-
-
 def peeled(grid):
     """Clockwise from outside: the top row, then the rest turned to the left."""
     return [*grid[0].tolist(), *peeled(grid[1:].T.flip(0))] if grid.numel() else []
@@ -167,9 +161,6 @@ def test_recursive_curves_follow_their_recursion(name, curve, shape):
     assert make_order(name, shape).tolist() == [row * shape[1] + col for row, col in inside]
 
 
-# Blocks of cells that share a key
-
-
 def cells_of(name, shape):
     """Row and column of the cells, a list for each block."""
     order, blocks = make_partition(name, shape)
@@ -209,9 +200,6 @@ def test_regions_draw_their_first_cells_one_by_one_and_then_one_place_of_all():
     assert len(unequal) == 4 + 15 and [len(block) for block in unequal[-4:]] == [2, 2, 2, 1]
 
 
-# Sizes
-
-
 @examples
 @given(st.integers(1, 300), st.data())
 def test_growing_sizes_follow_one_minus_cosine_and_never_shrink(cells, data):
@@ -227,9 +215,6 @@ def test_explicit_sizes_have_to_fit():
     assert blocks_problem((1, 48), 49) is None
     for sizes in ((24, 24), (), (50, -1), (49, 0)):
         assert blocks_problem(sizes, 49).startswith("blocks: ")
-
-
-# Spread out
 
 
 def count_neighbours(name, shape):
@@ -282,9 +267,6 @@ def test_spread_begins_in_the_middle_and_continues_beside_known_cells(shape):
     assert all(steps[rank, :rank].min() == 1 for rank in range(1, len(steps)))
 
 
-# Known tokens first
-
-
 @examples
 @given(st.permutations(range(7)), st.lists(st.booleans(), min_size=7, max_size=7), st.sets(st.integers(1, 6)))
 def test_known_tokens_come_first_as_one_block_and_the_rest_keeps_its_order_and_cuts(order, known, cuts):
@@ -296,9 +278,6 @@ def test_known_tokens_come_first_as_one_block_and_the_rest_keeps_its_order_and_c
     left = blocks_after_known(blocks, sum(known))
     expected = {*(cut for cut in ends if cut > sum(known)), *([sum(known)] if any(known) else [])}
     assert {sum(left[: k + 1]) for k in range(len(left))} == expected
-
-
-# The orders of some images
 
 
 def test_the_order_of_some_images_is_selected():

@@ -41,9 +41,6 @@ def offsets(height, width):
     return rows[:, None] - rows, columns - columns[:, None]
 
 
-# What is seen
-
-
 @both
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(7, 8), (3, 11), (6, 1)])
@@ -56,9 +53,6 @@ def test_receptive_field_is_what_gradients_reach(name, depth, shape):
     expected = box & (right <= above) if name == "pixelcnn" else box
     assert torch.equal(seen_by_gradients(model), expected)
     assert torch.equal(model.receptive_field, expected)
-
-
-# The convolutions
 
 
 @pytest.mark.parametrize("sees_itself", [False, True])
@@ -74,9 +68,6 @@ def test_masked_conv_is_the_published_one(size, sees_itself):
     expected = F.conv2d(x.movedim(-1, 1), whole * mask, conv.bias, padding=half).movedim(1, -1)
     assert torch.allclose(conv(x), expected, atol=1e-12)
     assert len(conv.taps) == int(mask.sum())
-
-
-# Sampling
 
 
 @both

@@ -101,12 +101,6 @@ def test_the_streams_are_those_of_the_paper(stages, shape, depth):
     assert torch.allclose(logits_of(model, tokens, labels), expected, rtol=1e-9, atol=1e-9) and expected.std() > 0.1
 
 
-# What is seen
-
-
-# What is put in
-
-
 def test_intensities_are_put_in_and_the_border_is_told_from_any():
     model = make_headed(KIND, "logistic", {"channels": 3}).double()
     ids = torch.tensor([[0, 15, 5], [7, 8, 10]])
@@ -117,9 +111,6 @@ def test_intensities_are_put_in_and_the_border_is_told_from_any():
     nn.init.zeros_(one_id.embedding.weight)
     first = one_id.first_above(one_id.embed(torch.zeros(1, 3, 4, 1, dtype=torch.long)))[0]
     assert torch.equal(first[0], one_id.first_above.bias.expand(4, -1)) and not torch.equal(first[2], first[0])
-
-
-# Steps
 
 
 @pytest.mark.sparse
