@@ -1,7 +1,4 @@
-"""The transformer's parts by their definitions, and the memory that attention takes.
-
-Covers: prior/attention.py, prior/transformer.py.
-"""
+"""The transformer's parts by their definitions, and the memory that attention takes."""
 
 from types import SimpleNamespace
 

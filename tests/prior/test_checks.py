@@ -112,15 +112,6 @@ def test_an_output_layer_of_zeros_hides_nothing(fault: str) -> None:
     require_causal(with_random_weights(make_broken("none", (12, 12))), tokens, given)
 
 
-def test_random_weights_are_a_copy() -> None:
-    prior = make_broken("peeks").train()
-    before = {key: value.clone() for key, value in prior.state_dict().items()}
-    assert all(bool((weight != 0).any()) for weight in with_random_weights(prior).parameters())
-    assert all(torch.equal(value, before[key]) for key, value in prior.state_dict().items())
-    require_causal(prior, torch.zeros(2, 3, dtype=torch.long))
-    assert prior.training
-
-
 class Conditioned(PriorConfig):
     """Settings of a prior from outside that takes columns."""
 

@@ -1,7 +1,4 @@
-"""The kinds of columns: how values are written, checked and stored, and how they are encoded.
-
-Covers: prior/columns.py, prior/condition_encoder.py.
-"""
+"""The kinds of columns: how values are written, checked and stored, and how they are encoded."""
 
 import math
 

@@ -1,7 +1,4 @@
-"""Steps of decoding as `on_step` sees them; modes, precision, parts of a batch, and features.
-
-Covers: prior/base.py, prior/sampling.py, prior/layers.py.
-"""
+"""Steps of decoding as `on_step` sees them; modes, precision, parts of a batch, and features."""
 
 from __future__ import annotations
 

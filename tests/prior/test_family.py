@@ -1,7 +1,4 @@
-"""Promises of every registered prior, with every output head, in every order it takes.
-
-Covers: prior/base.py, prior/gpt.py, prior/marginal.py, prior/parallel.py.
-"""
+"""Promises of every registered prior, with every output head, in every order it takes."""
 
 import math
 from itertools import accumulate
@@ -157,7 +154,7 @@ def inputs_of_order(model, walk, known):
     [
         ({}, 0.0),
         ({"temperature": 0.7, "top_k": 3}, 0.5),
-        ({"temperature": 1.5, "top_p": 0.7, "guidance_scale": 1.7}, 0.5),
+        ({"temperature": 1.5, "top_k": 4, "top_p": 0.6, "guidance_scale": 1.7}, 0.5),
         (COURSE, 0.4),
     ],
 )
@@ -184,8 +181,8 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
             descending = logits.sort(descending=True)
             allowed = descending.indices[: settings.get("top_k", 5)].tolist()
             if "top_p" in settings:
-                mass = descending.values.softmax(0).cumsum(0)
-                allowed = descending.indices[: int((mass < settings["top_p"]).sum()) + 1].tolist()
+                mass = descending.values[: len(allowed)].softmax(0).cumsum(0)
+                allowed = allowed[: int((mass < settings["top_p"]).sum()) + 1]
             best = max(allowed, key=lambda token: float(logits[token] + noise[rank, token]))  # noqa: B023
             tokens[0, position] = given[k].flatten()[position] if known[k].flatten()[position] else best
         assert torch.equal(drawn[k].flatten(), tokens[0])
@@ -276,8 +273,6 @@ def test_an_empty_batch_and_weights_of_lower_precision_work(name):
         drawn = model.sample(4, torch.arange(4), generator=generators(4), **path)
         assert drawn.shape == (4, *model.grid.shape) and drawn.min() >= 0 and drawn.max() < 5
     assert model.log_prob(drawn).isfinite().all()
-    model.exact = False  # the estimate of a bound, of `masked`
-    assert model.log_prob(tokens).shape == (0,)
 
 
 @pytest.mark.parametrize("name", [name for name in PRIORS if "dropout" in make_prior(name).config.model_fields])

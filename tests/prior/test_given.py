@@ -1,7 +1,4 @@
-"""What is given of the images of a batch: reading what users write, once, and what is done with rows.
-
-Covers: prior/given.py, prior/base.py.
-"""
+"""What is given of the images of a batch: reading what users write, once, and what is done with rows."""
 
 import hashlib
 import math

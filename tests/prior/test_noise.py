@@ -1,7 +1,4 @@
-"""Noise is a function of the image's key, its use, the rank and the id, and of nothing else.
-
-Covers: prior/noise.py.
-"""
+"""Noise is a function of the image's key, its use, the rank and the id, and of nothing else."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches.
-
-Covers: prior/gated_pixelcnn.py, prior/layers.py.
-"""
+"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""Settings, requests and calls that priors refuse: an error of one line that names the setting or argument.
-
-Covers: prior/base.py, prior/options.py, prior/sampling.py.
-"""
+"""Settings, requests and calls that priors refuse: an error of one line that names the setting or argument."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Settings of sampling and how they choose a token.
-
-Covers: prior/options.py, prior/sampling.py.
-"""
+"""Settings of sampling and how they choose a token."""
 
 from __future__ import annotations
 
@@ -94,31 +91,6 @@ def test_guidance_goes_one_way_from_its_scale_to_its_end(start, end, power, bloc
         expected = torch.tensor(scales).repeat_interleave(torch.tensor(blocks))
         torch.testing.assert_close(by_rank, expected)
         assert options.rows_per_image == 2
-
-
-def allowed(logits: list[float], top_k: int | None, top_p: float | None) -> set[int]:
-    """Ids that may be drawn, by the definition."""
-    ids = sorted(range(len(logits)), key=lambda number: -logits[number])[:top_k]
-    shares, mass, kept = [math.exp(logits[number]) for number in ids], 0.0, set()
-    for number, share in zip(ids, shares, strict=True):
-        if mass < (2.0 if top_p is None else top_p) * sum(shares):
-            kept.add(number)
-        mass += share
-    return kept
-
-
-FILTERS = [(None, None), (3, None), (None, 0.7), (4, 0.6), (None, 1e-9), (99, 0.9)]
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-@pytest.mark.parametrize("temperature", [0.6, 1.7])
-def test_tokens_have_the_frequencies_of_what_the_filters_allow(top_k, top_p, temperature):
-    """The renormalised probabilities of the tempered logits."""
-    logits, count = torch.randn(7, generator=torch.Generator().manual_seed(3)) * 1.5, 20_000
-    drawn = SamplingOptions(temperature, top_k, top_p).choose(logits.expand(count, 7), gumbel((count, 7), 1))
-    ids = allowed((logits / temperature).tolist(), top_k, top_p)
-    out = torch.tensor([number not in ids for number in range(7)])
-    assert as_frequent(drawn, (logits / temperature).masked_fill(out, -torch.inf).softmax(0))
 
 
 def test_the_likeliest_ids_at_ties():
