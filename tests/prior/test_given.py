@@ -71,13 +71,6 @@ def test_labels_and_the_column_label_are_the_same():
     assert Given.read(COLUMNS, "cat", {"label": None}).rows["label"].tolist() == [0]
 
 
-def test_without_classes_only_null_labels_are_allowed():
-    for labels in (None, [None, None]):
-        assert Given.read(OTHERS, labels, count=2).names == ()
-    with pytest.raises(ValueError, match="labels: there are no classes"):
-        Given.read(OTHERS, [0, None])
-
-
 def test_what_is_already_read_is_taken_as_it_is():
     """Its columns may be those of a pipeline, with names of classes, and it may lack some of the reader's."""
     whole = draw()

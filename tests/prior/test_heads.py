@@ -59,17 +59,6 @@ def test_logits_probabilities_and_losses_of_a_head_agree(name, dtype):
         assert all(before[: moved + 1]), "an id is seen by those after it alone"
 
 
-@pytest.mark.parametrize(("components", "means"), [(1, [0.0]), (2, [-1.0, 1.0]), (5, [-1.0, -0.5, 0.0, 0.5, 1.0])])
-def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(components, means):
-    head = Logistic(LogisticConfig(components=components), TokenGrid((3, 1), 256, channels=3)).double()
-    found, mixture = head.condition(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())
-    assert found == [] and mixture.means[0].tolist() == means
-    torch.testing.assert_close(mixture.weights[0].exp(), torch.full((components,), 1 / components).double())
-    table = head.next_logits(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())[0].exp()
-    torch.testing.assert_close(table, table.flip(0))
-    assert float(table.sum()) == pytest.approx(1) and float(table.min()) > FLOOR / 256
-
-
 VALUES = 256
 
 

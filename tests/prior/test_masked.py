@@ -212,28 +212,21 @@ def test_steps_along_an_order_are_exact(order, steps):
         assert not as_frequent(draw(confidence_temperature=0.0), expected)
 
 
-def reveal_first(model, temperature, monkeypatch):
-    """What the first of three steps reveals, bool `(40, N)`, and the confidence in each token, `(40, N)`."""
-    inputs, real = [], model.predict
-    monkeypatch.setattr(model, "predict", lambda ids, *rest: inputs.append(ids.clone()) or real(ids, *rest))
-    model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
-    monkeypatch.undo()
-    noise = [counter_noise.gumbel(counter_noise.next_key(g), 0, (12, 5)) for g in generators(40)]
+@pytest.mark.parametrize("temperature", [0.0, 1000.0])
+def test_a_step_reveals_the_most_confident_tokens_or_at_a_high_temperature_any(temperature, monkeypatch):
+    model, inputs = make(shape=(3, 4), vocab_size=5), []
     with torch.no_grad():
         logits = model.predict(torch.full((40, 12), model.mask), model.encode_nothing(40))
+    real = model.predict
+    monkeypatch.setattr(model, "predict", lambda ids, *rest: inputs.append(ids.clone()) or real(ids, *rest))
+    model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
+    noise = [counter_noise.gumbel(counter_noise.next_key(g), 0, (12, 5)) for g in generators(40)]
     ids = (logits + torch.stack(noise)).argmax(-1, keepdim=True)
-    return inputs[1].clone() != model.mask, logits.log_softmax(-1).gather(-1, ids)[..., 0]
-
-
-def test_a_step_reveals_the_most_confident_tokens_or_at_a_high_temperature_any(monkeypatch):
-    model = make(shape=(3, 4), vocab_size=5)
-    revealed, confidence = reveal_first(model, 0.0, monkeypatch)
+    revealed, confidence = inputs[1] != model.mask, logits.log_softmax(-1).gather(-1, ids)[..., 0]
     count = int(revealed[0].sum())
-    best = confidence.topk(count).indices
-    assert 0 < count < 12 and (revealed.sum(1) == count).all() and revealed.gather(1, best).all()
-    revealed, _ = reveal_first(model, 1000.0, monkeypatch)  # noise alone decides
-    assert (revealed.sum(1) == count).all() and revealed.float().mean(0).min() > 0.2 * count / 12
-    assert 0.3 < revealed.gather(1, best).float().mean() / (count / 12) < 1.7
+    assert 0 < count < 12 and (revealed.sum(1) == count).all()
+    found = revealed.gather(1, confidence.topk(count).indices).float().mean()
+    assert found == 1 if temperature == 0 else 0.3 < found / (count / 12) < 1.7  # noise alone decides
 
 
 def test_guidance_follows_the_share_of_tokens_that_each_image_knows():

@@ -41,14 +41,6 @@ def test_a_model_that_looks_at_no_token_needs_two_passes(monkeypatch):
     assert passes.max() <= 2
 
 
-def test_known_tokens_need_no_pass(monkeypatch):
-    model = make_prior("gpt", shape=(6, 6), vocab_size=7)
-    tokens, known = torch.randint(7, (6, 6)), torch.ones(6, 6, dtype=torch.bool)
-    known[5, 5] = False
-    _, passes, _ = drawn_in_parallel(model, 5, monkeypatch, tokens=tokens, known=known)
-    assert passes.max() <= 2
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_large_batches_are_cut(scale, monkeypatch):
     """Guided rows are counted twice."""
