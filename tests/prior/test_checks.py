@@ -138,10 +138,10 @@ def make_conditioned_outsider(fault: str) -> Prior:
                 encoded = replace(encoded, vector=vector.mean(0, keepdim=True).expand_as(vector))
             return self.embedding(encoded).unflatten(1, (len(self.grid), -1))
 
-        def make_cache(self, encoded: Encoded, partition: Any) -> Any:
+        def start(self, encoded: Encoded, order: Any = None, *, cache: bool = True) -> Any:
             if fault == "cache":
                 encoded = encoded[torch.zeros(len(encoded), dtype=torch.long)]
-            return super().make_cache(encoded, partition)
+            return super().start(encoded, order, cache=cache)
 
     grid = TokenGrid((2, 3), 2)
     return Outsider(Conditioned(grid=grid, num_classes=2, conditions=example_columns(grid)))

@@ -238,8 +238,8 @@ def test_sampling_costs_one_forward_pass(name):
     tokens = draw_tokens(model, 4)
     whole = flops(lambda: model(tokens))
     assert flops(lambda: all_steps(model, tokens)) <= 1.1 * whole
-    state = model.start_uncached(model.encode_nothing(4))
-    assert flops(lambda: model.next_logits_uncached(state, None)) == whole
+    state = model.start(model.encode_nothing(4), cache=False)
+    assert flops(lambda: model.next_logits(state, None)) == whole
 
 
 def make_large(name):
