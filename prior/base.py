@@ -208,7 +208,6 @@ class Prior(PretrainedModel, family="prior"):
         return 1
 
     def likelihood_pass(self, tokens: Tensor) -> None:
-        """Run one of the passes of `log_prob`, to measure its cost."""
         self.log_prob(tokens)
 
     def token_log_probs(

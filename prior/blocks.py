@@ -127,7 +127,6 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def position_embeddings(self) -> Tensor:
-        """`(P, dim)`: the sum of each position's embeddings along the axes."""
         axes = zip(self.axis_embeddings, self.cells[1:].t(), strict=True)
         return torch.stack([table[at] for table, at in axes]).sum(0)
 

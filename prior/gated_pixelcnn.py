@@ -36,7 +36,6 @@ class GatedPixelCNNConfig(RowsConfig):
 
 
 def gate(x: Tensor) -> Tensor:
-    """Return tanh of the first half of the channels times sigmoid of the second."""
     a, b = x.chunk(2, -1)
     return a.tanh() * b.sigmoid()
 

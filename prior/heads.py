@@ -343,5 +343,4 @@ class Logistic(Head, name="logistic"):
         return torch.where(ids == 0, upper, torch.where(ids == self.vocab_size - 1, lower, inside))
 
     def intensities(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Convert ids to intensities in [-1, 1]."""
         return ids.to(dtype) * (2 * self.h) - 1

@@ -185,7 +185,6 @@ class Masked(Prior, name="masked"):
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
     def rows_per_pass(self) -> int:
-        """Return how many rows to process together."""
         return max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // len(self.grid))
 
     # Training

@@ -71,7 +71,6 @@ class SampleBatch:
         return replace(self, tokens=tokens, known=known, order=order, blocks=blocks, own_order=own)
 
     def to_raster(self, values: Tensor) -> Tensor:
-        """Rearrange `values` `(B, N)` from decoding order to raster order."""
         return torch.empty_like(values).scatter_(1, self.order.expand(values.shape), values)
 
     def partition(self, options: SamplingOptions) -> Partition | None:

@@ -193,14 +193,6 @@ def test_numbers_keep_their_precision_in_any_type(dtype):
     assert torch.equal(embed(torch.tensor([[2013.4 + 1000 * 7.3]])), embed(torch.tensor([[1e30]]))), "limited"
 
 
-def test_null_is_not_the_mean_nor_zero():
-    for column in (AGE, SPEED, WIND, POSE, TEXT, TAGS):
-        embed = column.embedding(8, TokenGrid((2, 3), 5))
-        middle = torch.tensor(column.mean) if column.kind == "number" else torch.zeros(column.shape)
-        null = embed(column.null(1))
-        assert null.isfinite().all() and (embed(middle[None]) - null).abs().max() > 1e-5
-
-
 @pytest.mark.parametrize("width", [8, 64])
 def test_near_angles_have_near_embeddings_across_north(width):
     embed = WIND.embedding(width, TokenGrid((2, 3), 5)).double()

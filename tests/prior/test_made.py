@@ -74,16 +74,6 @@ def test_training_draws_orders_and_degrees_from_the_seed_and_each_is_another_den
     assert all(not torch.allclose(a, b, atol=1e-2) for a, b in itertools.combinations(found[:3], 2))
 
 
-def test_a_finite_set_of_masks_is_that_of_the_mixture():
-    model = make_prior("made", hidden=(20, 30), order_agnostic=True, connectivity_agnostic=True, masks=3)
-    drawn = [model.training_inputs(draw_tokens(model, 2), 0.3) for _ in range(60)]
-    orders = {tuple(each["order"].tolist()) for each in drawn}
-    degrees = {tuple(torch.cat(each["degrees"]).tolist()) for each in drawn}
-    assert orders == {tuple(model.to_partition(order).order.tolist()) for order in model.orders(3)}
-    assert degrees == {tuple(torch.cat(model.numbered_degrees(number)).tolist()) for number in range(3)}
-    assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9
-
-
 def test_stored_masks_are_those_of_the_order_the_degrees_and_the_type():
     model, tokens = make_made("three layers", order_agnostic=True, connectivity_agnostic=True), torch.zeros(2, 3, 4)
     tokens, drawn = tokens.long(), model.training_inputs(tokens, 0.5)

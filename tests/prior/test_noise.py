@@ -13,7 +13,7 @@ import torch
 from frequencies import as_frequent
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small import generators, make_prior
+from small import generators
 
 from prior import noise as noise_module
 from prior.noise import (
@@ -131,15 +131,6 @@ def test_without_float64_numbers_are_computed_on_the_cpu(monkeypatch):
     )
     assert torch.equal(gumbel_noise(keys_of(3), TOKEN_NOISE, 0, 50), expected[0]) and moved[-1] == 3
     assert torch.equal(draw_numbers(keys_of(30), MASK_NOISE, 7), expected[1]) and moved[-1] == 30
-
-
-def test_the_default_device_of_torch_does_not_matter():
-    """`meta` is a device that holds no numbers."""
-    model = make_prior("gpt")
-    drawn = model.sample(2, generator=generators(2))
-    with torch.device("meta"):
-        assert torch.equal(model.sample(2, generator=generators(2)), drawn)
-        assert keys_of(3).device.type == "cpu"
 
 
 def test_the_key_of_an_image_is_drawn_from_its_generator_which_advances():
