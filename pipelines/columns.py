@@ -38,7 +38,7 @@ from prior.columns import (
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.spec import ImageSpec
 
-from .images.classes import is_class_name, name_classes
+from .images.classes import is_class_name, order_classes
 from .images.folder import image_paths, match_names
 from .images.formats import decode_in_threads
 from .images.pictures import is_single, to_images
@@ -239,7 +239,7 @@ class NamesFormat(ColumnFormat[C]):
 
     @classmethod
     def make_column(cls, summary: NameSummary, encoder: str) -> Column:
-        names = summary.listed or name_classes(summary.found)
+        names = summary.listed or order_classes(summary.found)
         if not names:
             raise ValueError("the column has no values")
         if invalid := [name for name in names if not is_class_name(name)]:
