@@ -40,9 +40,8 @@ class Head(Registered, nn.Module, family="prior.heads"):
         return None
 
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """Return logits `(..., vocab_size)` of the next id at positions whose first `ids` `(..., l)` are known, l >= 0.
-
-        outputs: `(..., size)`, the network's outputs at these positions."""
+        """Return logits `(..., vocab_size)` of the next id at positions with `outputs` `(..., size)` of the network,
+        whose first `ids` `(..., l)` are known, l >= 0."""
         raise NotImplementedError
 
     def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:

@@ -288,8 +288,7 @@ class Masked(Prior, name="masked"):
         return Partition(order, tuple(size for size in (masked[:-1] - masked[1:]).tolist() if size))
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> MaskedState:
-        """Start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached, because all
-        tokens see each other."""
+        """Start with all tokens masked; nothing can be cached, because all tokens see each other."""
         tokens = torch.full((len(encoded), len(self.grid)), self.mask, device=self.device)
         return MaskedState(self, tokens, encoded, *self.to_partition(partition))
 
