@@ -103,7 +103,6 @@ class NextScale(Prior, name="next_scale"):
 
     @property
     def position_rotations(self) -> Tensor:
-        """The rotations of queries and keys, which are the same: `(N, 2, width / 2, 2)`."""
         return self.rotations.table[:, None].expand(-1, 2, -1, -1)
 
     def scale_inputs(self, canvas: Tensor | None, k: int, count: int) -> Tensor:
@@ -116,10 +115,6 @@ class NextScale(Prior, name="next_scale"):
         """Return the sum `(B, channels, H, W)` with scale `k`, whose `ids` are `(B, h, w)`."""
         added = self.resize.up(self.token_embedding(ids).movedim(-1, 1), k)
         return added if canvas is None else canvas + added
-
-    @property
-    def feature_modules(self) -> list[nn.Module]:
-        return list(self.layers)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         return Cache(self, encoded)
