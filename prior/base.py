@@ -375,8 +375,8 @@ class Prior(PretrainedModel, family="prior"):
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The modules whose outputs `features` returns, in the order of calls; a module that is called twice is listed
-        twice. By default those of `layers`, if the model has any."""
-        return [*getattr(self, "layers", ())]
+        twice. Empty for a model without features."""
+        return []
 
     @property
     def feature_layers(self) -> int:

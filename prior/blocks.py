@@ -162,6 +162,10 @@ class Blocks(Prior, name="blocks"):
             field = field | window.seen(F.pad(field | own, (0, 0, 1, 0)))
         return field
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """With `any_order`, draw a partition for each image: a random order cut into a random number of growing blocks
         or, for a growing share of images, the model's own."""

@@ -102,6 +102,10 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
             vertical, horizontal = layer(vertical, horizontal, encoded)
         return self.head(F.relu(self.hidden(F.relu(horizontal)))).flatten(1, 2)
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def arrange_features(self, output: Any) -> Tensor:
         return super().arrange_features(output[1])  # the horizontal map, which depends on the vertical one
 

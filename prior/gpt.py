@@ -96,6 +96,10 @@ class GPT(Prior, name="gpt"):
         raster = order.argsort(-1)[..., None].expand(x.shape)
         return self.head(self.norm(x.gather(1, raster)))
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def arrange_features(self, output: Any) -> Tensor:
         return output[:, self.position_order.argsort()]
 

@@ -264,6 +264,10 @@ class Masked(Prior, name="masked"):
 
     # Representations
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:
         """Return features from one pass over the unmasked tokens, which depend on all tokens, including their own.
         (Teacher-forced features would take N passes and see half as many tokens.)"""

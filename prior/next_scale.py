@@ -116,6 +116,10 @@ class NextScale(Prior, name="next_scale"):
         added = self.resize.up(self.token_embedding(ids).movedim(-1, 1), k)
         return added if canvas is None else canvas + added
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         return Cache(self, encoded)
 

@@ -93,6 +93,10 @@ class PixelCNN(Prior, name="pixelcnn"):
             x = block(x, encoded)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         return Cache(self, encoded)
 

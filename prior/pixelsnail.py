@@ -141,6 +141,10 @@ class PixelSNAIL(Prior, name="pixelsnail"):
             x = block(embedded, x, self.background, encoded)
         return self.head(F.elu(self.hidden(F.elu(x)))).flatten(1, 2)
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         return Cache(self, encoded)
 
