@@ -50,10 +50,8 @@ def test_three_files_say_how_the_hub_runs_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        (["pipeline=not_there"], "not_there"),
         (["pipeline={here}", "space={here}/space"], "space: the pipeline must be on the Hub"),
         (["pipeline=digits", "space={here}"], "space: "),
-        (["data.source={here}"], "data: the pipelines in the package"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, capsys, keys, problem):

@@ -5,20 +5,19 @@ Covers: pipelines/anomaly/ground_truth.py.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 
 import numpy as np
 import pytest
 from command import fails
+from folders import rows_of
 from givens.stripes import SIZE, planted, stripes
 from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.ground_truth import measure_defects, read_mask
-from pipelines.images import DataConfig, load_images
 from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
 
@@ -60,11 +59,6 @@ def detect(world, out, *more):
     main(["detect", f"pipeline={world}/pipe", *given, *more])
 
 
-def rows_of(path):
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_calibration_takes_whole_objects(world, tmp_path, capsys):
     found = ImagePipeline.from_pretrained(world / "pipe").calibration
     assert (found.objects, found.count, len(found.scores["nll"].values)) == (44, 88, 22)
@@ -73,25 +67,6 @@ def test_a_calibration_takes_whole_objects(world, tmp_path, capsys):
     assert printed.startswith("scoring 88 of 176 ") and "compared with 22 normal objects" in printed
     objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
     assert len(set(objects)) == 44 and all(objects.count(name) == 2 for name in objects)
-
-
-def test_objects_may_be_named_by_a_column(world, tmp_path, capsys):
-    """The same objects, by a sheet instead of an expression."""
-    root = tmp_path / "normal"
-    shutil.copytree(world / "normal", root)
-    rows = "".join(f"{path.name},{path.name[:7]}\n" for path in sorted(root.iterdir()))
-    (root / "metadata.csv").write_text("file_name,thing\n" + rows)
-    pipe = ImagePipeline.from_pretrained(world / "pipe")
-    pipe.calibration = None
-    source = {"source": str(root), "image_size": SIZE, "held_out_fraction": 0.4, "group": "thing"}
-    pipe.provenance = {"data": source, "splits": load_images(DataConfig(**source)).facts.to_dict()}
-    pipe.save_pretrained(tmp_path / "pipe")
-    main(["calibrate", f"pipeline={tmp_path}/pipe"])
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe").calibration.objects == 44
-    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", "method=nll"])
-    assert "compared with 22 normal objects" in capsys.readouterr().out
-    objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
-    assert len(set(objects)) == 44 and all(name.startswith("tile") for name in objects)
 
 
 def test_figures_are_those_of_the_maps(world, tmp_path, capsys):
@@ -144,41 +119,19 @@ def test_an_image_whose_mask_vanished_counts_as_an_image_only():
     assert odd["image_auroc"] != fewer["image_auroc"]
 
 
-NAME = "noise/tile312_view1"
-MISTAKES = {
-    "size": (lambda at: Image.fromarray(MASK[:, :10]).save(at / f"truth/{NAME}_mask.png"), "10 x 16 pixels, its image"),
-    "missing": (lambda at: (at / f"truth/{NAME}_mask.png").unlink(), f"{NAME}.png has no mask"),
-    "damaged": (lambda at: (at / f"truth/{NAME}_mask.png").write_bytes(b"no image"), NAME),
-    "loose": (lambda at: shutil.copy(at / f"test/{NAME}.png", at / "test"), "is in no folder"),
-    "no folder": (lambda at: shutil.rmtree(at / "truth"), "no such folder"),
-    "no images": (lambda at: None, "needs images=FOLDER"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_one_line(world, tmp_path, capsys, case):
-    shutil.copytree(world / "test", tmp_path / "test")
+def test_mistakes_are_one_line(world, tmp_path, capsys):
     shutil.copytree(world / "truth", tmp_path / "truth")
-    change, message = MISTAKES[case]
-    change(tmp_path)
-    images = "seed=0" if case == "no images" else f"images={tmp_path}/test"
-    given = [f"pipeline={world}/pipe", images, f"ground_truth={tmp_path}/truth", f"out={tmp_path}/out"]
-    line = fails(capsys, "detect", *given)
-    assert message in line and "ground_truth: " in line and not (tmp_path / "out").exists()
-
-
-def test_other_names_of_good_images_and_masks_that_vanish(world, tmp_path, capsys):
-    shutil.copytree(world / "test", tmp_path / "test")
-    shutil.copytree(world / "truth", tmp_path / "truth")
-    (tmp_path / "test/good").rename(tmp_path / "test/free")
-    for path in (tmp_path / "truth/none").iterdir():
-        Image.fromarray(0 * MASK).save(path)
-    given = [f"images={tmp_path}/test", f"ground_truth={tmp_path}/truth", "normal_labels=[free]", "data.group=null"]
-    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/out", *given])
-    printed = capsys.readouterr().out
-    rows = rows_of(tmp_path / "out/ground_truth.csv")
-    assert [row["pro"] == "" for row in rows] == [False, True, False]
-    assert "without a pixel in the mask at this size: 8 defective images" in printed
+    mask = tmp_path / "truth/noise/tile312_view1_mask.png"
+    given = [f"pipeline={world}/pipe", f"images={world}/test", f"out={tmp_path}/out"]
+    for change, message in (
+        (lambda: Image.fromarray(MASK[:, :10]).save(mask), "10 x 16 pixels, its image"),
+        (mask.unlink, "tile312_view1.png has no mask"),
+    ):
+        change()
+        line = fails(capsys, "detect", *given, f"ground_truth={tmp_path}/truth")
+        assert message in line and "ground_truth: " in line and not (tmp_path / "out").exists()
+    write_table(tmp_path / "masks.csv", list(list_masks(world))[1:])
+    assert "no row with the file_name of" in fails(capsys, "detect", *given, f"ground_truth={tmp_path}/masks.csv")
 
 
 def list_masks(world):
@@ -204,18 +157,3 @@ def test_a_table_names_masks_as_the_layout_does(world, tmp_path):
     assert rows_of(tmp_path / "labelled/ground_truth.csv") == rows_of(tmp_path / "folders/ground_truth.csv")
     plain, expected = rows_of(tmp_path / "plain/ground_truth.csv"), rows_of(tmp_path / "folders/ground_truth.csv")[-1]
     assert [row["defect"] for row in plain] == ["defect", "all"] and plain[-1] == expected
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: rows[1:], "no row with the file_name of"),
-        (lambda rows: [(name, "", kind) for name, _, kind in rows], "has no mask"),
-        (lambda rows: [(name, mask or rows[-1][1], kind) for name, mask, kind in rows], "has a mask"),
-    ],
-)
-def test_mistakes_in_a_table_of_masks_are_one_line(world, tmp_path, capsys, change, message):
-    rows = list(list_masks(world))
-    write_table(tmp_path / "masks.csv", change(rows))
-    given = [f"images={world}/test", f"ground_truth={tmp_path}/masks.csv", f"out={tmp_path}/found"]
-    assert message in fails(capsys, "detect", f"pipeline={world}/pipe", *given)

@@ -50,9 +50,6 @@ CONV = "decoder.up.1.block.0.conv1.weight"
         (lambda w: w.pop(CONV), CONV),
         (lambda w: w.update(colorize=torch.zeros(3)), "'colorize'"),
         (lambda w: w.update({CONV: w[CONV][:, :3]}), f"{CONV} has shape [16, 3, 3, 3]"),
-        (lambda w: w.update({CONV: w[CONV].long()}), f"{CONV} has dtype torch.int64"),
-        (lambda w: w.update({"encoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}), "channels: "),
-        (lambda w: w.clear(), "diffusers VQModel"),
     ],
 )
 def test_bad_weights_are_named(small, tmp_path, capsys, change, message):
@@ -63,20 +60,10 @@ def test_bad_weights_are_named(small, tmp_path, capsys, change, message):
     assert message in error and str(path) in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("setting", "key"), [("groups=3", "groups"), ("image_size=[17, 16]", "widths")])
-def test_settings_that_do_not_fit_the_weights_are_named(small, tmp_path, capsys, setting, key):
-    weights, write = small
-    given = [f"source={write(weights)}", f"out={tmp_path}/out", "groups=4", setting]
-    assert f"{key}: " in fails(capsys, "import", *given)
-
-
 def test_places_without_weights_are_refused(small, tmp_path, capsys):
     weights, write = small
     (tmp_path / "empty").mkdir()
-    (tmp_path / "two").mkdir()
-    for name in ("a", "b"):
-        write(weights).rename(tmp_path / "two" / f"{name}.safetensors")
-    for name in ("nowhere", "empty", "two"):
+    for name in ("nowhere", "empty"):
         assert fails(capsys, "import", f"source={tmp_path}/{name}", f"out={tmp_path}/out").startswith("error: source: ")
     bare = {
         "encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3),
