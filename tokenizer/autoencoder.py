@@ -18,8 +18,6 @@ from .quantizers.ema import EMAConfig
 
 
 class DecoderConfig(TokenizerConfig):
-    """The decoder's pixel distribution."""
-
     likelihood: Annotated[ModelConfig | None, Node("tokenizer.likelihoods:Likelihood")] = Field(
         None,
         description="distribution over a pixel's 256 values, required for bits per dim and lossless compression; null: "
@@ -33,8 +31,6 @@ class DecoderConfig(TokenizerConfig):
 
 
 class AutoencoderConfig(DecoderConfig):
-    """Settings of the decoder and the quantizer."""
-
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
         EMAConfig(), description="maps vectors to ids"
     )
@@ -49,8 +45,7 @@ class Autoencoder(Tokenizer):
 
     encoder: nn.Module
     decoder: nn.Module
-    outputs: int
-    """Number of decoder output channels: the image's channels, or the likelihood's parameters."""
+    outputs: int  # the decoder's channels: those of the image, or the likelihood's parameters
 
     def __init__(self, config: Any, factor: int, quantizer: Quantizer | None = None) -> None:
         """factor: image pixels per position along each side. quantizer: replaces the configured one."""
@@ -68,40 +63,34 @@ class Autoencoder(Tokenizer):
     @torch.no_grad()
     @full_float32()
     def encode(self, images: Tensor) -> Tensor:
-        """Return tokens `(B, *grid.shape)`. Raises `ValueError` for images of another size."""
         self.check_images(images)
         return self.quantizer.encode(self._embed(images))
 
     @torch.no_grad()
     @full_float32()
     def embed(self, images: Tensor) -> Tensor:
-        """Return the vectors `(B, quantizer.dim, h, w)` that `encode` quantizes. Raises `ValueError` for images of
-        another size."""
+        """Return the vectors `(B, quantizer.dim, h, w)` that `encode` quantizes."""
         self.check_images(images)
         return self._embed(images)
 
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return images clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self._image(self._decode_tokens(tokens)).clamp(-1, 1)
 
     @full_float32()
     def decode_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """Decode only the `count` coarsest of `grid.scales`. Raises `ValueError` as `decode` does, and for a quantizer
-        without scales."""
+        """Decode only the `count` coarsest of `grid.scales`. Raises `ValueError`, also without scales."""
         self.grid.check(tokens)
         return self._image(self._decode_vectors(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Return reconstruction, tokens and losses; clamp images only in eval mode. Raises `ValueError` for images of
-        another size."""
+        """Return reconstruction, tokens and losses; clamp images only in eval mode."""
         self.check_images(images)
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
         return self._reconstruction(images, z_q, tokens, losses)
 
     def _reconstruction(self, images: Tensor, z: Tensor, tokens: Tensor, losses: dict[str, Tensor]) -> Reconstruction:
-        """Decode `z`, and with a likelihood add `nll` to `losses`."""
         outputs = self._decode_vectors(z)
         if self.likelihood is not None:
             losses = {**losses, "nll": -self.likelihood.log_prob(outputs, to_values(images)).mean()}
@@ -135,7 +124,6 @@ class Autoencoder(Tokenizer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The quantizer's loss weights, and 1 for `nll`."""
         return {**self.quantizer.loss_weights, **({} if self.likelihood is None else {"nll": 1.0})}
 
     def _embed(self, images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import (
@@ -15,10 +15,11 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
+    model_validator,
 )
 from torch import Tensor, nn
 
-from .config import MAX_ITEMS, Fact, ModelConfig
+from .config import Fact, ModelConfig
 from .files import ConfigError, quote
 from .model import PretrainedModel
 from .precision import in_finest
@@ -37,10 +38,9 @@ def smallest_type(vocab_size: int) -> torch.dtype:
 class TokenGrid:
     """The shape of an image's tokens and the vocabulary size; `len(grid)` is the number of tokens.
 
-    scales: (height, width) of each map, coarse to fine, if the tokens `(L,)` hold several maps of one image.
-    levels: number of ids per position; along the first axis, the first ids of all positions precede the second ids.
-    channels: number of channels if ids are pixel intensities (row `channels * i + c` holds channel c of image row i);
-    0 if ids are codes.
+    scales: (height, width) of each map, coarse to fine, if the tokens `(L,)` are several maps of one image. levels: ids
+    per position; along the first axis, the first ids of all positions precede the second. channels: those of the image
+    if ids are intensities (row `channels * i + c` holds channel c of image row i); 0 if ids are codes.
     """
 
     shape: tuple[int, ...]
@@ -52,17 +52,17 @@ class TokenGrid:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "scales", tuple(map(tuple, self.scales)))
-        whole = [*self.shape, self.vocab_size]
-        if not self.shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in whole):
-            raise ConfigError(
-                f"a grid needs positive whole sizes (got shape {self.shape}, vocab_size {self.vocab_size})"
-            )
+        whole = all(type(n) is int for n in (*self.shape, self.vocab_size, self.levels, self.channels))
+        if not self.shape or not whole or min(*self.shape, self.vocab_size, self.levels, self.channels + 1) < 1:
+            raise ConfigError(f"a grid needs positive whole sizes (got {self})")
         if math.prod(self.shape) > 1 << 20 or self.vocab_size > 1 << 20:
             raise ConfigError(f"a grid may have at most 2^20 tokens and 2^20 ids (got {self.shape}, {self.vocab_size})")
         if self.scales and (problem := scales_problem(self.scales, self.shape)):
             raise ConfigError(f"scales: {problem}")
-        if problem := positions_problem(self):
-            raise ConfigError(problem)
+        if self.levels > 1 and (self.channels or self.scales):
+            raise ConfigError(f"levels: {self.levels} levels cannot be combined with channels or scales")
+        if self.shape[0] % self.ids_per_position:
+            raise ConfigError(f"{self.shape[0]} rows cannot hold {self.ids_per_position} ids for each position")
 
     @property
     def ids_per_position(self) -> int:
@@ -71,7 +71,6 @@ class TokenGrid:
 
     @property
     def positions(self) -> TokenGrid:
-        """The grid with a single id per position."""
         return TokenGrid((self.shape[0] // self.ids_per_position, *self.shape[1:]), self.vocab_size)
 
     @property
@@ -100,39 +99,17 @@ class TokenGrid:
             )
 
 
-def positions_problem(grid: TokenGrid) -> str | None:
-    """Return what is wrong with a grid's levels or channels, in one line, or None."""
-    counts = {"levels": grid.levels, "channels": grid.channels}
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < (name == "levels"):
-            return f"{name}: expected a whole number (got {count!r})"
-    if grid.levels > 1 and (grid.channels or grid.scales):
-        return f"levels: {grid.levels} levels cannot be combined with channels or scales"
-    if grid.shape[0] % grid.ids_per_position:
-        return f"a grid of {grid.shape[0]} rows cannot hold {grid.ids_per_position} ids for each position"
-    return None
-
-
 def read_grid(value: Any) -> TokenGrid:
     """Parse the JSON form of a grid; return a `TokenGrid` unchanged. Raises `ValueError`."""
     if isinstance(value, TokenGrid):
         return value
-    if not isinstance(value, dict) or set(value) - {"scales", "levels", "channels"} != {"shape", "vocab_size"}:
-        raise ValueError(f"expected the keys shape, vocab_size (got {quote(value)})")
-    shape, scales = value["shape"], value.get("scales", [])
-    for name, items in (("shape", shape), ("scales", scales)):
-        if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list (got {quote(items)})")
-        if len(items) > MAX_ITEMS:
-            raise ValueError(f"expected at most {MAX_ITEMS} values in a list")
-    if not all(isinstance(sides, (list, tuple)) for sides in scales):
-        raise ValueError(f"scales: expected pairs (got {quote(scales)})")
-    facts = {name: value[name] for name in ("levels", "channels") if name in value}
-    return TokenGrid(tuple(shape), value["vocab_size"], tuple(map(tuple, scales)), **facts)
+    try:
+        return TokenGrid(**value)
+    except TypeError as error:
+        raise ValueError(f"not a grid: {quote(value)} ({error})") from error
 
 
 def grid_to_dict(grid: TokenGrid) -> dict[str, Any]:
-    """Return the JSON form of a grid, omitting defaults."""
     scales = {"scales": [list(sides) for sides in grid.scales]} if grid.scales else {}
     levels = {"levels": grid.levels} if grid.levels > 1 else {}
     channels = {"channels": grid.channels} if grid.channels else {}
@@ -140,7 +117,6 @@ def grid_to_dict(grid: TokenGrid) -> dict[str, Any]:
 
 
 Grid = Annotated[TokenGrid, PlainValidator(read_grid), PlainSerializer(grid_to_dict, return_type=dict)]
-"""Field type for a grid in a configuration."""
 
 
 class LikelihoodError(ValueError):
@@ -155,13 +131,11 @@ class Reconstruction(NamedTuple):
     losses: dict[str, Tensor]
 
 
-PLAIN = {"dtype": "uint8", "range": None, "show": None}
-"""Defaults of the settings that files of 8-bit images do not have."""
+FACTS = ("image_size", "channels", "dtype", "range", "show")  # settings that describe the images
+PLAIN = {"dtype": "uint8", "range": None, "show": None}  # defaults that the files of 8-bit tokenizers leave out
 
 
 class TokenizerConfig(ModelConfig):
-    """Settings shared by all tokenizers."""
-
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
         description="height and width of the images; a single number sets both"
     )
@@ -176,13 +150,11 @@ class TokenizerConfig(ModelConfig):
 
     @model_serializer(mode="wrap")
     def _omit_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out type, range and shown channels where they are the defaults."""
         found: dict[str, Any] = handler(self)
         return {key: value for key, value in found.items() if (key, value) not in PLAIN.items()}
 
     @property
     def spec(self) -> ImageSpec:
-        """What the images are."""
         height, width = self.image_size
         low, high = self.range or BYTES
         return ImageSpec(self.channels, height, width, dtype=self.dtype, low=low, high=high, show=self.show)
@@ -196,7 +168,6 @@ class TokenizerConfig(ModelConfig):
     @field_validator("image_size", mode="before")
     @classmethod
     def _of_one_side(cls, value: Any) -> Any:
-        """Expand a single number to the height and width of square images."""
         if isinstance(value, int) and not isinstance(value, bool):
             return (value, value)
         if not isinstance(value, (list, tuple)):
@@ -204,17 +175,49 @@ class TokenizerConfig(ModelConfig):
         return value
 
     def check(self) -> Iterator[str]:
-        """Check that the image size has two sides."""
         if len(self.image_size) != 2:
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
         yield from spec_problems(self.channels, self.dtype, self.range, self.show)
+
+
+class OuterConfig(TokenizerConfig):
+    """Settings of a tokenizer that uses another one, whose settings are the field `inner`. The facts of the images are
+    those of both, and are stored once."""
+
+    inner: ClassVar[str]
+    default: ClassVar[str]
+    """Kind of the inner tokenizer if none is given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _copy_facts(cls, values: dict[str, Any]) -> dict[str, Any]:
+        node = cls.default if values.get(cls.inner) is None else values[cls.inner]
+        node = {"kind": node} if isinstance(node, str) else node
+        return {**values, cls.inner: {**cls.inner_facts(values), **node} if isinstance(node, dict) else node}
+
+    @classmethod
+    def inner_facts(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the facts of the inner tokenizer's images, given settings that may be invalid."""
+        return {name: values[name] for name in FACTS if name in values}
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return {**values, self.inner: {key: value for key, value in values[self.inner].items() if key not in FACTS}}
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        ours = super().to_dict()
+        theirs, wanted = ours[self.inner], {**ours, **self.inner_facts(ours)}
+        for name in FACTS:
+            if (found := theirs.get(name)) != (fact := wanted.get(name)):
+                yield f"{self.inner}.{name}: is {found}, but should be {fact}, like the images"
 
 
 class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     """Maps images `(B, *spec.shape)` in [-1, 1], `(B, C, H, W)` or of clips `(B, T, C, H, W)`, to tokens
     `(B, *grid.shape)` and back.
 
-    `encode`, `decode` and the likelihoods run in `full_float32`, so GPUs and CPUs agree up to rounding. `forward`
+    `encode`, `decode` and the likelihoods run in `full_float32`, so GPUs and CPUs agree up to rounding; `forward`
     computes in the precision that the user chose for training.
 
     A training loop calls `initialize` once, then the tokenizer itself, which runs `forward`. In training mode and with
@@ -223,9 +226,7 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
     grid: TokenGrid
     spec: ImageSpec
-    """What the images are, from the configuration."""
-    levels: int = 1
-    """Number of ids per position; each row of positions takes this many rows of the grid."""
+    levels: int = 1  # ids per position; each row of positions takes this many rows of the grid
     prefixes: tuple[int, ...] = ()
     """Prefix lengths to show in previews, ending with the full length; empty if prefixes cannot be decoded."""
 
@@ -245,11 +246,11 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
             return super().__call__(*args, **kwargs)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return tokens `(B, *grid.shape)`."""
+        """Return tokens `(B, *grid.shape)`. Raises `ValueError` for images of another size."""
         raise NotImplementedError
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return images clamped to [-1, 1]."""
+        """Return images clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Reconstruction:
@@ -257,8 +258,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need no images)
-        """Initialize from training images `(B, *spec.shape)` in [-1, 1]; called once before training. Raises
-        `ConfigError` if the images do not suit the configuration."""
+        """Initialize from training images `(B, *spec.shape)`, once before training. Raises `ConfigError` if they do not
+        suit the configuration."""
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`. Raises a `ConfigError` that lists settings on which the two differ."""
@@ -328,27 +329,20 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         """Map known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`, to known tokens `(B, *grid.shape)`: a token is
         known if all pixels of its patch are. Tokens of a two-axis grid tile the image, once per level. Raises
         `ValueError` unless tokens are `placed`."""
-        if self.grid.scales:
-            raise ValueError(
-                "multi-scale tokens do not represent single image regions, so known pixels do not determine known "
-                "tokens"
-            )
+        if not self.placed:
+            raise ValueError("these tokens are not regions of the image, so pixels do not determine known tokens")
         height, width = self.spec.size
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)
         return patches.all(dim=4).all(dim=2).repeat(1, self.levels, 1)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise `ValueError` unless `images` is float `(B, *spec.shape)`."""
         self.spec.check(images)
 
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
     """Return `usage`, the fraction of ids that occur, and `perplexity` (1 to vocab_size), exp of the entropy of the id
-    frequencies.
-
-    counts: number of occurrences of each id, `(vocab_size,)`.
-    """
+    frequencies. counts: occurrences of each id, `(vocab_size,)`."""
     p = in_finest(counts) / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()
     return {"usage": in_finest(counts > 0).mean(), "perplexity": entropy.exp()}

@@ -43,14 +43,12 @@ from pydantic_core import (
 
 from .files import ConfigError, quote
 
-MAX_ITEMS = 64  # in a list
 MAX_PROBLEMS = 20  # reported at once
 FACT = "a fact of the data"
 
 T = TypeVar("T")
 Data = dict[str, Any]
-Fact = Annotated[T, FACT]
-"""A setting determined by the data (grid, classes, image size); presets may not set it."""
+Fact = Annotated[T, FACT]  # a setting determined by the data (grid, classes, image size); presets may not set it
 
 
 class Settings(BaseModel):
@@ -65,9 +63,6 @@ class Settings(BaseModel):
         hints = type_options(cls.model_fields[str(info.field_name)].annotation)
         origins = {get_origin(hint) or hint for hint in hints}
         if isinstance(value, list) and tuple in origins:
-            if len(value) > MAX_ITEMS:
-                context = {"field_type": "Tuple", "max_length": MAX_ITEMS, "actual_length": len(value)}
-                raise PydanticKnownError("too_long", context)
             return tuple(value)
         if isinstance(value, str) and float in origins and str not in origins:
             try:
@@ -91,7 +86,6 @@ class Settings(BaseModel):
 
 
 def find_mark(field: FieldInfo, mark: type[T]) -> T | None:
-    """Return the field's metadata of type `mark`, or None."""
     return next((found for found in field.metadata if isinstance(found, mark)), None)
 
 
@@ -120,27 +114,22 @@ class Node:
     only: tuple[str, ...] = ()
 
     def load(self) -> Any:
-        """Import the family's class."""
         module, _, name = self.family.partition(":")  # a constant in our code, never read from a file
         return getattr(importlib.import_module(module), name)
 
     def kinds(self) -> list[str]:
-        """List the allowed kinds."""
         return list(self.only) or self.load().available()
 
     def find_member(self, node: Data) -> Any:
         """Return the class of the node's kind. Raises `ValidationError`."""
-        kind = node.get("kind")
-        if "kind" not in node:
-            raise make_validation_error(("kind", f"missing; must be one of {', '.join(self.kinds())}"))
+        kind, family = node.get("kind"), self.load()
         if self.only and kind not in self.only:
             raise make_validation_error(("kind", f"must be {' or '.join(self.only)} (got {quote(kind)})"))
-        if not self.load().has(kind):
-            raise make_validation_error(("kind", self.load().describe_unknown(kind)))
-        return self.load().find(kind)
+        if not family.has(kind):
+            raise make_validation_error(("kind", family.describe_unknown(kind)))
+        return family.find(kind)
 
     def to_config(self, value: Any) -> ModelConfig:
-        """Parse a node into the configuration of its kind."""
         if isinstance(value, ModelConfig):
             if self.only:
                 self.find_member({"kind": value.kind})
@@ -180,15 +169,18 @@ def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
     ""."""
     if node := find_mark(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
-    hints = type_options(field.annotation)
-    models = [hint for hint in hints if isinstance(hint, type) and issubclass(hint, Settings)]
+    models = [hint for hint in type_options(field.annotation) if is_settings(hint)]
     return {"": models[-1]} if models else {}
 
 
 def mapped_model(field: FieldInfo) -> type[Settings] | None:
     """Return the configuration class of the values of a field `dict[str, Settings]`, or None."""
     values = [get_args(hint)[1] for hint in type_options(field.annotation) if get_origin(hint) is dict]
-    return next((hint for hint in values if isinstance(hint, type) and issubclass(hint, Settings)), None)
+    return next((hint for hint in values if is_settings(hint)), None)
+
+
+def is_settings(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Settings)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -294,18 +286,16 @@ def to_plain(value: Any) -> Any:
 
 # One-line messages for pydantic's errors -----------------------------------------------------------
 
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-TEXT, MAPPING = "text", "a mapping of keys"
-EXPECTED = {
+TYPES = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
-    "string_type": TEXT,
+    "string_type": "text",
     "tuple_type": "a list",
     "list_type": "a list",
-    "dict_type": MAPPING,
-    "model_type": MAPPING,
-    "model_attributes_type": MAPPING,
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
 }
 
 
@@ -315,7 +305,7 @@ def explain(
     error: ValidationError,
     search: Callable[[str, Any], list[str]] | None = None,
 ) -> list[str]:
-    """Describe pydantic's errors about `data`, one line per key, for at most 20 keys. `search` returns the lines for an
+    """Describe pydantic's errors about `data`, one line per key, for at most 20 keys. search: returns the lines for an
     unknown key outside models."""
     details: dict[str, list[ErrorDetails]] = {}
     owners: dict[str, type[Any]] = {}
@@ -331,10 +321,8 @@ def explain(
         elif unknown and search is not None:
             lines += search(key, found[0]["input"])
         else:
-            lines += describe_problems(key, found)
-        if len(lines) > MAX_PROBLEMS:
-            return [*lines[:MAX_PROBLEMS], "and more"]
-    return lines
+            lines.append(describe_problems(key, found).removeprefix(": "))
+    return lines if len(lines) <= MAX_PROBLEMS else [*lines[:MAX_PROBLEMS], "and more"]
 
 
 def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[Any]]:
@@ -343,7 +331,7 @@ def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[
     keys: list[str] = []
     owner: type[Any] = cls
     model: type[Any] | None = cls
-    values: type[Any] | None = None
+    values: type[Any] | None = None  # of a `dict[str, Settings]`
     for position, part in enumerate(location):
         if values is not None:  # a name chosen by the user
             keys.append(str(part))
@@ -373,41 +361,31 @@ def describe_unknown_key(model: type[Any], key: str) -> str:
     return f"{prefix}{name}: unknown key; {hint}"
 
 
-def describe_problems(key: str, details: list[ErrorDetails]) -> list[str]:
+def describe_problems(key: str, details: list[ErrorDetails]) -> str:
     """Describe the problems of one key. If all branches of a union failed, omit type errors where other errors
     exist."""
     details = [detail for detail in details if detail["type"] != "too_short"] or details  # too_short says least
-    value = details[0]["input"]
-    complaints = [describe_problem(detail) for detail in details if detail["type"] not in EXPECTED]
-    if complaints:
-        return [f"{key}: {text}".removeprefix(": ") for text in dict.fromkeys(complaints)]
-    expected = " or ".join(dict.fromkeys(EXPECTED[detail["type"]] for detail in details))
-    if isinstance(value, dict) and value and MAPPING not in expected:
-        return [f"{key}.{next(iter(value))}: {key} takes no nested keys; expected {expected}"]
-    quoting = "; quote text that YAML would read as another type" if TEXT in expected and value is not None else ""
-    return [f"{key}: expected {expected} (got {show_value(value)}{quoting})"]
+    problems = [describe_problem(detail) for detail in details if detail["type"] not in TYPES]
+    if problems:
+        return f"{key}: {'; '.join(dict.fromkeys(problems))}"
+    value, expected = details[0]["input"], " or ".join(dict.fromkeys(TYPES[detail["type"]] for detail in details))
+    if isinstance(value, dict) and value and "mapping" not in expected:
+        return f"{key}.{next(iter(value))}: {key} takes no nested keys; expected {expected}"
+    quoting = "; quote text that YAML would read as another type" if "text" in expected and value is not None else ""
+    return f"{key}: expected {expected} (got {show_value(value)}{quoting})"
 
 
 def describe_problem(detail: ErrorDetails) -> str:
-    """Describe the problem of a value whose type is correct."""
-    kind, context, got = detail["type"], detail.get("ctx", {}), f" (got {show_value(detail['input'])})"
-    for name, sign in SIGNS.items():
-        if name in context:
-            return f"must be {sign} {show_number(context[name])}{got}"
+    kind, got = detail["type"], f"(got {show_value(detail['input'])})"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    if kind == "problem":  # from `make_validation_error`
+        return detail["msg"]
     if kind == "missing" and isinstance(detail["loc"][-1], str):
         return "missing"
-    if kind in ("missing", "too_short"):  # from a list
-        return f"too few values{got}"
-    if kind == "too_long":
-        return f"expected at most {context['max_length']} values{got}"
-    if kind == "literal_error":
-        one = "one of " if " or " in context["expected"] else ""
-        return f"must be {one}{context['expected'].replace(' or ', ', ')}{got}"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "problem":
-        return detail["msg"]
-    return "must be finite" + got if kind == "finite_number" else detail["msg"][:1].lower() + detail["msg"][1:] + got
+    if kind in ("missing", "too_short", "too_long"):  # from a list
+        return f"too {'many' if kind == 'too_long' else 'few'} values {got}"
+    return f"{detail['msg'].removeprefix('Input ')} {got}"
 
 
 def make_validation_error(*problems: Sequence[str]) -> ValidationError:
@@ -421,11 +399,6 @@ def make_validation_error(*problems: Sequence[str]) -> ValidationError:
         for key, problem in problems
     ]
     return ValidationError.from_exception_data("", details)
-
-
-def show_number(value: float) -> str:
-    """Format a bound, without `.0` for integers."""
-    return str(int(value)) if float(value).is_integer() else str(value)
 
 
 def show_value(value: Any) -> str:

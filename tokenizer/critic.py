@@ -39,13 +39,12 @@ class Convolution(nn.Conv2d):
 
 
 class PatchCritic(nn.Module):
-    """Maps images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one per overlapping patch.
+    """Maps images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one per overlapping patch,
+    whose side is 16, 34, 70 or 142 pixels for 1 to 4 layers.
 
     The network has `layers` convolutions of stride 2, then two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on
     every convolution; "batch" on the inner ones, without running statistics, which would differ between ranks; or
     "none".
-
-    Raises `ValueError` for an unknown norm and for sizes below 1.
     """
 
     real_mean: Tensor
@@ -54,10 +53,6 @@ class PatchCritic(nn.Module):
 
     def __init__(self, channels: int, width: int = 64, layers: int = 3, norm: str = "spectral") -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm: must be one of {', '.join(NORMS)} (got {norm!r})")
-        if min(channels, width, layers) < 1:
-            raise ValueError(f"a critic's sizes must be >= 1 (got {channels} channels, width {width}, {layers} layers)")
         self.strides = (2,) * layers + (1, 1)
         widths = [channels, *(width * min(2**level, 8) for level in range(layers + 1)), 1]
         body: list[nn.Module] = []
@@ -79,14 +74,6 @@ class PatchCritic(nn.Module):
         return self.body(images).float()
 
     @property
-    def receptive_field(self) -> int:
-        """Side in pixels of the patch behind each logit: 34, 70, 142 for 2, 3, 4 layers."""
-        field = 1
-        for stride in reversed(self.strides):
-            field = (field - 1) * stride + KERNEL
-        return field
-
-    @property
     def smallest(self) -> int:
         """The smallest supported image side, which yields one logit."""
         side = 1
@@ -98,7 +85,7 @@ class PatchCritic(nn.Module):
         """Return height and width of the logits for this image size. Raises `ValueError` if it is too small."""
         if min(height, width) < self.smallest:
             raise ValueError(
-                f"a critic with {len(self.strides) - 2} layers needs at least {self.smallest} pixels per side  "
+                f"a critic with {len(self.strides) - 2} layers needs at least {self.smallest} pixels per side "
                 f"(got {height} x {width}); use fewer layers"
             )
         for stride in self.strides:
@@ -106,9 +93,8 @@ class PatchCritic(nn.Module):
         return height, width
 
     def track(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Update the running means of real and fake logits with these logits of all ranks, and return them `(2,)`. The
-        first call initialises the means. They are stored only in training with gradients enabled, and only if
-        finite."""
+        """Update the running means of real and fake logits with these logits of all ranks, and return them `(2,)`. They
+        are stored only in training with gradients enabled, and only if finite."""
         stores = updates_now(self)
         with torch.no_grad():
             means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
@@ -158,11 +144,8 @@ def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> T
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
     """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, clamped to [0,
-    1e4] and detached (Esser et al. 2021, equation 7). This makes both gradients equally large there.
-
-    Gradients are averaged over ranks before the norms are computed, so the weight is that of the global batch. Both
-    graphs are retained. Raises `RuntimeError` if a loss does not depend on the layer.
-    """
+    1e4] and detached (Esser et al. 2021, equation 7). Gradients are averaged over ranks first, so the weight is that of
+    the global batch. Both graphs are retained."""
     losses = (reconstruction_loss, adversarial_loss)
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
     norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)

@@ -27,20 +27,15 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 READS = 5  # attempts to read a folder that is being replaced
-ASIDE = ".del"
-"""Name prefix of a folder while it is being replaced."""
+ASIDE = ".del"  # name prefix of a folder while it is being replaced
 MAX_JSON_BYTES = 1 << 20
 MAX_MESSAGE, MAX_QUOTED, MAX_PATH = 900, 80, 300  # characters
 MAX_NAME = 255  # bytes of a file's name
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk."""
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""Error numbers of calls that a file system does not support."""
-EDITABLE = (".json", ".md")
-"""Text files that users may edit; they are not overwritten if they differ from the manifest."""
-LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
-HUB_CACHE = ".cache/huggingface/"
-"""Files created by desktops and `hf download`, which may be deleted with the folder."""
+FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a full disk
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)  # of calls that a file system lacks
+EDITABLE = (".json", ".md")  # texts that users may edit; not overwritten if they differ from the manifest
+# Files created by desktops and `hf download`, which may be deleted with the folder.
+LITTER, HUB_CACHE = (".DS_Store", "Thumbs.db", "desktop.ini"), ".cache/huggingface/"
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -68,8 +63,7 @@ class UnreadableError(PathError):
 class ConfigError(PipelineLoadError):
     """A configuration key is unknown, or a value has the wrong type or is out of range."""
 
-    details: ValueError | None = None
-    """The underlying pydantic error, if any."""
+    details: ValueError | None = None  # pydantic's error, if any
 
 
 class IntegrityError(PipelineLoadError):
@@ -96,7 +90,6 @@ def escape(text: str, keep: str = "") -> str:
 
 
 def quote(value: Any, limit: int = MAX_QUOTED) -> str:
-    """Return the `repr` of a value, truncated to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
@@ -109,28 +102,34 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
     size = stat_file(path).st_size
     if size > limit:
         raise LimitError(f"{path}: {size} bytes, at most {limit} are allowed")
-    try:
+    with reading(path):
         return Path(path).read_bytes()
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn operating-system errors about `path` into `PathError` or `UnreadableError`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PathError(f"{path}: no such file") from error
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def stat_file(path: Path | str) -> os.stat_result:
     """Return the `stat` of a regular file. Raises `PathError` for anything else, such as a pipe, which would block."""
-    try:
+    if "\0" in str(path):
+        raise PathError(f"{path}: no such file")
+    with reading(path):
         info = os.stat(path)
-    except (OSError, ValueError) as error:  # ValueError: the name contains a null character
-        number = getattr(error, "errno", errno.ENOENT)
-        if number in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
-            raise PathError(f"{path}: no such file") from error
-        raise UnreadableError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
     if not stat.S_ISREG(info.st_mode):
         raise PathError(f"{path}: not a regular file")
     return info
 
 
 def is_file(path: Path | str) -> bool:
-    """Return whether `path` is a regular file. Raises `UnreadableError` if that cannot be determined."""
+    """Return whether `path` is a regular file. Raises `UnreadableError` if that is unknown."""
     try:
         stat_file(path)
     except UnreadableError:
@@ -149,7 +148,7 @@ def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
     """Parse `data`, the content of `path`, as a JSON object. Raises `FormatError`, also for NaN and Infinity."""
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a JSON number")
+        raise ValueError(f"{constant} is not a number")
 
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=refuse)
@@ -176,16 +175,12 @@ def check_name(name: str, path: Path | str) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `manifest.json`, whose `files` maps each name to a sha256 and a size. Raises a `PipelineLoadError`."""
+    """Read `manifest.json`; `files` maps each name to its `sha256` and `size`. Raises a `PipelineLoadError`."""
     path = folder / MANIFEST
     manifest = read_json(path)
     files = manifest.get("files")
@@ -200,22 +195,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> dict[str, Any]:
-    """Check the size and sha256 of every file listed in `manifest.json`; return the manifest.
-
-    unhashed: files to check by size only. Raises `PathError` for a missing file, `IntegrityError` for a
-    changed one, `FormatError` for a bad manifest.
-    """
+    """Check the size and sha256 of every file in `manifest.json`, and return the manifest. unhashed: files to check by
+    size only. Raises `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad
+    manifest."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        size = stat_file(folder / name).st_size
-        if size != entry["size"]:
-            raise IntegrityError(f"{folder / name}: {size} bytes, {MANIFEST} says {entry['size']}")
-    for name, entry in manifest["files"].items():
-        if name not in unhashed and hash_file(folder / name) != entry["sha256"]:
-            raise IntegrityError(
-                f"{folder / name}: its sha256 differs from {MANIFEST}; the file was changed after saving"
-            )
+        path = folder / name
+        if (size := stat_file(path).st_size) != entry["size"]:
+            raise IntegrityError(f"{path}: {size} bytes, {MANIFEST} says {entry['size']}")
+        if name not in unhashed and hash_file(path) != entry["sha256"]:
+            raise IntegrityError(f"{path}: its sha256 differs from {MANIFEST}; the file was changed after saving")
     return manifest
 
 
@@ -233,17 +223,12 @@ def find_local_folder(path: Path) -> bool:
 
 def folders_aside(path: Path) -> list[Path]:
     """Return the folders that an interrupted replacement of `path` moved aside."""
-    try:
-        return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
-    except (OSError, ValueError):
-        return []
+    return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`, which reads files of `folder`; retry if a run replaces the folder in the meantime.
-
-    Propagates the errors of `read`; raises `UnreadableError` if the folder is replaced during every attempt.
-    """
+    """Return `read()`, which reads files of `folder`; retry if a run replaces the folder in the meantime. Raises
+    `UnreadableError` if it is replaced during every attempt."""
     for _ in range(READS):
         find_local_folder(folder)
         before = _identity(folder)
@@ -258,7 +243,6 @@ def read_folder(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
-    """Return device, inode and modification time of a folder, or None if it does not exist."""
     try:
         info = os.stat(folder)
     except OSError:
@@ -270,18 +254,14 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as indented JSON with a trailing newline."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
     """Write `manifest.json` with `facts` and the sha256 and size of every other file in `folder`."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {
-        name: {"sha256": hash_file(folder / name), "size": (folder / name).stat().st_size}
-        for name in names
-        if name != MANIFEST
-    }
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths.pop(MANIFEST, None)
+    files = {name: {"sha256": hash_file(path), "size": path.stat().st_size} for name, path in paths.items()}
     write_json(folder / MANIFEST, {**facts, "files": files})
 
 
@@ -320,8 +300,8 @@ def make_folder(path: Path) -> None:
 class FolderKind:
     """How to recognise a folder that we wrote and may replace as a whole.
 
-    title: for messages, such as "a pipeline". marker: a JSON file, whose content `is_ours` checks. may_hold: whether a
-    file of this name may be in the folder; None allows the files listed in the manifest.
+    title: for messages, such as "a pipeline". marker: a JSON file whose content `is_ours` checks. may_hold: whether the
+    folder may contain a file of this name; None allows the files listed in the manifest.
     """
 
     title: str
@@ -356,34 +336,34 @@ def require_replaceable(folder: Path, kind: FolderKind | None, *, title: Path | 
         raise PathError(f"{title} cannot be written: use the folder's full path, {os.path.realpath(folder)}")
     try:
         os.lstat(folder)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise PathError(f"{title}: cannot be written ({error.strerror})") from error
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:  # the name is too long, or the parent is closed to us
+        raise PathError(f"{title}: cannot be written ({error.strerror})") from error
     if folder.is_symlink() or not folder.is_dir():
         what = "a link" if folder.is_symlink() else "a file"
         raise PathError(f"{title} cannot be written: {what} with this name exists; nothing was overwritten")
-    names = list_files(folder)
+    names = list_contents(folder)
     problem = None if not names else kind.find_problem(folder, names) if kind else f"it holds {summarize(names)}"
     if problem:
         what = f"is not empty and not {kind.title}" if kind else "exists and is not empty"
         raise PathError(f"{title} {what}: {problem}; choose another folder, nothing was overwritten")
 
 
-def list_files(folder: Path) -> list[str]:
+def list_contents(folder: Path) -> list[str]:
     """List files, links, and empty or unreadable folders below `folder`, except `LITTER` and the Hub cache."""
-    found: list[str] = []
+    found: list[Path] = []
 
     def keep(error: OSError) -> None:
-        found.append(os.path.relpath(error.filename, folder))
+        found.append(Path(error.filename))
 
     for parent, folders, files in os.walk(folder, onerror=keep):
-        inside = os.path.relpath(parent, folder)
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [os.path.normpath(os.path.join(inside, name)) for name in (*files, *links) if name not in LITTER]
-        if not folders and not files and inside != ".":
+        inside = Path(parent)
+        links = [name for name in folders if (inside / name).is_symlink()]
+        found += [inside / name for name in (*files, *links) if name not in LITTER]
+        if not folders and not files and inside != folder:
             found.append(inside)
-    names = sorted(name.replace(os.sep, "/") for name in found)
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
     return [name for name in names if not name.startswith(HUB_CACHE)]
 
 
@@ -399,7 +379,8 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
 
     An existing folder is replaced as a whole if `require_replaceable` allows it both before and after the block. A
     killed process leaves at most a hidden `.tmp-*` folder; power loss leaves the old folder, perhaps as `.del-*`, or
-    the new one. The files are readable by all users unless the umask is stricter. Raises `PathError`.
+    the new one. The files are readable by all users unless the umask is stricter. Raises `PathError`, also for a parent
+    that cannot be a folder.
     """
     target = Path(target)
     require_replaceable(target, kind)
@@ -407,10 +388,8 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
     try:
         make_folder(target.parent)
         temporary.mkdir()
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST):
-            raise PathError(f"{target}: cannot be written ({error.strerror})") from error
-        raise
+    except (NotADirectoryError, FileExistsError) as error:
+        raise PathError(f"{target}: cannot be written ({error.strerror})") from error
     try:
         yield temporary
         publish_folder(temporary, target, kind=kind)
@@ -419,22 +398,13 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
 
 
 def publish_folder(temporary: Path, target: Path, *, kind: FolderKind | None) -> None:
-    """Flush `temporary` to disk and rename it to `target`, replacing a folder of this kind (see `atomic_folder`).
-    Raises `PathError`, and keeps `temporary`, if `target` may not be replaced."""
+    """Flush `temporary` to the disk, then rename it to `target` as `atomic_folder` does; between two renames, the old
+    folder is `.del-NAME-*`. Raises `PathError`, and keeps `temporary`, if `target` may not be replaced."""
     readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
     for path in [temporary, *sorted(temporary.rglob("*"))]:
         with suppress(PermissionError):  # a file system without permissions
             path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors creates private files
         fsync(path)
-    _replace_folder(temporary, target, kind)
-
-
-def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> None:
-    """Rename `temporary` to `target`, and delete the old folder unless a foreign file was added to it.
-
-    `target` does not exist between the two renames; a process killed there leaves the old folder intact as
-    `.del-NAME-*`.
-    """
     require_replaceable(target, kind)
     if not os.path.lexists(target):
         temporary.rename(target)
@@ -460,10 +430,7 @@ HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
 def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path:
     """Return the local folder `source`, or download files matching `patterns` from a Hub repository into the cache.
-
-    options: `revision`, `token`, `cache_dir`, `local_files_only`, `repo_type` of huggingface_hub's
-    `snapshot_download`. Raises `PathError`.
-    """
+    options: those of huggingface_hub's `snapshot_download`. Raises `PathError`."""
     if str(source) and find_local_folder(Path(source)):
         return Path(source)
     name = quote(str(source), MAX_PATH)
@@ -484,10 +451,7 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
 
 def _suggest_folder(path: Path) -> str:
     """Suggest the folder beside a missing `path` with the most similar name, or return ""."""
-    try:
-        folders = [other.name for other in path.parent.iterdir() if other.is_dir()]
-    except OSError:
-        return ""
+    folders = [other.name for other in path.parent.glob("*/")]
     near = difflib.get_close_matches(path.name, folders, 1, 0.75)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
@@ -509,9 +473,9 @@ def push_folder(
 ) -> Any:
     """Upload `folder` with a manifest in one commit; create the repository if needed.
 
-    The commit deletes files of an earlier upload: those listed in the repository's `manifest.json` that `folder` lacks.
-    Other files stay. revision: the branch. create_pr: open a pull request. Returns huggingface_hub's `CommitInfo`.
-    Raises `PushError`, also if the repository holds a pipeline and `folder` does not.
+    The commit deletes files of an earlier upload: those in the repository's `manifest.json` that `folder` lacks. Other
+    files stay. revision: the branch. create_pr: open a pull request. Returns huggingface_hub's `CommitInfo`. Raises
+    `PushError`, also if the repository holds a pipeline and `folder` does not.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -538,9 +502,9 @@ def push_folder(
         # them.
         place["revision"] = revision
         return api.create_commit(operations=operations, commit_message=commit_message, create_pr=create_pr, **place)
-    except (TypeError, AttributeError, NameError, AssertionError, PushError):
-        raise  # programming errors, and our own error
-    except Exception as error:
+    except PushError:
+        raise
+    except Exception as error:  # the client, httpx and json raise many types
         raise PushError(one_line(f"{repo_id} cannot be written to: {_reason(error)}")) from error
 
 

@@ -5,52 +5,40 @@ tokenizer that also compresses in time."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .base import FACTS, OuterConfig, Reconstruction, TokenGrid, Tokenizer
 from .config import Fact, ModelConfig, Node
 from .files import ConfigError
 from .spec import ImageSpec
 
-FACTS = ("channels", "dtype", "range", "show")
-DEFAULT = "vqvae"
 
-
-class FrameByFrameConfig(TokenizerConfig):
-    """The number of frames and the tokenizer of a single frame."""
+class FrameByFrameConfig(OuterConfig):
+    inner = "tokenizer"
+    default = "vqvae"
 
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=1 << 16)], ...]] = Field(
         description="height of all frames of a clip below one another, and width"
     )
     frames: Fact[Annotated[int, Field(ge=2, le=4096)]] = Field(description="frames of a clip")
     tokenizer: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer")] = Field(
-        None, description=f"the tokenizer of a frame; null: {DEFAULT} with default sizes"
+        None, description=f"the tokenizer of a frame; null: {default} with default sizes"
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _copy_image_shape(cls, values: dict[str, Any]) -> dict[str, Any]:
-        node = DEFAULT if values.get("tokenizer") is None else values["tokenizer"]
-        node = {"kind": node} if isinstance(node, str) else node
+    def inner_facts(cls, values: dict[str, Any]) -> dict[str, Any]:
+        facts: dict[str, Any] = super().inner_facts(values)
         size: Any = values.get("image_size")
-        frames = values.get("frames")
-        size = [size, size] if isinstance(size, int) else size
-        if not isinstance(node, dict):
-            return {**values, "tokenizer": node}
-        if not _holds_frames(size, frames):
-            return {**values, "tokenizer": None}  # refused by `check`
-        facts = {name: values[name] for name in FACTS if name in values}
-        return {**values, "tokenizer": {"image_size": (size[0] // frames, size[1]), **facts, **node}}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON values, without repeating the facts of the images for a frame."""
-        values = super().to_dict()
-        inner = {key: value for key, value in values["tokenizer"].items() if key not in ("image_size", *FACTS)}
-        return {**values, "tokenizer": inner}
+        frames: Any = values.get("frames")
+        with suppress(TypeError, ValueError, ZeroDivisionError):  # of invalid settings, which pydantic reports
+            height, width = [size, size] if isinstance(size, int) else size
+            facts["image_size"] = [height // frames, width]
+        return facts
 
     @property
     def spec(self) -> ImageSpec:
@@ -59,21 +47,8 @@ class FrameByFrameConfig(TokenizerConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        if not _holds_frames(self.image_size, self.frames):
+        if self.image_size[0] % self.frames:
             yield f"image_size: {self.frames} frames below one another cannot be {self.image_size[0]} pixels high"
-            return
-        ours, theirs = super().to_dict(), super().to_dict()["tokenizer"]
-        ours["image_size"] = [self.image_size[0] // self.frames, self.image_size[1]]
-        for name in ("image_size", *FACTS):
-            if ours.get(name) != theirs.get(name):
-                yield f"tokenizer.{name}: is {theirs.get(name)}, but a frame's is {ours.get(name)}"
-
-
-def _holds_frames(size: Any, frames: Any) -> bool:
-    """Return whether `size` is [height, width] of this number of equal frames below one another; both may be
-    anything."""
-    whole = isinstance(size, (list, tuple)) and all(isinstance(side, int) for side in size)
-    return whole and len(size) == 2 and isinstance(frames, int) and frames > 0 and not size[0] % frames
 
 
 class FrameByFrame(Tokenizer, name="frame_by_frame"):
@@ -99,24 +74,21 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
 
     @classmethod
     def wrap(cls, tokenizer: Tokenizer, frames: int) -> Tokenizer:
-        """Return a tokenizer of clips with this number of frames, each of which `tokenizer` encodes; the two share
-        their weights. A tokenizer of clips, and one for a single frame, stay as they are. Raises `ConfigError` for a
-        tokenizer with another kind of grid."""
+        """Return a tokenizer of clips of this many frames that shares the weights of `tokenizer`; return `tokenizer` if
+        it encodes clips already, or for a single frame. Raises `ConfigError` for another kind of grid."""
         if frames == 1 or tokenizer.spec.frames > 1:
             return tokenizer
-        facts = {name: getattr(tokenizer.config, name) for name in FACTS if hasattr(tokenizer.config, name)}
-        height, width = tokenizer.config.image_size
+        facts = {name: getattr(tokenizer.config, name) for name in FACTS}
+        height, width = facts.pop("image_size")
         facts["image_size"] = (frames * height, width)
         made = cls(FrameByFrameConfig(**facts, frames=frames, tokenizer=tokenizer.config), tokenizer)
         return made.train(tokenizer.training)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return tokens `(B, T, h, w)`. Raises `ValueError` for clips of another size."""
         self.check_images(images)
         return self.join(self.tokenizer.encode(images.flatten(0, 1)))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return clips `(B, T, C, H, W)` clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self.join(self.tokenizer.decode(tokens.flatten(0, 1)))
 
@@ -127,12 +99,11 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         return Reconstruction(self.join(frames), self.join(tokens), losses)
 
     def initialize(self, images: Tensor) -> None:
-        """Initialize the tokenizer of a frame from the frames of `images` `(B, T, C, H, W)`."""
         self.check_images(images)
         self.tokenizer.initialize(images.flatten(0, 1))
 
     def join(self, frames: Tensor) -> Tensor:
-        """Return what belongs to clips, `(B, T, ...)`, of what belongs to their frames, `(B * T, ...)`."""
+        """Reshape `(B * T, ...)` to `(B, T, ...)`."""
         return frames.reshape(len(frames) // self.spec.frames, self.spec.frames, *frames.shape[1:])
 
     @property
@@ -162,5 +133,4 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         return self.tokenizer.figures
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """Map known pixels of clips, bool `(B, T, H, W)`, to known tokens `(B, T, h, w)`, frame by frame."""
         return self.join(self.tokenizer.known_tokens(known.flatten(0, 1)))

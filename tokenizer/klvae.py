@@ -20,7 +20,7 @@ from torch import Tensor
 from .autoencoder import Autoencoder, DecoderConfig
 from .base import Reconstruction
 from .config import ModelConfig
-from .layers import ConvolutionsConfig, decoder, encoder
+from .layers import ConvolutionsConfig, build_decoder, build_encoder
 from .precision import at_least_float32, in_finest
 from .quantizers import Quantized, Quantizer
 from .quantizers.gradients import straight_through
@@ -29,8 +29,6 @@ LOG_VARIANCES = (-30.0, 20.0)
 
 
 class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
-    """Sizes of the networks and of the latents, and the weight of the KL."""
-
     latent: int = Field(4, ge=1, le=256, description="dimensions of a latent vector; each becomes one token")
     beta: float = Field(
         0.02,
@@ -55,18 +53,17 @@ class KLVAE(Autoencoder, name="klvae"):
 
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__(config, config.factor, Bins(config.latent, config.bins))
-        self.encoder = encoder(config.channels, config.sizes, 2 * config.latent)
-        self.decoder = decoder(self.outputs, config.sizes, config.latent)
+        self.encoder = build_encoder(config, 2 * config.latent)
+        self.decoder = build_decoder(config, config.latent, self.outputs)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Return the reconstruction, the tokens of the means, and the loss `kl` (and `nll` with a likelihood) in nats
-        per pixel channel. Train mode decodes a sample, using torch's global generator; eval mode decodes the binned
-        mean."""
+        per pixel channel. Training decodes a sample, drawn by torch's global generator; eval mode, the binned mean."""
         self.check_images(images)
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
-        z = sample(mean, log_variance) if self.training else z_q
+        z = sample_gaussian(mean, log_variance) if self.training else z_q
         return self._reconstruction(images, z, tokens, {"kl": self.kl(mean, log_variance)})
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,14 +72,13 @@ class KLVAE(Autoencoder, name="klvae"):
         return mean, log_variance.clamp(*LOG_VARIANCES)
 
     def kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Return KL(q || N(0, 1)), a scalar in nats per pixel channel. Each dimension is averaged over images and
-        positions and clamped to at least `free_bits`; then dimensions are summed."""
+        """Return KL(q || N(0, 1)), a scalar in nats per pixel channel: the sum over dimensions of the batch's means,
+        each at least `free_bits`."""
         each = gaussian_kl(mean, log_variance).mean((0, 2, 3)).clamp(min=self.config.free_bits)
         return each.sum() / (self.config.channels * self.config.factor**2)
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """`beta` for the KL, 1 for the likelihood."""
         return {"kl": self.config.beta, **super().loss_weights}
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -111,11 +107,10 @@ class Bins(Quantizer):
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:
         """Set each dimension's bin edges to quantiles of the vectors `rows` (n, dim), and the centres to the means of
-        the bins.
+        the bins. Raises `ValueError` for fewer vectors than bins.
 
-        Equal values share one bin, and the preceding bins that they would have filled stay empty; a constant dimension
-        thus uses a single id. The centre of an empty bin is its edge. Equal centres are separated by one floating-point
-        step to keep ids distinct. Raises `ValueError` for fewer vectors than bins.
+        Equal values share one bin, and the bins that they would also have filled stay empty, with their edge as centre.
+        Equal centres are separated by one floating-point step to keep ids distinct.
         """
         count, bins = len(rows), self.vocab_size
         if count < bins:
@@ -142,7 +137,6 @@ class Bins(Quantizer):
         return torch.searchsorted(self.edges, rows.contiguous(), right=True)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Look up the centres `(B, dim, *spatial)` of `tokens` `(B, dim * rows, ...)`."""
         ids = tokens.unflatten(1, (self.dim, -1)).transpose(0, 1)
         return self.centres.gather(1, ids.flatten(1)).reshape(ids.shape).transpose(0, 1).contiguous()
 
@@ -161,7 +155,7 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     return (mean.square() + torch.expm1(log_variance) - log_variance) / 2
 
 
-def sample(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def sample_gaussian(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw a reparametrised sample from N(mean, variance), by default with torch's global generator."""
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return mean + (log_variance / 2).exp() * noise

@@ -9,7 +9,7 @@ images); with one width per factor of two, the network is that of VQGAN (Esser e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,28 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from .base import TokenizerConfig
 
-TAIL = (96, 48, 24)
-"""Channels at 1/8, 1/4 and 1/2 of the image's resolution."""
+TAIL = (96, 48, 24)  # channels at 1/8, 1/4 and 1/2 of the image's resolution
+# Channels at the image's resolution: for at most 3 output channels, and for a likelihood's parameters. Going from 8 to
+# 32 improved p(image | tokens) from 3.199 to 3.174 bits per dim after 300 steps on garments.
 LAST, LAST_OF_LIKELIHOOD = 8, 32
-"""Channels before the output layer, at the image's resolution: for at most 3 output channels, and for a likelihood's
-parameters. Going from 8 to 32 improved p(image | tokens) from 3.199 to 3.174 bits per dim after 300 steps on
-garments."""
-
-
-class Sizes(NamedTuple):
-    """Sizes of encoder and decoder. tail: see `upsampling_tail`; None selects `default_tail`."""
-
-    patch: int
-    widths: tuple[int, ...]
-    blocks: tuple[int, ...]
-    attention: bool
-    subpixel: bool
-    tail: tuple[int, ...] | None
 
 
 class ConvolutionsConfig(TokenizerConfig):
-    """Sizes of encoder and decoder."""
-
     factor: Literal[2, 4, 8, 16] = Field(4, description="image pixels per token along each side")
     widths: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
         (128,),
@@ -65,10 +50,13 @@ class ConvolutionsConfig(TokenizerConfig):
     )
 
     @property
-    def sizes(self) -> Sizes:
-        patch = self.factor // 2 ** (len(self.widths) - 1)
-        blocks = self.blocks * len(self.widths) if len(self.blocks) == 1 else self.blocks
-        return Sizes(patch, self.widths, blocks, self.attention, self.upsampling == "subpixel", self.tail)
+    def patch(self) -> int:
+        """Side in pixels of the squares that the first layer folds into channels."""
+        return self.factor // 2 ** (len(self.widths) - 1)
+
+    @property
+    def blocks_of_widths(self) -> tuple[int, ...]:
+        return self.blocks * len(self.widths) if len(self.blocks) == 1 else self.blocks
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -82,11 +70,9 @@ class ConvolutionsConfig(TokenizerConfig):
             yield f"widths: must be multiples of 8 (got {list(self.widths)})"
         if self.tail is not None and self.upsampling != "subpixel":
             yield "tail: needs upsampling=subpixel (or tail=null)"
-        elif self.tail is not None and self.sizes.patch and 2 ** len(self.tail) != self.sizes.patch:
-            yield (
-                f"tail: needs {self.sizes.patch.bit_length() - 1} numbers, one per doubling inside a patch of "
-                f"{self.sizes.patch} (got {len(self.tail)})"
-            )
+        elif self.tail is not None and self.patch and 2 ** len(self.tail) != self.patch:
+            doublings = self.patch.bit_length() - 1
+            yield f"tail: needs {doublings} numbers, one per doubling inside a patch (got {len(self.tail)})"
 
 
 class ResidualBlock(nn.Module):
@@ -103,8 +89,7 @@ class ResidualBlock(nn.Module):
 
 
 class FusedLinear(nn.Linear):
-    """Several linear maps of one input, computed as one product with stacked weights. `train.optimizer=muon` reads
-    `parts` to update each map as a separate matrix."""
+    """Several linear maps of one input as one product; `train.optimizer=muon` updates each of the `parts` by itself."""
 
     def __init__(self, inputs: int, outputs: int, parts: int, bias: bool = True) -> None:
         super().__init__(inputs, parts * outputs, bias=bias)
@@ -124,23 +109,20 @@ class SelfAttention(nn.Module):
 
 
 def one_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Apply single-head attention to rows `(B, N, width)`. The added head axis lets torch use its fused kernel, which
-    does not store the `(B, N, N)` weights for the backward pass."""
+    """Apply single-head attention to rows `(B, N, width)`. With a head axis, torch uses its fused kernel, which does
+    not store the `(B, N, N)` weights."""
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He 2018) that preserves channels-last memory and dtype on a GPU.
-
-    On a GPU, torch's version copies to channels-first and returns float32 under autocast. On a CPU it is used.
-    """
+    """Group normalisation (Wu and He 2018) that preserves channels-last memory and dtype. On a GPU, torch's version
+    copies to channels-first and returns float32 under autocast; on a CPU it is used."""
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Apply `F.group_norm` to `(B, width, H, W)`; see `GroupNorm`."""
     return (F.group_norm if x.device.type != "cuda" else channels_last_norm)(x, groups, weight, bias, eps)
 
 
@@ -190,8 +172,7 @@ def for_rows(values: Tensor) -> Tensor:
 
 
 class Unshuffle(nn.PixelUnshuffle):
-    """Folds patches of `(B, C, H, W)` into channels, `(B, C f^2, H / f, W / f)`. Unlike torch's module, it supports
-    empty batches."""
+    """Folds patches of `(B, C, H, W)` into channels, `(B, C f^2, H / f, W / f)`, also of an empty batch."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[0]:
@@ -226,40 +207,40 @@ class NarrowBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
-def norm(width: int) -> nn.GroupNorm:
-    """Group normalisation with eight channels per group."""
-    return GroupNorm(width // 8, width, eps=1e-6)
+def norm(width: int, groups: int | None = None) -> nn.GroupNorm:
+    """Build a group normalisation, by default with eight channels per group."""
+    return GroupNorm(groups or width // 8, width, eps=1e-6)
 
 
-def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
-    """Build a network from `(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
-    widths, patch = sizes.widths, sizes.patch
-    layers: list[nn.Module] = [Unshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
-    for level, (width, count) in enumerate(zip(widths, sizes.blocks, strict=True)):
+def build_encoder(config: ConvolutionsConfig, dim: int) -> nn.Sequential:
+    """Build a network from `(B, channels, H, W)` to `(B, dim, H / factor, W / factor)`."""
+    widths, patch = config.widths, config.patch
+    layers: list[nn.Module] = [Unshuffle(patch), nn.Conv2d(config.channels * patch**2, widths[0], 3, padding=1)]
+    for level, (width, count) in enumerate(zip(widths, config.blocks_of_widths, strict=True)):
         if level:
             layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
         layers += [ResidualBlock(width) for _ in range(count)]
-    if sizes.attention:
+    if config.attention:
         layers += [SelfAttention(widths[-1]), ResidualBlock(widths[-1])]
     return nn.Sequential(*layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
 
 
-def decoder(outputs: int, sizes: Sizes, dim: int) -> nn.Sequential:
-    """Build the mirrored network, from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`."""
-    widths, blocks = sizes.widths, sizes.blocks
-    upsample = Shuffle if sizes.subpixel else Upsample
+def build_decoder(config: ConvolutionsConfig, dim: int, outputs: int) -> nn.Sequential:
+    """Build the mirrored network, from `(B, dim, H / factor, W / factor)` to `(B, outputs, H, W)`."""
+    widths, subpixel = config.widths, config.upsampling == "subpixel"
+    upsample = Shuffle if subpixel else Upsample
     layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
-    if sizes.attention:
+    if config.attention:
         layers += [ResidualBlock(widths[-1]), SelfAttention(widths[-1])]
     for level in reversed(range(len(widths))):
-        layers += [ResidualBlock(widths[level]) for _ in range(blocks[level])]
+        layers += [ResidualBlock(widths[level]) for _ in range(config.blocks_of_widths[level])]
         if level:
             layers.append(upsample(widths[level], widths[level - 1]))
     layers += [norm(widths[0]), nn.SiLU()]
-    if not sizes.subpixel:
-        patch = nn.Conv2d(widths[0], outputs * sizes.patch**2, 3, padding=1)
-        return nn.Sequential(*layers, patch, nn.PixelShuffle(sizes.patch))
-    tail = default_tail(outputs, sizes.patch) if sizes.tail is None else sizes.tail
+    if not subpixel:
+        patch = nn.Conv2d(widths[0], outputs * config.patch**2, 3, padding=1)
+        return nn.Sequential(*layers, patch, nn.PixelShuffle(config.patch))
+    tail = default_tail(outputs, config.patch) if config.tail is None else config.tail
     return nn.Sequential(*layers, *upsampling_tail(outputs, widths[0], tail))
 
 
@@ -270,8 +251,8 @@ def default_tail(outputs: int, patch: int) -> tuple[int, ...]:
 
 
 def upsampling_tail(outputs: int, width: int, tail: tuple[int, ...]) -> list[nn.Module]:
-    """Build layers from `(B, width, h, w)` to `(B, outputs, H, W)` that double the sides `len(tail)` times. Each
-    resolution has narrow convolutions; the image's resolution has only one, because convolutions cost most there."""
+    """Build layers from `(B, width, h, w)` to `(B, outputs, H, W)` that double the sides `len(tail)` times, with narrow
+    convolutions at each resolution, and only one at the image's, where they cost most."""
     layers: list[nn.Module] = []
     for index, narrow in enumerate(tail):
         layers += [Shuffle(width, narrow), *([NarrowBlock(narrow)] if index < len(tail) - 1 else []), nn.SiLU()]

@@ -16,16 +16,15 @@ from .precision import at_least_float32
 
 LEVELS = 256
 HALF_BIN = 1 / (LEVELS - 1)  # of intensities from -1 to 1
+# Probability mass that is mixed in uniformly. It limits the cost of any value to 24 bits per channel, and adds at most
+# 2e-5 bits otherwise.
 FLOOR = 2.0**-16
-"""Probability mass that is mixed in uniformly. It limits the cost of any value to 24 bits per channel, and adds at most
-2e-5 bits otherwise."""
 
 
 class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
     """P(image | parameters) = prod_c P(channel c | channels before c, parameters), pixel by pixel."""
 
-    num_parameters: int
-    """Number of decoder outputs per pixel."""
+    num_parameters: int  # decoder outputs per pixel
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
         nn.Module.__init__(self)
@@ -99,8 +98,6 @@ class Categorical(Likelihood, name="categorical"):
 
 
 class DiscretizedLogisticConfig(ModelConfig):
-    """The size of the mixture and its smallest scale."""
-
     components: int = Field(5, ge=1, le=64, description="number of logistics in each channel's mixture")
     min_log_scale: float = Field(-7.0, le=0, description="log of the smallest scale, for intensities from -1 to 1")
 
@@ -127,11 +124,7 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Return the mean of the clamped component means, `(B, C, H, W)` in [-1, 1]: green given red's mean, blue given
-        both.
-
-        This only approximates the expected image: the tails at black and white shift the means of wide logistics, and
-        clamping makes green nonlinear in red.
-        """
+        both. This approximates the expected image: the tails at black and white shift the means of wide logistics."""
         channels: list[Tensor] = []
         for channel in range(self.channels):
             weights, means, _ = self._mixture(parameters.float(), channel, channels)
@@ -151,8 +144,7 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
         return (weights.log_softmax(1) + logs).logsumexp(1)
 
     def _mixture(self, parameters: Tensor, channel: int, before: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weights, means and log scales `(B, K, H, W)`, given the intensities `(B, H, W)` of the preceding
-        channels."""
+        """Return weights, means and log scales `(B, K, H, W)`. before: intensities `(B, H, W)` of earlier channels."""
         own = parameters.split(self.sizes, 1)[channel].unflatten(1, (3 + channel, -1))
         weights, means, scales, *coefficients = own.unbind(1)
         means = means + self.spread.to(means.dtype)

@@ -39,7 +39,6 @@ from .files import (
     FolderKind,
     PathError,
     PipelineLoadError,
-    UnreadableError,
     WeightsError,
     atomic_folder,
     check_name,
@@ -48,6 +47,7 @@ from .files import (
     quote,
     read_folder,
     read_json,
+    reading,
     stat_file,
     write_json,
 )
@@ -56,8 +56,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PROVENANCE, SPLITS = "provenance.json", "splits.json"  # next to a tokenizer, written by the verb that trained it
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-Dtype = torch.dtype | Literal["auto"] | None
-"""The type of the weights in memory: None means float32, "auto" the type in the file."""
+Dtype = torch.dtype | Literal["auto"] | None  # of the weights in memory: None is float32, "auto" that of the file
 
 R = TypeVar("R", bound="Registered")
 M = TypeVar("M", bound="PretrainedModel")
@@ -77,8 +76,7 @@ class Registered:
 
     Config: ClassVar[type[ModelConfig]]
     name: ClassVar[str] = ""
-    families: ClassVar[dict[str, type[Registered]]] = {}
-    """All families, by their first package or module."""
+    families: ClassVar[dict[str, type[Registered]]] = {}  # by their first package or module
     _members: ClassVar[dict[str, type]]
     _packages: ClassVar[tuple[str, ...]]
 
@@ -110,7 +108,6 @@ class Registered:
 
     @classmethod
     def _import_module_of(cls, name: str) -> None:
-        """Import the module `name` of one of the family's packages, if it exists."""
         for package in cls._packages:
             if name in cls._members:
                 return
@@ -129,8 +126,7 @@ class Registered:
 
     @classmethod
     def has(cls, name: object) -> bool:
-        """Return whether the family has a member of this name, which may be untrusted. Imports the module of that name,
-        or else all modules."""
+        """Return whether the family has a member of this (untrusted) name; import its module, or else all modules."""
         if not isinstance(name, str) or not NAME.fullmatch(name):
             return False
         if name not in cls._members:
@@ -146,7 +142,6 @@ class Registered:
 
     @classmethod
     def describe_unknown(cls, name: object) -> str:
-        """Return the error message for an unknown name."""
         return (
             f"no {cls.__name__} is called {quote(name)}; available: {', '.join(cls.available())}; your own models "
             "must be imported first, for example with --import FILE"
@@ -154,7 +149,6 @@ class Registered:
 
     @classmethod
     def choices(cls) -> type[Choices]:
-        """Return the class of the settings that a preset may contain."""
         return choices_of(cls.Config, cls.__doc__)
 
     @classmethod
@@ -171,8 +165,7 @@ class Registered:
 class PretrainedModel(Registered, nn.Module):
     """A named model that can be saved to a folder and loaded from a folder or a Hub repository."""
 
-    stored_dtype: torch.dtype | None = None
-    """The type of the weights in the file from which the model was loaded."""
+    stored_dtype: torch.dtype | None = None  # of the weights in the file from which the model was loaded
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -180,7 +173,6 @@ class PretrainedModel(Registered, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @property
@@ -207,7 +199,6 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def folder_kind(cls) -> FolderKind:
-        """Return how to recognise a model folder of this family."""
         files = (CONFIG, PROVENANCE, SPLITS, *weights_names())
         return FolderKind(f"a {cls._packages[0]}", CONFIG, lambda data: cls.has(data.get("kind")), files.__contains__)
 
@@ -263,7 +254,6 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def load_folder(cls: type[M], folder: Path, *, variant: str | None = None) -> M:
-        """Load a model from a local folder, in float32 on the CPU."""
         return read_folder(folder, lambda: cls._read_folder(folder, variant))
 
     @classmethod
@@ -276,7 +266,7 @@ class PretrainedModel(Registered, nn.Module):
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
         expected = build_on_meta(lambda: member(config), path).state_dict()
-        with open_weights(find_weights(folder, variant)) as file:
+        with open_weights(find_weights_file(folder, variant)) as file:
             file.require(expected)  # before allocating the model
             with NoInitialisation():
                 model: M = member(config)
@@ -285,7 +275,6 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def _find_saved(cls, kind: Any) -> Any:
-        """Return the class for the `kind` in a file: this class or a registered subclass. Raises `ConfigError`."""
         if kind is None:
             raise ConfigError("kind: missing, so this is not a Smalti model; use `smalti import` for published weights")
         if not cls.has(kind):
@@ -309,22 +298,19 @@ class PretrainedModel(Registered, nn.Module):
         commit_message: str = "Upload model",
     ) -> Any:
         """Upload the model and a card in one commit, replacing an earlier model; create the repository if needed.
-        variant: see `save_pretrained`.
-
-        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, also for a repository that holds a pipeline.
-        """
+        variant: see `save_pretrained`. Returns huggingface_hub's `CommitInfo`. Raises `PushError`, also for a
+        repository that holds a pipeline."""
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, variant=variant)
-            card = model_card(self._packages[0], self.name, self.num_parameters())
+            family, count = self._packages[0], self.num_parameters()
+            card = MODEL_CARD.format(family=family, Family=family.title(), name=self.name, parameters=count)
             (folder / CARD).write_text(card, encoding="utf-8")
             place = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
             return push_folder(folder, repo_id, **place, commit_message=commit_message)  # type: ignore[arg-type]
 
 
-def model_card(family: str, name: str, parameters: int) -> str:
-    """Return a Markdown model card with a metadata header for the Hub."""
-    return f"""---
+MODEL_CARD = """---
 library_name: smalti
 tags:
 - image-generation
@@ -337,8 +323,8 @@ tags:
 {parameters:,} parameters, for Smalti.
 
 ```python
-from {family} import {family.title()}
-model = {family.title()}.from_pretrained("this folder or Hub id")
+from {family} import {Family}
+model = {Family}.from_pretrained("this folder or Hub id")
 ```
 """
 
@@ -360,9 +346,8 @@ def weights_names(variant: str | None = None) -> list[str]:
     return [weights_name(None), *map(weights_name, VARIANTS)] if variant is None else [weights_name(variant)]
 
 
-def find_weights(folder: Path, variant: str | None) -> Path:
-    """Return the weights file of this variant; None prefers full precision and accepts any. Raises a `PathError` that
-    names the existing files."""
+def find_weights_file(folder: Path, variant: str | None) -> Path:
+    """Return the file of this variant; None prefers full precision. Raises a `PathError` that lists what exists."""
     wanted = weights_names(variant)
     there = [name for name in weights_names() if (folder / name).exists()]
     if not set(wanted) & set(there):
@@ -371,8 +356,7 @@ def find_weights(folder: Path, variant: str | None) -> Path:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises `WeightsError` for non-finite values, and `OSError`, also for a full disk, which
-    safetensors reports as an error of its own."""
+    """Write a safetensors file. Raises `WeightsError` for non-finite values, and `OSError`, also for a full disk."""
     for key, value in weights.items():
         if value.is_floating_point() and not bool(value.detach().isfinite().all()):
             raise WeightsError(f"{key} holds a value that is not finite, so it could not be loaded again")
@@ -391,8 +375,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def round_weights(model: N, variant: str) -> N:
-    """Copy `model` and round its weights, except a quantizer's, to `variant`. Raises `ValueError` for weights that
-    overflow the type."""
+    """Copy `model` and round its weights, except a quantizer's, to `variant`. Raises `ValueError` if some overflow."""
     weights_name(variant)
     smaller = copy.deepcopy(model).to(dtype=VARIANTS[variant])
     for name, value in smaller.state_dict().items():
@@ -402,8 +385,8 @@ def round_weights(model: N, variant: str) -> N:
 
 
 def choose_dtype(dtype: Dtype, stored: torch.dtype | None) -> torch.dtype | None:
-    """Resolve `dtype`; None keeps the weights unchanged. Raises `TypeError` for an invalid value."""
-    if isinstance(dtype, str) and dtype == "auto":
+    """Resolve "auto"; None keeps the weights unchanged. Raises `TypeError` for an invalid value."""
+    if dtype == "auto":
         return stored
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype should be a torch.dtype, 'auto' or None (got {dtype!r})")
@@ -421,8 +404,7 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def build_on_meta(build: Callable[[], N], path: Path) -> N:
-    """Build a model on the meta device, without allocating memory. path: its configuration file. Raises `ConfigError`
-    for inconsistent sizes."""
+    """Build a model without allocating memory. path: its configuration file. Raises `ConfigError`."""
     try:
         with torch.device("meta"), NoInitialisation():
             return build()
@@ -456,8 +438,8 @@ class WeightsFile:
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module) -> torch.dtype:
-        """Copy the weights into `model` and return their type in the file (float32 if only a quantizer has weights).
-        Raises `WeightsError` for non-finite values, and for integers in place of floats or vice versa."""
+        """Copy the weights into `model`; return their type in the file (float32 if only a quantizer has weights).
+        Raises `WeightsError` for non-finite values and integers in place of floats, or vice versa."""
         stored = []
         for name, target in model.state_dict().items():
             value = self.file.get_tensor(name)
@@ -476,9 +458,7 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
     """Open a safetensors file. Raises `WeightsError` if it is damaged, `PathError` or `UnreadableError`."""
     stat_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             yield WeightsFile(file, path)
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error

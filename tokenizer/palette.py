@@ -13,12 +13,10 @@ from torch import Tensor
 from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
 from .files import ConfigError
 from .precision import full_float32
-from .quantizers.codebook import nearest, rows_of
+from .quantizers.codebook import nearest_codes, rows_of
 
 
 class PaletteConfig(TokenizerConfig):
-    """The size of the palette and the settings of k-means."""
-
     colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
     iterations: int = Field(50, ge=0, description="maximum number of k-means steps; stops early when no colour moves")
     seed: int = Field(0, ge=0, description="seed of the initial colours")
@@ -58,7 +56,7 @@ class Palette(Tokenizer, name="palette"):
         """Return the ids of the nearest colours, `(B, H, W)`. Raises `ValueError` for images of another size."""
         self.check_images(images)
         with full_float32(), torch.autocast(images.device.type, enabled=False):  # to distinguish similar colours
-            ids = nearest(rows_of(images.float()), self.table.float())
+            ids = nearest_codes(rows_of(images.float()), self.table.float())
         return ids.reshape(images.shape[0], *self.grid.shape)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -67,7 +65,6 @@ class Palette(Tokenizer, name="palette"):
         return F.embedding(tokens.long(), self.table).movedim(-1, 1).float().clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct with the nearest colours, without losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
@@ -97,7 +94,7 @@ def weighted_kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: i
     """
     centres = kmeans_plus_plus(points, counts, clusters, torch.Generator().manual_seed(seed % (1 << 63)))
     for step in range(iterations + 1):
-        ids = nearest(points, centres)
+        ids = nearest_codes(points, centres)
         unused = torch.bincount(ids, minlength=clusters) == 0
         if bool(unused.any()):
             errors = (points - centres[ids]).square().sum(1) * counts

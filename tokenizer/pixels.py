@@ -18,8 +18,6 @@ MAX_IDS = 1 << 16
 
 
 class PixelsConfig(TokenizerConfig):
-    """The number of intensities, and of pixels that share an id."""
-
     levels: int = Field(
         256,
         ge=2,
@@ -38,7 +36,6 @@ class PixelsConfig(TokenizerConfig):
 
     @property
     def ids(self) -> int:
-        """Number of ids."""
         return self.levels ** (self.patch * self.patch)
 
     def check(self) -> Iterator[str]:
@@ -90,24 +87,19 @@ class Pixels(Tokenizer, name="pixels"):
         return (self.cut_patches(levels) * self._place_values(levels)).sum(-1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return the levels' intensities, `(B, C, H, W)` in [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self._to_levels(tokens).float() * 2 / (self.config.levels - 1) - 1
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct with the nearest levels, without losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
     @property
     def has_likelihood(self) -> bool:
-        """Always True: 8-bit values that share an id are equally likely, so a prior over tokens defines an exact
-        distribution over 8-bit images for any number of levels."""
-        return True
+        return True  # 8-bit values that share an id are equally likely, whatever the number of levels
 
     @property
     def reversible(self) -> bool:
-        """True with 256 levels, where an id is the 8-bit value."""
         return self.config.levels == 256
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
@@ -118,8 +110,7 @@ class Pixels(Tokenizer, name="pixels"):
         return torch.where(self._nearest(images.float()) == levels, inside, -torch.inf).float()
 
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """Return log p of all values, `(B, 256, H, W)` nats; -inf for values of other levels. Channels are
-        independent."""
+        """Return log p of all values, `(B, 256, H, W)` nats; -inf for values of other levels."""
         ids = self._to_levels(tokens.long())[:, channel, None]
         every = self._nearest(torch.arange(256, device=ids.device) / 127.5 - 1)[None, :, None, None]
         return torch.where(every == ids, -in_finest(self.sizes).log()[ids], -torch.inf)
@@ -153,7 +144,6 @@ class Pixels(Tokenizer, name="pixels"):
         return squares.flatten(3, 4).flatten(1, 2).unsqueeze(1)
 
     def _nearest(self, intensities: Tensor) -> Tensor:
-        """Return the ids of intensities in [-1, 1], rounding half up. (No 8-bit value is halfway between levels,
-        because 255 is odd.)"""
+        """Return the ids of intensities in [-1, 1], rounding half up, where no 8-bit value is."""
         top = self.config.levels - 1
         return ((intensities + 1) * (top / 2) + 0.5).floor().long().clamp(0, top)

@@ -9,26 +9,25 @@ On the digits (8 dimensions in 16 bins), samples give 22.7 dB at 26.3 bits per v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Reconstruction, Tokenizer, TokenizerConfig
+from .base import FACTS, OuterConfig, Reconstruction, Tokenizer
 from .config import ModelConfig, Node
 from .files import ConfigError
-from .klvae import KLVAE, KLVAEConfig, sample
+from .klvae import KLVAE, KLVAEConfig, sample_gaussian
 from .quantizers.codebook import rows_of
 
 IMAGES_AT_A_TIME = 64
-FACTS = ("image_size", "channels", "dtype", "range", "show")
 SIZES = (*FACTS, "factor", "widths", "blocks", "attention", "upsampling", "tail", "latent", "likelihood")
 
 
-class PosthocConfig(TokenizerConfig):
-    """The VAE and the number of bins."""
+class PosthocConfig(OuterConfig):
+    inner = "vae"
+    default = "klvae"
 
     bins: int = Field(
         16,
@@ -39,27 +38,6 @@ class PosthocConfig(TokenizerConfig):
     vae: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer", only=("klvae",))] = Field(
         None, description="the VAE; null: default sizes"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _copy_image_shape(cls, values: dict[str, Any]) -> dict[str, Any]:
-        node = KLVAE.name if values.get("vae") is None else values["vae"]
-        node = {"kind": node} if isinstance(node, str) else node
-        facts = {name: values[name] for name in FACTS if name in values}
-        return {**values, "vae": {**facts, **node} if isinstance(node, dict) else node}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON values, without repeating the image size and channels for the VAE."""
-        values = super().to_dict()
-        return {**values, "vae": {key: value for key, value in values["vae"].items() if key not in FACTS}}
-
-    def check(self) -> Iterator[str]:
-        yield from super().check()
-        ours = super().to_dict()
-        theirs = ours["vae"]
-        for name in FACTS:
-            if ours.get(name) != theirs.get(name):
-                yield f"vae.{name}: is {theirs.get(name)}, but the tokenizer's is {ours.get(name)}"
 
 
 class Posthoc(Tokenizer, name="posthoc"):
@@ -107,7 +85,7 @@ class Posthoc(Tokenizer, name="posthoc"):
             )
         generator = torch.Generator(self.device).manual_seed(0)
         rows = [
-            rows_of(sample(*self.vae.posterior(part.to(self.device)), generator=generator))
+            rows_of(sample_gaussian(*self.vae.posterior(part.to(self.device)), generator=generator))
             for part in images.split(IMAGES_AT_A_TIME)
         ]
         try:
@@ -116,11 +94,9 @@ class Posthoc(Tokenizer, name="posthoc"):
             raise ConfigError(f"posthoc: bins: {error} from {len(images)} training images") from error
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the tokens `(B, *grid.shape)` of the means. Raises `ValueError` for images of another size."""
         return self.vae.encode(images)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return images clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         return self.vae.decode(tokens)
 
     def forward(self, images: Tensor) -> Reconstruction:

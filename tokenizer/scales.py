@@ -27,12 +27,10 @@ def scales_problem(scales: Scales, shape: tuple[int, ...] | None = None) -> str 
 
 
 def by(sides: tuple[int, ...]) -> str:
-    """Format a size: 7x7."""
     return f"{sides[0]}x{sides[1]}"
 
 
 def areas(scales: Scales) -> list[int]:
-    """Return the number of positions of each scale."""
     return [height * width for height, width in scales]
 
 

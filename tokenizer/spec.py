@@ -14,8 +14,7 @@ from torch import Tensor
 Array = NDArray[Any]
 ValueType = Literal["uint8", "uint16", "float32"]
 OUTPUT_TYPES = ("pil", "np", "pt")
-BYTES = (0.0, 255.0)
-"""The range of 8-bit images."""
+BYTES = (0.0, 255.0)  # the range of 8-bit images
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,15 @@ class ImageSpec:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)."""
         return self.height, self.width
 
     @property
     def frame(self) -> ImageSpec:
-        """The spec of a single frame."""
         return replace(self, frames=1)
 
     @property
     def is_bytes(self) -> bool:
-        """Whether the values are 8-bit levels from 0 to 255, which stay uint8 until they are on the device."""
+        """Whether the values are 8-bit levels, which stay uint8 until they are on the device."""
         return self.dtype == "uint8" and (self.low, self.high) == BYTES
 
     @property
@@ -85,7 +82,6 @@ class ImageSpec:
         return ".npy" if self.shown_suffix == ".gif" and self.channels > 1 else self.shown_suffix
 
     def at(self, height: int, width: int) -> ImageSpec:
-        """Return the spec of images of another size."""
         return replace(self, height=height, width=width)
 
     def to_unit(self, values: Tensor | Array) -> Tensor:
@@ -122,8 +118,7 @@ class ImageSpec:
 
     def from_unit(self, images: Tensor, output_type: str) -> Any:
         """Convert float images `(..., C, H, W)` in [-1, 1] to nested lists of PIL images ("pil"), or an array (..., H,
-        W, C) of the type and range of the images ("np"); "pt" returns them unchanged. Raises `ValueError` for another
-        output type."""
+        W, C) of their type and range ("np"); "pt" returns them unchanged. Raises `ValueError` for another type."""
         check_output_type(output_type)
         if output_type == "pt":
             return images
@@ -151,7 +146,7 @@ class ImageSpec:
 
     def require(self, other: ImageSpec, whose: str) -> None:
         """Raise `ValueError`, which begins with the setting to change, unless `other` has the same size, frames, type
-        and range; which channels pictures show may differ. whose: owner of these images, such as "pipeline"."""
+        and range. whose: owner of these images, such as "pipeline"."""
         if other.frames != self.frames:
             needed, got = ("null" if each.frames == 1 else each.frames for each in (self, other))
             theirs = "images" if self.frames == 1 else f"clips of {self.frames} frames"
@@ -191,8 +186,7 @@ def spec_problems(
     show: tuple[int, int, int] | None,
     measured: bool = False,
 ) -> Iterator[str]:
-    """Yield what is wrong with settings of an `ImageSpec`, each as 'FIELD: problem'. measured: a range may be
-    missing."""
+    """Yield problems of settings of an `ImageSpec` as 'FIELD: problem'. measured: a range may be missing."""
     if limits is not None and not limits[0] < limits[1]:
         yield f"range: expected a smaller and a larger number (got {limits[0]:g}, {limits[1]:g})"
     if limits is None and dtype not in ("uint8", None) and not measured:
@@ -247,6 +241,5 @@ def name_type(dtype: np.dtype[Any]) -> str:
 
 
 def require_finite(array: Array) -> None:
-    """Raise `ValueError` for NaN and infinities."""
     if array.dtype.kind == "f" and (count := int((~np.isfinite(array)).sum())):
         raise ValueError(f"{count:,} of {array.size:,} values are NaN or infinite")

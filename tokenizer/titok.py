@@ -32,15 +32,13 @@ from .precision import full_float32
 from .vit import Block, ViTConfig
 
 Keep = Literal["uniform", "powers"]
+# Initial standard deviation of learned vectors. With ViT's 0.02, registers stay nearly equal for a long time: 16.4 dB
+# after 518 steps on garments, compared with 18.8 dB after 400 steps with 0.3.
 STD = 0.3
-"""Initial standard deviation of learned vectors. With ViT's 0.02, registers stay nearly equal for a long time: 16.4 dB
-after 518 steps on garments, compared with 18.8 dB after 400 steps with 0.3."""
 IMAGES_AT_A_TIME = 256
 
 
 class TiTokConfig(ViTConfig):
-    """Sizes of the two transformers, the number of tokens, and whether prefixes can be decoded."""
-
     registers: int = Field(16, ge=1, le=4096, description="number of tokens per image; at most one per pixel")
     keep: Keep | None = Field(
         None,
@@ -62,7 +60,7 @@ class TiTok(Autoencoder, name="titok"):
     accepts the first k tokens, `(B, k)`, for any k."""
 
     Config = TiTokConfig
-    encoder: Encoder
+    encoder: PatchEncoder
 
     def __init__(self, config: TiTokConfig) -> None:
         super().__init__(config, config.factor)
@@ -72,8 +70,10 @@ class TiTok(Autoencoder, name="titok"):
             )
         self.grid = replace(self.grid, shape=(self.levels * config.registers,))
         self.prefixes = powers(config.registers) if config.keep else ()
-        self.encoder = Encoder(config, self.quantizer.dim)
-        self.decoder = nn.Sequential(Decoder(config, self.quantizer.dim, self.outputs), nn.PixelShuffle(config.factor))
+        self.encoder = PatchEncoder(config, self.quantizer.dim)
+        self.decoder = nn.Sequential(
+            PatchDecoder(config, self.quantizer.dim, self.outputs), nn.PixelShuffle(config.factor)
+        )
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -96,19 +96,10 @@ class TiTok(Autoencoder, name="titok"):
         most = len(self.grid)
         count = tokens.shape[1] if tokens.ndim == 2 else most
         if count != most and not (self.prefixes and 1 <= count <= most):
-            hint = ""
-            if 1 <= count < most:
-                hint = "; to decode prefixes, train with model.keep=uniform or powers"
-                hint += " and a quantizer with one id per register" if self.levels > 1 else ""
             number = f"1 to {most}" if self.prefixes else f"all {most}"
+            hint = "" if self.prefixes else "; to decode prefixes, train with model.keep=uniform or powers"
             raise ValueError(f"expected {number} tokens per image, got {count}{hint}")
         replace(self.grid, shape=(count,)).check(tokens)
-
-    def known_tokens(self, known: Tensor) -> Tensor:
-        """Raise `ValueError`, because tokens have no position."""
-        raise ValueError(
-            "registers do not represent single image regions, so known pixels do not determine known tokens"
-        )
 
 
 class Tower(nn.Module):
@@ -129,7 +120,7 @@ class Tower(nn.Module):
         return self.head(self.norm(rows[:, -len(self.queries) :]))
 
 
-class Encoder(Tower):
+class PatchEncoder(Tower):
     """Maps images `(B, C, H, W)` to the registers' vectors `(B, width, K)`."""
 
     def __init__(self, config: TiTokConfig, width: int) -> None:
@@ -143,7 +134,7 @@ class Encoder(Tower):
         return (self.attend(self.embed(patches)) - self.center).transpose(1, 2)
 
 
-class Decoder(Tower):
+class PatchDecoder(Tower):
     """Maps codes `(B, width, k)` of the first k registers to patches `(B, outputs * factor ** 2, h, w)`."""
 
     def __init__(self, config: TiTokConfig, width: int, outputs: int) -> None:

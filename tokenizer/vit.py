@@ -23,8 +23,6 @@ from .layers import FusedLinear, Unshuffle
 
 
 class ViTConfig(AutoencoderConfig):
-    """Sizes of the two transformers."""
-
     factor: Literal[2, 4, 7, 8, 14, 16] = Field(4, description="side of a patch in pixels; a patch is one position")
     dim: int = Field(128, ge=8, le=4096, description="width of the residual stream")
     depth: int = Field(4, ge=1, le=64, description="number of transformer blocks, in each of encoder and decoder")

@@ -7,8 +7,8 @@ one. `smalti import` loads published weights. The adversarial critic is part of 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .config import ModelConfig, Node
-from .layers import GroupNorm, Upsample, one_head_attention
+from .layers import Upsample, norm, one_head_attention
 from .quantizers.vq import VQConfig
 
-Levels = Annotated[tuple[int, ...], Field(min_length=1)]
+LevelNumbers = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
-class NetworkConfig(AutoencoderConfig):
-    """Sizes of the networks; the defaults match the paper's ImageNet model with 16x16 ids."""
-
+class LevelsConfig(AutoencoderConfig):
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (128, 128, 256, 256, 512),
         min_length=1,
@@ -34,26 +32,7 @@ class NetworkConfig(AutoencoderConfig):
     stem: int | None = Field(
         None, ge=1, le=4096, description="channels of the encoder's first convolution; null: as at the finest level"
     )
-    blocks: int = Field(
-        2, ge=1, le=64, description="residual blocks at each level of the encoder; the decoder has one more"
-    )
-    encoder_attention: Levels | None = Field(
-        (-1,),
-        description="encoder levels with self-attention after every block (0 is the finest, -1 the coarsest); null: "
-        "none",
-    )
-    decoder_attention: Levels | None = Field(
-        (-1,),
-        description="decoder levels with self-attention after every block, numbered like the encoder's; null: none",
-    )
-    mid_attention: bool = Field(True, description="self-attention between the two blocks at the token resolution")
-    z_channels: int = Field(
-        256, ge=1, le=4096, description="channels between the network and the projection to the quantizer"
-    )
     groups: int = Field(32, ge=1, le=4096, description="groups of each group normalisation")
-    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        VQConfig(codes=1024, dim=256), description="maps vectors to ids"
-    )
 
     @property
     def halved(self) -> int:
@@ -67,7 +46,39 @@ class NetworkConfig(AutoencoderConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        yield from size_problems(self)
+        levels, size = len(self.widths), "x".join(map(str, self.image_size))
+        if levels > 12 or any(side % 2**self.halved for side in self.image_size):
+            yield f"widths: {levels} levels halve the image {self.halved} times, but its size is {size}"
+        wrong = [width for width in (self.stem or self.widths[0], *self.widths) if width % self.groups]
+        if wrong:
+            yield f"groups: {self.groups} does not divide the width {wrong[0]}"
+
+
+class NetworkConfig(LevelsConfig):
+    """Sizes of the networks; the defaults match the paper's ImageNet model with 16x16 ids."""
+
+    blocks: int = Field(
+        2, ge=1, le=64, description="residual blocks at each level of the encoder; the decoder has one more"
+    )
+    encoder_attention: LevelNumbers | None = Field(
+        (-1,),
+        description="encoder levels with self-attention after every block (0 is the finest, -1 the coarsest); null: "
+        "none",
+    )
+    decoder_attention: LevelNumbers | None = Field(
+        (-1,),
+        description="decoder levels with self-attention after every block, numbered like the encoder's; null: none",
+    )
+    mid_attention: bool = Field(True, description="self-attention between the two blocks at the token resolution")
+    z_channels: int = Field(
+        256, ge=1, le=4096, description="channels between the network and the projection to the quantizer"
+    )
+    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
+        VQConfig(codes=1024, dim=256), description="maps vectors to ids"
+    )
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
         levels = len(self.widths)
         for name in ("encoder_attention", "decoder_attention"):
             if any(not -levels <= level < levels for level in getattr(self, name) or ()):
@@ -75,8 +86,6 @@ class NetworkConfig(AutoencoderConfig):
 
 
 class VQGANConfig(NetworkConfig):
-    """Sizes of the networks, and whether the decoder receives unit-length codes."""
-
     unit_codes: bool = Field(
         False,
         description="scale codes to length 1 before the decoder, whatever quantizer.normalize is (transformers' "
@@ -104,10 +113,10 @@ def encoder_layers(config: NetworkConfig, channels: int) -> dict[str, nn.Module]
     """Build named layers from `(B, channels, H, W)` to `(B, z_channels, H / f, W / f)`, f = 2 ** halved."""
     width, groups, levels = config.stem or config.widths[0], config.groups, []
     stem = conv3(channels, width)
+    attentive = {level % len(config.widths) for level in config.encoder_attention or ()}
     for level, wide in enumerate(config.widths):
-        attention = level in levels_of(config.encoder_attention, len(config.widths))
         resample = Downsample(wide) if level < config.halved else nn.Identity()
-        levels.append(Level(width, wide, config.blocks, attention, groups, resample))
+        levels.append(build_level(width, wide, config.blocks, groups, level in attentive, resample))
         width = wide
     return {
         "stem": stem,
@@ -124,10 +133,10 @@ def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, n
     width, groups, last = config.widths[-1], config.groups, len(config.widths) - 1
     project, stem = nn.Conv2d(dim, config.z_channels, 1), conv3(config.z_channels, width)
     between, levels = middle(width, config.mid_attention, groups), []
+    attentive = {level % len(config.widths) for level in config.decoder_attention or ()}
     for level, wide in reversed(list(enumerate(config.widths))):
-        attention = level in levels_of(config.decoder_attention, len(config.widths))
         resample = Upsample(wide, wide) if last - level < config.halved else nn.Identity()
-        levels.append(Level(width, wide, config.blocks + 1, attention, groups, resample))
+        levels.append(build_level(width, wide, config.blocks + 1, groups, level in attentive, resample))
         width = wide
     return {
         "project": project,
@@ -140,13 +149,20 @@ def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, n
     }
 
 
-class Level(nn.Module):
-    """Residual blocks of one width, each with optional attention, then a change of resolution."""
+def build_level(width: int, wide: int, count: int, groups: int, attentive: bool, resample: nn.Module) -> Level:
+    blocks = [Block(wide if index else width, wide, groups) for index in range(count)]
+    return Level(blocks, resample, [Attention(wide, groups) for _ in blocks] if attentive else None)
 
-    def __init__(self, width: int, wide: int, blocks: int, attention: bool, groups: int, resample: nn.Module) -> None:
+
+class Level(nn.Module):
+    """Residual blocks of one width, each followed by its `attention`, if any; then a change of resolution."""
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], resample: nn.Module, attention: Sequence[nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(wide if index else width, wide, groups) for index in range(blocks))
-        self.attention = nn.ModuleList(Attention(wide, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.blocks = nn.ModuleList(blocks)
+        self.attention = nn.ModuleList(attention or [nn.Identity() for _ in blocks])
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,15 +175,21 @@ class Block(nn.Module):
     """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`; a 1x1 convolution adapts the input if
     `wide` differs from `width`."""
 
-    def __init__(self, width: int, wide: int, groups: int) -> None:
+    def __init__(self, width: int, wide: int, groups: int, bias: bool = True) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(width, groups), conv3(width, wide)
-        self.norm2, self.conv2 = norm(wide, groups), conv3(wide, wide)
-        self.skip = nn.Identity() if width == wide else nn.Conv2d(width, wide, 1)
+        self.norm1, self.conv1 = norm(width, groups), conv3(width, wide, bias)
+        self.norm2, self.conv2 = norm(wide, groups), conv3(wide, wide, bias)
+        self.skip = nn.Identity() if width == wide else self.shortcut(width, wide, bias)
+
+    def shortcut(self, width: int, wide: int, bias: bool) -> nn.Module:
+        return nn.Conv2d(width, wide, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.residual(x)
+
+    def residual(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        return self.conv2(F.silu(self.norm2(h)))
 
 
 class Attention(nn.Module):
@@ -185,8 +207,6 @@ class Attention(nn.Module):
 
 
 class UnitLength(nn.Module):
-    """Scales vectors `(B, width, H, W)` to length 1."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1)
 
@@ -198,34 +218,14 @@ class Downsample(nn.Sequential):
         super().__init__(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
 
 
-def size_problems(config: Any) -> Iterator[str]:
-    """Yield the problems of `widths`, `stem` and `groups`, given `halved` and the image size."""
-    levels, size = len(config.widths), "x".join(map(str, config.image_size))
-    if levels > 12 or any(side % 2**config.halved for side in config.image_size):
-        yield f"widths: {levels} levels halve the image {config.halved} times, but its size is {size}"
-    wrong = [width for width in (config.stem or config.widths[0], *config.widths) if width % config.groups]
-    if wrong:
-        yield f"groups: {config.groups} does not divide the width {wrong[0]}"
-
-
-def levels_of(chosen: tuple[int, ...] | None, levels: int) -> set[int]:
-    """Return the chosen levels as indices from 0 to `levels` - 1; negative indices count from the end."""
-    return {level % levels for level in chosen or ()}
-
-
 def middle(width: int, attention: bool, groups: int) -> nn.Sequential:
     """Build the middle layers at the token resolution: block, attention, block."""
     between = Attention(width, groups) if attention else nn.Identity()
     return nn.Sequential(Block(width, width, groups), between, Block(width, width, groups))
 
 
-def norm(width: int, groups: int) -> nn.GroupNorm:
-    return GroupNorm(groups, width, eps=1e-6)
-
-
-def conv3(width: int, wide: int) -> nn.Conv2d:
-    """Build a 3x3 convolution that preserves height and width."""
-    return nn.Conv2d(width, wide, 3, padding=1)
+def conv3(width: int, wide: int, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(width, wide, 3, padding=1, bias=bias)
 
 
 def named_sequential(**layers: nn.Module) -> nn.Sequential:

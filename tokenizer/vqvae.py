@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .layers import ConvolutionsConfig, decoder, encoder
+from .layers import ConvolutionsConfig, build_decoder, build_encoder
 
 
 class VQVAEConfig(AutoencoderConfig, ConvolutionsConfig):
@@ -19,6 +19,6 @@ class VQVAE(Autoencoder, name="vqvae"):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config, config.factor)
-        self.encoder = encoder(config.channels, config.sizes, self.quantizer.dim)
-        self.decoder = decoder(self.outputs, config.sizes, self.quantizer.dim)
+        self.encoder = build_encoder(config, self.quantizer.dim)
+        self.decoder = build_decoder(config, self.quantizer.dim, self.outputs)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -17,7 +17,7 @@ from tokenizer import Tokenizer
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.files import ConfigError, hash_file, read_json
 from tokenizer.model import open_weights
-from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
+from tokenizer.published import Layout, Shapes, build_published, prefix_of, recognise
 
 from ..config import Config, UserError, run_command
 from ..config.table import table
@@ -73,7 +73,7 @@ def run(config: ImportConfig) -> Path:
     if layout.settings is not None and (layout.needs_settings or settings.is_file()):
         beside = layout.settings(read_json(settings), sizes, settings)
     model_config = make_config(sizes, beside, layout, path, config)
-    model, unused = build(model_config, weights, layout, path)
+    model, unused = build_published(model_config, weights, layout, path)
     size = model_config.image_size
     data = {"source": UNKNOWN_SOURCE, "image_size": list(size), "channels": model_config.channels}
     facts = {"layout": layout.title, "file": path.name, "sha256": hash_file(path)}

@@ -11,7 +11,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tokenizer.config import (
-    SIGNS,
     Choices,
     Data,
     Node,
@@ -19,7 +18,6 @@ from tokenizer.config import (
     find_mark,
     mapped_model,
     nested_models,
-    show_number,
     show_value,
     to_plain,
 )
@@ -198,7 +196,9 @@ def format_type(hint: Any, limits: str = "") -> str:
 
 def format_range(marks: Iterable[Any]) -> str:
     """Return the bounds in the metadata of a type, such as ` 1..8` or ` > 0, < 1`; empty without bounds."""
-    bounds = {name: getattr(mark, name) for mark in marks for name in SIGNS if hasattr(mark, name)}
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = {name: getattr(mark, name) for mark in marks for name in signs if hasattr(mark, name)}
+    bounds = {name: int(bound) if float(bound).is_integer() else bound for name, bound in found.items()}
     if set(bounds) == {"ge", "le"}:
-        return f" {show_number(bounds['ge'])}..{show_number(bounds['le'])}"
-    return ",".join(f" {SIGNS[name]} {show_number(bound)}" for name, bound in bounds.items())
+        return f" {bounds['ge']}..{bounds['le']}"
+    return ",".join(f" {signs[name]} {bound}" for name, bound in bounds.items())

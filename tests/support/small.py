@@ -121,6 +121,11 @@ def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: i
     return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
 
 
+def images_for(tokenizer: Tokenizer, count: int = 3) -> Tensor:
+    """Random 8-bit images in [-1, 1]."""
+    return torch.randint(256, (count, *tokenizer.image_shape)) / 127.5 - 1
+
+
 PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]
 """Tokenizers that can tell which tokens the known pixels determine."""
 

@@ -76,21 +76,17 @@ def test_json_becomes_a_configuration_and_json_again() -> None:
     ("values", "keys"),
     [
         ({"steps": True}, ["steps"]),
-        ({"sides": [True]}, ["sides"]),
-        ({"sides": [1] * 65}, ["sides", "64"]),
         ({"first": None}, ["first"]),
         ({"first": {}}, ["first.kind", "shelf, signs, words"]),
         ({"first": {"kind": ["words"]}}, ["first.kind"]),
         ({"first": {"kind": "words", "wrods": 3}}, ["first.wrods", "'first.words'"]),
-        ({"first": {"kind": "words", "words": 1}}, ["first.words", ">= 2"]),
+        ({"first": {"kind": "words", "words": 1}}, ["first.words", "equal to 2"]),
         ({"first": {"kind": "words", "scale": "x"}}, ["first.scale", "'x'"]),
         ({"first": {"kind": "words", "words": 300}}, ["first.words", "first.scale"]),
         ({"second": {"kind": "words"}}, ["second.kind", "signs"]),
-        ({"second": WordsConfig()}, ["second.kind", "signs"]),
         ({"second": {"kind": "signs", "shape": "oval"}}, ["second.shape", "'square'"]),
         ({"zzz": 1, "steps": 2}, ["steps", "zzz"]),
         ({"a b": 1}, ["'a b'"]),
-        ({"self": 1}, ["self"]),
     ],
 )
 def test_an_error_names_every_wrong_key(values: dict[str, Any], keys: list[str]) -> None:

@@ -8,10 +8,8 @@ import torch
 from small import make_tokenizer
 
 from tokenizer import Tokenizer
-from tokenizer.base import codebook_usage
 from tokenizer.files import ConfigError
-from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample
-from tokenizer.losses import total_loss
+from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample_gaussian
 from tokenizer.quantizers import Quantizer
 
 
@@ -34,13 +32,6 @@ def fitted(rows, bins):
 
 
 # Bins
-
-
-def test_gaussian_bins_are_equally_frequent():
-    tokens = Bins(3, 16).quantize(torch.randn(4, 3, 100, 100)).tokens
-    counts = frequencies(tokens, 3, 16)
-    assert counts.sum() == 120_000 and (counts / 2500 - 1).abs().max() < 0.1  # a deviation is 0.02
-    assert all(float(codebook_usage(each)["perplexity"]) > 15.98 for each in counts)
 
 
 @pytest.mark.parametrize("bins", [2, 3, 16, 4096])
@@ -70,17 +61,9 @@ def test_fitted_centres_minimise_the_squared_error():
     rows = torch.randn(4000, 2).exp()
     quantizer, tokens = fitted(rows, 8)
 
-    def error():
-        return float((quantizer.lookup(tokens)[:, :, 0] - rows).double().square().mean())
-
-    best, kept = error(), quantizer.centres.clone()
-    assert torch.allclose(kept[:, 3], torch.stack([rows[tokens[:, d] == 3, d].mean() for d in range(2)]), rtol=1e-5)
     for dimension in range(2):
-        for k in range(8):
-            for step in (-0.03, 0.03):
-                quantizer.centres.copy_(kept)
-                quantizer.centres[dimension, k] += step
-                assert error() > best, (dimension, k, step)
+        means = torch.stack([rows[tokens[:, dimension] == k, dimension].mean() for k in range(8)])
+        torch.testing.assert_close(quantizer.centres[dimension], means)
 
 
 def test_each_value_lies_between_the_edges_of_its_bin():
@@ -93,20 +76,6 @@ def test_each_value_lies_between_the_edges_of_its_bin():
         assert [int((quantizer.edges[d] <= row[d]).sum()) for d in range(3)] == found.tolist()
     centres = quantizer.centres.t()[:, :, None]
     assert torch.equal(quantizer.quantize(centres).tokens, torch.arange(6)[:, None].expand(6, 3))
-
-
-def test_dimensions_are_levels():
-    """Dimension d of row r is row d * rows + r of the tokens, and has bins of its own."""
-    quantizer = Bins(2, 4)
-    quantizer.fit(torch.stack([torch.randn(100), 100 + torch.randn(100)], 1))
-    z = torch.stack([torch.randn(5, 3, 7), 100 + torch.randn(5, 3, 7)], 1)
-    tokens = quantizer.quantize(z).tokens
-    assert tokens.shape == (5, 6, 7) and quantizer.levels == quantizer.dim == 2
-    one = quantizer.quantize(z[2:3, :, 1:2, 4:5]).tokens
-    assert torch.equal(tokens[2, [1, 4], 4], one[0, :, 0])
-    assert len(tokens[:, 3:].unique()) == 4, "the second dimension's are fitted to it"
-    assert torch.equal(quantizer.lookup(tokens), quantizer.quantize(z).z_q)
-    assert (quantizer.lookup(tokens)[:, 1] > 90).all()
 
 
 def test_ties_and_collapsed_dimensions():
@@ -143,7 +112,7 @@ def test_kl_is_the_integral():
     """Against a Monte Carlo estimate of E_q[log q - log p]."""
     mean, log_variance = torch.tensor([0.0, 1.5, -0.3, 0.0]), torch.tensor([0.0, -2.0, 1.0, -9.0])
     exact = gaussian_kl(mean, log_variance)
-    z = sample(mean.double().expand(200_000, 4), log_variance.double())
+    z = sample_gaussian(mean.double().expand(200_000, 4), log_variance.double())
     q, p = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     assert torch.allclose((q.log_prob(z) - p.log_prob(z)).mean(0).float(), exact, atol=0.02)
     assert exact[0] == 0 and (gaussian_kl(torch.zeros(999), torch.randn(999) * 1e-4) >= -1e-8).all()
@@ -188,37 +157,8 @@ def test_only_training_adds_noise():
     assert torch.equal(found[False][0].images, found[False][2].images)
     assert torch.equal(found[False][0].tokens, first.tokens)
     mean, log_variance = vae.posterior(images)
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
-    a, b, c = (sample(mean, log_variance, generator) for generator in generators)
-    assert torch.equal(a, b) and not torch.equal(a, c)
-    standard = (sample(mean.expand(2000, *mean.shape), log_variance) - mean) / (log_variance / 2).exp()
+    standard = (sample_gaussian(mean.expand(2000, *mean.shape), log_variance) - mean) / (log_variance / 2).exp()
     assert standard.mean().abs() < 0.01 and (standard.std() - 1).abs() < 0.01
-
-
-def test_both_parameters_of_the_posterior_learn_from_the_pixels():
-    vae, images = make_tokenizer("klvae").train(), pictures(4)
-    vae(images).images.square().mean().backward()
-    rows = vae.encoder[-1].weight.grad.abs().sum((1, 2, 3))
-    assert rows.shape == (6,) and (rows > 0).all()
-
-
-def test_the_vae_learns_and_beta_limits_the_kl():
-    held = {}
-    for beta in (0.0, 1.0):
-        torch.manual_seed(0)
-        vae = make_tokenizer("klvae", (8, 8), 1, beta=beta, blocks=(0,)).train()
-        images = torch.rand(16, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
-        optimizer = torch.optim.Adam(vae.parameters(), 1e-2)
-        terms = []
-        for _ in range(60):
-            loss, found = total_loss(vae(images), images, {"l1": 0.0, "l2": 1.0, **vae.loss_weights})
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            terms.append({name: value.item() for name, value in found.items()})
-        held[beta] = terms
-    assert held[0.0][-1]["l2"] < 0.2 * held[0.0][0]["l2"]
-    assert held[1.0][-1]["kl"] < 0.3 * held[0.0][-1]["kl"]
 
 
 # Post-hoc bins
@@ -232,21 +172,6 @@ def trained(**config):
         vae.encoder[-1].bias[:3] += torch.tensor([5.0, 0.0, 0.0])
         vae.encoder[-1].bias[3:] -= 8.0
     return vae.eval()
-
-
-def test_posthoc_bins_are_equally_frequent_where_gaussian_ones_are_not():
-    vae, images = trained(), pictures(256)
-    model = make_tokenizer("posthoc", bins=8)
-    model.start_from(vae)
-    before = (model.decode(model.encode(images)) - vae(images).images).square().mean()
-    gaussian = frequencies(model.encode(images), 3, 8)
-    model.initialize(images)
-    fitted = frequencies(model.encode(images), 3, 8)
-    perplexities = [[float(codebook_usage(each)["perplexity"]) for each in counts] for counts in (gaussian, fitted)]
-    assert min(perplexities[0]) < 3 and min(perplexities[1]) > 7.5
-    continuous = vae._image(vae._decode_vectors(vae.posterior(images)[0])).clamp(-1, 1)
-    errors = [(x - continuous).square().mean().item() for x in (vae(images).images, model(images).images)]
-    assert errors[1] < 0.3 * errors[0] and before > 0
 
 
 def test_bins_are_those_of_samples_of_the_posterior():
@@ -304,9 +229,7 @@ def test_a_loaded_tokenizer_remembers_that_its_vae_is_trained(tmp_path):
     ("kind", "config", "key"),
     [
         ("vqvae", {}, "klvae"),
-        ("klvae", {"latent": 5}, r"vae\.latent"),
         ("klvae", {"widths": (16, 8), "blocks": (1, 1)}, r"vae\.widths .*vae\.blocks"),
-        ("klvae", {"image_size": (8, 8)}, r"vae\.image_size"),
         ("klvae", {"likelihood": {"kind": "categorical"}}, r"vae\.likelihood"),
     ],
 )

@@ -44,16 +44,6 @@ def test_all_256_values_sum_to_one(name, channels, scale):
             assert table.logsumexp(1).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("components", [1, 5])
-def test_logistics_sum_to_one_at_all_means_and_scales(components):
-    model = likelihood_of("discretized_logistic", components=components)
-    means, scales = torch.meshgrid(torch.linspace(-1.5, 1.5, 13), torch.linspace(-12, 4, 17), indexing="ij")
-    parts = [torch.zeros_like(means), means, scales]
-    parameters = torch.stack([part for part in parts for _ in range(components)])[None].double()
-    table = model.table(parameters, torch.zeros(1, 1, 13, 17, dtype=torch.long), 0)
-    assert table.logsumexp(1).abs().max() < 1e-10
-
-
 @every_likelihood
 @each_channel_count
 def test_log_prob_is_the_tables_entry(name, channels):
@@ -114,16 +104,6 @@ def test_blue_depends_on_the_channel_of_its_coefficient():
     torch.testing.assert_close(model.mean(parameters)[:, 2], torch.full((2, 3, 4), 0.6))
 
 
-def test_a_uniform_distribution_costs_eight_bits_and_a_sharp_one_none():
-    model = likelihood_of("categorical")
-    values, parameters = values_of(1), torch.zeros(2, 256, 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(
-        model.log_prob(parameters, values) / math.log(2), torch.full((2, 1, 3, 4), -8.0).double()
-    )
-    parameters.scatter_(1, values, 100.0)
-    assert (model.log_prob(parameters, values).abs() < 1e-3).all()
-
-
 # In the tokenizer
 
 
@@ -152,13 +132,6 @@ def test_vqvae_trains_its_likelihood(name):
             model.pixel_log_prob(images[:1], model.encode(images))
         table = model.value_log_probs(model.encode(images), to_values(images), 0)
         torch.testing.assert_close(table.gather(1, to_values(images)), each)
-
-
-def test_a_float64_model_has_float64_probabilities():
-    """Compression needs them: machines have to agree on them."""
-    model = vqvae_with("discretized_logistic").double().eval()
-    tokens = model.encode(images_of())
-    assert model.value_log_probs(tokens, to_values(images_of()), 0).dtype == torch.float64
 
 
 def test_a_tokenizer_without_a_likelihood_refuses():

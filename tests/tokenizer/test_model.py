@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def test_files_and_configurations_need_no_torch():
     assert "torch" not in modules_after("import tokenizer.files, tokenizer.config")
 
 
-@pytest.mark.parametrize("name", ["os", "os.system", "..", "GPT", "gpt ", "", "quantum", 3, None, ["gpt"]])
+@pytest.mark.parametrize("name", ["os.system", "..", "GPT", "quantum", None, ["gpt"]])
 def test_a_name_is_only_found_in_the_registry(tmp_path, name):
     assert not Prior.has(name) and not Tokenizer.has(name)
     with pytest.raises(ConfigError, match="blocks, causal_conv, "):
@@ -115,36 +114,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
     with pytest.raises(WeightsError, match=name):
         model.save_pretrained(tmp_path / "a")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_others_load_while_a_run_saves(tmp_path):
-    """Every load succeeds and gets all weights of one save."""
-    model, ended = make_prior("gpt"), threading.Event()
-
-    def save(number):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(number)
-        model.save_pretrained(tmp_path / "prior")
-
-    def save_again_and_again():
-        number = 1
-        while not ended.wait(0.2):  # far longer than a load, also on a busy machine
-            number += 1
-            save(number)
-
-    save(1)
-    saver = threading.Thread(target=save_again_and_again)
-    saver.start()
-    try:
-        found: list[list[float]] = []
-        while len({numbers[0] for numbers in found}) < 4:
-            weights = [parameter.unique() for parameter in Prior.from_pretrained(tmp_path / "prior").parameters()]
-            found.append(torch.cat(weights).unique().tolist())
-    finally:
-        ended.set()
-        saver.join()
-    assert all(len(numbers) == 1 for numbers in found), found
 
 
 # Variants
@@ -246,18 +215,3 @@ def test_a_model_that_reads_tensors_while_it_is_built_is_refused_with_advice(tmp
     Prior.create("reading_gpt", grid=TokenGrid((2, 2), 4), dim=32, depth=1, heads=2).save_pretrained(tmp_path / "prior")
     with pytest.raises(ConfigError, match="device='cpu'"):
         Prior.from_pretrained(tmp_path / "prior")
-
-
-def test_parameters_are_counted():
-    model = make_prior("gpt")
-    every = sum(parameter.numel() for parameter in model.parameters())
-    assert model.num_parameters() == model.num_parameters(only_trainable=True) == every > 0
-    first = next(model.parameters()).requires_grad_(False)
-    assert model.num_parameters(only_trainable=True) == every - first.numel() and model.num_parameters() == every
-    assert make_tokenizer("vqvae").num_parameters() > 0
-
-
-def test_a_model_on_meta_can_be_moved_to_memory():
-    with torch.device("meta"):
-        model = make_tokenizer("vqvae")
-    assert not any(value.is_meta for value in model.to_empty(device="cpu").state_dict().values())

@@ -16,11 +16,11 @@ from pipelines.config.command import parse
 from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
-from tokenizer.palette import distinct_colors, lattice, weighted_kmeans
+from tokenizer.palette import distinct_colors, lattice
 from tokenizer.quantizers import codebook
 from tokenizer.spec import to_float, to_uint8
 
-LEVELS = [2, 3, 4, 7, 16, 100, 255, 256]
+LEVELS = [2, 3, 7, 100, 256]
 BYTES = torch.arange(256, dtype=torch.uint8)
 
 
@@ -46,15 +46,6 @@ def test_256_levels_keep_every_byte():
             tokens = tokenizer.encode(to_float(pixels).to(dtype))
             assert torch.equal(to_uint8(tokenizer.decode(tokens)), pixels)
         assert torch.equal(tokens.unflatten(1, (16, channels))[:, :, 0].flatten(), torch.arange(256))
-
-
-def test_two_levels_are_a_threshold_at_mid_grey():
-    tokenizer = pixels_of(2)
-    tokens = tokenizer.encode(to_float(BYTES.reshape(1, 1, 16, 16))).flatten()
-    assert torch.equal(tokens, (torch.arange(256) >= 128).long())
-    assert tokenizer.decode(tokens.reshape(1, 16, 16)).unique().tolist() == [-1, 1]
-    near = torch.tensor([-1e-6, 0.0, 1e-6]).expand(1, 1, 4, 3)
-    assert pixels_of(2, (4, 3)).encode(near)[0, 0].tolist() == [0, 1, 1]  # half is rounded up
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -119,7 +110,7 @@ def test_pixels_are_a_function_of_256_levels_alone():
         assert other[2] == -math.inf and torch.equal(other[[0, 1, 3]], inside[[0, 1, 3]])
 
 
-@pytest.mark.parametrize(("levels", "patch"), [(2, 2), (2, 4), (3, 2), (5, 2)])
+@pytest.mark.parametrize(("levels", "patch"), [(2, 4), (5, 2)])
 def test_an_id_names_the_levels_of_a_square(levels, patch):
     """Each id decodes to one square, whose levels are its digits, and encodes to itself."""
     one = Tokenizer.create("pixels", image_size=(patch, patch), channels=1, levels=levels, patch=patch)
@@ -152,19 +143,6 @@ def test_squares_of_pixels_have_exact_likelihoods():
     torch.testing.assert_close(*both)
     inside = tokenizer.pixel_log_probs(to_float(images), tokenizer.encode(to_float(images)))
     torch.testing.assert_close(inside, single.pixel_log_probs(to_float(images), single.encode(to_float(images))))
-
-
-def test_impossible_patches_are_refused():
-    for choices, reason in (
-        ({"image_size": (5, 4), "patch": 2}, "patch: 2 does not divide the image size [5, 4]"),
-        ({"channels": 3, "patch": 2}, "patch: needs grey images, channels=1 (got 3)"),
-        ({"levels": 256, "patch": 2}, "patch: 256 levels in 2 x 2 pixels are more than 65,536 ids"),
-        ({"patch": 5}, "patch"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            Tokenizer.create("pixels", **{"image_size": (4, 4), "channels": 1, "levels": 2, **choices})
-        assert reason in str(caught.value)
-    assert "patch" not in pixels_of(2).config.to_dict()
 
 
 # Palette
@@ -205,16 +183,7 @@ def test_a_palette_of_all_colors_is_exact(channels):
     assert torch.equal(more.table, before)
 
 
-def test_distinct_colors_are_counted():
-    pixels = torch.randint(0, 3, (2, 3, 4, 5), dtype=torch.uint8) * 127
-    points, counts = distinct_colors(to_float(pixels))
-    rows = to_float(pixels).movedim(1, -1).reshape(-1, 3)
-    expected, times = rows.unique(dim=0, return_counts=True)
-    order = sorted(range(len(points)), key=lambda k: points[k].tolist())
-    assert torch.equal(points[order], expected) and torch.equal(counts[order], times.double())
-
-
-@pytest.mark.parametrize("count", [2, 7, 27, 512, 1000])
+@pytest.mark.parametrize("count", [2, 7, 512])
 def test_a_palette_that_is_not_fitted_is_a_lattice_of_distinct_colors(count):
     for channels in (1, 3):
         colors = lattice(count, channels)
@@ -247,7 +216,7 @@ def test_a_palette_is_a_function_of_its_images_and_seed(monkeypatch):
 
 def test_every_color_is_used_and_different():
     """Even if most pixels are white."""
-    for seed in range(5):
+    for seed in range(2):
         torch.manual_seed(seed)
         images = torch.where(torch.rand(4, 1, 16, 16) < 0.9, 1.0, shaded_images())
         for iterations in (0, 1, 2, 50):
@@ -255,22 +224,6 @@ def test_every_color_is_used_and_different():
             tokens = tokenizer.encode(images)
             assert len(tokenizer.table.unique(dim=0)) == 60 == len(tokens.unique())
             assert torch.equal(tokenizer.encode(tokenizer.decode(tokens)), tokens)
-
-
-def test_a_color_without_pixels_moves_to_the_largest_error(monkeypatch):
-    points, counts = torch.tensor([[0.0], [0.1], [0.9], [1.0]]), torch.tensor([1.0, 1, 1, 5]).double()
-    monkeypatch.setattr("tokenizer.palette.kmeans_plus_plus", lambda *_: torch.tensor([[0.05], [7.0], [7.0]]))
-    assert sorted(weighted_kmeans(points, counts, 3, 0, 0)[1:].flatten().tolist()) == pytest.approx([0.9, 1.0])
-    assert sorted(weighted_kmeans(points, counts, 3, 10, 0).flatten().tolist()) == pytest.approx([0.05, 0.9, 1.0])
-
-
-def test_kmeans_steps_reduce_the_error():
-    images = shaded_images(8)
-    errors = []
-    for iterations in (0, 1, 2, 4, 8, 50):
-        tokenizer = fitted(images, 30, iterations=iterations)
-        errors.append(float((tokenizer.decode(tokenizer.encode(images)) - images).square().mean()))
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7 * errors[0]
 
 
 def test_a_palette_is_precise_in_every_dtype():
@@ -286,9 +239,7 @@ def test_a_palette_is_precise_in_every_dtype():
 
 # In the steps of a pipeline
 
-PIXELS = {"kind": "pixels", "levels": 4}
 PALETTE = {"kind": "palette", "colors": 9, "seed": 3}
-both_kinds = pytest.mark.parametrize("model", [PIXELS, PALETTE], ids=["pixels", "palette"])
 
 
 def test_a_palette_is_fitted_to_a_sample_of_the_training_images(tmp_path, monkeypatch):
@@ -303,14 +254,13 @@ def test_a_palette_is_fitted_to_a_sample_of_the_training_images(tmp_path, monkey
     assert one.shape == (30, 1, 28, 28) and torch.equal(one, again) and not torch.equal(one, other)
 
 
-@both_kinds
-def test_from_pixels_to_a_pipeline(tmp_path, model):
+def test_from_pixels_to_a_pipeline(tmp_path):
     """Fit, encode, train a prior, sample, complete, save and load."""
-    run = train_tokenizer(tmp_path / "tokenizer", model=model, data__image_size=8)
+    run = train_tokenizer(tmp_path / "tokenizer", model=PALETTE, data__image_size=8)
     (line,) = metrics(run)
     assert line["step"] == 0 and 20 < line["held_out/psnr"] < 60
-    with pytest.raises(UserError, match=r"model\.(levels|colors)"):  # a run keeps its settings
-        train_tokenizer(run, data__image_size=8, model={**model, "levels" if model is PIXELS else "colors": 5})
+    with pytest.raises(UserError, match=r"model\.colors"):  # a run keeps its settings
+        train_tokenizer(run, data__image_size=8, model={**PALETTE, "colors": 5})
     argv = [f"tokenizer={run / 'tokenizer'}", f"out={tmp_path / 'tokens'}"]
     config = parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=tokenizer_defaults)
     assert config.data.limit == 72 and config.data.image_size == 8
@@ -324,7 +274,5 @@ def test_from_pixels_to_a_pipeline(tmp_path, model):
     filled = pipe.complete(images, known, seed=1, output_type="pt")
     assert torch.equal(filled.images[..., :4], images[..., :4]) and not torch.equal(filled.images, images)
     assert torch.equal(filled.tokens[..., :4], pipe.encode(images)[..., :4])
-    if model is PIXELS:
-        assert 0 < float(pipe.bits_per_dim(images).mean()) < 8.5
     facts = json.loads((trained / "pipeline" / "provenance.json").read_text())
     assert facts["tokenizer"]["evaluation"]["psnr"] == line["held_out/psnr"]

@@ -79,19 +79,7 @@ def seen_in(call: Callable[[], Any]) -> ProductSettings:
 
 
 def precisions() -> dict[str, str]:
-    """The precisions in force, by torch's newer and older API."""
-    found = {name: holder.fp32_precision for name, holder in HOLDERS.items()}
-    older = {
-        "matmul": lambda: str(BACKENDS.cuda.matmul.allow_tf32),
-        "conv": lambda: str(BACKENDS.cudnn.allow_tf32),
-        "precision": torch.get_float32_matmul_precision,
-    }
-    for name, read in older.items():
-        try:
-            found[f"older {name}"] = read()
-        except RuntimeError:
-            found[f"older {name}"] = "mixed"
-    return found
+    return {name: holder.fp32_precision for name, holder in HOLDERS.items()}
 
 
 def image_models() -> Iterator[Any]:
@@ -199,32 +187,13 @@ def test_a_likelihood_is_as_precise_as_the_weights(name):
         assert model.to(dtype).token_log_probs(tokens).dtype == expected
 
 
-# Compiled blocks
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("lowered", "compiler")
-def test_compiled_blocks_sample(backend):
-    """They are compiled again without gradients."""
-    model = make_prior("gpt")
-    expected = model.sample(2, generator=generators(2))
-    for block in model.layers:
-        block.forward = torch.compile(block.forward, backend=backend)
-    model(torch.randint(5, (2, 3, 4))).sum().backward()
-    assert torch.equal(model.sample(2, generator=generators(2), cache=False), expected)
-
-
 # Settings of torch
 
 SETTINGS: dict[str, Callable[[], Any]] = {
     "nothing": int,
-    "TF32 for products": partial(setattr, BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
     "TF32 for all": partial(setattr, BACKENDS, "fp32_precision", "tf32"),
-    "TF32 for CUDA": partial(setattr, BACKENDS.cudnn, "fp32_precision", "tf32"),
-    "no TF32 in convolutions": partial(setattr, BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
     "bfloat16 on the CPU": partial(setattr, BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
     "medium, by the older API": partial(torch.set_float32_matmul_precision, "medium"),
-    "TF32, by the older API": partial(setattr, BACKENDS.cuda.matmul, "allow_tf32", True),
     "no TF32 in convolutions, by the older API": partial(setattr, BACKENDS.cudnn, "allow_tf32", False),
 }
 

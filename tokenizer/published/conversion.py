@@ -18,14 +18,12 @@ from .cosmos import COSMOS
 from .layouts import Layout, Weights
 from .magvit2 import MAGVIT2
 from .maskgit import MASKGIT
-from .vqgans import DIFFUSERS, IBQ, JANUS, LLAMAGEN, TAMING
+from .vqgans import DIFFUSERS, JANUS, LLAMAGEN, SEED_IBQ, TAMING
 
 # The first layout that fits is used. TAMING comes last, because it also fits weights of other projects.
 LAYOUTS = (DIFFUSERS, LLAMAGEN, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
-TAMING_VARIANTS = {"ibq": IBQ}
-"""Layouts with the same names as TAMING, selected by the option `layout`."""
-PREFIXES = ("model.vqmodel.", "vqmodel.")
-"""Prefixes of the tokenizer's weights in a complete transformers model."""
+TAMING_VARIANTS = {"ibq": SEED_IBQ}  # layouts with the names of TAMING, selected by the option `layout`
+PREFIXES = ("model.vqmodel.", "vqmodel.")  # of the tokenizer's weights in a complete transformers model
 
 
 def recognise(weights: Weights, path: Path, variant: str | None = None) -> Layout:
@@ -46,12 +44,9 @@ def prefix_of(names: Collection[str]) -> str:
     return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
-def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
-    """Return the model with float32 weights, and the names of weights that only training needs.
-
-    Raises a `WeightsError` that lists missing, unexpected, misshapen or non-finite weights; propagates the errors of
-    `build_on_meta`.
-    """
+def build_published(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
+    """Return the model with float32 weights, and the names of weights that only training needs. Raises `WeightsError`
+    for missing, unexpected, misshapen or non-finite weights, and as `build_on_meta` does."""
     expected = dict(build_on_meta(lambda: layout.kind(config), path).named_parameters())
     names = {key: layout.published(key, len(config.widths)) for key in expected}
     missing = sorted(name for name in names.values() if name not in weights)
@@ -80,7 +75,7 @@ def mark_as_trained(model: Autoencoder) -> None:
 def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
     """Convert `weight` to float32 and to the shape of `expected`. (Some projects store 1x1 convolutions as matrices.)
     Raises `WeightsError`."""
-    if matrix_shape(weight) != matrix_shape(expected):
+    if squeezed_shape(weight) != squeezed_shape(expected):
         raise WeightsError(f"{path}: {name} has shape {list(weight.shape)}, expected {list(expected.shape)}")
     if not weight.is_floating_point():
         raise WeightsError(f"{path}: {name} has dtype {weight.dtype}, expected a floating-point one")
@@ -89,6 +84,6 @@ def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
     return weight.float().reshape(expected.shape)
 
 
-def matrix_shape(weight: Tensor) -> tuple[int, ...]:
+def squeezed_shape(weight: Tensor) -> tuple[int, ...]:
     """Return the shape without the two spatial axes of a 1x1 convolution."""
     return tuple(weight.shape[:2] if weight.shape[2:] == (1, 1) else weight.shape)

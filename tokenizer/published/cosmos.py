@@ -119,7 +119,7 @@ class InverseHaar(nn.Module):
         return x
 
 
-def sizes(shapes: Shapes) -> dict[str, Any]:
+def cosmos_sizes(shapes: Shapes) -> dict[str, Any]:
     """Return the configuration of a `cosmos`. Raises `WeightsError` unless the wavelets are of grey or RGB images."""
     network = network_sizes(shapes)
     folded = {channels * patch**2: (channels, patch) for channels in (1, 3) for patch in (2, 4, 8, 16)}
@@ -136,7 +136,7 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
     return {**network, "channels": channels, "patch": patch, "halvings": halvings, "quantizer": quantizer}
 
 
-def fits(weights: Weights) -> bool:
+def fits_cosmos(weights: Weights) -> bool:
     """Return whether weights have taming-transformers' names, wavelet inputs and no codebook."""
     pixels = TAMING_FIRST in weights and "encoder.conv_in.weight" in weights
     wavelets = pixels and weights["encoder.conv_in.weight"].shape[1:2] not in ((1,), (3,))
@@ -146,8 +146,8 @@ def fits(weights: Weights) -> bool:
 COSMOS = Layout(
     "NVIDIA Cosmos DI",
     Cosmos,
-    fits,
-    sizes,
+    fits_cosmos,
+    cosmos_sizes,
     TAMING_NAMES,
     training=BUFFERS,
     finest_first=True,

@@ -27,35 +27,22 @@ SHARED = (
 )
 
 
-def unchanged(weights: Weights) -> Weights:
-    """Return the weights unchanged, as the default of `Layout.prepare`."""
-    return weights
-
-
 @dataclass(frozen=True)
 class Layout:
     """A project's weight names. The regular-expression substitutions `SHARED` and then `names` map our names to the
     project's."""
 
     title: str
-    kind: Any
-    """Our network for the weights, a subclass of `Autoencoder`."""
-    fits: Callable[[Weights], bool]
-    """Whether weights have this project's names and, for the first layers, shapes."""
-    sizes: Callable[[Shapes], dict[str, Any]]
-    """Derives the part of the configuration that shapes determine. Raises `WeightsError`."""
+    kind: Any  # our network for the weights, a subclass of `Autoencoder`
+    fits: Callable[[Weights], bool]  # whether weights have this project's names and, for the first layers, shapes
+    sizes: Callable[[Shapes], dict[str, Any]]  # the configuration that shapes determine; raises `WeightsError`
     names: tuple[tuple[str, str], ...]
-    training: str = r"(?!)"
-    """Pattern of weights that only training needs."""
-    finest_first: bool = False
-    """Whether the decoder's levels are numbered from the finest, the reverse of their order of execution."""
-    prepare: Callable[[Weights], Weights] = unchanged
-    """Converts weights to our form, keeping the project's names."""
-    settings: SettingsReader | None = None
-    """Reads the `config.json` beside the weights, if the project writes one."""
+    training: str = r"(?!)"  # pattern of weights that only training needs
+    finest_first: bool = False  # whether the decoder's levels are numbered against their order of execution
+    prepare: Callable[[Weights], Weights] = lambda weights: weights  # converts weights to our form, under their names
+    settings: SettingsReader | None = None  # reads the `config.json` beside the weights, if the project writes one
     needs_settings: bool = False
-    more: dict[str, Any] = field(default_factory=dict)
-    """Configuration that shapes do not determine."""
+    more: dict[str, Any] = field(default_factory=dict)  # configuration that shapes do not determine
 
     def published(self, key: str, levels: int) -> str:
         """Return the project's name for our weight `key`, in a network of `levels` levels."""
@@ -85,7 +72,6 @@ class Shapes:
         return shape
 
     def has(self, key: str) -> bool:
-        """Return whether this weight exists."""
         return self.layout.published(key, self.levels) in self.weights
 
     def count(self, key: str) -> int:
@@ -93,7 +79,6 @@ class Shapes:
         return next(index for index in range(len(self.weights) + 1) if not self.has(key.format(index)))
 
     def stem_and_levels(self) -> dict[str, Any]:
-        """Return `channels`, `widths`, `stem` and `blocks` of an encoder."""
         stem = self.of("encoder.stem.weight")
         levels = range(max(1, self.levels))  # with zero levels, report level 0 as missing
         widths = tuple(self.of(f"encoder.levels.{level}.blocks.0.conv1.weight")[0] for level in levels)
@@ -105,6 +90,5 @@ class Shapes:
         }
 
     def codebook(self) -> dict[str, Any]:
-        """Return the configuration of a `vq` quantizer."""
         codes, dim = self.of("quantizer.codebook", axes=2)
         return {"kind": "vq", "codes": codes, "dim": dim}

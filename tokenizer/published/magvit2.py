@@ -7,7 +7,7 @@ encodes the signs of 18 channels (`lfq`).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ from ..autoencoder import Autoencoder
 from ..config import ModelConfig, Node
 from ..layers import group_norm
 from ..quantizers.lfq import LFQConfig
-from ..vqgan import conv3
-from .layouts import Layout, Shapes, Weights
-from .plain import PLAIN_NAMES, Block, Level, PlainConfig, decoder_ends, encoder, level_blocks
+from ..vqgan import Block, Level, conv3
+from .layouts import Layout, Weights
+from .plain import PLAIN_NAMES, PlainConfig, decoder_ends, level_blocks, plain_encoder
 from .vqgans import take_averages
 
 EPS = 1e-6
@@ -42,12 +42,12 @@ class OpenMAGVIT2(Autoencoder, name="magvit2"):
 
     def __init__(self, config: MAGVIT2Config) -> None:
         super().__init__(config, config.factor)
-        self.encoder = encoder(config, self.quantizer.dim, Block, lambda width: nn.Conv2d(width, width, 3, 2, 1))
-        self.decoder = Decoder(config, self.quantizer.dim, self.outputs)
+        self.encoder = plain_encoder(config, self.quantizer.dim, Block, lambda width: nn.Conv2d(width, width, 3, 2, 1))
+        self.decoder = AdaptiveDecoder(config, self.quantizer.dim, self.outputs)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-class Decoder(nn.Module):
+class AdaptiveDecoder(nn.Module):
     """Maps `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, coarsest level first."""
 
     def __init__(self, config: MAGVIT2Config, dim: int, outputs: int) -> None:
@@ -59,7 +59,8 @@ class Decoder(nn.Module):
         for level, wide in reversed(list(enumerate(config.widths))):
             self.adaptive.append(AdaptiveNorm(width, config.groups, dim))
             blocks = level_blocks(config, Block, width, wide)
-            self.levels.append(Level(blocks, Double(wide) if level else nn.Identity()))
+            double = nn.Sequential(conv3(wide, 4 * wide), nn.PixelShuffle(2)) if level else nn.Identity()
+            self.levels.append(Level(blocks, double))
             width = wide
         self.norm, self.head = after["norm"], after["head"]
 
@@ -92,17 +93,7 @@ class AdaptiveNorm(nn.Module):
         return normalised * scale[..., None, None] + shift[..., None, None]
 
 
-class Double(nn.Sequential):
-    """Doubles height and width by a 3x3 convolution and a pixel shuffle."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(conv3(width, 4 * width), nn.PixelShuffle(2))
-
-
-# Weights
-
-
-def prepare(weights: Weights) -> Weights:
+def prepare_magvit2(weights: Weights) -> Weights:
     """Use running means, and reorder the outputs of upsampling convolutions from (sub-pixel, channel) to torch's
     (channel, sub-pixel)."""
     prepared = take_averages(weights)
@@ -112,16 +103,14 @@ def prepare(weights: Weights) -> Weights:
     return prepared
 
 
-def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of a `magvit2`."""
-    return {**shapes.stem_and_levels(), "quantizer": {"kind": "lfq", "bits": shapes.of("encoder.head.weight")[0]}}
-
-
 MAGVIT2 = Layout(
     "Open-MAGVIT2",
     OpenMAGVIT2,
     lambda weights: "encoder.mid_block.0.conv1.weight" in weights,
-    sizes,
+    lambda shapes: {
+        **shapes.stem_and_levels(),
+        "quantizer": {"kind": "lfq", "bits": shapes.of("encoder.head.weight")[0]},
+    },
     (
         (r"\.middle\.", ".mid_block."),
         (r"^encoder\.(.*)\.resample\.", r"encoder.\1.downsample."),
@@ -132,5 +121,5 @@ MAGVIT2 = Layout(
     ),
     training=r"loss\.|model_ema\.",
     finest_first=True,
-    prepare=prepare,
+    prepare=prepare_magvit2,
 )

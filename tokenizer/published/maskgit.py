@@ -7,7 +7,7 @@ trained with it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -17,9 +17,9 @@ from ..autoencoder import Autoencoder
 from ..config import ModelConfig, Node
 from ..layers import Upsample
 from ..quantizers.vq import VQConfig
-from ..vqgan import named_sequential
-from .layouts import Layout, Shapes
-from .plain import PLAIN_NAMES, Block, Level, PlainConfig, decoder_ends, encoder, level_blocks
+from ..vqgan import Block, Level, named_sequential
+from .layouts import Layout
+from .plain import PLAIN_NAMES, PlainConfig, decoder_ends, level_blocks, plain_encoder
 
 
 class MaskGITConfig(PlainConfig):
@@ -37,8 +37,8 @@ class MaskGIT(Autoencoder, name="maskgit"):
 
     def __init__(self, config: MaskGITConfig) -> None:
         super().__init__(config, config.factor)
-        self.encoder = encoder(config, self.quantizer.dim, MaskGITBlock, lambda width: nn.AvgPool2d(2))
-        self.decoder = decoder(config, self.quantizer.dim, self.outputs)
+        self.encoder = plain_encoder(config, self.quantizer.dim, MaskGITBlock, lambda width: nn.AvgPool2d(2))
+        self.decoder = maskgit_decoder(config, self.quantizer.dim, self.outputs)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -52,15 +52,15 @@ class MaskGIT(Autoencoder, name="maskgit"):
 class MaskGITBlock(Block):
     """A block that outputs the residual plus a 1x1 convolution of the residual if the width changes."""
 
-    def shortcut(self, width: int, wide: int) -> nn.Module:
-        return nn.Conv2d(wide, wide, 1, bias=False)
+    def shortcut(self, width: int, wide: int, bias: bool) -> nn.Module:
+        return nn.Conv2d(wide, wide, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.residual(x)
         return residual + (x if isinstance(self.skip, nn.Identity) else self.skip(residual))
 
 
-def decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
+def maskgit_decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
     """Build a network from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, coarsest level first."""
     width, levels = config.widths[-1], []
     before, after = decoder_ends(config, dim, outputs, MaskGITBlock)
@@ -71,16 +71,11 @@ def decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
     return named_sequential(**before, levels=nn.Sequential(*levels), **after)
 
 
-def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of a `maskgit`."""
-    return {**shapes.stem_and_levels(), "quantizer": shapes.codebook()}
-
-
 MASKGIT = Layout(
     "MaskGIT-VQGAN",
     MaskGIT,
     lambda weights: {"encoder.mid.0.conv1.weight", "encoder.down.0.block.0.conv1.weight"} <= set(weights),
-    sizes,
+    lambda shapes: {**shapes.stem_and_levels(), "quantizer": shapes.codebook()},
     ((r"\.middle\.", ".mid."), (r"\.resample\.1\.", ".upsample_conv."), *PLAIN_NAMES),
     finest_first=True,
 )

@@ -11,7 +11,7 @@ from ..vqgan import VQGAN
 from .layouts import Layout, Shapes, Weights
 
 # Columns: our pattern, then the names in diffusers, taming-transformers and LlamaGen.
-PARTS = (
+LAYER_NAMES = (
     (r"^(encoder|decoder)\.norm\.", r"\1.conv_norm_out.", r"\1.norm_out.", r"\1.norm_out."),
     (r"\.middle\.0\.", ".mid_block.resnets.0.", ".mid.block_1.", ".mid.0."),
     (r"\.middle\.1\.", ".mid_block.attentions.0.", ".mid.attn_1.", ".mid.1."),
@@ -25,16 +25,21 @@ PARTS = (
     (r"\.out\.", ".to_out.0.", ".proj_out.", ".proj_out."),
     (r"\.skip\.", ".conv_shortcut.", ".nin_shortcut.", ".nin_shortcut."),
 )
-TAMING_NAMES = tuple((ours, name) for ours, _, name, _ in PARTS)
+TAMING_NAMES = tuple((ours, name) for ours, _, name, _ in LAYER_NAMES)
 TAMING_FIRST = "encoder.down.0.block.0.conv1.weight"  # present in every layout with taming-transformers' names
 # Attention names before diffusers 0.15.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+DIFFUSERS_SIZES = {  # settings that the shapes of the weights determine
+    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels"),
+    *("num_vq_embeddings", "vq_embed_dim", "mid_block_add_attention"),
+}
+
 
 # Weights
 
 
 def rename_old_attention(weights: Weights) -> Weights:
-    """Rename attention weights to diffusers' current names."""
     renamed = {}
     for key, value in weights.items():
         for old, new in OLD_ATTENTION.items():
@@ -66,7 +71,7 @@ def network_sizes(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def sizes(shapes: Shapes) -> dict[str, Any]:
+def vqgan_sizes(shapes: Shapes) -> dict[str, Any]:
     """Return the configuration of a `vqgan`."""
     quantizer: dict[str, Any] = {"kind": "gumbel"}
     if shapes.has("quantizer.proj.weight"):
@@ -85,10 +90,8 @@ def is_coarsest_first(weights: Weights) -> bool:
 
 # The weights' `config.json`
 
-Settings = dict[str, Any]
 
-
-def diffusers_settings(settings: Settings, sizes: Settings, path: Path) -> Settings:
+def diffusers_settings(settings: dict[str, Any], sizes: dict[str, Any], path: Path) -> dict[str, Any]:
     """Read `image_size` and `groups` of diffusers' `VQModel`. Raises `FormatError` or `ConfigError`, also for an
     unknown setting, which might change the model."""
     name = settings.get("_class_name")
@@ -100,57 +103,33 @@ def diffusers_settings(settings: Settings, sizes: Settings, path: Path) -> Setti
         "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
     }
-    counted = {
-        "in_channels": sizes["channels"],
-        "out_channels": sizes["channels"],
-        "block_out_channels": list(sizes["widths"]),
-        "layers_per_block": sizes["blocks"],
-        "latent_channels": sizes["z_channels"],
-        "num_vq_embeddings": sizes["quantizer"]["codes"],
-        "vq_embed_dim": sizes["quantizer"]["dim"],
-        "mid_block_add_attention": sizes["mid_attention"],
-    }
+    require_allowed(settings, allowed, path)
     harmless = {"sample_size", "norm_num_groups", "scaling_factor", "lookup_from_codebook", "force_upcast"}
-    check_settings(settings, allowed, counted, path)
     for key in settings:
-        if key not in allowed.keys() | counted.keys() | harmless and not key.startswith("_"):
+        if key not in allowed.keys() | DIFFUSERS_SIZES | harmless and not key.startswith("_"):
             raise ConfigError(f"{path}: {key}: unknown setting, which might change the model")
     return {"image_size": settings.get("sample_size", 32), "groups": settings.get("norm_num_groups", 32)}
 
 
-def transformers_settings(settings: Settings, sizes: Settings, path: Path) -> Settings:
+def transformers_settings(settings: dict[str, Any], sizes: dict[str, Any], path: Path) -> dict[str, Any]:
     """Read `image_size`, if known, of transformers' `JanusVQVAE` or of a model that contains one; ignore settings of
     other models. Raises `ConfigError`."""
     settings = settings.get("vq_config", settings)
     if not isinstance(settings, dict) or settings.get("model_type") != "janus_vqgan":
         return {}
-    quantizer, stem, factor = sizes["quantizer"], sizes["stem"] or sizes["widths"][0], 2 ** (len(sizes["widths"]) - 1)
-    counted = {
-        "in_channels": sizes["channels"],
-        "out_channels": sizes["channels"],
-        "base_channels": stem,
-        "channel_multiplier": [width // stem for width in sizes["widths"]],
-        "num_res_blocks": sizes["blocks"],
-        "latent_channels": sizes["z_channels"],
-        "num_embeddings": quantizer["codes"],
-        "embed_dim": quantizer["dim"],
-    }
-    check_settings(settings, {"num_attention_heads": (1,), "double_latent": (False,)}, counted, path)
+    require_allowed(settings, {"num_attention_heads": (1,), "double_latent": (False,)}, path)
     patches = settings.get("num_patches")
-    return {"image_size": patches * factor} if isinstance(patches, int) else {}
+    return {"image_size": patches * 2 ** (len(sizes["widths"]) - 1)} if isinstance(patches, int) else {}
 
 
-def check_settings(settings: Settings, allowed: dict[str, tuple[Any, ...]], counted: Settings, path: Path) -> None:
-    """Raise `ConfigError` unless settings in `allowed` have an allowed value, and settings in `counted` agree with the
-    weights."""
-    for key, value in settings.items():
-        if key in allowed:
-            wrong = [part for part in (value if isinstance(value, list) else [value]) if part not in allowed[key]]
-            if wrong:
-                choices = ", ".join(map(str, allowed[key]))
-                raise ConfigError(f"{path}: {key}: only {choices} can be imported (found {wrong[0]!r})")
-        elif key in counted and value not in (counted[key], None):
-            raise ConfigError(f"{path}: {key}: {value!r} differs from the weights, which have {counted[key]!r}")
+def require_allowed(settings: dict[str, Any], allowed: dict[str, tuple[Any, ...]], path: Path) -> None:
+    """Raise `ConfigError` for a setting, or an item of a list, that has another value than those allowed."""
+    for key, choices in allowed.items():
+        value = settings.get(key, choices[0])
+        wrong = [part for part in (value if isinstance(value, list) else [value]) if part not in choices]
+        if wrong:
+            only = ", ".join(map(str, choices))
+            raise ConfigError(f"{path}: {key}: only {only} can be imported (found {wrong[0]!r})")
 
 
 # Layouts
@@ -159,9 +138,9 @@ DIFFUSERS = Layout(
     "diffusers VQModel",
     VQGAN,
     lambda weights: "encoder.down_blocks.0.resnets.0.conv1.weight" in weights,
-    sizes,
+    vqgan_sizes,
     (
-        *((ours, name) for ours, name, _, _ in PARTS),
+        *((ours, name) for ours, name, _, _ in LAYER_NAMES),
         (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
         (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     ),
@@ -173,12 +152,12 @@ TAMING = Layout(
     "taming-transformers VQGAN",
     VQGAN,
     lambda weights: TAMING_FIRST in weights,
-    sizes,
+    vqgan_sizes,
     TAMING_NAMES,
     training=r"loss\.|model_ema\.|quantize\.embedding\.(cluster_size|embed_avg)$",
     finest_first=True,
 )
-IBQ = replace(TAMING, title="SEED-Voken IBQ", prepare=take_averages, more={"quantizer": {"kind": "ibq"}})
+SEED_IBQ = replace(TAMING, title="SEED-Voken IBQ", prepare=take_averages, more={"quantizer": {"kind": "ibq"}})
 JANUS = replace(
     TAMING,
     title="transformers JanusVQVAE",
@@ -191,8 +170,8 @@ LLAMAGEN = Layout(
     "LlamaGen VQ",
     VQGAN,
     lambda weights: "encoder.conv_blocks.0.res.0.conv1.weight" in weights,
-    sizes,
-    tuple((ours, name) for ours, _, _, name in PARTS),
+    vqgan_sizes,
+    tuple((ours, name) for ours, _, _, name in LAYER_NAMES),
     training=r"quantize\.codebook_used$",
     more={"quantizer": {"normalize": True}},
 )

@@ -33,13 +33,10 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
 
     vocab_size: int
     dim: int
-    levels: int = 1
-    """Ids per position: level `l` of row `r` is row `l * rows + r` of the token grid, coarse levels first."""
-    has_means: bool = False
-    """Whether codes stand for the means of their nearest vectors, so that `lloyd_step` can improve them."""
+    levels: int = 1  # ids per position: level l of row r is row l * rows + r of the token grid, coarse levels first
+    has_means: bool = False  # whether codes are means of their nearest vectors, so that `lloyd_step` can improve them
     scales: Scales = ()
-    """(height, width) of each map of ids, coarse to fine, for a multi-scale quantizer; vectors form a map of the last
-    size."""
+    """(height, width) of each map of ids, coarse to fine, if there are several; vectors form a map of the last size."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -98,7 +95,6 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
         return self._quantize(z).tokens
 
     def check_channels(self, z: Tensor) -> None:
-        """Raise `ValueError` for vectors `z` of another width."""
         if z.shape[1] != self.dim:
             raise ValueError(f"z should have {self.dim} channels, got {z.shape[1]}")
 

@@ -28,12 +28,8 @@ MIN_LOGIT = -60.0  # relative to the largest, so that no probability is 0, or de
 
 
 class ChoiceOptions(NamedTuple):
-    """Options of `choose`.
-
-    temperature: of the softmax that passes gradients. entropy_temperature: of the noise-free softmax whose entropy is
-    returned. hard: return the chosen code's value, else the mean under the softmax. seed: of the Gumbel noise; None
-    disables noise.
-    """
+    """temperature: of the softmax that passes gradients. entropy_temperature: of the noise-free softmax whose entropy
+    is returned. hard: return the chosen code's value, else the softmax's mean. seed: of the Gumbel noise, if any."""
 
     temperature: float = 1.0
     entropy_temperature: float = 1.0
@@ -115,7 +111,6 @@ class _Noise:
         self.generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
 
     def add_to(self, logits: Tensor) -> Tensor:
-        """Add the next block of noise to `logits`, in place."""
         if self.generator is None:
             return logits
         tiny = torch.finfo(logits.dtype).tiny
@@ -124,7 +119,6 @@ class _Noise:
 
 
 def _block_size(rows: Tensor, weight: Tensor) -> int:
-    """Return the number of rows per block."""
     elements = BLOCK_ELEMENTS if rows.device.type == "cpu" else 64 * BLOCK_ELEMENTS
     return max(1, elements // len(weight))
 

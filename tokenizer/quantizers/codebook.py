@@ -22,8 +22,6 @@ SEARCH_ELEMENTS = 1 << 20
 
 
 class CodebookConfig(ModelConfig):
-    """Settings shared by all codebooks."""
-
     codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
     dim: int = Field(64, ge=1, le=4096, description="width of a code")
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls vectors to their codes")
@@ -43,8 +41,16 @@ class CodebookConfig(ModelConfig):
             yield f"normalize: needs a dim of 2 or more (got {self.dim})"
 
 
+class CountedConfig(CodebookConfig):
+    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch")
+    revive_below: float = Field(
+        0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
+    )
+    revive_every: int = Field(10, ge=1, description="training batches between revivals")
+
+
 class Codebook(SelfUpdating, Quantizer):
-    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim) and its losses.
+    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim).
 
     With `normalize`, directions are compared and looked up (Yu et al. 2021, ViT-VQGAN).
     """
@@ -63,14 +69,13 @@ class Codebook(SelfUpdating, Quantizer):
         return F.normalize(self.codebook.clone(), dim=1)  # `update` may write to the codebook before a backward pass
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Look up the codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return F.embedding(tokens, self.table()).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:
         rows = self.comparable(rows_of(z))
         recorded = self.may_record(rows.detach())
         table = self.table()
-        tokens = nearest(rows.detach(), table.detach())
+        tokens = nearest_codes(rows.detach(), table.detach())
         codes = F.embedding(tokens, table)
         losses = self.losses(rows, codes)
         z_q = pass_gradient(self.config.gradient, rows, codes)
@@ -79,7 +84,7 @@ class Codebook(SelfUpdating, Quantizer):
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def _encode(self, z: Tensor) -> Tensor:
-        tokens = nearest(self.comparable(rows_of(z)), self.table())
+        tokens = nearest_codes(self.comparable(rows_of(z)), self.table())
         return tokens.reshape(z.shape[0], *z.shape[2:])
 
     def comparable(self, rows: Tensor) -> Tensor:
@@ -87,13 +92,17 @@ class Codebook(SelfUpdating, Quantizer):
         return F.normalize(rows, dim=1) if self.config.normalize else rows
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return unweighted scalar losses of rows `(n, dim)` and their codes `(n, dim)`."""
-        raise NotImplementedError
+        """Return |sg(z) - e|^2 and |z - sg(e)|^2 of rows z and their codes e, `(n, dim)`, averaged over elements."""
+        return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"codebook": 1.0, "commitment": self.config.beta}
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
         """Run k-means over the rows `(n, dim)` of all ranks and use rank 0's result everywhere. With fewer rows than
-        codes, repeat them with a little noise and skip k-means."""
+        codes, repeat them with a little noise."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         iterations = self.config.kmeans_iterations
         if len(sample) < self.vocab_size:
@@ -107,18 +116,13 @@ class Codebook(SelfUpdating, Quantizer):
 
 
 class CountedCodebook(Codebook):
-    """Counts code usage, and revives rarely used codes by moving them to vectors of the batch.
-
-    `config` has `decay`, `revive_below` and `revive_every`.
-    """
+    """Counts code usage, and revives rarely used codes by moving them to vectors of the batch."""
 
     has_means = True
-    counts: Tensor
-    """Running mean of each code's use per batch, (codes,)."""
+    counts: Tensor  # (codes,) running mean of each code's use per batch
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means, and set all usage counts equal."""
         super().start(rows)
         self.counts.fill_(len(rows) * world_size() / self.vocab_size)
 
@@ -135,7 +139,6 @@ class CountedCodebook(Codebook):
         self.codebook.copy_(means)
 
     def revives(self, step: int) -> bool:
-        """Return whether dead codes are revived after this step."""
         return (step + 1) % self.config.revive_every == 0
 
     def dead_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,9 +160,8 @@ def map_of(rows: Tensor, z: Tensor) -> Tensor:
     return rows.reshape(z.shape[0], *z.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, in
-    blocks of rows."""
+def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index `(n,)` of the code `(V, D)` nearest to each row `(n, D)`: argmin |e|^2 - 2 z.e, in blocks."""
     squares, transposed = codebook.square().sum(1), codebook.t()
     elements = SEARCH_ELEMENTS if rows.device.type == "cpu" else 64 * SEARCH_ELEMENTS
     blocks = rows.split(max(1, elements // len(codebook)))
@@ -173,11 +175,10 @@ def uses(tokens: Tensor, size: int) -> Tensor:
 
 
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
-    """Run Lloyd's algorithm from the first `clusters` rows, and return the centres (clusters, D). Empty clusters keep
-    their centre."""
+    """Run Lloyd's algorithm from the first rows; return the centres (clusters, D). Empty clusters keep theirs."""
     centres = rows[:clusters].clone()
     for _ in range(iterations):
-        tokens = nearest(rows, centres)
+        tokens = nearest_codes(rows, centres)
         counts = uses(tokens, clusters).unsqueeze(1)
         sums = torch.zeros_like(centres).index_add_(0, tokens, rows)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from .codebook import CodebookConfig, CountedCodebook, uses
+from .codebook import CountedCodebook, CountedConfig, uses
 from .updates import sum_over_ranks
 
 
-class EMAConfig(CodebookConfig):
-    """How fast the codebook moves, and when a code counts as dead."""
-
+class EMAConfig(CountedConfig):
     decay: float = Field(
         0.9,
         ge=0,
@@ -27,10 +25,6 @@ class EMAConfig(CodebookConfig):
         description="decay of the running counts and sums, per training batch; an unused code counts as dead after "
         "about 3 / (1 - decay) batches; long runs can use 0.99",
     )
-    revive_below: float = Field(
-        0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
-    )
-    revive_every: int = Field(10, ge=1, description="training batches between revivals")
 
 
 class EMA(CountedCodebook, name="ema"):
@@ -47,16 +41,13 @@ class EMA(CountedCodebook, name="ema"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """beta for the commitment; the codebook needs no loss."""
         return {"commitment": self.config.beta}
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return the commitment |z - sg(e)|^2, averaged over elements."""
         return {"commitment": F.mse_loss(rows, codes)}
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means, and set all usage counts equal."""
         super().start(rows)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 

@@ -22,8 +22,6 @@ from .gradients import straight_through
 
 
 class FSQConfig(ModelConfig):
-    """Number of levels of each channel."""
-
     levels: tuple[Annotated[int, Field(ge=3, le=256)], ...] = Field(
         (8, 8, 8),
         min_length=1,
@@ -65,7 +63,6 @@ class FSQ(Quantizer, name="fsq"):
         return (z + torch.atanh(offset / reach)).tanh() * reach - offset
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Return the rounded channels of `tokens` `(B, *spatial)`, scaled to [-1, 1]: `(B, dim, *spatial)`."""
         half = self.sizes // 2
         digits = tokens.unsqueeze(-1) // self.radix % self.sizes
         return ((digits - half).float() / half).movedim(-1, 1)

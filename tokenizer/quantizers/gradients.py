@@ -54,5 +54,4 @@ def rotate_through(z: Tensor, codes: Tensor) -> Tensor:
 
 
 def pass_gradient(kind: str, z: Tensor, codes: Tensor) -> Tensor:
-    """Return `codes` with the gradient estimator `kind`."""
     return {"straight_through": straight_through, "rotation": rotate_through}[kind](z, codes)

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .choice import ChoiceOptions, choose
-from .codebook import first_rows, kmeans, map_of, nearest, rows_of
+from .codebook import first_rows, kmeans, map_of, nearest_codes, rows_of
 from .updates import SelfUpdating, world_size
 
 
 class GumbelConfig(ModelConfig):
-    """The codebook, and the annealing of the temperature."""
-
     codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
     dim: int = Field(64, ge=1, le=4096, description="width of a code")
     hard: bool = Field(
@@ -64,7 +62,6 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Look up the codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return self.embed(tokens).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:
@@ -89,7 +86,7 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
         if len(sample) < self.vocab_size:
             return
         centres = kmeans(sample, self.vocab_size, self.config.kmeans_iterations)
-        spread = F.mse_loss(sample, centres[nearest(sample, centres)])
+        spread = F.mse_loss(sample, centres[nearest_codes(sample, centres)])
         # The spread is near 0 if rows hardly outnumber codes.
         spread = spread.clamp(min=0.01 * sample.var(0).mean()).clamp(min=1e-6)
         self.embed.weight.copy_(centres)

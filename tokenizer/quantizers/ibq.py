@@ -64,7 +64,6 @@ class IBQ(Codebook, name="ibq"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """1 for losses that pull vectors, beta for the loss that pulls codes, and the configured entropy weights."""
         weights = {"index": 1.0, "commitment": 1.0, "codebook": self.config.beta}
         return {**weights, "entropy": self.config.entropy, "diversity": self.config.diversity}
 

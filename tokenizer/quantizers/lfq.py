@@ -25,8 +25,6 @@ LARGEST = 18  # bits of an id, and of a group
 
 
 class LFQConfig(ModelConfig):
-    """Number of bits, and the losses that keep them in use."""
-
     bits: int = Field(9, ge=2, le=256, description="number of channels, each of which becomes one bit")
     levels: int = Field(
         1,
@@ -75,7 +73,6 @@ class LFQ(Quantizer, name="lfq"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """beta for the commitment, and the configured entropy weights."""
         return {"commitment": self.config.beta, "entropy": self.config.entropy, "diversity": self.config.diversity}
 
     def project(self, z: Tensor) -> Tensor:
@@ -101,7 +98,6 @@ class LFQ(Quantizer, name="lfq"):
         }
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Look up the codes `(B, bits, *spatial)` of `tokens` `(B, levels * rows, ...)`."""
         ids = torch.stack(tokens.chunk(self.levels, dim=1), -1)
         bits = ids.unsqueeze(-1) // self.places % 2
         return self._codes(bits.flatten(-2) == 1).movedim(-1, 1)

@@ -22,7 +22,7 @@ from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from .base import Quantized, Quantizer
-from .codebook import Codebook, map_of, nearest, rows_of
+from .codebook import Codebook, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .updates import SelfUpdating, mean_over_ranks
@@ -34,8 +34,6 @@ DECAY = 0.9  # of the running means, per training batch, if the codebook has no 
 
 
 class MultiScaleConfig(ModelConfig):
-    """The scales, and their common codebook."""
-
     scales: tuple[Annotated[int, Field(ge=1, le=256)] | str, ...] = Field(
         (1, 2, 4, 7),
         min_length=1,
@@ -99,12 +97,9 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
     """
 
     Config = MultiScaleConfig
-    mean: Tensor
-    """(dim,) running mean of the latents, the first term of the sum; zero without `center`."""
-    squares: Tensor
-    """(scales,) running mean square of each scale's residuals."""
-    left: Tensor
-    """(scales,) running share of the latents' variance that remains after each scale."""
+    mean: Tensor  # (dim,) running mean of the latents, the first term of the sum; zero without `center`
+    squares: Tensor  # (scales,) running mean square of each scale's residuals
+    left: Tensor  # (scales,) running share of the latents' variance that remains after each scale
 
     def __init__(self, config: MultiScaleConfig) -> None:
         super().__init__(config)
@@ -121,7 +116,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The codebook's beta for `commitment`, 1 for `codebook`, and the codebook's other weights."""
         others = {k: v for k, v in self.book.loss_weights.items() if k not in ("commitment", "codebook")}
         learned = {"codebook": 1.0} if self.learned else {}
         return {"commitment": getattr(self.config.book, "beta", 0.25), **learned, **others}
@@ -132,19 +126,15 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return {f"left_{by(sides)}": share for sides, share in zip(self.scales, self.left, strict=True)}
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Return a single axis for the ids of all scales. Raises `ConfigError` unless the last scale has the size of
-        the latents."""
         if self.scales[-1] != (height, width):
             size, scales = by((height, width)), ", ".join(map(by, self.scales))
             raise ConfigError(f"quantizer.scales: must end with the latents' size {size} (got {scales})")
         return (sum(areas(self.scales)),)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Return the sums of codes `(B, dim, H, W)` of `tokens` `(B, L)`."""
         return self.lookup_scales(tokens, len(self.scales))
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """Look up only the first `count` scales. Raises `ValueError` if there are fewer."""
         if not 1 <= count <= len(self.scales):
             raise ValueError(f"count should be 1 to {len(self.scales)}, the number of scales (got {count})")
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
@@ -158,7 +148,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return self.squares.clamp(min=1e-12).sqrt()
 
     def _table(self) -> Tensor | None:
-        """Return the codes `(codes, dim)`, or None for a codebook without a table."""
         return self.book.table() if isinstance(self.book, Codebook) else None
 
     def _codes(self, ids: Tensor, table: Tensor | None) -> Tensor:
@@ -174,8 +163,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return up.lerp(self.phis[self._phi_of(k)](up), 0.5) if self.phis else up
 
     def _phi_of(self, k: int) -> int:
-        """Return the index of scale `k`'s convolution: scales and convolutions are spread evenly over [0, 1], and each
-        scale uses the nearest. Four convolutions are spread slightly wider, as in VAR."""
+        """Return the index of the convolution nearest to scale `k`, both spread evenly over [0, 1]. Four convolutions
+        are spread slightly wider, as in VAR."""
         margin = 1 / (3 if len(self.phis) == 4 else 2) / len(self.phis)
         ticks = torch.linspace(margin, 1 - margin, len(self.phis), dtype=torch.float64, device="cpu")
         return int((ticks - k / max(1, len(self.scales) - 1)).abs().argmin())
@@ -206,12 +195,11 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return found
 
     def _search(self, vectors: Tensor, table: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the codebook's losses other than the
-        commitment."""
+        """Return the ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the codebook's losses but the commitment."""
         if table is None:
             found = self.book.quantize(vectors)
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
-        ids = nearest(rows_of(vectors.detach()), table.detach())
+        ids = nearest_codes(rows_of(vectors.detach()), table.detach())
         return ids.reshape(vectors.shape[0], *vectors.shape[2:]), {}
 
     def _truncate(self, sums: list[Tensor]) -> Tensor:
@@ -234,7 +222,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Initialize mean, root mean squares and codebook from latents `z` `(B, dim, H, W)`."""
         if self.config.center:
             self.mean.copy_(mean_over_ranks(z.mean((0, 2, 3))))
         self._start(self._perfect(z))
@@ -250,8 +237,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return rests
 
     def _start(self, rests: list[Tensor]) -> None:
-        """Set each scale's root mean square, and fit the codebook by k-means to the normalised residuals, using equally
-        many from each scale, or all from a smaller scale. (Duplicate vectors would tie between two centres.)"""
+        """Set each scale's root mean square, and fit the codebook to equally many normalised residuals of each scale,
+        or all of a smaller scale. (Duplicate vectors would tie between two centres.)"""
         if self.config.rms:
             self.squares.copy_(mean_over_ranks(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):

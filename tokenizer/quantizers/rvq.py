@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, Node
 from .base import Quantized, Quantizer
-from .codebook import CodebookConfig, map_of, nearest, rows_of
+from .codebook import CodebookConfig, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 
@@ -27,8 +27,6 @@ SHARED_STARTS = 2  # the first reduces the error by 15 to 90 %, the second by up
 
 
 class RVQConfig(ModelConfig):
-    """Number of levels, and their codebooks."""
-
     depth: int = Field(
         4, ge=1, le=64, description="ids per position; each quantizes the residual of the preceding ones"
     )
@@ -71,17 +69,13 @@ class RVQ(Quantizer, name="rvq"):
         return self.books[0].loss_weights
 
     def tables(self) -> list[Tensor]:
-        """Return the codes of each level, `(codes, dim)`."""
         return self._per_level([book.table() for book in self.books])
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Return the sums of codes `(B, dim, *spatial)`, added coarse to fine, of `tokens` `(B, levels * rows,
-        ...)`."""
         levels = zip(tokens.chunk(self.levels, 1), self.tables(), strict=True)
-        return add_up(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
+        return sum_in_order(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
 
     def _per_level(self, per_book: Any) -> list[Any]:
-        """Expand a list with one entry per book to one entry per level."""
         return list(per_book) * (self.levels // len(self.books))
 
     def _quantize(self, z: Tensor) -> Quantized:
@@ -89,7 +83,7 @@ class RVQ(Quantizer, name="rvq"):
         recorded = self.books[0].may_record(rows.detach(), self.start)
         residuals, tokens, codes = self._descend(rows, self.tables())
         losses = self._losses(residuals, codes)
-        z_q = pass_gradient(self.config.book.gradient, rows, add_up(codes))
+        z_q = pass_gradient(self.config.book.gradient, rows, sum_in_order(codes))
         if recorded:
             self._record(residuals, tokens)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
@@ -100,7 +94,7 @@ class RVQ(Quantizer, name="rvq"):
         codes `(n, dim)`."""
         residuals, tokens, codes = [rows], [], []
         for table in tables:
-            tokens.append(nearest(residuals[-1].detach(), table.detach()))
+            tokens.append(nearest_codes(residuals[-1].detach(), table.detach()))
             codes.append(F.embedding(tokens[-1], table))
             residuals.append(residuals[-1] - codes[-1].detach())
         return residuals[:-1], tokens, codes
@@ -136,14 +130,13 @@ class RVQ(Quantizer, name="rvq"):
             self.books[0].lloyd_step(every)
 
     def _record(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
-        """Record for each codebook the vectors of all its levels."""
         each = self.levels // len(self.books)
         for index, book in enumerate(self.books):
             levels = slice(index * each, (index + 1) * each)
             book.record(interleave(residuals[levels]).detach(), interleave(tokens[levels]))
 
 
-def add_up(codes: Iterable[Tensor]) -> Tensor:
+def sum_in_order(codes: Iterable[Tensor]) -> Tensor:
     """Sum in order, so that rounding is always the same."""
     return reduce(torch.add, codes)
 

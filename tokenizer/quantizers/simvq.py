@@ -9,7 +9,6 @@ and stay there, because all codes move together.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codebook import Codebook, CodebookConfig
@@ -32,16 +31,7 @@ class SimVQ(Codebook, name="simvq"):
         nn.init.eye_(self.map.weight)
         nn.init.zeros_(self.map.bias)
 
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """1 for the codebook loss, beta for the commitment."""
-        return {"codebook": 1.0, "commitment": self.config.beta}
-
     def table(self) -> Tensor:
         """Return the mapped codes, (codes, dim), of length 1 with `normalize`; in float32 even under autocast."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             return self.comparable(self.map(self.codebook))
-
-    def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return |sg(z) - e|^2, which trains the map, and |z - sg(e)|^2, averaged over elements."""
-        return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}

@@ -50,13 +50,9 @@ def _update_all() -> None:
 
 class SelfUpdating(nn.Module):
     """A module that updates itself in training: `start` receives the first finite batch, and `update` runs after every
-    batch.
+    batch. Statistics are summed over ranks, so all ranks hold equal modules."""
 
-    Statistics are summed over ranks, so all ranks hold equal modules.
-    """
-
-    started: Tensor
-    """Number of training batches, `()` int64."""
+    started: Tensor  # number of training batches, () int64
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -109,7 +105,6 @@ def updates_now(module: nn.Module) -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

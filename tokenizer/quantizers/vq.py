@@ -8,22 +8,14 @@ vector gets no gradient and would never move again, so rarely used codes are rev
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from .codebook import CodebookConfig, CountedCodebook, uses
+from .codebook import CountedCodebook, CountedConfig, uses
 from .updates import sum_over_ranks
 
 
-class VQConfig(CodebookConfig):
+class VQConfig(CountedConfig):
     """Settings of the codebook, and when a code counts as dead."""
-
-    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch")
-    revive_below: float = Field(
-        0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
-    )
-    revive_every: int = Field(10, ge=1, description="training batches between revivals")
 
 
 class VQ(CountedCodebook, name="vq"):
@@ -37,15 +29,6 @@ class VQ(CountedCodebook, name="vq"):
             torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes)
         )
         self.register_buffer("counts", torch.zeros(config.codes))
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """1 for the codebook loss, beta for the commitment."""
-        return {"codebook": 1.0, "commitment": self.config.beta}
-
-    def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Return |sg(z) - e|^2 and |z - sg(e)|^2, averaged over elements."""
-        return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
         """Update usage counts, and move each dead code to a vector of the batch with the mean count."""

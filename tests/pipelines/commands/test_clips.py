@@ -226,6 +226,10 @@ def test_only_clips_of_the_size_are_compressed_or_resized_ones(tmp_path, capsys)
         assert not (tmp_path / "it.smalti").exists()
     main(["compress", *argv, f"images={tmp_path / 'large.gif'}", "resize=true"])
     assert len(pipe.decompress((tmp_path / "it.smalti").read_bytes())) == 1
+    (tmp_path / "both").mkdir()
+    for name in ("large.gif", "large.npy"):
+        (tmp_path / name).rename(tmp_path / "both" / name)
+    assert ".npy clips and others" in fails(capsys, "compress", *argv, f"images={tmp_path / 'both'}", "overwrite=true")
 
 
 def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys):

@@ -174,11 +174,18 @@ def magvit2_shapes(ch, mult, *, blocks=1, bits=6, channels=3):
     return shapes | with_biases(layers)
 
 
+def normalized(x):
+    """Groups of mean zero and variance one, 32 of all channels."""
+    grouped = x.reshape(len(x), 32, -1)
+    mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, unbiased=False, keepdim=True)
+    return ((grouped - mean) / (variance + 1e-6).sqrt()).reshape(x.shape)
+
+
 class Reference:
     """Encoder and decoder, with one method per layer."""
 
-    def __init__(self, weights, groups=32):
-        self.weights, self.groups = {name: value.double() for name, value in weights.items()}, groups
+    def __init__(self, weights):
+        self.weights = {name: value.double() for name, value in weights.items()}
 
     def layer(self, name):
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
@@ -188,19 +195,20 @@ class Reference:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2 if not options else 0, **options)
 
     def norm(self, x, name):
-        grouped = x.reshape(len(x), self.groups, -1)
-        mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, unbiased=False, keepdim=True)
         weight, bias = (value.reshape(1, -1, 1, 1) for value in self.layer(name))
-        return ((grouped - mean) / (variance + 1e-6).sqrt()).reshape(x.shape) * weight + bias
+        return normalized(x) * weight + bias
 
     def swish(self, x, name):
         x = self.norm(x, name)
         return x * torch.sigmoid(x)
 
-    def block(self, x, name):
+    def block(self, x, name, of_change=False):
+        """of_change: apply the shortcut to the change of the input, as MaskGIT does."""
         h = self.conv(self.swish(x, f"{name}.norm1"), f"{name}.conv1")
         h = self.conv(self.swish(h, f"{name}.norm2"), f"{name}.conv2")
-        return h + (self.conv(x, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in self.weights else x)
+        if f"{name}.nin_shortcut.weight" in self.weights:
+            x = self.conv(h if of_change else x, f"{name}.nin_shortcut")
+        return h + x
 
     def attention(self, x, name):
         h = self.norm(x, f"{name}.norm")
@@ -270,15 +278,13 @@ def taming_levels(levels):
     return [f"down.{i}" for i in range(levels)], [f"up.{i}" for i in reversed(range(levels))]
 
 
-def taming_says(weights, levels, images, groups=32):
-    return Reference(weights, groups).run(images, taming_levels(levels), "block", TAMING_MIDDLE, normalize=False)
+def taming_says(weights, levels, images):
+    return Reference(weights).run(images, taming_levels(levels), "block", TAMING_MIDDLE, normalize=False)
 
 
-def llamagen_says(weights, levels, images, groups=32, normalize=True):
+def llamagen_says(weights, levels, images, normalize=True):
     names = [f"conv_blocks.{i}" for i in range(levels)]
-    return Reference(weights, groups).run(
-        images, (names, names), "res", ("mid.0", "mid.1", "mid.2"), normalize=normalize
-    )
+    return Reference(weights).run(images, (names, names), "res", ("mid.0", "mid.1", "mid.2"), normalize=normalize)
 
 
 def ibq_says(weights, levels, images):
@@ -347,17 +353,10 @@ def cosmos_says(weights, levels, images, steps, patch=4):
 class Bare(Reference):
     """MaskGIT-VQGAN and Open-MAGVIT2."""
 
-    def bare_block(self, x, name, of_change):
-        h = self.conv(self.swish(x, f"{name}.norm1"), f"{name}.conv1")
-        h = self.conv(self.swish(h, f"{name}.norm2"), f"{name}.conv2")
-        if f"{name}.nin_shortcut.weight" in self.weights:
-            x = self.conv(h if of_change else x, f"{name}.nin_shortcut")
-        return h + x
-
     def blocks(self, x, name, of_change):
         number = 0
         while f"{name}.{number}.conv1.weight" in self.weights:
-            x = self.bare_block(x, f"{name}.{number}", of_change)
+            x = self.block(x, f"{name}.{number}", of_change)
             number += 1
         assert number
         return x
@@ -398,10 +397,9 @@ def magvit2_says(weights, levels, images):
         gamma, gain = net.layer(f"decoder.adaptive.{level}.gamma")
         beta, offset = net.layer(f"decoder.adaptive.{level}.beta")
         scale, shift = deviation @ gamma.mT + gain, each.mean(2) @ beta.mT + offset
-        grouped = x.reshape(len(x), 32, -1)
-        variance, mean = torch.var_mean(grouped, 2, correction=0, keepdim=True)
-        x = ((grouped - mean) / (variance + 1e-6).sqrt()).reshape(x.shape)
-        x = net.blocks(x * scale[..., None, None] + shift[..., None, None], f"decoder.up.{level}.block", False)
+        x = net.blocks(
+            normalized(x) * scale[..., None, None] + shift[..., None, None], f"decoder.up.{level}.block", False
+        )
         if level:  # depth to space: the first quarter of the channels is the upper left of each 2x2
             parts = net.conv(x, f"decoder.up.{level}.upsample.conv1").chunk(4, 1)
             x = x.new_empty(*parts[0].shape[:2], 2 * x.shape[2], 2 * x.shape[3])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from givens.published import cosmos_shapes, magvit2_shapes, maskgit_shapes
 
 from tokenizer import Tokenizer
@@ -24,4 +27,13 @@ def test_the_defaults_are_the_published_network(kind):
     expected = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert sum(p.numel() for p in tokenizer.parameters()) == expected
     assert tokenizer.grid.shape == (16, 16) and tokenizer.grid.vocab_size == vocab_size
-    print(f"{kind}: {expected:,}")
+
+
+def test_the_preset_of_a_vqgan_is_llamagens_network():
+    """71.88 million parameters, as its published weights have."""
+    path = Path(__file__).parents[3] / "configs" / "tokenizer" / "vqgan_imagenet256.yaml"
+    model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    with torch.device("meta"):
+        tokenizer = Tokenizer.create(model.pop("kind"), image_size=(256, 256), channels=3, **model)
+    assert sum(p.numel() for p in tokenizer.parameters()) == 71_883_403
+    assert tokenizer.grid.shape == (16, 16) and tokenizer.grid.vocab_size == 16384

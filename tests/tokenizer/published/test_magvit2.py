@@ -31,8 +31,8 @@ def with_running_means(weights):
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize(
     ("mult", "choices"),
-    [((1, 2), {}), ((1, 1, 2), {"blocks": 2, "bits": 10}), ((2, 1), {"channels": 1})],
-    ids=["two levels", "three levels", "a narrow stem, grey"],
+    [((1, 1, 2), {"blocks": 2, "bits": 10}), ((2, 1), {"channels": 1})],
+    ids=["three levels", "a narrow stem, grey"],
 )
 def test_tokens_and_images_are_the_same(tmp_path, mult, choices, averaged):
     weights = random_weights(magvit2_shapes(64, mult, **choices))
@@ -54,14 +54,6 @@ def test_an_image_of_one_token_has_no_deviation():
     assert all(p.grad.isfinite().all() for p in tokenizer.parameters() if p.grad is not None)
 
 
-def test_codes_elsewhere_change_a_place_through_its_normalisation():
-    tokenizer = make_tokenizer("magvit2", (32, 32)).eval()
-    tokens = torch.zeros(1, 16, 16, dtype=torch.long)
-    changed = tokens.clone()
-    changed[0, 12:, 12:] = 7
-    assert not torch.equal(tokenizer.decode(tokens)[..., :4, :4], tokenizer.decode(changed)[..., :4, :4])
-
-
 @pytest.mark.parametrize("averaged", [False, True])
 def test_ibqs_tokens_and_images_are_the_same(tmp_path, averaged):
     weights = random_weights(taming_shapes(32, (1, 2), attention=(1,), codes=48))
@@ -77,11 +69,3 @@ def test_other_weights_are_not_read_as_ibq(tmp_path, capsys):
     save_file(random_weights(magvit2_shapes(32, (1, 2))), tmp_path / "magvit2.safetensors")
     error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "layout=ibq")
     assert "layout: " in error and "SEED-Voken IBQ" in error
-
-
-def test_a_network_whose_first_level_is_missing_is_refused_by_name(tmp_path, capsys):
-    weights = random_weights(magvit2_shapes(32, (1, 2)))
-    del weights["encoder.down.0.block.0.conv1.weight"]  # by which levels are counted
-    save_file(weights, tmp_path / "magvit2.safetensors")
-    error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out")
-    assert "encoder.down.0.block.0.conv1.weight is missing" in error

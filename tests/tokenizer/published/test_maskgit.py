@@ -11,8 +11,8 @@ from small import make_tokenizer
 
 @pytest.mark.parametrize(
     ("mult", "choices"),
-    [((1, 2), {}), ((1, 1, 2), {"blocks": 2}), ((2, 1), {"channels": 1}), ((1,), {"blocks": 3, "codes": 40})],
-    ids=["two levels", "three levels", "a narrow stem, grey", "one level"],
+    [((1, 1, 2), {"blocks": 2}), ((2, 1), {"channels": 1})],
+    ids=["three levels", "a narrow stem, grey"],
 )
 def test_tokens_and_images_are_the_same(tmp_path, mult, choices):
     weights = random_weights(maskgit_shapes(32, mult, **choices))
@@ -23,14 +23,6 @@ def test_tokens_and_images_are_the_same(tmp_path, mult, choices):
     agree_in_double(tokenizer, images, *maskgit_says(weights, len(mult), images))
     with torch.no_grad():
         assert torch.equal(tokenizer(images).images, tokenizer.decode(tokenizer.encode(images)))
-
-
-def test_an_image_is_between_0_and_1_for_the_network(monkeypatch):
-    tokenizer = make_tokenizer("maskgit").eval()
-    seen = []
-    tokenizer.encoder.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    tokenizer.encode(torch.cat([torch.full((1, 3, 12, 8), value) for value in (-1.0, 0.0, 1.0)]))
-    assert [(part.min().item(), part.max().item()) for part in seen[0]] == [(0, 0), (0.5, 0.5), (1, 1)]
 
 
 def test_parameters_of_a_likelihood_are_not_rescaled():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,22 +21,15 @@ from givens.published import (
 )
 from safetensors.torch import load_file, save_file
 
-from pipelines.commands.import_ import ImportConfig, describe
-from tokenizer.published import Shapes
-from tokenizer.published.vqgans import LLAMAGEN
-from tokenizer.vqgan import VQGAN
-
 # diffusers
 
 
 PLAIN, ATTENTION = ("DownEncoderBlock2D", "UpDecoderBlock2D"), ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")
 DIFFUSERS = {
-    "plain": {"block_out_channels": (32, 64), "norm_num_groups": 32},
     "default blocks, one level": {"block_out_channels": (16,), "norm_num_groups": 8, "sample_size": 8},
     "attention in both": {"down": (PLAIN, PLAIN, ATTENTION), "block_out_channels": (8, 8, 16), "layers_per_block": 2},
     "attention in the encoder": {"down": (ATTENTION, PLAIN), "up": (PLAIN, PLAIN), "block_out_channels": (8, 16)},
     "attention in the decoder": {"down": (PLAIN, PLAIN), "up": (PLAIN, ATTENTION), "block_out_channels": (8, 16)},
-    "codes of another width": {"vq_embed_dim": 5, "latent_channels": 6, "num_vq_embeddings": 40},
     "three layers, grey": {"layers_per_block": 3, "in_channels": 1, "out_channels": 1, "num_vq_embeddings": 33},
     "no attention between": {"mid_block_add_attention": False, "latent_channels": 4, "act_fn": "swish"},
 }
@@ -80,8 +72,7 @@ def test_diffusers_tokens_and_images_are_the_same(tmp_path, choices):
     assert sum(p.numel() for p in tokenizer.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("as_matrix", [True, False])
-def test_former_names_of_attention_and_half_precision_are_read(tmp_path, as_matrix):
+def test_former_names_of_attention_and_half_precision_are_read(tmp_path):
     model = diffusers_model(tmp_path / "model", down=(PLAIN, ATTENTION)).half()
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
@@ -89,7 +80,7 @@ def test_former_names_of_attention_and_half_precision_are_read(tmp_path, as_matr
     old = {}
     for name, value in load_file(path).items():
         found = next((today for today in names if f".{today}." in name), None)
-        if found and value.ndim == 2 and not as_matrix:
+        if found and value.ndim == 2:
             value = value[..., None, None]
         old[name.replace(f".{found}.", f".{names[found]}.") if found else name] = value
     assert any(".proj_attn." in name for name in old)
@@ -106,11 +97,9 @@ def test_former_names_of_attention_and_half_precision_are_read(tmp_path, as_matr
         ({"norm_type": "spatial"}, "norm_type"),
         ({"down_block_types": ["DownBlock2D", "DownEncoderBlock2D"]}, "down_block_types"),
         ({"_class_name": "AutoencoderKL"}, "_class_name"),
-        ({"block_out_channels": [8, 8]}, "block_out_channels"),
         ({"whitening": True}, "whitening"),
         ({"norm_num_groups": 3}, "groups"),
         ({"norm_num_groups": "four"}, "groups"),
-        ({"sample_size": 15}, "15x15"),
         ({"sample_size": [16, 16, 3]}, "image_size"),
     ],
 )
@@ -128,9 +117,7 @@ def test_diffusers_settings_of_another_network_are_refused(tmp_path, capsys, cha
 
 TAMING = [
     (32, (1, 2), {"blocks": 2, "attention": (1,), "z": 8, "dim": 4}),
-    (32, (1, 1, 2), {"attention": (0, 2), "z": 6, "dim": 6, "codes": 50}),
     (32, (2, 1), {"channels": 1}),  # the first convolution is narrower than the first level
-    (32, (1,), {"blocks": 3}),
 ]
 
 
@@ -159,8 +146,8 @@ def test_tamings_gumbel_codes_are_the_same(tmp_path, capsys):
     assert "quantizer.normalize: unknown key" in error
 
 
-@pytest.mark.parametrize(("mult", "blocks"), [((1, 2), 1), ((1, 1, 2), 2)])
-def test_llamagen_tokens_and_images_are_the_same(tmp_path, mult, blocks):
+def test_llamagen_tokens_and_images_are_the_same(tmp_path):
+    mult, blocks = (1, 1, 2), 2
     weights = random_weights(llamagen_shapes(32, mult, blocks=blocks, codes=64))
     save_file({**weights, "quantize.codebook_used": torch.zeros(65536)}, tmp_path / "vq.safetensors")
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16")
@@ -170,25 +157,3 @@ def test_llamagen_tokens_and_images_are_the_same(tmp_path, mult, blocks):
     plain = imported(tmp_path / "vq.safetensors", tmp_path / "plain", "image_size=16", "normalize=false")
     agree_in_double(plain, images, *llamagen_says(weights, len(mult), images, normalize=False))
     assert not torch.equal(plain.encode(images), tokenizer.encode(images))
-
-
-def test_groups_can_be_set(tmp_path):
-    weights = random_weights(taming_shapes(8, (1, 2)))
-    save_file(weights, tmp_path / "small.safetensors")
-    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16", "groups=4")
-    assert tokenizer.config.groups == 4
-    images = random_images(2, (3, 16, 16))
-    agree_in_double(tokenizer, images, *taming_says(weights, 2, images, groups=4))
-
-
-def test_published_names_and_sizes_of_llamagens_vq16():
-    """The network of the published file: 71.88 million parameters, 16384 codes of 8, 16x16 ids of 256x256 pixels."""
-    shapes = llamagen_shapes(128, (1, 1, 2, 2, 4), blocks=2, z=256, codes=16384, dim=8)
-    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    path = Path("vq_ds16.safetensors")
-    sizes = LLAMAGEN.sizes(Shapes(weights, LLAMAGEN, path))
-    config = describe(sizes, {}, LLAMAGEN, path, ImportConfig(source="a", out="b"))
-    with torch.device("meta"):
-        model = VQGAN(config)
-    assert sum(p.numel() for p in model.parameters()) == sum(value.numel() for value in weights.values()) == 71_883_403
-    assert model.grid.shape == (16, 16) and model.grid.vocab_size == 16384 and config.quantizer.normalize

@@ -46,7 +46,7 @@ def entropy_of(p: torch.Tensor) -> torch.Tensor:
 
 
 @both
-@pytest.mark.parametrize("bits", [2, 5, 6])
+@pytest.mark.parametrize("bits", [2, 5])
 def test_entropies_are_those_of_all_codes(name, bits):
     """Value and gradient, against the softmax over the whole codebook; a group that holds all bits is exact."""
     quantizer = make(name, bits=bits, group=bits, temperature=TEMPERATURE[name])
@@ -61,7 +61,7 @@ def test_entropies_are_those_of_all_codes(name, bits):
         assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max() and wanted.abs().max() > 1e-4, loss
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("group", [1, 2, 5])
 def test_groups_bound_the_diversity_from_below(group):
     """H(E[p]) <= the sum of the groups' entropies; the gap is their mutual information."""
     logits = torch.randn(200, 6) * 3
@@ -110,16 +110,7 @@ def test_ids_are_the_bits_of_the_signs(name):
 
 
 @both
-def test_zero_is_negative(name):
-    quantizer = make(name, bits=4).eval()
-    z = torch.tensor([0.0, -0.0, 1e-30, 1.0]).reshape(1, 4, 1)
-    z_q, tokens, _ = quantizer.quantize(z)
-    assert int(tokens) == (12 if name == "lfq" else 8 + 4)
-    assert torch.equal(z_q.flatten().sign(), torch.tensor([-1.0, -1.0, 1.0, 1.0]))
-
-
-@both
-@pytest.mark.parametrize(("bits", "levels"), [(18, 1), (18, 2), (18, 18), (256, 16)])
+@pytest.mark.parametrize(("bits", "levels"), [(18, 1), (256, 16)])
 def test_many_bits(name, bits, levels):
     quantizer = make(name, bits=bits, levels=levels).eval()
     z = torch.randn(1, bits, 3, 2)
@@ -134,7 +125,7 @@ def test_many_bits(name, bits, levels):
 
 @pytest.mark.sparse
 @both
-@pytest.mark.parametrize("bits", [6, 9, 18, 36])
+@pytest.mark.parametrize("bits", [6, 36])
 @pytest.mark.parametrize("loss", ["z_q", "commitment", "entropy", "diversity"])
 def test_each_loss_moves_every_channel_of_random_vectors(name, bits, loss):
     """At the default temperature, every channel's gradient is more than a tenth of the largest."""
@@ -148,12 +139,6 @@ def test_each_loss_moves_every_channel_of_random_vectors(name, bits, loss):
     assert share > 0.2, f"only {share:.0%} of the elements have a gradient"
 
 
-def test_lfq_is_straight_through():
-    quantizer, z, weight = make("lfq", bits=4), torch.randn(1, 4, 3, requires_grad=True), torch.randn(1, 4, 3)
-    (quantizer.quantize(z).z_q * weight).sum().backward()
-    assert torch.equal(z.grad, weight)
-
-
 def test_bsq_depends_on_directions_only():
     """Codes and losses do not depend on the length of a vector, and gradients are orthogonal to it."""
     quantizer, z = make("bsq", bits=9), torch.randn(2, 9, 4, 4, requires_grad=True)
@@ -164,13 +149,6 @@ def test_bsq_depends_on_directions_only():
     assert torch.allclose(output.z_q.norm(dim=1), torch.ones(2, 4, 4))
     (output.z_q * torch.randn_like(z)).sum().backward()
     assert (z.grad * z).sum(1).abs().max() < 1e-4 and z.grad.abs().max() > 0.1
-
-
-def test_bsq_of_zeros_has_a_bounded_gradient():
-    quantizer, z = make("bsq", bits=9), torch.zeros(1, 9, 2, requires_grad=True)
-    output = quantizer.quantize(z)
-    (output.z_q.sum() + weighted(quantizer, output.losses)).backward()
-    assert torch.isfinite(z.grad).all() and z.grad.abs().max() < 1e4
 
 
 def test_commitment_is_in_units_of_the_code():
@@ -187,7 +165,7 @@ def test_commitment_is_in_units_of_the_code():
 def usage(name: str, weight: float, offset: float) -> tuple[int, int]:
     """The number of codes that 64 clusters use before and after a linear encoder learns from the losses alone."""
     torch.manual_seed(0)
-    points = torch.randn(64, 16).repeat(8, 1) + 0.05 * torch.randn(512, 16)
+    points = torch.randn(64, 16).repeat(2, 1) + 0.05 * torch.randn(128, 16)
     quantizer, encoder = make(name, diversity=weight), nn.Linear(16, 9)
     nn.init.constant_(encoder.bias, offset)
     optimizer, used = torch.optim.Adam(encoder.parameters(), 0.03), []

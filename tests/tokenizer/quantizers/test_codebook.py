@@ -19,11 +19,8 @@ from tokenizer.quantizers import Quantizer, codebook, gumbel
 from tokenizer.quantizers.codebook import (
     Codebook,
     CountedCodebook,
-    first_rows,
-    gather_rows,
     kmeans,
     rows_of,
-    seeded,
 )
 
 CODEBOOKS = [name for name in QUANTIZERS if issubclass(Quantizer.find(name), Codebook)]
@@ -151,24 +148,7 @@ def test_a_codebook_of_few_rows_holds_those_rows_with_jitter(count):
     assert away.amin(1).mean() == pytest.approx(float(spread), rel=0.1)
 
 
-def test_a_codebook_much_larger_than_the_first_batch_starts_without_a_search(monkeypatch):
-    monkeypatch.setattr(codebook, "nearest", None)
-    quantizer = make_quantizer("vq", codes=4096)
-    quantizer.start(torch.randn(96, 8))
-    assert len(quantizer.codebook.unique(dim=0)) == 4096
-
-
 # Use, and revival
-
-
-@every_counted
-def test_use_is_a_running_mean(name):
-    quantizer = make_quantizer(name, decay=0.75, revive_every=100).train()
-    for step in range(4):
-        before = quantizer.counts.clone() if step else torch.full((32,), 4.0)
-        tokens = quantizer.quantize(torch.randn(8, 8, 4, 4)).tokens
-        use = torch.bincount(tokens.flatten(), minlength=32)
-        torch.testing.assert_close(quantizer.counts, 0.75 * before + 0.25 * use)
 
 
 @every_counted
@@ -227,32 +207,6 @@ def test_ema_smooths_small_counts_as_the_paper_does():
 
 
 # Ranks
-
-
-def test_seeded_numbers_differ_and_are_a_function_of_seed_and_step():
-    every = [
-        seeded(40, 9, seed, step, CPU).tolist() for seed, step in itertools.product((0, 3, (1 << 70) + 7), range(3))
-    ]
-    assert all(len(set(some)) == 9 and min(some) >= 0 and max(some) < 40 for some in every)
-    assert len({tuple(some) for some in every}) == 9
-    assert seeded(40, 40, 3, 1, CPU).tolist()[:9] == every[4]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_rows_of_all_ranks_lie_end_to_end(world):
-    rows = torch.randn(world, 4, 5)
-    indices = torch.randperm(4 * world)[:10]
-    everyone = of_ranks(world, lambda rank: gather_rows(rows[rank], indices))
-    assert all(torch.equal(found, rows.flatten(0, 1)[indices]) for found in everyone)
-
-
-def test_first_rows_are_the_same_for_any_number_of_ranks():
-    rows = torch.randn(12, 5)
-    for most, count in ((7, 7), (12, 12), (40, 12)):
-        alone = first_rows(rows, most, 3)
-        assert alone.shape == (count, 5) and len(alone.unique(dim=0)) == count
-        found = of_ranks(2, lambda rank, most=most: first_rows(rows[6 * rank : 6 * rank + 6], most, 3))
-        assert torch.equal(found[0], alone) and torch.equal(found[1], alone)
 
 
 @pytest.mark.parametrize("name", [*CODEBOOKS, "gumbel", "rvq", "multiscale"])
