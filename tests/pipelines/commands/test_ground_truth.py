@@ -10,9 +10,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from command import fails
 from folders import rows_of
-from givens.stripes import SIZE, planted, stripes
+from givens.stripes import SIZE, planted, save_images, stripes
 from PIL import Image
 
 from pipelines import ImagePipeline
@@ -22,30 +23,25 @@ from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
 
 
-def write(folder, images, names):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(names, images, strict=True):
-        Image.fromarray(image).save(folder / f"{name}.png")
-
-
 def views(first, count, each=2):
     return [f"tile{first + number:03}_view{view}" for number in range(count) for view in range(each)]
 
 
 MASK = np.zeros((SIZE, SIZE), np.uint8)
 MASK[4:10, 4:10] = 255
+MASKS = torch.from_numpy(MASK).expand(12, 1, SIZE, SIZE)
 
 
 @pytest.fixture(scope="module")
 def world(trained, tmp_path_factory):
     """A pipeline that is calibrated by object, and a test set with masks: 36 pixels of noise, or nothing odd at all."""
     root = tmp_path_factory.mktemp("world")
-    write(root / "normal", stripes(440, seed=20)[:, 0].numpy(), views(0, 220))
-    write(root / "test/good", stripes(20, seed=21)[:, 0].numpy(), views(300, 10))
-    write(root / "test/noise", planted(stripes(12, seed=22))[:, 0].numpy(), views(310, 6))
-    write(root / "test/none", stripes(8, seed=23)[:, 0].numpy(), views(316, 4))
-    write(root / "truth/noise", [MASK] * 12, [f"{name}_mask" for name in views(310, 6)])
-    write(root / "truth/none", [MASK] * 8, views(316, 4))
+    save_images(root / "normal", stripes(440, seed=20), views(0, 220))
+    save_images(root / "test/good", stripes(20, seed=21), views(300, 10))
+    save_images(root / "test/noise", planted(stripes(12, seed=22)), views(310, 6))
+    save_images(root / "test/none", stripes(8, seed=23), views(316, 4))
+    save_images(root / "truth/noise", MASKS[:12], [f"{name}_mask" for name in views(310, 6)])
+    save_images(root / "truth/none", MASKS[:8], views(316, 4))
     pipe = ImagePipeline(trained.tokenizer, trained.prior)
     source = {"source": str(root / "normal"), "image_size": SIZE, "held_out_fraction": 0.4, "group": r"tile(\d+)"}
     pipe.provenance = {"data": source}
@@ -147,13 +143,7 @@ def write_table(path, rows):
 
 
 def test_a_table_names_masks_as_the_layout_does(world, tmp_path):
-    """With labels, or without: then each image with a mask is a defect."""
     detect(world, tmp_path / "folders", "method=nll")
-    rows = list(list_masks(world))
-    write_table(world / "labelled.csv", rows)
-    write_table(world / "plain.csv", [(name, mask, "") for name, mask, _ in rows])
-    for table in ("labelled", "plain"):
-        detect(world, tmp_path / table, "method=nll", f"ground_truth={world}/{table}.csv")
-    assert rows_of(tmp_path / "labelled/ground_truth.csv") == rows_of(tmp_path / "folders/ground_truth.csv")
-    plain, expected = rows_of(tmp_path / "plain/ground_truth.csv"), rows_of(tmp_path / "folders/ground_truth.csv")[-1]
-    assert [row["defect"] for row in plain] == ["defect", "all"] and plain[-1] == expected
+    write_table(world / "masks.csv", list_masks(world))
+    detect(world, tmp_path / "table", "method=nll", f"ground_truth={world}/masks.csv")
+    assert rows_of(tmp_path / "table/ground_truth.csv") == rows_of(tmp_path / "folders/ground_truth.csv")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from command import fails
 from folders import files_in
+from givens.images import write_pictures
 from givens.token_datasets import add_columns, make_dataset, same_rows
 from servers.fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
@@ -40,13 +41,13 @@ MINE = {"notes.md", "images/cat.png", "prior/notes.txt", "data/train-00000-of-00
 MY_DATA = {"notes.md", "README.md", "data/mine.parquet", "other-00000-of-00001.safetensors"}
 
 
-def pipeline_to_push(rich: bool, classes: int = 2) -> ImagePipeline:
+def pipeline_to_push(rich: bool) -> ImagePipeline:
     """A fixed pipeline, with all optional parts or without."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
-    options = {"num_classes": classes, "tokenizer": tokenizer.fingerprint()}
+    options = {"num_classes": 2, "tokenizer": tokenizer.fingerprint()}
     priors = [make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size, **options) for _ in range(2)]
-    pipe = ImagePipeline(tokenizer, priors[0], labels=["cat", "dog"] if classes else [])
+    pipe = ImagePipeline(tokenizer, priors[0], labels=["cat", "dog"])
     if rich:
         pipe.set_background(priors[1])
         pipe.calibrate(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), false_alarms=0.2)
@@ -134,14 +135,11 @@ def test_the_card_names_public_sources_only(tmp_path, monkeypatch, source, local
 def test_training_records_that_its_source_is_a_folder(tmp_path, monkeypatch, one_process):
     """Its name may look like a Hub id, and it may be pushed from another machine."""
     from launch import train_tokenizer
-    from PIL import Image
 
     from pipelines.encode import EncodeConfig
     from pipelines.encode import run as encode
 
-    for number in range(12):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        Image.new("L", (28, 28), number).save(tmp_path / "photos" / f"{number}.png")
+    write_pictures(tmp_path / "photos", 12)
     monkeypatch.chdir(tmp_path)
     run = train_tokenizer(tmp_path / "run", data__source="photos", train__steps=1, train__batch_size=4)
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())

@@ -42,13 +42,6 @@ def test_search_answers_with_paths_or_rows(two_classes, tmp_path, capsys, source
     assert re.fullmatch(rf"{name}: {near}, {near}", line.replace("of test:", "of train:")), line
 
 
-def test_search_takes_some_held_out_images_and_searches_some_training_images(two_classes, tmp_path, capsys):
-    verb = ["search", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/a.png", "num_index=7", "k=2"]
-    main([*verb, "num_images=3", "data.label_column=null"])
-    printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 5 and "7 training images" in printed and "(above)" not in printed
-
-
 @pytest.mark.parametrize("wrong", ["layer=prior.9", "images=[20]"])
 def test_what_search_refuses(two_classes, tmp_path, capsys, wrong):
     line = fails(capsys, "search", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/near.png", wrong)

@@ -99,7 +99,6 @@ def test_every_verb_is_a_module_and_is_listed(capsys: Captured) -> None:
     assert {*verbs()} == {*STEPS, *(path.stem.removesuffix("_") for path in files)}
     page = printed(capsys, "--help")[0]
     for verb, sentence in (verbs() | OTHER).items():
-        assert sentence.endswith(".") and sentence in " ".join(page.split())
         assert re.search(rf"^  {verb} +{re.escape(sentence[:30])}", page, re.M)
     assert all(sentence == (load_verb(verb).__doc__ or "").splitlines()[0] for verb, sentence in verbs().items())
     assert printed(capsys, code=2)[0] == page == printed(capsys, "help")[0]
