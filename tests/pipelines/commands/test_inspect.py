@@ -9,13 +9,6 @@ from small import TOKENIZERS, make_tokenizer
 
 from pipelines.__main__ import main
 from pipelines.commands import inspect_ as inspect
-from pipelines.commands.inspect_ import (
-    InspectConfig,
-    compute_figures,
-    describe_tokenizer,
-    draw_page,
-    examine,
-)
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.saving import INDEX
@@ -26,25 +19,18 @@ COUNT = 14
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def data(tmp_path_factory):
     """Distinct colour gradients of 12x8 pixels."""
     root, chance = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(3 * COUNT):
         corners = Image.fromarray(chance.integers(0, 256, (2, 2, 3), dtype=np.uint8))
         corners.resize((8, 12), Image.Resampling.BILINEAR).save(root / f"{number:02}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(folder):
-    return {"source": str(folder), "image_size": [12, 8], "channels": 3, "held_out_fraction": 1 / 3}
+    return {"source": str(root), "image_size": [12, 8], "channels": 3, "held_out_fraction": 1 / 3}
 
 
 @pytest.fixture(scope="module")
 def images(data):
-    found = load_images(DataConfig(**data)).held_out
-    assert len(found) == COUNT
-    return found
+    return load_images(DataConfig(**data)).held_out
 
 
 class Halves:
@@ -65,10 +51,10 @@ def test_the_page_of_every_tokenizer_has_pictures_and_the_figures_of_reconstruct
     model, pages = make_tokenizer(name).eval(), []
     images = images if model.spec.frames == 1 else Halves(images, model.spec)
     monkeypatch.setattr(inspect, "page", lambda *parts: pages.append(parts))
-    uses, errors = examine(model, images)
-    figures, expected = compute_figures(uses, errors), evaluate_reconstruction(model, images)
-    config = InspectConfig(tokenizer="x", num_images=9)
-    draw_page(model, images, uses, errors, describe_tokenizer(model, figures), config)
+    uses, errors = inspect.examine(model, images)
+    figures, expected = inspect.compute_figures(uses, errors), evaluate_reconstruction(model, images)
+    config = inspect.InspectConfig(tokenizer="x", num_images=9)
+    inspect.draw_page(model, images, uses, errors, inspect.describe_tokenizer(model, figures), config)
     lossy, has_codes = not model.reversible, model.placed and not model.grid.channels
     ((_, charts, pictures),) = pages
     assert len(charts) == 1 + lossy and len(pictures) == has_codes + bool(model.prefixes) + lossy
