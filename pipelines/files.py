@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Strict, TypeAdapter, ValidationError
 
+from tokenizer.config import describe_problems
 from tokenizer.files import (
     FULL,
     MANIFEST,
@@ -43,7 +44,6 @@ from .config import UserError
 
 if TYPE_CHECKING:
     from filelock import SoftFileLease
-    from pydantic_core import ErrorDetails
 
     from .processes.group import ProcessGroup
 
@@ -427,18 +427,6 @@ Number = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 
-EXPECTED = {
-    "bool_type": "true or false",
-    "dataclass_type": "a mapping",
-    "dict_type": "a mapping",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "list_type": "a list",
-    "model_type": "a mapping",
-    "none_required": "null",
-    "string_type": "text",
-}
-
 
 class FieldError(ValueError):
     """An invalid field of an object, found by a check of several fields."""
@@ -455,26 +443,10 @@ def validate(cls: type[T], data: Any, path: Path) -> T:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise FormatError(f"{path}: {_describe(first)}") from error
+        names, cause = [str(part) for part in first["loc"]], first.get("ctx", {}).get("error")
+        if isinstance(cause, FieldError):
+            names.append(cause.field)
+            first["ctx"]["error"] = cause.problem
+        raise FormatError(f"{path}: {describe_problems('.'.join(names), [first]).removeprefix(': ')}") from error
     except UnicodeEncodeError as error:  # a `FieldError` with a lone surrogate, which pydantic cannot print
         raise FormatError(f"{path}: {error.object}") from error
-
-
-def _describe(detail: ErrorDetails) -> str:
-    """Return the field and its problem."""
-    kind, context = detail["type"], detail.get("ctx", {})
-    names = [str(part) for part in detail["loc"]]
-    problem = f"{detail['msg']} (found {quote(detail['input'])})"
-    if kind == "missing":
-        problem = "missing"
-    elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        problem = "no such field"
-    elif kind in EXPECTED:
-        problem = f"should be {EXPECTED[kind]} (found {quote(detail['input'])})"
-    elif kind == "greater_than_equal":
-        problem = f"should be at least {context['ge']} (found {quote(detail['input'])})"
-    elif isinstance(error := context.get("error"), FieldError):
-        names, problem = [*names, error.field], error.problem
-    elif error is not None:
-        problem = str(error)
-    return f"{'.'.join(names)}: {problem}" if names else problem

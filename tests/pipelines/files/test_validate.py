@@ -46,17 +46,17 @@ def test_valid_data_is_converted_to_the_class():
 @pytest.mark.parametrize(
     ("data", "field", "named"),
     [
-        ({"count": True}, "count", "True"),
+        ({"count": True}, "count", "true"),
         ({"count": 2.0}, "count", "2.0"),
-        ({"count": 0}, "count", "at least 1"),
+        ({"count": 0}, "count", "equal to 1"),
         ({"count": "x" * 10_000}, "count", "xxx"),
         ({"inner": None}, "inner", "a mapping"),
         ({"inner": {"low": 1}}, "inner.high", "missing"),
         ({"inner": {"low": 3, "high": 2}}, "inner.high", "above low"),
         ({"names": ["a", 3]}, "names.1", "text"),
         ({"flag": 1}, "flag", "true or false"),
-        ({"numbers": {"a\x1b[2J": None}}, r"numbers.a\x1b[2J", "None"),
-        ({"other": 1}, "other", "no such field"),
+        ({"numbers": {"a\x1b[2J": None}}, r"numbers.a\x1b[2J", "null"),
+        ({"other": 1}, "other", "unknown key"),
     ],
 )
 def test_the_first_invalid_field_is_named_in_a_line(data, field, named):
@@ -65,7 +65,7 @@ def test_the_first_invalid_field_is_named_in_a_line(data, field, named):
             validate(cls, content, PATH)
         message = str(caught.value)
         assert message.startswith(f"{PATH}: {prefix}{field}: ") and named in message
-        assert message.isprintable() and len(message) < 200
+        assert message.isprintable() and len(message) < 400
 
 
 def test_lone_surrogates_and_line_breaks_are_escaped():
