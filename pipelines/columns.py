@@ -38,7 +38,7 @@ from prior.columns import (
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.spec import ImageSpec
 
-from .images.classes import is_class_name, name_classes
+from .images.classes import is_class_name, order_classes
 from .images.folder import image_paths, match_names
 from .images.formats import decode_in_threads
 from .images.pictures import is_single, to_images
@@ -84,7 +84,7 @@ class ColumnFormat(Generic[C]):
         are one per image, rather than one for all. names: of the images, which choose pictures in a folder. Raises
         `ValueError` for a path that does not exist."""
         value = self.read_text(value)
-        if isinstance(value, list) and not self.column.is_one_value(value):
+        if isinstance(value, list) and not self.column.is_of_one_image(value):
             return [self.read_text(one) for one in value], True
         return [value], False
 
@@ -239,7 +239,7 @@ class NamesFormat(ColumnFormat[C]):
 
     @classmethod
     def make_column(cls, summary: NameSummary, encoder: str) -> Column:
-        names = summary.listed or name_classes(summary.found)
+        names = summary.listed or order_classes(summary.found)
         if not names:
             raise ValueError("the column has no values")
         if invalid := [name for name in names if not is_class_name(name)]:

@@ -20,7 +20,7 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
-from prior.arguments import as_tensor, check_count, whole_number
+from prior.arguments import check_count, to_tensor, whole_number
 from prior.given import Given
 from prior.options import Order, select_order
 from prior.sampling import check_known
@@ -277,7 +277,7 @@ def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
             "known should be a bool tensor or array (True = keep this pixel), not a picture; pass a picture that is "
             "white where pixels are to be redrawn as mask="
         )
-    known = as_tensor(known, batch.device)
+    known = to_tensor(known, batch.device)
     shape = tuple(batch.select(-3, 0).shape)
     if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
         raise ValueError(
@@ -298,7 +298,7 @@ def find_hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
         each = several * count if len(several) == 1 else several
         parts = [find_white(one, image, (shape[1], shape[2])) for one, image in zip(each, given, strict=True)]
         return torch.stack(parts).to(batch.device)
-    mask = as_tensor(mask, batch.device)
+    mask = to_tensor(mask, batch.device)
     mask = mask.squeeze(-3) if mask.ndim == batch.ndim and mask.shape[-3] == 1 else mask
     if tuple(mask.shape) not in (shape, shape[1:], (1, *shape[1:])):
         raise ValueError(f"mask should have shape {shape[1:]} or {shape}, got {tuple(mask.shape)}")

@@ -38,7 +38,7 @@ from .files import Output, atomic_file, lock_output, replace_file, require_apart
 from .image_pipeline import NO_TEXT, ImagePipeline
 from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.grids import class_grid
-from .images.pictures import SUFFIXES, npy_bytes, png_bytes, to_images, write_picture
+from .images.pictures import PICTURE_SUFFIXES, npy_bytes, png_bytes, to_images, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .options import DEVICE, UsesPipeline
 from .processes.launch import join_group
@@ -274,9 +274,9 @@ class ImageFolder:
 
     def check(self, processes: int) -> None:
         """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
-        if self.suffix and self.suffix not in (*SUFFIXES, *ANIMATIONS, ".npz"):
+        if self.suffix and self.suffix not in (*PICTURE_SUFFIXES, *ANIMATIONS, ".npz"):
             raise UserError(
-                f"out: {str(self.output.path)!r} should end in {', '.join(SUFFIXES)} for a grid, in "
+                f"out: {str(self.output.path)!r} should end in {', '.join(PICTURE_SUFFIXES)} for a grid, in "
                 f"{' or '.join(ANIMATIONS)} for a grid of clips, in .npz for an archive, or be a folder"
             )
         if self.config.format and self.suffix:

@@ -22,13 +22,13 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.arguments import as_tensor, check_count, whole_number
+from prior.arguments import check_count, to_tensor, whole_number
 from prior.columns import LABEL, ClassColumn, Column, describe_columns
 from prior.given import Given
 from prior.noise import Generators
 from prior.options import GUIDANCE_FIELDS, DecodingOptions, Order, SamplingOptions, select_order
 from prior.orders import LAST_SEED
-from prior.sampling import Step, progress_bar
+from prior.sampling import SamplingStep, show_progress
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError, read_folder
@@ -36,7 +36,7 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from tokenizer.spec import ImageSpec, check_output_type, select_shown, to_uint8
 
 from . import completion, representation, saving
-from .anomaly import calibrating, healing, scores
+from .anomaly import calibrating, healing, maps, scores
 from .anomaly.calibration import Calibration
 from .columns import format_of
 from .compression.coding import compress, decompress, exact_pixels, has_no_label, sizes_of, whole_image, write_tiles
@@ -255,7 +255,7 @@ class ImagePipeline:
         num_images = check_count(len(given))
         check_output_type(output_type, LATENT)
 
-        def report(step: Step) -> None:
+        def report(step: SamplingStep) -> None:
             assert callback_on_step_end is not None
             callback_on_step_end(self, step.number, step.rank, {"tokens": step.tokens, "known": step.known})
 
@@ -325,7 +325,7 @@ class ImagePipeline:
         """Decode `tokens` `(B, *grid.shape)`, a tensor, an array or lists, to images; or only the first k tokens,
         `(B, k)`, if the tokenizer can decode prefixes (`titok` with `keep`). Raises `ValueError` for ids out of
         range."""
-        images = self.decode_batch(as_tensor(tokens, self.device), batch_size=batch_size, progress=progress)
+        images = self.decode_batch(to_tensor(tokens, self.device), batch_size=batch_size, progress=progress)
         return self.convert_images(images, output_type)
 
     @serialized
@@ -401,7 +401,7 @@ class ImagePipeline:
 
         if len(parts) < 2 or len(getattr(tqdm, "_instances", ())):
             return parts
-        return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit=unit)
+        return show_progress(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit=unit)
 
     # Labels and conditions
 
@@ -524,7 +524,7 @@ class ImagePipeline:
 
     calibrate = serialized(calibrating.calibrate)
     anomaly_score = serialized(scores.anomaly_score)
-    anomaly_map = serialized(healing.anomaly_map)
+    anomaly_map = serialized(maps.anomaly_map)
     heal = serialized(healing.heal)
 
     # Images as vectors

@@ -20,8 +20,8 @@ from tokenizer.spec import ImageSpec
 from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell
 from .config.table import count_of
 from .image_pipeline import ImagePipeline
-from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
-from .images.clip_files import choose_kind
+from .images import DataConfig, ImageDataset, Splits, load_images, require_same_spec, require_same_values
+from .images.clip_files import choose_file_kind
 from .images.formats import decode_in_threads
 from .images.sources import Source, of_files
 from .images.splits import Inherited
@@ -29,7 +29,7 @@ from .images.unseen import require_unseen
 from .images.views import View
 from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
 from .saving import PipelineFolder
-from .shuffling import spread
+from .shuffling import spread_rows
 
 DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
@@ -78,8 +78,8 @@ class UsesImages(UsesPipeline):
         """Load the images in the pipeline's shape, divided as for training, and print what is not known about that.
         whole: images are read at their own size, and none is decoded now. check, distributed: see `load_images`. Raises
         `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were trained on."""
-        check_shape(self.data, pipeline.tokenizer)
-        data = self.data.without_crop() if whole else self.data
+        require_same_spec(self.data, pipeline.tokenizer)
+        data = self.data.model_copy(update={"crop": None, "crops_per_image": 1}) if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
         splits = load_images(data, inherited=inherited, check=check and not whole, distributed=distributed)
         may_change = inherited.rule == "position" and data.source != "digits"
@@ -87,7 +87,7 @@ class UsesImages(UsesPipeline):
             splits = replace(splits, note=f"{data.source} is divided as in 0.3, by position: {UNKNOWN}")
         if splits.note and is_first_process():
             tell(one_line(splits.note))
-        return check_type(splits, pipeline.tokenizer)
+        return require_same_values(splits, pipeline.tokenizer)
 
 
 class TileSettings(Config):
@@ -139,13 +139,13 @@ class UsesTokenizer(Config):
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
         single = tokenizer.spec.frames == 1  # trained on the frames of clips
-        check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
+        require_same_spec(self.data, tokenizer, "tokenizer", single_frames=single)
         inherited = find_division(self.data, read_training_facts(self.tokenizer), "held_out")
-        data = self.data.without_crop() if whole else self.data
+        data = self.data.model_copy(update={"crop": None, "crops_per_image": 1}) if whole else self.data
         splits = load_images(data, inherited=inherited, single_frames=single, check=not whole)
         if splits.note and is_first_process():
             tell(one_line(splits.note))
-        return tokenizer, check_type(splits, tokenizer, "tokenizer").held_out
+        return tokenizer, require_same_values(splits, tokenizer, "tokenizer").held_out
 
 
 class Sampling(Config):
@@ -184,12 +184,12 @@ def choose_images(
     paths, indices = split_choice(choice)
     if paths:
         source = open_files(paths, spec)
-        chosen = spread(source.size, most if source.size > len(paths) else None).tolist()
+        chosen = spread_rows(source.size, most if source.size > len(paths) else None).tolist()
         return read_files(source, chosen, spec), [source.name(row) for row in chosen]
     images = held_out()
     if outside := [index for index in indices if not 0 <= index < len(images)]:
         raise UserError(f"images: indices of the held-out split go from 0 to {len(images) - 1} (got {outside[0]})")
-    chosen = indices or spread(len(images), most).tolist()
+    chosen = indices or spread_rows(len(images), most).tolist()
     return images.pixels(chosen), images.names(chosen)
 
 
@@ -206,7 +206,7 @@ def open_files(paths: list[str], spec: ImageSpec, most: int | None = None) -> So
     """Return the images of the first `most` image files, or the windows of the first `most` clips (files, and folders
     of frames), among `paths` and in the folders among them, sorted by name within each folder. Raises `UserError` for a
     path that does not exist, and if there are none."""
-    kind, files = choose_kind(spec), list[Path]()
+    kind, files = choose_file_kind(spec), list[Path]()
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"images: no such file or folder: {path}")

@@ -17,7 +17,7 @@ from prior.given import Given
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.spec import to_float
 
-from .images.pictures import as_batch
+from .images.pictures import stack_images
 
 if TYPE_CHECKING:
     from .image_pipeline import Condition, ImagePipeline, Images
@@ -80,7 +80,7 @@ def embed_layers(
 def read_batch(pipeline: ImagePipeline, images: Images) -> Tensor:
     """Convert images as `ImagePipeline.to_images` does, except that 8-bit ones stay uint8, because all of them as
     floats might not fit into memory. Raises `ValueError` for none."""
-    batch = as_batch(images, pipeline.spec)
+    batch = stack_images(images, pipeline.spec)
     if not len(batch):
         raise ValueError("no images given")
     return pipeline.binarize(batch) if batch.dtype == torch.uint8 else pipeline.to_images(batch)

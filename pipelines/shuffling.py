@@ -142,7 +142,7 @@ def _stored_permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
     return _permutations[key]
 
 
-def spread(size: int, limit: int | None) -> np.ndarray:
+def spread_rows(size: int, limit: int | None) -> np.ndarray:
     """Return all rows below `size`, or `limit` of them, evenly spaced, because rows of a class may be consecutive."""
     return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)
 
@@ -150,6 +150,9 @@ def spread(size: int, limit: int | None) -> np.ndarray:
 def random_rows(size: int, count: int, seed: int) -> Tensor:
     """Return up to `count` distinct rows below `size`, int64, in a random order given by `seed`."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+Indices = Sequence[int] | NDArray[np.int64] | Tensor | slice
 
 
 def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
@@ -173,7 +176,7 @@ def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
 
 DROPOUT, TOKEN, ID, OTHER, PIXEL = range(5)
 """Columns of random numbers: for a row, label dropout and the choice of another label; for a token, whether to replace
-it and by which id, and whether a drawn pixel is white."""
+it and by which id; and whether a stochastic pixel is white."""
 
 
 def draw_by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int) -> np.ndarray:
@@ -187,8 +190,8 @@ def draw_by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int)
 def draw_nulls(
     names: Iterable[str], indices: np.ndarray, epochs: np.ndarray, seed: int, together: float, alone: float
 ) -> dict[str, Tensor]:
-    """Return for each named column of conditions which of the rows are null, bool `(B,)`: all columns in a share
-    `together` of the rows, and each column alone in a share `alone` of the others."""
+    """Return for these columns which of the rows are null, bool `(B,)`: all columns in a share `together` of the rows,
+    and each column alone in a share `alone` of the others."""
     every = draw_by_row(indices, epochs, seed, DROPOUT) < together
     found = {}
     for name in names:
@@ -207,12 +210,12 @@ def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:
 
 
 FIXED, GIVEN = -1, -2
-"""Seeds of drawn pixels that stay the same, of rows of data sets and of other images; no run has them."""
+"""Seeds of stochastic pixels that stay the same, of rows of data sets and of other images; no run has them."""
 
 
 def draw_pixels(grey: Tensor, indices: np.ndarray, epochs: np.ndarray | int, seed: int) -> Tensor:
-    """Return black and white images, uint8 of 0 and 1 `(B, ...)`: each pixel is 1 with probability `grey` / 255, drawn
-    anew in each epoch (Salakhutdinov and Murray 2008). grey: uint8, the rows `indices` of the data."""
+    """Return black and white images, uint8 of 0 and 1 `(B, ...)`: each pixel is 1 with probability `grey` / 255, anew
+    in each epoch (Salakhutdinov and Murray 2008). grey: uint8, the rows `indices` of the data."""
     values = grey.flatten(1).numpy()
     found = (values == 255).astype(np.uint8)
     images, places = np.nonzero((values > 0) & (values < 255))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
+def to_tensor(values: Any, device: torch.device | None = None) -> Tensor:
     """Convert numbers, arrays, or lists of tensors to a tensor."""
     listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
     if listed or isinstance(values, np.ndarray):
@@ -24,19 +24,17 @@ def is_integer(dtype: torch.dtype) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any) -> int:
     """Return `value`, the argument `name`, as an int. Raises `ValueError` unless it is a whole number."""
     try:
-        found = None if isinstance(value, bool) else index(value)
+        if not isinstance(value, bool):
+            return index(value)
     except TypeError:
-        found = None
-    if found is None:
-        raise ValueError(f"{name} must be a whole number (got {value!r})")
-    return found
+        pass
+    raise ValueError(f"{name} must be a whole number (got {value!r})")
 
 
 def check_count(count: Any, name: str = "num_images") -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenizer.layers import FusedLinear
 from tokenizer.precision import Constants, at_least_float32
 
-from .masks import Window
+from .masks import AttentionWindow
 
 if TYPE_CHECKING:
     from .transformer import TransformerConfig
@@ -22,34 +22,52 @@ if TYPE_CHECKING:
 EPS = 1e-12  # avoids 0 / 0
 
 
-class Block(nn.Module):
-    """Pre-normalised attention and SwiGLU on a residual stream `(B, N, dim)`.
+class ResidualBranches(nn.Module):
+    """The layers of a transformer block, pre-normalised attention and SwiGLU; `inputs` are the attention's linear maps
+    to queries, keys and values."""
 
-    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones."""
-
-    def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
+    def __init__(self, config: TransformerConfig, **inputs: nn.Linear) -> None:
         super().__init__()
-        self.window = window
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
-        self.causal, self.heads, self.attention_dropout = causal, config.heads, config.attention_dropout
+        self.heads, self.attention_dropout = config.heads, config.attention_dropout
         self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
-        self.qkv = FusedLinear(dim, dim, parts=3, bias=False)
+        for name, layer in inputs.items():
+            self.add_module(name, layer)
         self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # scale of the normalised queries
         self.project = nn.Linear(dim, dim, bias=False)
         self.gate_up = FusedLinear(dim, hidden, parts=2, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Map `(B, N, dim)` to the same shape. rotations: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(self.attention_norm(x)).chunk(3, -1))
-        rotations = rotations.unsqueeze(-4)  # ([B,] N, 1, 2, width / 2, 2): the same for all heads
-        q = rotate(unit(q), rotations[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
-        k = rotate(unit(k), rotations[..., 1, :, :]).to(v.dtype)
-        dropout = self.attention_dropout if self.training else 0.0
-        x = x + self.dropout(self.project(self.attend(q, k, v, dropout).flatten(2)))
+    def add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add what the heads attended to, `(B, N, heads, width)`, and then the SwiGLU, to the stream `(B, N, dim)`."""
+        x = x + self.dropout(self.project(attended.flatten(2)))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.dropout(self.down(F.silu(gate) * up))
+
+
+class Block(ResidualBranches):
+    """A transformer block on a residual stream `(B, N, dim)`.
+
+    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones."""
+
+    qkv: FusedLinear
+
+    def __init__(self, config: TransformerConfig, *, causal: bool, window: AttentionWindow | None = None) -> None:
+        super().__init__(config, qkv=FusedLinear(config.dim, config.dim, parts=3, bias=False))
+        self.causal, self.window = causal, window
+
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """Map `(B, N, dim)` to the same shape. rotations: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
+        q, k, v = self.queries_keys_values(self.attention_norm(x), rotations)
+        return self.add_branches(x, self.attend(q, k, v, self.attention_dropout if self.training else 0.0))
+
+    def queries_keys_values(self, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map the normalised stream to rotated queries and keys, and values, `(B, N, heads, width)` each."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(x).chunk(3, -1))
+        rotations = rotations.unsqueeze(-4)  # ([B,] N, 1, 2, width / 2, 2): the same for all heads
+        q = rotate(unit(q), rotations[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
+        return q, rotate(unit(k), rotations[..., 1, :, :]).to(v.dtype), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Attend; inputs and output are `(B, N, heads, width)`."""

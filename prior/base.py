@@ -19,11 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid
 from tokenizer.model import PretrainedModel
 from tokenizer.precision import full_float32, in_finest
 
-from .arguments import as_tensor, check_count, is_integer, whole_number
+from .arguments import check_count, is_integer, to_tensor, whole_number
 from .columns import LABEL, ClassColumn, Column, find_column
 from .condition_encoder import ConditionEncoder, Encoded
 from .config import PriorConfig
@@ -43,8 +42,8 @@ from .sampling import (
     choose_orders,
     equal_batches,
     make_batch,
-    progress_bar,
     sample_blocks,
+    show_progress,
 )
 
 
@@ -52,7 +51,14 @@ class Prior(PretrainedModel, family="prior"):
     """A distribution over grids of ids. Gradients flow only through `forward`.
 
     N is the number of tokens, and P the number of positions that the network sees: P < N if an output head draws
-    several ids per position."""
+    several ids per position. The methods share these arguments, and raise `ValueError` for values out of range:
+
+    tokens: `(B, *grid.shape)` ids, in any form that torch converts to whole numbers.
+    labels: `(B,)`, or one class for all images; `num_classes` is the null class, as is None.
+    condition: values of columns by name, one for all images or one per image, or a `Given`; missing columns are null
+    (see `prior.columns`). `Given.over` makes a density the mixture over the classes of one column.
+    order: a name, raster indices `(N,)` or `(B, N)` (cut into the model's own blocks), or a `Partition`, if the model
+    has `any_order`; None is the model's own order."""
 
     Sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
     """The class of `sample`'s settings; a model may declare a subclass with more."""
@@ -64,43 +70,37 @@ class Prior(PretrainedModel, family="prior"):
     """Whether `connected` can select other connections for the same weights (MADE's masks)."""
     supports_cuda_graphs: bool = True
     """Whether cached decoding can be captured in a CUDA graph (no control flow on the host)."""
-    order: Tensor
-    """(N,) int64; `order[r]` is the raster index of the r-th token."""
-    blocks: tuple[int, ...]
-    """The sizes that cut `order` into blocks; they sum to N."""
-    block_of: Tensor
-    """(N,) int64: the block number of each token, in raster order."""
+
+    order: Tensor  # (N,) int64; order[r] is the raster index of the r-th token
+    blocks: tuple[int, ...]  # the sizes that cut `order` into blocks; they sum to N
+    block_of: Tensor  # (N,) int64: the block number of each token, in raster order
+    # The same of positions, `(P,)`, which equal those of tokens if a position has one id:
     position_order: Tensor
-    """(P,) int64: the order of positions; equal to `order` if a position has one id."""
     position_blocks: tuple[int, ...]
-    """The sizes that cut `position_order` into blocks."""
     position_block_of: Tensor
-    """(P,) int64: the block number of each position, in raster order."""
-    position_cells: Tensor
-    """(P, ids_per_position) int64: the raster indices of each position's ids; only set if there are several."""
-    token_places: Tensor
-    """(N,) int64: for each token in raster order, its index in the concatenated ids of all positions."""
+    # Only set if positions have several ids:
+    position_cells: Tensor  # (P, ids_per_position) int64: the raster indices of each position's ids
+    token_places: Tensor  # (N,) int64: for each token in raster order, its index in the ids of all positions
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
         self._label = {LABEL: ClassColumn.numbered(config.num_classes)} if config.num_classes else {}
         self.output_head: Head = make_head(config)
-        self.set_partition(config.partition())
-        self.condition_encoder = ConditionEncoder(config) if config.conditions else None
-
-    def set_partition(self, partition: Partition) -> None:
-        """Set the order and blocks of positions, and derive those of tokens."""
-        several = self.output_head.ids_per_position > 1
-        order, self.blocks = order_levels(partition, self.grid) if several else partition
+        partition, several = config.partition(), self.output_head.ids_per_position
+        order, self.blocks = partition
         self.position_blocks = partition.blocks
-        for name, cells in (("order", order), ("position_order", partition.order)):
-            self.register_buffer(name, cells, persistent=False)
+        if several > 1:  # of each block the first ids, then the second ids, and so on
+            cells = self.grid.cells
+            order = torch.cat([part.t().flatten() for part in cells[partition.order].split(partition.blocks)])
+            self.blocks = tuple(size for size in partition.blocks for _ in range(several))
+            self.register_buffer("position_cells", cells, persistent=False)
+            self.register_buffer("token_places", cells.flatten().argsort(), persistent=False)
+        self.register_buffer("order", order, persistent=False)
         self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
+        self.register_buffer("position_order", partition.order, persistent=False)
         self.register_buffer("position_block_of", block_numbers(*partition), persistent=False)
-        if several:
-            self.register_buffer("position_cells", self.grid.cells, persistent=False)
-            self.register_buffer("token_places", self.grid.cells.flatten().argsort(), persistent=False)
+        self.condition_encoder = ConditionEncoder(config) if config.conditions else None
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the network's teacher-forced outputs `(B, P, output_head.size)`, in raster order; the outputs at
@@ -113,10 +113,9 @@ class Prior(PretrainedModel, family="prior"):
         """Return teacher-forced logits `(B, N, vocab_size)`, in raster order; `logits[:, i]` depends only on tokens in
         earlier blocks.
 
-        tokens: `(B, *grid.shape)`; encoded: what is given, from `encode_given`; None means nothing. A model with
-        `any_order` has a third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or, if it supports
-        blocks, `block_of`, the block number of each token in raster order, `(N,)` or `(B, N)`. raw: return `outputs`,
-        the input of `loss_from_outputs`."""
+        encoded: what is given, from `encode_given`; None means nothing. A model with `any_order` has a third argument,
+        by default its own order: `order`, `(N,)` or `(B, N)`; or, if it supports blocks, `block_of`, the block number
+        of each token in raster order, `(N,)` or `(B, N)`. raw: return `outputs`, the input of `loss_from_outputs`."""
         encoded = self.encode_nothing(len(tokens)) if encoded is None else encoded
         outputs = self.outputs(tokens, encoded, *order, **inputs)
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
@@ -133,31 +132,33 @@ class Prior(PretrainedModel, family="prior"):
         """The columns that images are conditioned on: `label`, if there are classes, and those of `conditions`."""
         return {**self._label, **self.config.conditions}
 
+    def read_tokens(self, tokens: Any, labels: Any, condition: Any) -> tuple[Tensor, Given]:
+        """Check tokens, move them to the model's device, and read what is given of their images."""
+        tokens = to_tensor(tokens, self.device)
+        self.grid.check(tokens)
+        return tokens, self.read_given(labels, condition, len(tokens))
+
     def read_given(self, labels: Any, condition: Any, count: int) -> Given:
-        """Read labels and a condition for `count` images; see `log_prob` and `Given.read`. Raises `ValueError`."""
         null = self.num_classes
         if isinstance(labels, (list, tuple)):
             scalars = [one.item() if getattr(one, "ndim", None) == 0 else one for one in labels]
             labels = [None if type(one) is int and one == null else one for one in scalars]
         elif labels is not None:
-            labels = as_tensor(labels)
+            labels = to_tensor(labels)
             labels = torch.where(labels == null, -1, labels.long()) if is_integer(labels.dtype) else labels
             labels = None if not null and bool((labels == -1).all()) else labels
         return Given.read(self.columns, labels, condition, count=count, device=self.device)
 
     def encode_given(self, given: Given) -> Encoded:
         """Encode what is given, as `forward` receives it."""
+        labels = torch.full((len(given),), self.num_classes, device=self.device)
         if LABEL in given.rows:
-            labels = given.rows[LABEL]
-            labels = torch.where(labels < 0, self.num_classes, labels)
-        else:
-            labels = torch.full((len(given),), self.num_classes, device=self.device)
+            labels = torch.where(given.rows[LABEL] < 0, self.num_classes, given.rows[LABEL])
         if self.condition_encoder is None:
             return Encoded(labels)
         return Encoded(labels, *self.condition_encoder(given))
 
     def encode_nothing(self, count: int) -> Encoded:
-        """Encode the null class and null columns for `count` images."""
         return self.encode_given(Given(self.columns, {}, count))
 
     # Training
@@ -181,17 +182,14 @@ class Prior(PretrainedModel, family="prior"):
         self, tokens: Tensor, labels: Any = None, *, condition: Any = None, progress: float = 0.0, **inputs: Any
     ) -> Tensor:
         """Return the training loss, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
-        of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all) and the columns of
-        `condition` (missing: null for all).
+        of `tokens` given `labels` and `condition`.
 
         inputs: further arguments of `forward`, by default drawn by `training_inputs`. The loss of a model that draws
-        orders or masks is therefore random, and may depend on `progress`, the completed fraction of training. Raises
-        `ValueError` for tokens or labels out of range, or of the wrong shape or type."""
-        tokens = as_tensor(tokens, self.device)
-        self.grid.check(tokens)
-        encoded = self.encode_given(self.read_given(labels, condition, len(tokens)))
+        orders or masks is therefore random, and may depend on `progress`, the completed fraction of training."""
+        tokens, given = self.read_tokens(tokens, labels, condition)
         inputs = inputs or self.training_inputs(tokens, progress)
-        return self.loss_from_outputs(self.forward_outputs(tokens, encoded, **inputs), tokens, **inputs)
+        outputs = self.forward_outputs(tokens, self.encode_given(given), **inputs)
+        return self.loss_from_outputs(outputs, tokens, **inputs)
 
     def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """Return `loss`, given `forward_outputs` for `tokens` and `inputs`."""
@@ -217,11 +215,8 @@ class Prior(PretrainedModel, family="prior"):
         self, tokens: Tensor, labels: Any = None, order: Order = None, *, condition: Any = None
     ) -> Tensor:
         """Return log p of each token given the blocks before its own, `(B, *grid.shape)` nats in float32 (float64 for
-        float64 weights). Arguments: see `log_prob`. Raises `ValueError` for tokens, labels, columns or an order out of
-        range."""
-        tokens = as_tensor(tokens, self.device)
-        self.grid.check(tokens)
-        given = self.read_given(labels, condition, len(tokens))
+        float64 weights)."""
+        tokens, given = self.read_tokens(tokens, labels, condition)
         if given.weights:
             return mixture_token_log_probs(self, tokens, given, order)
         return self.estimate_log_probs(tokens, given, order)
@@ -234,9 +229,7 @@ class Prior(PretrainedModel, family="prior"):
     def chain_log_probs(self, tokens: Tensor, given: Given, order: Order = None, known: Tensor | None = None) -> Tensor:
         """Return log p of each token of checked `tokens` given the blocks before its own, `(B, *grid.shape)` nats.
 
-        order: for a model with `any_order`, a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a
-        `Partition`; None means the model's own. known: bool `(B, N)`, in raster order; such a model decodes these
-        tokens first, as in `sample`. Raises `ValueError` for an order out of range."""
+        known: bool `(B, N)`, in raster order; a model with `any_order` decodes these tokens first, as in `sample`."""
         partition = self.check_order(order, len(tokens))
         if known is not None and self.any_order:
             partition = partition or Partition(self.order, self.blocks)
@@ -269,17 +262,12 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Return log p(tokens | labels, condition), `(B,)` nats.
 
-        labels: `(B,)`, or one class for all images; `num_classes` is the null class, as is None. condition: values of
-        columns by name, one for all images or one per image, or a `Given`; missing columns are null (see
-        `prior.columns`), unless `Given.over` makes this the mixture over the classes of one.
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |
         order_k, mask_m) (Germain et al. 2015, section 4.2). K > 1 adds K - 1 random orders to `order` (see `orders`),
         and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
-        requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range."""
+        requires `any_connectivity`."""
         orders, each = self.orders(num_orders, order), list[Tensor]()
-        tokens = as_tensor(tokens, self.device)
-        self.grid.check(tokens)
-        given = self.read_given(labels, condition, len(tokens))
+        tokens, given = self.read_tokens(tokens, labels, condition)
         if given.weights:
             return mixture_log_prob(self, tokens, given, order, num_orders, num_masks)
         for number in self.connectivities(num_masks):
@@ -291,12 +279,12 @@ class Prior(PretrainedModel, family="prior"):
     # Orders, and mixtures of them
 
     def to_partition(self, order: Order) -> Partition:
-        """Convert `order` to a `Partition` on the model's device. Raises `ValueError` for sizes that are not whole."""
+        """Convert `order` to a `Partition` on the model's device."""
         found: Any = make_partition(order, self.grid.shape) if isinstance(order, str) else order
         if not isinstance(found, Partition):
             found = Partition(self.order if found is None else found, self.blocks)
         blocks = tuple(whole_number("order: blocks", size) for size in found.blocks)
-        return Partition(as_tensor(found.order, self.device), blocks)
+        return Partition(to_tensor(found.order, self.device), blocks)
 
     def check_order(self, order: Order, count: int) -> Partition | None:
         """Return `order`, int64 `(N,)` or `(count, N)`, and its blocks, or None for the model's own. Raises
@@ -393,7 +381,6 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def feature_layers(self) -> int:
-        """Number of layers from which `features` can be read."""
         return len(self.feature_modules)
 
     def arrange_features(self, output: Any) -> Tensor:
@@ -408,12 +395,9 @@ class Prior(PretrainedModel, family="prior"):
 
         Like `logits[:, i]`, the features at i depend only on tokens of earlier blocks (in early layers, on fewer than
         `receptive_field` marks). Models that differ document it. layer: 0 to `feature_layers` - 1; None selects the
-        middle layer. labels, condition: see `log_prob`. Raises `ValueError` for another layer, and for tokens, labels
-        or columns out of range."""
+        middle layer."""
         layer = self.feature_layers // 2 if layer is None else layer
-        tokens = as_tensor(tokens, self.device)
-        self.grid.check(tokens)
-        return self.layer_features(tokens, self.read_given(labels, condition, len(tokens)), [layer])[0]
+        return self.layer_features(*self.read_tokens(tokens, labels, condition), [layer])[0]
 
     @full_float32()
     def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:
@@ -426,10 +410,10 @@ class Prior(PretrainedModel, family="prior"):
                 last = len(modules) - 1
                 raise ValueError(f"layer must be a whole number from 0 to {last} of this {self.name} (got {layer!r})")
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def store(module: nn.Module, args: Any, output: Any) -> None:
             calls.append(self.arrange_features(output) if len(calls) in layers else None)
 
-        hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
+        hooks = [module.register_forward_hook(store) for module in dict.fromkeys(modules)]
         try:
             self._call_impl(tokens, self.encode_given(given), **inputs)  # a compiled pass ignores hooks
         finally:
@@ -444,9 +428,8 @@ class Prior(PretrainedModel, family="prior"):
         return super()._apply(fn, recurse)
 
     def start(self, encoded: Encoded, order: Order = None) -> Any:
-        """Start decoding the rows of `encoded`; return the state that `next_logits` advances. order: see
-        `chain_log_probs`; it must come from `check_order`, because a check syncs with the GPU, which a CUDA graph
-        cannot capture."""
+        """Start decoding the rows of `encoded`; return the state that `next_logits` advances. order: must come from
+        `check_order`, because a check syncs with the GPU, which a CUDA graph cannot capture."""
         partition = None if order is None else self.to_partition(order)
         with torch.no_grad():
             cache = self.make_cache(encoded, partition)
@@ -477,7 +460,6 @@ class Prior(PretrainedModel, family="prior"):
         return UncachedState(tokens, encoded, *partition, inputs)
 
     def next_logits_uncached(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
-        """Return `next_logits` from one forward pass over the whole grid."""
         at = state.advance(tokens)
         logits = self(state.tokens.unflatten(1, self.grid.shape), state.encoded, **state.inputs)
         return logits.take_along_dim(at[..., None], 1)
@@ -516,22 +498,18 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
-        labels, condition: see `log_prob`. sampling, decoding: an instance of this prior's `Sampling`, and
-        `DecodingOptions`; or, in their place, settings: their fields (`temperature`, `top_k`, `guidance_scale`,
-        `order`, `parallel`, ...). generator: one generator, or a list with one per image; image k depends on the key
-        drawn from its generator, not on its batch. tokens, known: `tokens` are kept where bool `known` (`grid.shape` or
-        `(B, *grid.shape)`) is True. A model with `any_order` decodes known tokens first, so all other tokens are
-        conditioned on them, and keeps the remaining block boundaries; other models condition a token only on known
-        tokens of earlier blocks. order, num_orders: as for `log_prob`; each image is drawn in one random order, all
-        equally likely. If tokens are known and blocks hold one token, an order is chosen in proportion to the
-        probability that it gives to the known tokens (at temperature 1, without guidance), at the cost of one pass per
-        order; images are then samples of the mixture given the known tokens. cache: False recomputes everything at each
-        step. parallel: draw the same tokens in fewer passes over the whole grid (`prior.parallel`). batch_size: images
-        drawn at a time, None for all. progress: True shows a bar; a mapping holds arguments of `tqdm`. on_step: called
-        with a `Step` after each step; an exception ends sampling.
+        sampling, decoding: an instance of this prior's `Sampling`, and `DecodingOptions`; or, in their place, settings:
+        their fields (`temperature`, `top_k`, `guidance_scale`, `order`, `parallel`, ...). generator: one generator, or
+        a list with one per image; image k depends on the key drawn from its generator, not on its batch. batch_size:
+        images drawn at a time, None for all. progress: True shows a bar; a mapping holds arguments of `tqdm`. on_step:
+        called with a `SamplingStep` after each step; an exception ends sampling.
 
-        All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
-        for arguments out of range, and `TypeError` for a setting that this prior does not support."""
+        tokens, known: the result equals `tokens` where bool `known` (`grid.shape` or `(B, *grid.shape)`) is True. A
+        model with `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the
+        remaining block boundaries; other models condition a token only on known tokens of earlier blocks.
+
+        All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `TypeError` for
+        a setting that this prior does not support."""
         given = self.read_given(labels, condition, check_count(num_images))
         of_decoding = {each.name: settings.pop(each.name) for each in fields(DecodingOptions) if each.name in settings}
         for options, others in ((sampling, settings), (decoding, of_decoding)):
@@ -541,12 +519,12 @@ class Prior(PretrainedModel, family="prior"):
         if not isinstance(sampling, self.Sampling):
             expected = self.Sampling.__name__
             raise TypeError(f"sampling: a {self.name} prior takes {expected} (got {type(sampling).__name__})")
-        decoding, parts = decoding or DecodingOptions(**of_decoding), equal_batches(num_images, batch_size)
+        decoding, parts = decoding or DecodingOptions(**of_decoding), equal_batches(len(given), batch_size)
         with torch.inference_mode(), evaluation_mode(self):
             batch = make_batch(self, given, sampling, generator, tokens, known)
             monitor = Monitor(progress if len(parts) == 1 else False, on_step, batch, self.grid)
-            for rows in progress_bar(parts, progress if len(parts) > 1 else False, unit="batch"):
-                self.draw(batch[rows], sampling, decoding.select(rows, num_images), monitor)
+            for rows in show_progress(parts, progress if len(parts) > 1 else False, unit="batch"):
+                self.draw(batch[rows], sampling, decoding.select(rows, len(given)), monitor)
         return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training
 
     def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:
@@ -562,19 +540,8 @@ class Prior(PretrainedModel, family="prior"):
                     sample_blocks(self, part, options, decoding.cache, monitor)
 
     def rows_at_once(self) -> int | None:
-        """Return how many rows to sample together, if smaller batches are faster; None samples all at once."""
+        """Return how many rows to sample together; None samples all at once."""
         return None
-
-
-FEW_ROWS = 4
-"""With fewer rows, reading the weights bounds a matrix product, so caches store weights row-major."""
-
-
-def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
-    """Expand a partition of positions to ids: the first ids of a block, then its second ids, and so on."""
-    parts = grid.cells[partition.order].split(partition.blocks)
-    blocks = tuple(size for size in partition.blocks for _ in range(grid.ids_per_position))
-    return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from tokenizer.layers import FusedLinear
 
-from .attention import EPS, Rotations, coordinates, rotate, unit
+from .attention import EPS, ResidualBranches, Rotations, coordinates, rotate, unit
 from .base import Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .masks import Window
+from .masks import AttentionWindow
 from .orders import Partition, block_numbers, growing
 from .transformer import OrderedConfig, reset
 
@@ -33,25 +33,18 @@ COUNTS = 16  # with any_order, training chooses among about this many block coun
 
 
 class BlocksConfig(OrderedConfig):
-    """Sizes of the transformer, its training partitions and its attention window."""
-
     takes_blocks = True
 
 
-class Layer(nn.Module):
-    """Pre-normalised residual attention from a stream `(B, n, dim)` to keys and values; then residual SwiGLU."""
+class Layer(ResidualBranches):
+    """A transformer block that attends from a stream `(B, n, dim)` to keys and values of other rows."""
+
+    q: nn.Linear
+    kv: FusedLinear
 
     def __init__(self, config: BlocksConfig) -> None:
-        super().__init__()
-        dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
-        self.heads, self.attention_dropout = config.heads, config.attention_dropout
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
-        self.q, self.kv = nn.Linear(dim, dim, bias=False), FusedLinear(dim, dim, parts=2, bias=False)
-        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # scale of the normalised queries
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.gate_up = FusedLinear(dim, hidden, parts=2, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        dim = config.dim
+        super().__init__(config, q=nn.Linear(dim, dim, bias=False), kv=FusedLinear(dim, dim, parts=2, bias=False))
 
     def keys_values(self, rows: Tensor, rotations: Tensor) -> Tensor:
         """Return keys and values `(2, B, m, heads, width)` of rows `(B, m, dim)` with rotations
@@ -59,34 +52,33 @@ class Layer(nn.Module):
         k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.kv(self.attention_norm(rows)).chunk(2, -1))
         return torch.stack([rotate(unit(k), rotations.unsqueeze(-3)).to(v.dtype), v])
 
-    def forward(self, x: Tensor, rows: Tensor, rotations: Tensor, sees: Tensor | Window) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor, rotations: Tensor, sees: Tensor | AttentionWindow) -> Tensor:
         """Attend from a stream `(B, N, dim)` to rows `(B, 1 + N, dim)` with rotations `(1 + N, width / 2, 2)`: this is
         the whole layer in one call, so it can be compiled, checkpointed and sharded."""
         return self.attend(x, rotations[1:], self.keys_values(rows, rotations), sees)
 
-    def attend(self, x: Tensor, rotations: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, rotations: Tensor, keys_values: Tensor, sees: Tensor | AttentionWindow | None = None
+    ) -> Tensor:
         """Map `(B, n, dim)` to the same shape. sees: bool `([B, 1,] n, m)`, True where allowed; a window; None: all."""
         keys, values = keys_values
         queries = self.q(self.attention_norm(x)).unflatten(-1, (self.heads, -1))
         queries = rotate(unit(queries), rotations.unsqueeze(-3) * self.gain.unsqueeze(-1)).to(x.dtype)
         dropout = self.attention_dropout if self.training else 0.0
-        if isinstance(sees, Window):
+        if isinstance(sees, AttentionWindow):
             attended = sees.attend(queries, keys, values, dropout)
         else:
             queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=sees, dropout_p=dropout)
             attended = attended.transpose(1, 2)
-        x = x + self.dropout(self.project(attended.flatten(2)))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.dropout(self.down(F.silu(gate) * up))
+        return self.add_branches(x, attended)
 
 
 class Blocks(Prior, name="blocks"):
     """One stream with masked attention. Row 0, a start row, holds the class and is visible to all positions."""
 
     Config = BlocksConfig
-    cells: Tensor
-    """(1 + P, axes): coordinates of the start row and the positions."""
+    cells: Tensor  # (1 + P, axes): coordinates of the start row and the positions
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__(config)
@@ -105,11 +97,11 @@ class Blocks(Prior, name="blocks"):
         self.register_buffer("cells", torch.cat([start, coordinates(shape)]), persistent=False)
         self.rotations = Rotations(config, self.cells)
         self.windows: Any = nn.ModuleList(self.make_windows(torch.arange(len(self.position_order), device="cpu")))
-        self.block_windows: list[list[Window]] = []
+        self.block_windows: list[list[AttentionWindow]] = []
         self.windows_on: torch.device | None = None  # the device that `block_windows` are on
         reset(self, self.layers)
 
-    def make_windows(self, at: Tensor) -> list[Window]:
+    def make_windows(self, at: Tensor) -> list[AttentionWindow]:
         """Make each layer's window for the queries at raster indices `at` (n,); none without windows."""
         if self.config.window is None:
             return []
@@ -119,12 +111,12 @@ class Blocks(Prior, name="blocks"):
         if home.type == "cuda":  # tiles are made on the CPU
             sources, at = sources.cpu(), at.cpu()
         targets, dilations = sources[at + 1], set(self.config.dilations)
-        made = {d: Window(targets, sources, self.config.window, d).to(home) for d in dilations}
+        made = {d: AttentionWindow(targets, sources, self.config.window, d).to(home) for d in dilations}
         return [made[dilation] for dilation in self.config.dilations]
 
     @property
-    def stepwise_windows(self) -> list[list[Window]]:
-        """The windows of each block's queries, made once; empty without a window."""
+    def stepwise_windows(self) -> list[list[AttentionWindow]]:
+        """The windows of each block's queries, created once per device; empty without a window."""
         if not len(self.windows):
             return []
         if self.windows_on != self.device:
@@ -142,8 +134,8 @@ class Blocks(Prior, name="blocks"):
     def outputs(
         self, tokens: Tensor, encoded: Encoded, order: Tensor | None = None, block_of: Tensor | None = None
     ) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. order: `(N,)` or `(B, N)`, cut into the model's own blocks;
-        block_of: the block number of each token, `(N,)` or `(B, N)`. By default the model's own partition is used."""
+        """See `Prior.outputs`. order: `(N,)` or `(B, N)`, cut into the model's own blocks; block_of: the block number
+        of each token, `(N,)` or `(B, N)`. By default the model's own partition is used."""
         if block_of is None:
             block_of = self.position_block_of if order is None else block_numbers(order, self.blocks)
         ids = self.token_embedding(self.position_ids(tokens))
@@ -163,7 +155,7 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`. With windows: all positions reachable through a chain of windows, one per layer."""
+        """With windows: all positions reachable through a chain of windows, one per layer."""
         if not len(self.windows):
             return super().position_field
         own = torch.eye(len(self.position_order), dtype=torch.bool, device=self.device)
@@ -181,8 +173,7 @@ class Blocks(Prior, name="blocks"):
         or, for a growing share of images, the model's own."""
         if not self.any_order:
             return {}
-        count, size = len(tokens), len(self.grid)
-        numbers = growing_numbers(size)
+        (count, size), numbers = (len(tokens), len(self.grid)), growing_numbers(len(self.grid))
         shuffled = torch.empty(count, size, dtype=torch.long)
         shuffled.scatter_(1, torch.rand(count, size).argsort(1), numbers[torch.randint(len(numbers), (count,))])
         random = torch.rand(count, 1) < self.config.random_share_at(progress)

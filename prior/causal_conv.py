@@ -25,8 +25,6 @@ from .orders import Partition
 
 
 class CausalConvConfig(PriorConfig):
-    """Sizes of the network."""
-
     takes_heads = takes_positions = takes_conditions = True
 
     dim: int = Field(64, ge=1, le=16384, description="channels of the residual stream and of a block's gated output")
@@ -69,8 +67,7 @@ class CausalConv(Prior, name="causal_conv"):
 
     Config = CausalConvConfig
     ranks: Tensor
-    cells: Tensor
-    """Coordinates `(axes, N)` of the grid's cells, in decoding order."""
+    cells: Tensor  # (axes, N): coordinates of the grid's cells, in decoding order
 
     def __init__(self, config: CausalConvConfig) -> None:
         super().__init__(config)
@@ -97,7 +94,6 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`: the `reach` preceding positions in decoding order."""
         behind = self.ranks[:, None] - self.ranks
         return (behind > 0) & (behind <= self.reach)
 
@@ -120,11 +116,9 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """Each block's gated output, which the residual stream and the skip connections read."""
         return [block.dropout for block in self.layers]
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Rearrange `(B, dim, N)` in decoding order to `(B, N, dim)` in raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Buffers:

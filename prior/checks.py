@@ -22,12 +22,9 @@ from .base import Prior
 from .columns import LABEL, Column, GridColumn, NumberColumn
 from .given import Given
 
-MOST_CHANGED = 16
-"""Maximum number of tokens that `require_causal` changes, one at a time."""
-MOST_GRIDS = 4096
-"""The largest number of grids that `check_prior` enumerates."""
-TOLERANCE = 1e-4
-"""Tolerance for rounding of float32 logits, relative to the largest |logit|."""
+MOST_CHANGED = 16  # tokens that `require_causal` changes, one at a time
+MOST_GRIDS = 4096  # that `check_prior` enumerates
+TOLERANCE = 1e-4  # for rounding of float32 logits, relative to the largest |logit|
 
 
 class NotCausalError(ValueError):
@@ -61,8 +58,8 @@ def example_columns(grid: TokenGrid) -> dict[str, Column]:
 
 def draw_given(prior: Prior, labels: Tensor) -> Given:
     """Draw random rows of all columns but the class, beside the classes `labels`, of which -1 is null."""
-    drawn = {name: column.draw(len(labels)) for name, column in prior.config.conditions.items()}
-    return Given(prior.columns, {**({LABEL: labels} if prior.num_classes else {}), **drawn}, len(labels))
+    rows = {name: column.draw(len(labels)) for name, column in prior.config.conditions.items()}
+    return Given(prior.columns, {**({LABEL: labels} if prior.num_classes else {}), **rows}, len(labels))
 
 
 @torch.no_grad()
@@ -165,15 +162,15 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
     def known_tokens() -> None:
         known = torch.rand(8, *grid.shape) < 0.5
-        drawn = model.sample(8, condition=given, tokens=tokens, known=known, generator=generators(range(8)))
-        expect(torch.equal(drawn[known], tokens[known]), "a known token was replaced")
+        sampled = model.sample(8, condition=given, tokens=tokens, known=known, generator=generators(range(8)))
+        expect(torch.equal(sampled[known], tokens[known]), "a known token was replaced")
 
     promises: dict[str, Callable[[], None]] = {
         "logits see earlier blocks only": causality,
         "no label is the null class": null_class,
         "cached steps equal forward": steps,
         "an image does not depend on its batch": batches,
-        "known tokens are kept": known_tokens,
+        "known tokens do not change": known_tokens,
         "configuration and weights are the whole model": saved,
     }
     if others.names:
@@ -194,10 +191,13 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
         def frequencies() -> None:
             generator = torch.Generator().manual_seed(1)
-            drawn = model.sample(4000, condition=others[:1].expand(4000), generator=generator).flatten(1)
+            sampled = model.sample(4000, condition=others[:1].expand(4000), generator=generator).flatten(1)
             place = torch.tensor([grid.vocab_size**k for k in reversed(range(len(grid)))])
-            found = torch.bincount((drawn * place).sum(1), minlength=len(every)).double()
-            expect(not model.exact or fits(found, density() * 4000), "samples do not have the frequencies of log_prob")
+            found = torch.bincount((sampled * place).sum(1), minlength=len(every)).double()
+            expect(
+                not model.exact or frequencies_agree(found, density() * 4000),
+                "samples do not have the frequencies of log_prob",
+            )
 
         promises |= {"probabilities sum to one": sums_to_one, "samples follow log_prob": frequencies}
     for promise, check in promises.items():
@@ -205,13 +205,12 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
 
 def expect_close(one: Tensor, other: Tensor, what: str) -> None:
-    """Raise `ValueError` unless two computations of the same logits agree within rounding."""
     expect(one.shape == other.shape, f"{what} have shapes {tuple(one.shape)} and {tuple(other.shape)}")
     apart = float((one - other).abs().max())
     expect(apart <= TOLERANCE * max(1.0, float(other.abs().max())), f"{what} differ by up to {apart:.3g}")
 
 
-def fits(found: Tensor, expected: Tensor) -> bool:
+def frequencies_agree(found: Tensor, expected: Tensor) -> bool:
     """Return whether counts are as expected: chi-squared at six standard deviations, rare outcomes pooled."""
     rare = expected < 5
     found = torch.cat([found[~rare], found[rare].sum()[None]])

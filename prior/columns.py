@@ -29,10 +29,8 @@ from tokenizer.files import quote
 
 from .condition_encoder import ClassEmbedding, FloatEmbedding, GridEncoder, embed_standardized
 
-LABEL = "label"
-"""The name of the class column that `labels` fills."""
-RESERVED = (LABEL, "labels", "tokens")
-"""Names of other columns in token datasets and their tables."""
+LABEL = "label"  # the class column that `labels` fills
+RESERVED = (LABEL, "labels", "tokens")  # names of other columns in token datasets and their tables
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 MAX_COLUMNS = 64
 MAX_NAMES = 1 << 16
@@ -43,8 +41,7 @@ NUMBERS = (int, float, np.number)
 class Column(ModelConfig):
     """A column: how values are written, checked, stored and encoded, and what is null."""
 
-    null_value: ClassVar[float] = math.nan
-    """The raw value that is null."""
+    null_value: ClassVar[float] = math.nan  # the raw value that is null
     is_map: ClassVar[bool] = False
     """Whether the encoding has a vector for each position of the prior's grid, not one for the image."""
     is_counted: ClassVar[bool] = False
@@ -61,7 +58,7 @@ class Column(ModelConfig):
 
     @property
     def axes(self) -> int:
-        """How deeply lists are nested in one value as it is written."""
+        """How deeply lists are nested in the value of one image as users write it."""
         return len(self.shape)
 
     @property
@@ -77,25 +74,20 @@ class Column(ModelConfig):
         if isinstance(value, Tensor):
             return self.check_raw(value.cpu())
         value = value.tolist() if hasattr(value, "tolist") else value  # numpy, pandas
-        if self.is_one_value(value):
+        if self.is_of_one_image(value):
             return self.parse_one(value)
         return self.parse_several([one.tolist() if hasattr(one, "tolist") else one for one in value])
 
-    def is_one_value(self, value: Any) -> bool:
-        """Return whether `value` is the value of one image, rather than a list with a value per image: a list is one
-        value if it is nested `axes` deep and no part is None."""
-        depth, inner = 0, value
-        while isinstance(inner, (list, tuple)):
-            depth, inner = depth + 1, next((one for one in inner if one is not None), None)
-        depth += getattr(inner, "ndim", 0)
+    def is_of_one_image(self, value: Any) -> bool:
+        """Return whether `value` belongs to one image; otherwise it is a list with a value per image. A list belongs to
+        one image if it is nested `axes` deep, and holds no None, which would be an image without a value."""
+        depth = count_axes(value)
         return not depth or (depth == self.axes and not any(one is None for one in value))
 
     def parse_one(self, value: Any) -> Tensor:
-        """Convert the value of one image."""
         raise NotImplementedError
 
     def parse_several(self, values: Sequence[Any]) -> Tensor:
-        """Convert the values of several images."""
         return torch.stack([self.parse_one(value) for value in values]) if values else self.null(0)
 
     def check_raw(self, values: Tensor) -> Tensor:
@@ -115,28 +107,18 @@ class Column(ModelConfig):
         return values
 
     def null(self, count: int, device: torch.device | None = None) -> Tensor:
-        """Return `count` null rows."""
         return torch.full((count, *self.shape), self.null_value, device=device)
 
     def is_null(self, values: Tensor) -> Tensor:
-        """Return whether each row of raw values is null, bool `(B,)`."""
         raise NotImplementedError
 
     def draw(self, count: int) -> Tensor:
-        """Draw random rows, for checks of models."""
         raise NotImplementedError
 
     # Files
 
-    @property
-    def stored_type(self) -> torch.dtype:
-        """The type of the numbers in files."""
-        return torch.float32
-
-    @property
-    def stored_null(self) -> float | None:
-        """The number that is null in files; None: the raw one."""
-        return None
+    stored_type: ClassVar[torch.dtype] = torch.float32  # of the numbers in files
+    stored_null: ClassVar[float | None] = None  # the number that is null in files; None: the raw one
 
     def pack(self, values: Tensor) -> Tensor:
         """Convert raw rows to stored ones. Raises `ValueError` for values that are not allowed."""
@@ -160,11 +142,8 @@ class Column(ModelConfig):
 
     def suits(self, other: Column) -> bool:
         """Return whether weights that were trained for the column `other` fit this one and mean the same."""
-        return (
-            type(self) is type(other)
-            and self.shape == other.shape
-            and self.values(self.meaning) == other.values(self.meaning)
-        )
+        same = type(self) is type(other) and self.shape == other.shape
+        return same and self.values(self.meaning) == other.values(self.meaning)
 
     def takes_rows_of(self, other: Any) -> bool:
         """Return whether raw rows of the column `other` mean the same in this one."""
@@ -176,7 +155,6 @@ class Column(ModelConfig):
 
     @property
     def scales(self) -> list[Any]:
-        """The constants by which numbers are standardised."""
         return self.values(self.scaling)
 
     def values(self, names: Iterable[str]) -> list[Any]:
@@ -186,11 +164,10 @@ class Column(ModelConfig):
 
     @property
     def texts(self) -> list[str]:
-        """All texts that a file may hold."""
+        """All texts of the column that a file may hold."""
         return [text for text in (*getattr(self, "names", ()), getattr(self, "encoder", "")) if text]
 
     def describe(self) -> str:
-        """Describe the allowed values."""
         raise NotImplementedError
 
     def describe_outside(self, values: Tensor) -> str:
@@ -236,11 +213,12 @@ class ClassColumn(IdColumn):
 
     kind = "class"
     is_counted: ClassVar[bool] = True
+    stored_type: ClassVar[torch.dtype] = torch.int32
     names: list[str] = Field(min_length=1, max_length=MAX_NAMES, description="names of the classes, by id")
 
     @classmethod
     def numbered(cls, count: int, names: Sequence[str] = ()) -> ClassColumn:
-        """Return a column of `count` classes, by default named by their numbers; more than a file may have."""
+        """Return a column of `count` classes, also more than a file may have. names: by default their numbers."""
         return cls.model_construct(names=list(names) or [str(number) for number in range(count)])
 
     @property
@@ -266,12 +244,7 @@ class ClassColumn(IdColumn):
 
     @property
     def is_numbered(self) -> bool:
-        """Whether the names are the numbers from 0."""
         return self.names == [*map(str, range(self.count))]
-
-    @property
-    def stored_type(self) -> torch.dtype:
-        return torch.int32
 
     @property
     def num_classes(self) -> int:
@@ -281,8 +254,7 @@ class ClassColumn(IdColumn):
         return ClassEmbedding(len(self.names), width)
 
     def suits(self, other: Column) -> bool:
-        """Classes are matched by name."""
-        return type(self) is type(other)
+        return type(self) is type(other)  # classes are matched by name
 
     def takes_rows_of(self, other: Any) -> bool:
         """Ids mean the same if the names are equal, or if one of the columns only numbers its classes, as priors do."""
@@ -332,11 +304,11 @@ class GridColumn(IdColumn):
         return self.check_raw(tokens)
 
     @property
-    def stored_type(self) -> torch.dtype:
+    def stored_type(self) -> torch.dtype:  # type: ignore[override]
         return smallest_type(self.grid.vocab_size + 1)
 
     @property
-    def stored_null(self) -> float:
+    def stored_null(self) -> float:  # type: ignore[override]
         return self.grid.vocab_size
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
@@ -361,7 +333,7 @@ class FloatColumn(Column):
         try:
             found = torch.tensor([float(one) for one in several])
         except OverflowError:
-            raise ValueError(f"numbers must be finite (got {shorten(value)})") from None
+            found = torch.tensor(math.inf)
         if not bool(found.isfinite().all()):
             raise ValueError(f"numbers must be finite (got {shorten(value)})")
         return self.check_raw(found)
@@ -383,8 +355,7 @@ class FloatColumn(Column):
         return values.isnan().flatten(1).any(1)
 
     def draw(self, count: int) -> Tensor:
-        """Draw zeros and ones, which all columns of numbers allow."""
-        return torch.randint(2, (count, *self.shape)).float()
+        return torch.randint(2, (count, *self.shape)).float()  # all columns of numbers allow 0 and 1
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
         return embed_standardized([0.0] * self.shape[0], [1.0] * self.shape[0], width)
@@ -398,6 +369,8 @@ class FlagsColumn(FloatColumn):
 
     kind = "flags"
     is_counted: ClassVar[bool] = True
+    stored_type: ClassVar[torch.dtype] = torch.uint8
+    stored_null: ClassVar[float | None] = 255
     meaning: ClassVar[tuple[str, ...]] = ("names",)
     names: list[str] = Field(min_length=1, max_length=1 << 12, description="names of the flags")
 
@@ -424,14 +397,6 @@ class FlagsColumn(FloatColumn):
             raise ValueError(f"flags must be 0 or 1 (got {float(wrong[0]):g})")
         return values
 
-    @property
-    def stored_type(self) -> torch.dtype:
-        return torch.uint8
-
-    @property
-    def stored_null(self) -> float:
-        return 255
-
     def describe(self) -> str:
         return describe_names(self.names)
 
@@ -440,11 +405,11 @@ class FlagsColumn(FloatColumn):
 
 
 class QuantityColumn(FloatColumn):
-    """One or several numbers; a single one is written without a list."""
+    """One or several numbers."""
 
     @property
     def axes(self) -> int:
-        return 0 if self.shape == (1,) else 1
+        return 0 if self.shape == (1,) else 1  # a single number is written without a list
 
 
 class NumberColumn(QuantityColumn):
@@ -466,8 +431,7 @@ class NumberColumn(QuantityColumn):
         return (len(self.mean),)
 
     def limit(self, values: Tensor) -> Tensor:
-        """A model has seen no numbers outside of the range, and weights of 0.3 must keep their meaning for every raw
-        value; so it does not do this itself."""
+        # A model does not do this itself, because weights of 0.3 must keep their meaning for every raw value.
         return values.clamp(*torch.tensor([self.low, self.high]).to(values).unbind())
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
@@ -524,6 +488,7 @@ class VectorColumn(FloatColumn):
     """An embedding computed by `encoder`."""
 
     kind = "vector"
+    stored_type: ClassVar[torch.dtype] = torch.float16
     meaning: ClassVar[tuple[str, ...]] = ("encoder",)
     scaling: ClassVar[tuple[str, ...]] = ("scale",)
     size: int = Field(ge=1, le=1 << 14, description="length of the vector")
@@ -534,12 +499,7 @@ class VectorColumn(FloatColumn):
     def shape(self) -> tuple[int, ...]:
         return (self.size,)
 
-    @property
-    def stored_type(self) -> torch.dtype:
-        return torch.float16
-
     def pack(self, values: Tensor) -> Tensor:
-        """Raises `ValueError` for numbers beyond the stored type's limit, too."""
         stored = super().pack(values)
         if bool(stored.isinf().any()):
             most = torch.finfo(stored.dtype).max
@@ -552,7 +512,7 @@ class VectorColumn(FloatColumn):
 
 # All kinds ----------------------------------------------------------------------------------------
 
-KINDS: dict[str, type[Column]] = {
+COLUMN_KINDS: dict[str, type[Column]] = {
     kind.kind: kind for kind in (ClassColumn, FlagsColumn, NumberColumn, AngleColumn, VectorColumn, GridColumn)
 }
 
@@ -562,16 +522,22 @@ def read_column(value: Any) -> Column:
     if isinstance(value, Column):
         return value
     kind = value.get("kind") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"a column's kind must be one of {', '.join(KINDS)} (got {quote(kind)})")
+    if not isinstance(kind, str) or kind not in COLUMN_KINDS:
+        raise ValueError(f"a column's kind must be one of {', '.join(COLUMN_KINDS)} (got {quote(kind)})")
     try:
-        return KINDS[kind](**{name: item for name, item in value.items() if name != "kind"})
+        return COLUMN_KINDS[kind](**{name: item for name, item in value.items() if name != "kind"})
     except TypeError as error:
         raise ValueError(str(error)) from error
 
 
 AnyColumn = Annotated[Column, PlainValidator(read_column), PlainSerializer(lambda column: column.to_dict())]
-"""Field type for a column in a configuration."""
+
+
+def count_axes(value: Any) -> int:
+    """Return how deeply lists, tuples and arrays are nested, at the first part that is not None."""
+    if isinstance(value, (list, tuple)):
+        return 1 + count_axes(next((one for one in value if one is not None), None))
+    return getattr(value, "ndim", 0)
 
 
 def names_problem(names: Iterable[str]) -> Iterator[str]:
@@ -585,7 +551,7 @@ def names_problem(names: Iterable[str]) -> Iterator[str]:
 
 
 def find_column(columns: Mapping[str, Any], name: str, argument: str = "condition") -> Any:
-    """Return the column `name`. Raises `ValueError`, which lists the columns. argument: what named it."""
+    """Return the column `name`. Raises `ValueError`, which lists the columns; `argument` begins its message."""
     if name in columns:
         return columns[name]
     near = difflib.get_close_matches(str(name), columns, 1)

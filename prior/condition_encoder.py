@@ -33,12 +33,9 @@ MAP = 0.25  # of the features of a grid at the start of training; 1 costs 0.03 t
 class Encoded:
     """Classes and encoded columns of a batch, as networks receive them; only a `Given` is set to null."""
 
-    labels: Tensor
-    """`(B,)` from 0 to `num_classes`, which is the null class."""
-    vector: Tensor | None = None
-    """`(B, width)`: the sum of all columns, with the means of grids; None without columns."""
-    map: Tensor | None = None
-    """`(B, P, width)` for the prior's positions in raster order; None without grids."""
+    labels: Tensor  # (B,) from 0 to `num_classes`, which is the null class
+    vector: Tensor | None = None  # (B, width): the sum of all columns, with the means of grids; None without columns
+    map: Tensor | None = None  # (B, P, width) for the prior's positions in raster order; None without grids
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,7 +58,6 @@ class Encoded:
         return self.vector[:, None] if self.map is None else self.vector[:, None] + self.map
 
     def join(self, other: Encoded) -> Encoded:
-        """Append the rows of another batch of the same prior."""
         pairs = zip(self.parts, other.parts, strict=True)
         joined = (None if one is None or two is None else torch.cat([one, two]) for one, two in pairs)
         return Encoded(*joined)  # type: ignore[arg-type]
@@ -83,19 +79,15 @@ class ConditionEncoder(nn.Module):
             module.reset_parameters()  # type: ignore[operator]
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return the network of each column by its name."""
         parts = {**self.vectors, **self.grids}
         return {name.removeprefix("column_"): module for name, module in parts.items()}
 
     def forward(self, given: Given) -> tuple[Tensor, Tensor | None]:
         weight = next(self.parameters())
-
-        def raw(name: str) -> Tensor:
-            return given.raw(name.removeprefix("column_"), weight.device)
-
-        vectors = [embed(raw(name)) for name, embed in self.vectors.items()]
+        raw = {name: given.raw(name.removeprefix("column_"), weight.device) for name in (*self.vectors, *self.grids)}
+        vectors = [embed(raw[name]) for name, embed in self.vectors.items()]
         vector = torch.stack(vectors).sum(0) if vectors else weight.new_zeros(len(given), self.width)
-        maps = [encode(raw(name), vector) for name, encode in self.grids.items()]
+        maps = [encode(raw[name], vector) for name, encode in self.grids.items()]
         if not maps:
             return vector, None
         every = torch.stack(maps).sum(0)
@@ -112,7 +104,6 @@ class ClassEmbedding(nn.Embedding):
         super().__init__(count + 1, width)
 
     def reset_parameters(self) -> None:
-        """Start small, as the embedding of the class does."""
         nn.init.normal_(self.weight, std=STD)
 
     def remove_effect(self) -> None:
@@ -124,7 +115,7 @@ class ClassEmbedding(nn.Embedding):
 
 
 Features = Callable[[Tensor, torch.dtype], list[Tensor]]
-"""Computes features of raw numbers `(B, size)`, each `(B, n)`: in the given type, or bool."""
+"""Computes features of raw numbers `(B, size)`, each `(B, n)`, in this type or bool."""
 
 
 class Standardized(Constants):

@@ -42,14 +42,11 @@ class PriorConfig(ModelConfig):
         "after another from a single pass; logistic: for pixels",
     )
 
-    takes_blocks: ClassVar[bool] = False
-    """Whether the model supports blocks of several tokens."""
-    takes_heads: ClassVar[bool] = False
-    """Whether the model implements `outputs`, which an output head maps to logits."""
-    takes_conditions: ClassVar[bool] = False
-    """Whether the network supports columns other than the class."""
-    takes_positions: ClassVar[bool] = False
-    """Whether the network supports positions with several ids, which an output head draws."""
+    # What the model supports:
+    takes_blocks: ClassVar[bool] = False  # blocks of several tokens
+    takes_heads: ClassVar[bool] = False  # `outputs`, which an output head maps to logits
+    takes_conditions: ClassVar[bool] = False  # columns other than the class
+    takes_positions: ClassVar[bool] = False  # positions with several ids, which an output head draws
 
     def check(self) -> Iterator[str]:
         """Check that the head and order fit the grid, that the blocks sum to its size, and the columns."""

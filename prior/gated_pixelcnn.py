@@ -26,8 +26,6 @@ from .orders import Partition
 
 
 class GatedPixelCNNConfig(RowsConfig):
-    """Sizes of the network."""
-
     kernels = ("first_kernel", "kernel")
 
     dim: int = Field(64, ge=1, le=8192, description="channels of each stack")
@@ -89,7 +87,6 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`: all earlier positions if the network is deep enough."""
         height, width = self.config.positions.shape
         vertical = torch.eye(height * width, dtype=torch.bool, device="cpu").view(height, width, -1)
         horizontal = vertical

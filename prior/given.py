@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_tensor
+from .arguments import to_tensor
 from .columns import LABEL, Column, describe_columns, find_column, shorten
 
 Convert = Callable[[str, Column, Any], Any]
 """Replaces what a column does not read itself, such as pictures and texts: name, column, value -> value."""
-MOST_CLASSES = 1024
-"""Most classes of a mixture, each of which costs a pass."""
+MOST_CLASSES = 1024  # of a mixture; each costs a pass
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,19 @@ class Given:
         all images or one per image (see `Column.parse`; None gives nothing), or a `Given`. count: the number of images;
         None: as many as there are values, or `default`. Raises `ValueError`, which names the column and what is
         allowed."""
-        if isinstance(condition, Given):
-            found = condition.of_columns(columns)
-            if labels is not None and LABEL in found.rows:
-                raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
+        found = condition.of_columns(columns) if isinstance(condition, Given) else None
+        if found is None and not isinstance(condition, (Mapping, type(None))):
+            there = describe_columns(columns)
+            raise ValueError(f"condition: expected values by column (got {shorten(condition)}); {there}")
+        values = dict(condition or {}) if found is None else dict(found.rows)
+        if labels is not None and values.get(LABEL) is not None:
+            raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
+        if found is not None:
             if count not in (None, len(found)):
                 raise ValueError(f"condition: got rows of {len(found)} images for {count} images")
             own = {} if labels is None else cls.read(columns, labels, count=len(found)).rows
             return found[:].with_rows(**own).to(device)  # rows on a disk are read
-        if not isinstance(condition, (Mapping, type(None))):
-            there = describe_columns(columns)
-            raise ValueError(f"condition: expected values by column (got {shorten(condition)}); {there}")
-        values = dict(condition or {})
         if labels is not None:
-            if values.get(LABEL) is not None:
-                raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
             lists = isinstance(labels, Iterable) and not isinstance(labels, (str, Mapping, Tensor, np.ndarray))
             values[LABEL] = list(labels) if lists else labels  # such as a range
         parsed = dict[str, Tensor]()
@@ -131,12 +128,12 @@ class Given:
         return replace(self, rows=rows, weights=weights)
 
     def over(self, name: str, log_weights: Any = None) -> Given:
-        """Leave the class of the column `name` open: densities are sum_c p(c) p(tokens | c, what is given).
+        """Leave the class of the column `name` open: densities are sum_c p(c) p(tokens | c, what is given); features
+        and samples take the column as null.
 
-        log_weights: log p(c), `(C,)` or one for each image `(B, C)`; None: all classes are equally likely. What is no
-        density, such as features and samples, takes the column as null. Raises `ValueError` for a column that is no
-        class, that is given or that is missing, for more than `MOST_CLASSES`, and for weights that do not sum to
-        one."""
+        log_weights: log p(c), `(C,)` or one for each image `(B, C)`; None: all classes are equally likely. Raises
+        `ValueError` for a column that is given, missing or not a class, for more than `MOST_CLASSES`, and for weights
+        that do not sum to one."""
         column: Column = find_column(self.columns, name, "marginal")
         classes = column.num_classes
         if not classes:
@@ -144,12 +141,12 @@ class Given:
         if name in self.rows:
             raise ValueError(f"marginal: {name!r} is given; leave it out, or leave out marginal")
         if classes > MOST_CLASSES:
-            cost = f"{name!r} has {classes:,} classes, that is {classes:,} passes of the prior for each image"
+            cost = f"{name!r} has {classes:,} classes: {classes:,} passes of the prior for each image"
             raise ValueError(f"marginal: {cost}; at most {MOST_CLASSES:,} classes are possible")
         if other := [each for each in self.weights if each != name]:
             raise ValueError(f"marginal: {other[0]!r} is open, too; only one column can be")
         uniform = torch.zeros(classes, dtype=torch.float64).log_softmax(0)
-        weights = (uniform if log_weights is None else as_tensor(log_weights)).cpu().double()
+        weights = (uniform if log_weights is None else to_tensor(log_weights)).cpu().double()
         shape = (self.count, classes)
         if tuple(weights.shape) not in (shape, shape[1:]):
             raise ValueError(f"log_weights must have the shape {shape} or {shape[1:]} (got {tuple(weights.shape)})")
@@ -183,7 +180,6 @@ class Given:
         return replace(self, rows={name: self.columns[name].limit(rows) for name, rows in self.rows.items()})
 
     def to(self, device: torch.device | None) -> Given:
-        """Move all rows to a device."""
         return replace(self, rows={name: rows.to(device) for name, rows in self.rows.items()})
 
     @property

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import EPS, Block, Rotations, coordinates
-from .base import FEW_ROWS, Prior, to_device_async
+from .base import Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .masks import Window, make_windows
+from .layers import pack
+from .masks import AttentionWindow, make_windows
 from .orders import Partition
 from .transformer import OrderedConfig, reset
 
@@ -30,8 +31,7 @@ class GPT(Prior, name="gpt"):
 
     Config = GPTConfig
 
-    cells: Tensor
-    """Coordinates `(axes, P)` of the grid's cells, raster order."""
+    cells: Tensor  # (axes, P): coordinates of the grid's cells, raster order
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
@@ -50,7 +50,7 @@ class GPT(Prior, name="gpt"):
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
         reset(self, self.layers)
 
-    def make_windows(self) -> list[Window | None]:
+    def make_windows(self) -> list[AttentionWindow | None]:
         """Make each layer's window. Rank r predicts cell order[r]; its key belongs to the preceding token."""
         if self.config.window is None:
             return [None] * self.config.depth
@@ -62,8 +62,8 @@ class GPT(Prior, name="gpt"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`. With windows: all positions reachable through a chain of windows, one per layer, and the token
-        before each rank, at any distance."""
+        """With windows: all positions reachable through a chain of windows, one per layer, and the token before each
+        rank, at any distance."""
         windows = [block.window for block in self.layers]
         if not all(windows):
             return super().position_field
@@ -84,7 +84,7 @@ class GPT(Prior, name="gpt"):
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells[:, order], strict=True))
 
     def outputs(self, tokens: Tensor, encoded: Encoded, order: Tensor | None = None) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. order: `(P,)` or `(B, P)`; None is the model's own."""
+        """See `Prior.outputs`. order: `(P,)` or `(B, P)`; None is the model's own."""
         order, ids = self.position_order if order is None else order, self.position_ids(tokens)
         previous = ids.gather(1, order[..., :-1, None].expand(len(tokens), -1, ids.shape[-1]))
         label = self.class_embedding.at_positions(encoded, order)
@@ -98,11 +98,9 @@ class GPT(Prior, name="gpt"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: their residual stream, `(B, P, dim)` in the order."""
         return list(self.layers)
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Return features in raster order. Those at i depend on i's place and on the tokens before it in the order."""
         return output[:, self.position_order.argsort()]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
@@ -130,11 +128,10 @@ class Cache:
         heads, width = model.config.heads, model.config.dim // model.config.heads
         weight = model.token_embedding.weight
         self.precise = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of norms and rotations
-        self.qkv_shape = (len(encoded), 3, heads, width)
+        self.qkv_shape, rows = (len(encoded), 3, heads, width), len(encoded)
 
-        def pack(matrix: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
-            matrix = matrix if norm is None else matrix * norm.weight * model.config.dim**0.5
-            return matrix.t().contiguous() if len(encoded) < FEW_ROWS else matrix.t()
+        def pack_with(norm: nn.RMSNorm, layer: nn.Linear) -> Tensor:
+            return pack(layer.weight * norm.weight * model.config.dim**0.5, rows)
 
         self.rank = 0
         self.start = model.start_embedding
@@ -150,17 +147,17 @@ class Cache:
             # A common order is folded in once. Per-image orders are folded in at each step, because their table would
             # be as large as a cache.
             gains = self.rotations * gains if self.same_order else gains
-            memory = None if block.window is None else block.window.memory
-            slots = (memory.slots, block.window.reads) if memory else None
-            keys_values = weight.new_empty(len(encoded), 2, heads, memory.size if memory else order.shape[-1], width)
+            stored = None if block.window is None else block.window.key_slots
+            slots = (stored.slots, block.window.reads) if stored else None
+            keys_values = weight.new_empty(len(encoded), 2, heads, stored.size if stored else order.shape[-1], width)
             weights = (
-                pack(block.qkv.weight, block.attention_norm),
-                pack(block.project.weight),
-                pack(block.gate_up.weight, block.mlp_norm),
-                pack(block.down.weight),
+                pack_with(block.attention_norm, block.qkv),
+                pack(block.project.weight, rows),
+                pack_with(block.mlp_norm, block.gate_up),
+                pack(block.down.weight, rows),
             )
             self.layers.append((gains, keys_values, slots, *weights))
-        self.head = pack(model.head.weight, model.norm)
+        self.head = pack_with(model.norm, model.head)
 
     def unit(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.precise)

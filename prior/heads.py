@@ -21,14 +21,14 @@ from tokenizer.layers import FusedLinear
 from tokenizer.model import Registered
 from tokenizer.precision import at_least_float32
 
+from .attention import EPS
 from .objectives import mean_nats, token_nats
 
 
 class Head(Registered, nn.Module, family="prior.heads"):
     """The distribution of a position's ids, each given those before it."""
 
-    size: int
-    """Number of network outputs per position."""
+    size: int  # number of network outputs per position
 
     def __init__(self, config: Any, grid: TokenGrid) -> None:
         nn.Module.__init__(self)
@@ -127,9 +127,8 @@ class IdEmbedding(nn.Embedding):
 class PositionSteps:
     """Decodes single ids with a network that advances one position per step.
 
-    cache: its `step`, called once per position, maps the ids of the last position, `(B,)` or `(B, ids_per_position)`,
-    to the outputs at the next, `(B, size)`. For a model that supports blocks, it maps `(B, n)` or `(B, n,
-    ids_per_position)` to `(B, m, size)`."""
+    cache: its `step` maps the ids of the last position, `(B,)` or `(B, ids_per_position)`, to the outputs at the next,
+    `(B, size)`; for a model that supports blocks, `(B, n)` or `(B, n, ids_per_position)` to `(B, m, size)`."""
 
     def __init__(self, head: Head, cache: Any, takes_blocks: bool) -> None:
         self.head, self.cache, self.takes_blocks = head, cache, takes_blocks
@@ -140,35 +139,28 @@ class PositionSteps:
         """Return logits `(B, n, vocab_size)` of the next ids, given the last ids `tokens` `(B, m)`."""
         self.ids += [] if tokens is None else [tokens]
         if self.outputs is None or len(self.ids) == self.head.ids_per_position:
-            self.outputs, self.ids = self.advance(), []
+            last = None
+            if self.ids:
+                last = self.ids[0] if self.head.ids_per_position == 1 else torch.stack(self.ids, -1)
+            if self.takes_blocks:
+                self.outputs = self.cache.step(last)
+            else:
+                self.outputs = self.cache.step(None if last is None else last[:, 0])[:, None]
+            self.ids = []
         known = torch.stack(self.ids, -1) if self.ids else self.outputs.new_zeros(*self.outputs.shape[:-1], 0).long()
         return self.head.next_logits(self.outputs, known)
-
-    def advance(self) -> Tensor:
-        """Return the outputs at the next positions, `(B, n, size)`."""
-        last = None
-        if self.ids:
-            last = self.ids[0] if self.head.ids_per_position == 1 else torch.stack(self.ids, -1)
-        if self.takes_blocks:
-            return self.cache.step(last)
-        return self.cache.step(None if last is None else last[:, 0])[:, None]
 
 
 # Depth
 
 
-EPS = 1e-12
-
-
 class DepthConfig(ModelConfig):
-    """Sizes of the head's network."""
-
     dim: int = Field(128, ge=1, le=16384, description="width of the head's network")
     layers: int = Field(2, ge=1, le=64, description="number of gated layers")
     hidden: int | None = Field(None, ge=1, le=65536, description="width inside a layer; null: twice dim")
 
 
-class Layer(nn.Module):
+class GatedLayer(nn.Module):
     """A pre-normalised residual SwiGLU layer on a stream `(..., dim)`."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -202,12 +194,11 @@ class Depth(Head, name="depth"):
             torch.empty(grid.vocab_size, dim).normal_(std=0.1) for _ in range(self.ids_per_position - 1)
         )
         self.level_embedding = nn.Parameter(torch.empty(self.ids_per_position, dim).normal_(std=0.1))
-        self.layers: Any = nn.ModuleList(Layer(dim, config.hidden or 2 * dim) for _ in range(config.layers))
+        self.layers: Any = nn.ModuleList(GatedLayer(dim, config.hidden or 2 * dim) for _ in range(config.layers))
         self.norm, self.head = nn.RMSNorm(dim, eps=EPS), nn.Linear(dim, grid.vocab_size, bias=False)
 
     @classmethod
     def problem(cls, config: DepthConfig, grid: TokenGrid) -> str | None:
-        """See `Head`: a position must have several ids."""
         if grid.ids_per_position > 1:
             return None
         return (
@@ -216,14 +207,12 @@ class Depth(Head, name="depth"):
         )
 
     def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """See `Head`; computes all levels at once."""
         before = [torch.zeros_like(outputs)]
         for table, level in zip(self.id_embeddings, ids.unbind(-1), strict=False):
             before.append(before[-1] + F.embedding(level, table))
         return self.read_logits(outputs.unsqueeze(-2) + torch.stack(before, -2) + self.level_embedding)
 
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """See `Head`; computes only the next level."""
         before = torch.zeros_like(outputs)
         for table, level in zip(self.id_embeddings, ids.unbind(-1), strict=False):
             before = before + F.embedding(level, table)
@@ -239,23 +228,15 @@ class Depth(Head, name="depth"):
 # Logistic mixture
 
 
-FEWEST = 16
-"""Minimum number of values per channel; below it a softmax is hardly larger."""
-FLOOR = 2.0**-16
-"""Probability mass that is mixed in uniformly."""
-NARROWEST = 16.0
-"""h / s of the narrowest logistic, which puts all but 3e-7 of its mass on one value."""
-WIDEST = -7.0
-"""log(1 / s) of the widest logistic, which is flat."""
-AT_ONCE = 1 << 16
-"""Approximate number of table entries computed at a time, chosen to fit a CPU's cache."""
-ON_A_GPU = 256
-"""Factor by which `AT_ONCE` is larger on a GPU."""
+FEWEST = 16  # values per channel; below it a softmax is hardly larger
+FLOOR = 2.0**-16  # probability mass that is mixed in uniformly
+NARROWEST = 16.0  # h / s of the narrowest logistic, which puts all but 3e-7 of its mass on one value
+WIDEST = -7.0  # log(1 / s) of the widest logistic, which is flat
+AT_ONCE = 1 << 16  # table entries computed at a time, about, to fit a CPU's cache
+ON_A_GPU = 256  # the factor by which there are more on a GPU
 
 
 class LogisticConfig(ModelConfig):
-    """Size of the mixture."""
-
     components: int = Field(5, ge=1, le=64, description="number of logistics in the mixture (the paper: 10)")
 
 
@@ -296,7 +277,6 @@ class Logistic(Head, name="logistic"):
 
     @classmethod
     def problem(cls, config: LogisticConfig, grid: TokenGrid) -> str | None:
-        """See `Head`: ids must be intensities with at least 16 levels."""
         if not grid.channels:
             return "logistic is for pixels, whose ids are intensities, but this grid's ids are codes"
         if grid.vocab_size < FEWEST:
@@ -304,7 +284,6 @@ class Logistic(Head, name="logistic"):
         return None
 
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """See `Head`; computes log P of all values of the next channel, a few positions at a time."""
         rows = outputs.flatten(0, -2)
         numbers = AT_ONCE * (ON_A_GPU if outputs.is_cuda else 1)
         at_once = max(1, numbers // (self.vocab_size * self.config.components))
@@ -326,7 +305,6 @@ class Logistic(Head, name="logistic"):
         return (total * (1 - FLOOR) + FLOOR / self.vocab_size).log()
 
     def log_probs(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """See `Head`; avoids a table of all values."""
         found, _ = self.condition(outputs, ids)
         least = torch.full_like(found[0], math.log(FLOOR / self.vocab_size))
         return torch.stack([torch.logaddexp(each + math.log1p(-FLOOR), least) for each in found], -1)

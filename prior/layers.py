@@ -26,18 +26,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import FEW_ROWS
 from .config import PriorConfig
 
 Pair = tuple[int, int]
+FEW_ROWS = 4  # with fewer, reading the weights bounds a matrix product, so caches store weights row-major
 
 
 class RasterConfig(PriorConfig):
     """Requirements of causal convolutions on the grid."""
 
     takes_heads = takes_positions = takes_conditions = True
-    kernels: ClassVar[tuple[str, ...]] = ()
-    """The names of the sides of convolutions, which must be odd."""
+    kernels: ClassVar[tuple[str, ...]] = ()  # the fields that are sides of convolutions, which must be odd
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -59,10 +58,7 @@ class RowsConfig(RasterConfig):
 
 
 class RowBias(nn.Module):
-    """A learned vector for each row of the grid, `(H, channels)`, initially zero; zeros without `row_embedding`.
-
-    Convolutions treat all rows equally, but the rows of a grid may be interleaved channels or stacked quantizer levels.
-    """
+    """A learned vector for each row of the grid, `(H, channels)`, initially zero; zeros without `row_embedding`."""
 
     weight: Tensor
 
@@ -97,8 +93,7 @@ class CausalConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, *mask.shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(outputs))
         offsets = [(row, column) for row in range(rows[0], rows[1] + 1) for column in range(columns[0], columns[1] + 1)]
-        self.taps = offsets[: len(offsets) - masked]
-        """The offsets (row, column) that the kernel covers."""
+        self.taps = offsets[: len(offsets) - masked]  # the offsets (row, column) that the kernel covers
 
     def forward(self, x: Tensor) -> Tensor:
         (top, bottom), (left, right) = self.rows, self.columns

@@ -7,7 +7,7 @@ connectivity-agnostic training and test-time ensembles draw from these masks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -30,8 +30,6 @@ MAX_DIRECT = 1 << 28  # weights of the direct connections
 
 
 class MADEConfig(PriorConfig):
-    """Sizes and connections of the perceptron."""
-
     takes_heads = takes_conditions = True
 
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
@@ -134,7 +132,7 @@ class MADE(Prior, name="made"):
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
         self.register_buffer("all_degrees", torch.cat(self.numbered_degrees(0)), persistent=False)
         self.chosen_degrees: Tensor | None = None  # set by `connected`
-        self._connections = Connections()
+        self._masks: tuple[list[Tensor], list[Tensor]] = [], []  # what the last masks were made of, and these
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -150,17 +148,13 @@ class MADE(Prior, name="made"):
             nn.init.normal_(self.embedding)
             nn.init.normal_(self.head, std=self.width**-0.5)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._connections = Connections()  # moving a model modifies its tensors in place
-        return super()._apply(fn, recurse)
-
-    def degrees(self) -> list[Tensor]:
-        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those of `connected`."""
-        return list(self.current_degrees.split(self.config.hidden))
-
     @property
     def current_degrees(self) -> Tensor:
+        """The degrees of all hidden layers: the model's own, ascending, or those of `connected`."""
         return self.all_degrees if self.chosen_degrees is None else self.chosen_degrees
+
+    def degrees(self) -> list[Tensor]:
+        return list(self.current_degrees.split(self.config.hidden))  # (units,) of each layer
 
     @property
     def position_field(self) -> Tensor:
@@ -175,24 +169,21 @@ class MADE(Prior, name="made"):
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """Draw what training is agnostic to, an order `(N,)` and degrees: new ones, or some of the first `masks`."""
         inputs: dict[str, Any] = {}
+        masks, size = self.config.masks, len(self.grid)
         if self.config.order_agnostic:
-            inputs["order"] = to_device_async(self._draw_order(), tokens.device)
+            if masks is None:
+                order = torch.randperm(size, device="cpu")
+            else:
+                number = int(torch.randint(masks, ()))
+                order = make_order(f"random:{number}", self.grid.shape) if number else self.order
+            inputs["order"] = to_device_async(order, tokens.device)
         if self.config.connectivity_agnostic:
-            inputs["degrees"] = [to_device_async(each, tokens.device) for each in self._draw_degrees()]
+            if masks is None:
+                degrees = random_degrees(self.config.hidden, size)
+            else:
+                degrees = self.numbered_degrees(int(torch.randint(masks, ())))
+            inputs["degrees"] = [to_device_async(each, tokens.device) for each in degrees]
         return inputs
-
-    def _draw_order(self) -> Tensor:
-        masks = self.config.masks
-        if masks is None:
-            return torch.randperm(len(self.grid), device="cpu")
-        number = int(torch.randint(masks, ()))
-        return make_order(f"random:{number}", self.grid.shape) if number else self.order
-
-    def _draw_degrees(self) -> list[Tensor]:
-        masks = self.config.masks
-        if masks is None:
-            return random_degrees(self.config.hidden, len(self.grid))
-        return self.numbered_degrees(int(torch.randint(masks, ())))
 
     def numbered_degrees(self, number: int) -> list[Tensor]:
         """Return the degrees `(units,)` of each layer in connectivity `number`; 0 is the model's own."""
@@ -213,22 +204,32 @@ class MADE(Prior, name="made"):
     def outputs(
         self, tokens: Tensor, encoded: Encoded, order: Tensor | None = None, degrees: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """Return the outputs; see `Prior.outputs`.
-
-        order: `(N,)`, or `(B, N)`, which takes one pass per distinct order; None means the model's own. degrees:
-        `(units,)` for each hidden layer, in 1 .. N - 1."""
+        """See `Prior.outputs`. order: `(N,)`, or `(B, N)`, which takes one pass per distinct order; None means the
+        model's own. degrees: `(units,)` for each hidden layer, in 1 .. N - 1."""
         if order is not None and order.ndim == 2:
             return self._outputs_by_order(tokens, encoded, order, degrees)
-        first, *hidden, last = self._connections.weights(self, order, degrees)
+        first, *hidden, last = self._masked_weights(order, degrees)
         inputs = self._inputs(tokens.flatten(1))
-        x = self._unit(self.biases[0](encoded) + sum_inputs(inputs, first))
+        x = self.dropout(F.relu(self.biases[0](encoded) + sum_inputs(inputs, first)))
         direct = hidden.pop() if self.direct is not None else None
         for weight, bias in zip(hidden, self.biases[1:], strict=False):
-            x = self._unit(torch.addmm(bias(encoded), x, weight.t()))
+            x = self.dropout(F.relu(torch.addmm(bias(encoded), x, weight.t())))
         x = torch.addmm(self.biases[-1](encoded), x, last.flatten(0, 1).t())
         if direct is not None:
             x = x + sum_inputs(inputs, direct)
         return self.to_outputs(x.unflatten(1, (-1, self.width_out)), self.head_bias)
+
+    def _masked_weights(self, order: Tensor | None, degrees: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return the masked weights of input, hidden layers, direct connections (if any) and output."""
+        direct = [] if self.direct is None else [self.direct]
+        weights, dtype = [self.input, *self.hidden, *direct, self.output], self.input.dtype
+        chosen = [self.order if order is None else order, *(degrees or [self.current_degrees])]
+        last, masks = self._masks
+        if list(map(id, last)) != list(map(id, chosen)) or masks[0].dtype != dtype:
+            ranks, outputs = self.ranks if order is None else torch.argsort(order), self.width_out if direct else None
+            masks = build_masks(ranks, degrees or self.degrees(), outputs, dtype)
+            self._masks = chosen, masks
+        return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
 
     def _outputs_by_order(
         self, tokens: Tensor, encoded: Encoded, order: Tensor, degrees: Sequence[Tensor] | None
@@ -240,8 +241,7 @@ class MADE(Prior, name="made"):
         return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
     def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """See `Prior`; with two ids use the sigmoid, which is faster."""
-        if not self.config.binary:
+        if not self.config.binary:  # for which the sigmoid is faster
             return super().loss_from_outputs(outputs, tokens, **inputs)
         zero, one = outputs.float().unbind(-1)
         return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
@@ -258,9 +258,6 @@ class MADE(Prior, name="made"):
         rank < d in the model's own order."""
         return [self.dropout] * len(self.config.hidden)
 
-    def _unit(self, x: Tensor) -> Tensor:
-        return self.dropout(F.relu(x))
-
     def to_outputs(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map `x` (..., width_out) to the outputs, by the output embedding if there is one."""
         logits = x if self.head is None else F.linear(x, self.head)
@@ -271,7 +268,7 @@ class MADE(Prior, name="made"):
         self.connectivities(options.num_masks)
 
     def draw(self, batch: SampleBatch, options: MADEOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
-        """See `Prior`: each image is drawn with one connectivity, chosen by its key."""
+        """Draw each image with one connectivity, chosen by its key."""
         if options.num_masks == 1:
             return super().draw(batch, options, decoding, monitor)
         chosen = draw_numbers(batch.keys, MASK_NOISE, options.num_masks)
@@ -284,7 +281,7 @@ class MADE(Prior, name="made"):
         return RunningSums(self, encoded, self.order if partition is None else partition.order)
 
 
-# Connections
+# Masks
 
 
 def even_degrees(units: int, num_tokens: int) -> Tensor:
@@ -318,59 +315,6 @@ def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dt
     return [mask.to(dtype) for mask in masks]
 
 
-class Connections:
-    """The masked weights of a `MADE`, cached until something changes; neither copied nor saved with the model."""
-
-    def __init__(self) -> None:
-        self.masks, self.masked = LastResult(), LastResult()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Connections, ()
-
-    def weights(self, model: Any, order: Tensor | None, degrees: Sequence[Tensor] | None) -> list[Tensor]:
-        """Return the masked weights of input, hidden layers, direct connections (if any) and output. order and degrees:
-        see `MADE.outputs`.
-
-        Masked weights are cached only outside training: a fused optimizer changes weights without changing their
-        version, so a pass that may precede an optimizer step clears the cache."""
-        direct = [] if model.direct is None else [model.direct]
-        weights = [model.input, *model.hidden, *direct, model.output]
-        chosen = [model.order if order is None else order, *(degrees or [model.current_degrees])]
-
-        def build() -> list[Tensor]:
-            ranks, outputs = model.ranks if order is None else torch.argsort(order), model.width_out if direct else None
-            return build_masks(ranks, degrees or model.degrees(), outputs, model.input.dtype)
-
-        masks = self.masks.get(chosen, build)
-
-        def apply_masks() -> list[Tensor]:
-            return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
-
-        trained = model.training or torch.is_grad_enabled()
-        if trained or any(weight.is_inference() or weight.grad is not None for weight in weights):
-            self.masked = LastResult()
-            return apply_masks()
-        return self.masked.get([*weights, *masks], apply_masks)
-
-
-class LastResult:
-    """The last result of a computation, and the tensors that it was computed from."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.versions: list[tuple[int, int]] = []
-        self.result: list[Tensor] = []
-
-    def get(self, inputs: list[Tensor], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the last result, recomputed if `inputs` are others or changed (not through `tensor.data`)."""
-        versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in inputs]
-        same = len(inputs) == len(self.inputs) and all(a is b for a, b in zip(inputs, self.inputs, strict=True))
-        if not same or versions != self.versions:
-            self.result = compute()
-            self.inputs, self.versions = inputs, versions
-        return self.result
-
-
 # Decoding
 
 
@@ -385,8 +329,7 @@ def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 class RunningSums:
-    """The first layer's sums over the tokens so far, and the units that are complete, that is, have received all of
-    their tokens.
+    """The first layer's sums over the tokens so far, and the units that have received all of their tokens.
 
     Units are sorted by degree, so all masks are prefixes: the token of rank r is added to units of degree > r, which
     completes the units of degree r + 1, and the next position reads all complete units. Each unmasked weight is used

@@ -20,8 +20,6 @@ ONE_BY_ONE = 1 << 24  # beyond this, adding 1 to a float32 has no effect
 
 
 class MarginalConfig(PriorConfig):
-    """No additional settings."""
-
     takes_blocks = True
 
 

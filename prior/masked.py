@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, full_float32, in_finest
 
-from .arguments import is_number
 from .attention import EPS, Block, Rotations, coordinates
 from .base import Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .given import Given
 from .noise import CONFIDENCE_NOISE, TokenNoise, gumbel_noise
-from .options import DecodingOptions, Order, SamplingOptions
+from .options import DecodingOptions, Order, SamplingOptions, check_finite
 from .orders import Partition, block_numbers
 from .parallel import rows_per_pass
 from .sampling import Monitor, SampleBatch, UncachedState, encode_rows
@@ -55,8 +54,8 @@ class MaskedOptions(SamplingOptions):
     partition of the grid (`Masked.make_steps`), whose density `log_prob` returns.
 
     Without an order, each pass draws all unknown tokens and keeps the most confident ones, as in MaskGIT; confidence is
-    log p plus Gumbel noise times `confidence_temperature`, which is annealed to 0. Known tokens are kept, and all other
-    tokens see them. **This is not exact**: which tokens are kept depends on their values, so samples do not follow
+    log p plus Gumbel noise times `confidence_temperature`, which is annealed to 0. Known tokens never change, and all
+    other tokens see them. **This is not exact**: the choice of tokens depends on their values, so samples do not follow
     `log_prob`; more steps and a higher `confidence_temperature` (random orders) come closer. A position has the same
     noise in all steps, so for independent tokens the distribution is correct with any number of steps. A step counts as
     a block: with `guidance_end`, the guidance scale depends on the share of tokens known before the step."""
@@ -67,9 +66,7 @@ class MaskedOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        temperature = self.confidence_temperature
-        if not (is_number(temperature) and 0 <= temperature < float("inf")):
-            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {temperature})")
+        check_finite("confidence_temperature", self.confidence_temperature)
         if self.schedule not in list(SCHEDULES):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
 
@@ -78,8 +75,7 @@ class MaskedOptions(SamplingOptions):
             raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
 
     def for_given_order(self) -> MaskedOptions:
-        """See `SamplingOptions`: drop `steps`, which choose an order or cut one into blocks."""
-        return replace(self, steps=None)
+        return replace(self, steps=None)  # which choose an order or cut one into blocks
 
     def passes(self) -> list[tuple[float, float]]:
         """Return for each step the share of unknown tokens that stay masked, and the confidence temperature."""
@@ -89,33 +85,17 @@ class MaskedOptions(SamplingOptions):
         temperatures = (self.confidence_temperature * (1 - share)).tolist()
         return list(zip(masked, temperatures, strict=True))
 
-    def sizes(self, unknown: int) -> tuple[int, ...]:
-        """Return how many of `unknown` tokens each step draws, omitting empty steps."""
-        left, sizes = unknown, []
+    def masked_before_steps(self, unknown: Tensor) -> Tensor:
+        """Return how many of `unknown` (B,) tokens are masked before each step and at the end, `(steps + 1, B)`. Each
+        step reveals at least one token while any is left."""
+        counts = [unknown]
         for share, _ in self.passes():
-            still = max(0, min(left - 1, int(unknown * share + ROUNDS_DOWN)))
-            sizes.append(left - still)
-            left = still
-        return tuple(size for size in sizes if size)
-
-    def last_size(self, unknown: Tensor) -> Tensor:
-        """Return how many of `unknown` (B,) tokens the last non-empty step draws."""
-        left = last = unknown
-        for share, _ in self.passes():
-            left = still_masked(left, unknown, share)
-            last = torch.where(left > 0, left, last)
-        return last
-
-
-def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
-    """Return how many tokens stay masked, `(B,)`, after a step that starts with `left` masked tokens and aims for
-    `share` of `unknown`. Each step reveals at least one token while any is left."""
-    return torch.minimum(left - 1, (in_finest(unknown) * share + ROUNDS_DOWN).long()).clamp(min=0)
+            aim = (in_finest(unknown) * share + ROUNDS_DOWN).long()
+            counts.append(torch.minimum(counts[-1] - 1, aim).clamp(min=0))
+        return torch.stack(counts)
 
 
 class MaskedConfig(TransformerConfig):
-    """Sizes of the transformer, and settings of masking and likelihood."""
-
     takes_blocks = takes_heads = True
 
     schedule: Literal["linear", "cosine", "arccos", "square"] = Field(
@@ -187,10 +167,9 @@ class Masked(Prior, name="masked"):
         known: Tensor | None = None,
         block_of: Tensor | None = None,
     ) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. With bool `known`, `(B, N)` or `(B, *grid.shape)`, they come from a
-        single pass that sees only these tokens. Otherwise they are teacher-forced, with one pass per block. order:
-        `(N,)` or `(B, N)`, cut into the model's own blocks; block_of: the block number of each token, `(N,)` or `(B,
-        N)`."""
+        """See `Prior.outputs`. With bool `known`, `(B, N)` or `(B, *grid.shape)`, outputs come from a single pass that
+        sees only these tokens. Otherwise they are teacher-forced, with one pass per block. order: `(N,)` or `(B, N)`,
+        cut into the model's own blocks; block_of: the block number of each token, `(N,)` or `(B, N)`."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
         if known is not None:
             return self.outputs_of_pass(torch.where(known.flatten(1), tokens, self.mask), encoded)
@@ -206,13 +185,13 @@ class Masked(Prior, name="masked"):
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
     def rows_per_pass(self) -> int:
-        """Return how many rows to process together when there are many passes, or when sampling on a CPU."""
+        """Return how many rows to process together."""
         return max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // len(self.grid))
 
     # Training
 
     def masked_counts(self, u: Tensor) -> Tensor:
-        """Return how many tokens the schedule masks at `u` in [0, 1], `(...)` whole numbers from 1 to N."""
+        """Return how many tokens the schedule masks at `u` in [0, 1], from 1 to N."""
         return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
@@ -244,15 +223,14 @@ class Masked(Prior, name="masked"):
 
     @property
     def loss_is_likelihood(self) -> bool:
-        """See `Prior`: True only with the linear schedule and without label smoothing."""
         return self.config.schedule == "linear" and not self.config.label_smoothing
 
     # Likelihood
 
     @full_float32()
     def estimate_log_probs(self, tokens: Tensor, given: Given, order: Order) -> Tensor:
-        """See `Prior` if `exact`. Otherwise return each token's share of an estimated bound, `(B, *grid.shape)`, from
-        `bound_passes` passes.
+        """Unless `exact`, return each token's share of an estimated bound, `(B, *grid.shape)`, from `bound_passes`
+        passes.
 
         The shares sum to an unbiased estimate of E_order log p(tokens | order) <= log E_order p(tokens | order) (ARDM,
         eq. 4). The estimate for a single image may exceed the right-hand side; the mean over many images is a bound.
@@ -279,7 +257,6 @@ class Masked(Prior, name="masked"):
 
     @property
     def likelihood_passes(self) -> int:
-        """One pass per block if `exact`, else `bound_passes`."""
         return len(self.blocks) if self.exact else self.config.bound_passes
 
     def likelihood_pass(self, tokens: Tensor) -> None:
@@ -293,15 +270,14 @@ class Masked(Prior, name="masked"):
         return list(self.layers)
 
     def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:
-        """See `Prior`. Features come from one pass over the unmasked tokens, so they depend on all tokens, including
-        their own. (Teacher-forced features would take N passes and see half as many tokens.)"""
+        """Return features from one pass over the unmasked tokens, which depend on all tokens, including their own.
+        (Teacher-forced features would take N passes and see half as many tokens.)"""
         known = torch.ones_like(tokens, dtype=torch.bool)
         return super().layer_features(tokens, given, layers, **{"known": known, **inputs})
 
     # Sampling
 
     def rows_at_once(self) -> int | None:
-        """See `Prior`: on a CPU, the number of rows whose activations fit in cache."""
         return self.rows_per_pass() if self.device.type == "cpu" else None
 
     def make_steps(self, order: Order, steps: int, schedule: str = "cosine") -> Partition:
@@ -313,22 +289,22 @@ class Masked(Prior, name="masked"):
             raise ValueError("steps: the order already has blocks; give an order of single tokens")
         options = MaskedOptions(steps=steps, schedule=schedule)
         options.check(self.grid)
-        return Partition(order, options.sizes(len(self.grid)))
+        masked = options.masked_before_steps(torch.tensor([len(self.grid)], device="cpu"))[:, 0]
+        return Partition(order, tuple(size for size in (masked[:-1] - masked[1:]).tolist() if size))
 
     def start(self, encoded: Encoded, order: Order = None) -> UncachedState:
-        """See `Prior`: start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached,
-        because all tokens see each other."""
+        """Start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached, because all
+        tokens see each other."""
         tokens = torch.full((len(encoded), len(self.grid)), self.mask, device=self.device)
         return UncachedState(tokens, encoded, *self.to_partition(order))
 
     def next_logits(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
-        """See `Prior`: reveal the last block's tokens, and predict the next."""
         at = state.advance(tokens)
         return self.predict(state.tokens, state.encoded, (torch.arange(len(at), device=at.device)[:, None], at))
 
     def draw(self, batch: SampleBatch, options: MaskedOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
-        """See `Prior`: draw one block per pass, or in `steps`. (`parallel` is no faster, because each of its passes
-        runs the network once per block.) Raises `ValueError` for options that cannot be combined with `steps`."""
+        """Draw one block per pass, or in `steps`. (`parallel` is no faster, because each of its passes runs the network
+        once per block.) Raises `ValueError` for options that cannot be combined with `steps`."""
         if options.steps is None:
             return super().draw(batch, options, decoding, monitor)
         if decoding.order is not None:
@@ -343,26 +319,26 @@ class Masked(Prior, name="masked"):
             self.draw_by_confidence(part, options, monitor)
 
     def draw_by_confidence(self, batch: SampleBatch, options: MaskedOptions, monitor: Monitor) -> None:
-        """Draw all masked tokens, keep the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
+        """Draw all masked tokens, reveal the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
         size = len(self.grid)
         encoded = encode_rows(self, batch, options)
         noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)
         ids = torch.where(batch.known, batch.tokens, self.mask)
-        left = unknown = (~batch.known).sum(1)
-        before_last = (size - options.last_size(unknown)).clamp(min=1)
-        for step, (share, temperature) in enumerate(monitor.iterate(options.passes())):
-            if not bool(left.any()):
+        masked = options.masked_before_steps((~batch.known).sum(1))
+        last_size = torch.where(masked > 0, masked, masked[0]).amin(0)  # of the last step that draws any
+        before_last = (size - last_size).clamp(min=1)
+        for step, (_, temperature) in enumerate(monitor.iterate(options.passes())):
+            if not bool(masked[step].any()):
                 break
-            decided = ((size - left) / before_last).clamp(max=1)
+            decided = ((size - masked[step]) / before_last).clamp(max=1)
             logits = at_least_float32(self.predict(options.with_unconditional(ids), encoded))
             logits = options.guide(logits, options.scale_at(decided[:, None]))
-            drawn = options.choose(logits, noise)
-            confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            sampled = options.choose(logits, noise)
+            confidence = logits.log_softmax(-1).gather(-1, sampled[..., None])[..., 0]
             jitter = gumbel_noise(batch.keys, CONFIDENCE_NOISE, step * size, size)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
-            left = still_masked(left, unknown, share)
             ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
-            ids = torch.where((ids == self.mask) & (ranks < (size - left)[:, None]), drawn, ids)
+            ids = torch.where((ids == self.mask) & (ranks < (size - masked[step + 1])[:, None]), sampled, ids)
             monitor.report(batch, ids, ids != self.mask)
         monitor.finish(batch, ids)
 

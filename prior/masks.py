@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .compiling import can_compile
 
-TILE = (4, 16)
-"""Rows and columns of a tile of queries, which lies in one frame: best or nearly best in CPU tests at 28x28 and 64x64
-positions."""
+TILE = (4, 16)  # rows and columns of a tile of queries: (nearly) the fastest on a CPU at 28x28 and 64x64 positions
 MAX_MASKS = 1 << 27  # elements of all tile masks; limited because masks are built before weights are read
 FLEX_TYPES, MIN_FLEX_WIDTH = (torch.float32, torch.bfloat16, torch.float16), 16
 
@@ -57,13 +55,15 @@ def covers(window: Sides, dilation: int, shape: Sides) -> bool:
 
 def make_windows(
     targets: Tensor, sources: Tensor, window: Sides, dilations: Sequence[int], shape: Sides
-) -> list[Window | None]:
-    """Make each layer's window, given its dilation; None if it covers the grid. Arguments: see `Window`."""
-    made = {d: None if covers(window, d, shape) else Window(targets, sources, window, d) for d in set(dilations)}
+) -> list[AttentionWindow | None]:
+    """Make each layer's window, given its dilation; None if it covers the grid. Arguments: see `AttentionWindow`."""
+    made = {
+        d: None if covers(window, d, shape) else AttentionWindow(targets, sources, window, d) for d in set(dilations)
+    }
     return [made[dilation] for dilation in dilations]
 
 
-class Memory(NamedTuple):
+class KeySlots(NamedTuple):
     """Slots for the keys that sampling still needs. The key at rank r is stored in one of `size` slots, `slots[r]`,
     which is reused once no later query sees that key. The query at rank r sees the next `counts[r]` slots in `seen`."""
 
@@ -73,7 +73,7 @@ class Memory(NamedTuple):
     counts: list[int]
 
 
-class Window(nn.Module):
+class AttentionWindow(nn.Module):
     """The keys that each query sees: earlier keys at most `window` cells away along each axis: rows and columns, or
     frames, rows and columns.
 
@@ -82,14 +82,10 @@ class Window(nn.Module):
 
     targets: Tensor
     sources: Tensor
-    queries: Tensor
-    """int64 `(tiles, q)`: the queries of each tile, padded with arbitrary ones."""
-    keys: Tensor
-    """int64 `(tiles, k)`: the keys of each tile, padded with arbitrary ones."""
-    mask: Tensor
-    """bool `(tiles, q, k)`: whether a query sees a key."""
-    at: Tensor
-    """int64 `(N,)`: the index of each query among the queries of all tiles."""
+    queries: Tensor  # int64 (tiles, q): the queries of each tile, padded with arbitrary ones
+    keys: Tensor  # int64 (tiles, k): the keys of each tile, padded with arbitrary ones
+    mask: Tensor  # bool (tiles, q, k): whether a query sees a key
+    at: Tensor  # int64 (N,): the index of each query among the queries of all tiles
 
     def __init__(self, targets: Tensor, sources: Tensor, window: Sides, dilation: int = 1) -> None:
         """targets: `(N, 1 + axes)`, the time of each query, and the coordinates of the cell that it predicts; sources:
@@ -97,7 +93,6 @@ class Window(nn.Module):
         super().__init__()
         self.window, self.dilation = window, dilation
         # Created on first use, once for each device.
-        self.cached_memory: Memory | None = None
         self.slots_read: Sequence[Tensor] = ()
         self.block_mask: Any = None
         self.reads_on: torch.device | None = None
@@ -193,24 +188,19 @@ class Window(nn.Module):
 
     @property
     def reads(self) -> Sequence[Tensor]:
-        """The slots of `memory` that the query at each rank sees, created once per device."""
+        """The slots of `key_slots` that the query at each rank sees, created once per device."""
         if self.reads_on != self.at.device:
-            memory = self.memory
+            slots = self.key_slots
             with torch.inference_mode(False):
-                self.slots_read = memory.seen.to(self.at.device).split(memory.counts)
+                self.slots_read = slots.seen.to(self.at.device).split(slots.counts)
             self.reads_on = self.at.device
         return self.slots_read
 
-    @property
-    def memory(self) -> Memory:
-        """The slots for decoding, in which queries and keys have the same ranks; created once."""
-        if self.cached_memory is None:
-            self.cached_memory = self.make_memory()
-        return self.cached_memory
-
+    @cached_property
     @torch.inference_mode(False)
-    def make_memory(self) -> Memory:
-        """Assign a slot to each key, and free it after the last query that sees the key."""
+    def key_slots(self) -> KeySlots:
+        """The slots for decoding, in which queries and keys have the same ranks: a slot is free again after the last
+        query that sees its key."""
         at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
         rank, column = mask.nonzero(as_tuple=True)
         keys = self.keys.cpu()[at[rank] // self.queries.shape[1], column]
@@ -223,7 +213,7 @@ class Window(nn.Module):
             slots.append(free.pop())
             leaving[until].append(slots[-1])
             free += leaving.pop(index, [])
-        return Memory(size, slots, torch.tensor(slots, device="cpu")[keys], mask.sum(1).tolist())
+        return KeySlots(size, slots, torch.tensor(slots, device="cpu")[keys], mask.sum(1).tolist())
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -241,7 +231,6 @@ def can_flex(q: Tensor) -> bool:
 
 @cache
 def compiled_flex() -> Callable[..., Any]:
-    """Return the compiled `flex_attention`; uncompiled, it is slow."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

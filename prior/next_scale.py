@@ -21,20 +21,17 @@ from torch import Tensor, nn
 from tokenizer.base import Resize
 from tokenizer.layers import FusedLinear
 
-from .attention import EPS, Block, Rotations, coordinates, rotate, unit
+from .attention import EPS, Block, Rotations, coordinates
 from .base import Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .orders import Partition
 from .transformer import TransformerConfig, reset
 
-Modulation = tuple[Tensor, ...] | None
-"""Scale, shift and gate of a branch, each `(B, 1, dim)`; None without modulation."""
+Modulation = tuple[Tensor, ...] | None  # scale, shift and gate of a branch, each (B, 1, dim)
 Ranges = list[tuple[int, int]]
 
 
 class NextScaleConfig(TransformerConfig):
-    """Sizes of the transformer, and the scales to which a scale attends."""
-
     attention: Literal["full", "markov"] = Field(
         "full",
         description="full: a scale attends to itself and to coarser scales; markov: only to itself, so nothing is "
@@ -83,7 +80,10 @@ class NextScale(Prior, name="next_scale"):
         self.layers: Any = nn.ModuleList(ScaleBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
-        self.rotations = Rotations(config, torch.cat([centres(sides, scales[-1]) for sides in scales]))
+        # The centre of each position in coordinates of the largest scale.
+        ratios = [torch.tensor(scales[-1], device="cpu") / torch.tensor(sides, device="cpu") for sides in scales]
+        centres = [(coordinates(sides) + 0.5) * by - 0.5 for sides, by in zip(scales, ratios, strict=True)]
+        self.rotations = Rotations(config, torch.cat(centres))
         reset(self, self.layers)
         for name, parameter in self.layers.named_parameters():
             if "modulate" in name:  # initially there is no modulation
@@ -91,7 +91,6 @@ class NextScale(Prior, name="next_scale"):
         nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is already small
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. A scale depends only on coarser scales."""
         label = self.class_embedding(encoded)
         canvas, inputs = None, []
         for k, ids in enumerate(self.resize.split(tokens.long())):
@@ -140,24 +139,16 @@ class ScaleBlock(Block):
         """Map `(B, n, dim)` to the same shape. label: `(B, dim)`; ranges: begin and end of each scale of `x` among all
         tokens; cached: keys and values `(2, B, heads, N, width)` of the scales so far, into which those of `x` are
         written."""
-        attention, mlp = self.modulations(label)
-        y = scale_and_shift(self.attention_norm(x), attention)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(y).chunk(3, -1))
-        rotations = rotations.unsqueeze(-4)
-        q = rotate(unit(q), rotations[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
-        k = rotate(unit(k), rotations[..., 1, :, :]).to(v.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        attention, mlp = None, None
+        if self.modulate is not None:
+            six = self.modulate(F.silu(label))[:, None].chunk(6, -1)
+            attention, mlp = six[:3], six[3:]
+        heads = self.queries_keys_values(scale_and_shift(self.attention_norm(x), attention), rotations)
+        q, k, v = (each.transpose(1, 2) for each in heads)
         attended = self.attend_scales(q, k, v, ranges, cached)
         x = x + apply_gate(self.dropout(self.project(attended.transpose(1, 2).flatten(2))), attention)
         gate, up = self.gate_up(scale_and_shift(self.mlp_norm(x), mlp)).chunk(2, -1)
         return x + apply_gate(self.dropout(self.down(F.silu(gate) * up)), mlp)
-
-    def modulations(self, label: Tensor) -> tuple[Modulation, Modulation]:
-        """Return the class's modulations of the two branches, given its embedding `(B, dim)`; None without `adaln`."""
-        if self.modulate is None:
-            return None, None
-        six = self.modulate(F.silu(label))[:, None].chunk(6, -1)
-        return six[:3], six[3:]
 
     def attend_scales(self, q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, cached: Tensor | None) -> Tensor:
         """Attend scale by scale, which needs no mask; tensors are `(B, heads, n, width)`."""
@@ -206,9 +197,3 @@ def scale_and_shift(x: Tensor, by: Modulation) -> Tensor:
 
 def apply_gate(branch: Tensor, by: Modulation) -> Tensor:
     return branch if by is None else (1 + by[2]) * branch
-
-
-def centres(sides: tuple[int, int], whole: tuple[int, int]) -> Tensor:
-    """Return the positions of a scale in coordinates of the `whole` map: `(h w, 2)`."""
-    small, large = torch.tensor(sides, device="cpu"), torch.tensor(whole, device="cpu")
-    return (coordinates(sides) + 0.5) * (large / small) - 0.5

@@ -19,8 +19,7 @@ from .compiling import can_compile, compiled
 
 TOKEN_NOISE, ORDER_NOISE, CONFIDENCE_NOISE, MASK_NOISE = range(4)
 """Uses of noise; each use of an image's key has independent noise."""
-GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-"""Constants of splitmix64, as signed integers."""
+GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64, signed
 NUMBERS_AT_ONCE = 1 << 20
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -98,8 +97,8 @@ def _compiled_noise() -> Callable[[Tensor, int, Tensor], Tensor]:
 
 def draw_numbers(keys: Tensor, use: int, count: int) -> Tensor:
     """Draw a uniform integer from 0 to `count` - 1 for each image: int64 `(B,)`."""
-    drawn = (uniform_noise(keys, use, 0, 1)[:, 0] * count).long().clamp(max=count - 1)
-    return drawn.to(keys.device)
+    numbers = (uniform_noise(keys, use, 0, 1)[:, 0] * count).long().clamp(max=count - 1)
+    return numbers.to(keys.device)
 
 
 class TokenNoise:

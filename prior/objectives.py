@@ -13,10 +13,8 @@ from torch.autograd.function import once_differentiable
 from .columns import LABEL
 from .given import Given
 
-LARGE = 1 << 25
-"""Number of logits from which `SomeAtATime` is used, to avoid copies."""
-AT_ONCE = 1 << 24
-"""Approximate number of float32 logits that `SomeAtATime` holds at a time."""
+LARGE = 1 << 25  # number of logits from which `SomeAtATime` is used, to avoid copies
+AT_ONCE = 1 << 24  # number of float32 logits that it holds at a time, about
 
 
 class Likelihood(nn.Module):
@@ -64,7 +62,8 @@ class SomeAtATime(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, ids: Tensor, smoothing: float) -> Tensor:
         ctx.save_for_backward(logits, ids)
         ctx.smoothing = smoothing
-        parts = zip(logits.split(rows_at_once(logits)), ids.split(rows_at_once(logits)), strict=True)
+        rows = max(1, AT_ONCE // logits.shape[1])
+        parts = zip(logits.split(rows), ids.split(rows), strict=True)
         nats = [F.cross_entropy(part.float(), at, reduction="none", label_smoothing=smoothing) for part, at in parts]
         return torch.cat(nats)
 
@@ -73,8 +72,8 @@ class SomeAtATime(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the logits, in their type: softmax minus target."""
         logits, ids = ctx.saved_tensors
-        found, smoothing = torch.empty_like(logits), ctx.smoothing
-        every = [tensor.split(rows_at_once(logits)) for tensor in (logits, ids[:, None], grad[:, None], found)]
+        found, smoothing, rows = torch.empty_like(logits), ctx.smoothing, max(1, AT_ONCE // logits.shape[1])
+        every = [tensor.split(rows) for tensor in (logits, ids[:, None], grad[:, None], found)]
         for part, at, by, place in zip(*every, strict=True):
             shares = part.softmax(-1, dtype=torch.float32)
             if smoothing:
@@ -82,11 +81,6 @@ class SomeAtATime(torch.autograd.Function):
             shares.scatter_(1, at, shares.gather(1, at) - (1 - smoothing))
             place.copy_(shares.mul_(by))
         return found, None, None
-
-
-def rows_at_once(logits: Tensor) -> int:
-    """Return the number of rows to cast to float32 at a time."""
-    return max(1, AT_ONCE // logits.shape[1])
 
 
 class Alignment(nn.Module):

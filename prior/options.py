@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import in_finest
 
-from .arguments import as_tensor, is_number
+from .arguments import is_number, to_tensor
 from .orders import Partition
 
 S = TypeVar("S", bound="SamplingOptions")
@@ -23,9 +23,7 @@ Order = Tensor | str | Partition | None
 """A name; raster indices `(N,)` or `(B, N)`, cut into the model's own blocks; an order with its blocks; or None for the
 model's own."""
 
-GREEDY = 1e-6
-"""Below this temperature the likeliest id is chosen, because rounding of logits / temperature would swallow the
-noise."""
+GREEDY = 1e-6  # at a lower temperature the likeliest id is chosen: logits / temperature would swallow the noise
 GUIDANCE_FIELDS = ("guidance_scale", "guidance_end", "guidance_power")
 """The settings of guidance's scale: one that is given, and those after it, are one choice."""
 
@@ -57,33 +55,30 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, value.item() if getattr(value, "ndim", None) == 0 else value)
-        if not (is_number(self.temperature) and 0 <= self.temperature < float("inf")):
-            raise ValueError(f"temperature must be a finite number >= 0 (got {self.temperature})")
+        check_finite("temperature", self.temperature)
+        check_finite("guidance_scale", self.guidance_scale)
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k must be a whole number >= 1, or None for all (got {self.top_k})")
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must be in (0, 1], or None for all (got {self.top_p})")
-        if not (is_number(self.guidance_scale) and 0 <= self.guidance_scale < float("inf")):
-            raise ValueError(f"guidance_scale must be a finite number >= 0 (got {self.guidance_scale})")
-        end, power = self.guidance_end, self.guidance_power
-        if end is not None and not (is_number(end) and 0 <= end < float("inf")):
-            raise ValueError(f"guidance_end must be a finite number >= 0, or None (got {end})")
-        if power is not None and not (is_number(power) and 0 < power < float("inf")):
-            raise ValueError(f"guidance_power must be a finite number > 0, or None (got {power})")
+        if self.guidance_end is not None:
+            check_finite("guidance_end", self.guidance_end)
+        if self.guidance_power is not None:
+            check_finite("guidance_power", self.guidance_power)
+            if not self.guidance_power or self.guidance_end is None:
+                raise ValueError(f"guidance_power needs guidance_end, and must be > 0 (got {self.guidance_power})")
         if self.guidance_on is not None:
             names = [self.guidance_on] if isinstance(self.guidance_on, str) else self.guidance_on
             if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"guidance_on must name one or more columns, or be None for all (got {names})")
             object.__setattr__(self, "guidance_on", tuple(names))
-        if self.guidance_power is not None and self.guidance_end is None:
-            raise ValueError("guidance_power needs guidance_end, the final scale")
 
     @classmethod
     def names(cls) -> list[str]:
         return [field.name for field in fields(cls)]
 
     def check(self, grid: TokenGrid) -> None:
-        """Raise `ValueError` for settings that do not suit the grid."""
+        """Raise `ValueError` for settings that do not fit the grid."""
 
     def check_guidance(self, given: Collection[str]) -> None:
         """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns."""
@@ -93,7 +88,6 @@ class SamplingOptions:
             raise ValueError(f"{name} other than 1 needs {needs}")
 
     def can_guide(self, given: Collection[str]) -> bool:
-        """Return whether guidance removes one of the `given` columns."""
         return bool(given if self.guidance_on is None else set(self.guidance_on).intersection(given))
 
     def for_given_order(self: S) -> S:
@@ -105,7 +99,7 @@ class SamplingOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def describe(self, without: Collection[str] = ()) -> str:
-        """Format the settings that differ from the defaults, as keys of `generate`, except those named `without`."""
+        """Format the settings that differ from the defaults, as keys of `generate`, except `without`."""
         changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
         return ", ".join(f"{name}={getattr(self, name)}" for name in changed if name not in without)
 
@@ -143,8 +137,7 @@ class SamplingOptions:
 
     @property
     def rows_per_image(self) -> int:
-        """Number of rows per image: guidance adds an unconditional row."""
-        return 2 if self.guides else 1
+        return 2 if self.guides else 1  # guidance adds an unconditional row
 
     def with_unconditional(self, rows: Tensor) -> Tensor:
         """With guidance, append unconditional rows to `rows` (B, ...), which are copies."""
@@ -180,9 +173,15 @@ class SamplingOptions:
         return scores.argmax(-1)
 
 
+def check_finite(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value`, the setting `name`, is a finite number >= 0."""
+    if not (is_number(value) and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be a finite number >= 0 (got {value})")
+
+
 def likeliest(logits: Tensor, mass: float) -> Tensor:
-    """Mark the likeliest ids until their probabilities reach `mass`, bool `(..., V)`; ties keep the first. An id is
-    kept if the probabilities before it sum to less: of 0.5, 0.3, 0.2, two ids are kept for 0.7."""
+    """Mark the likeliest ids until their probabilities reach `mass`, bool `(..., V)`; among equal ones the first. An
+    id is marked if the probabilities before it sum to less: of 0.5, 0.3, 0.2, two are marked for 0.7."""
     ordered, ids = in_finest(logits).sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
@@ -190,13 +189,13 @@ def likeliest(logits: Tensor, mass: float) -> Tensor:
 
 
 def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
-    """Select the orders of the images `rows` out of `count`, if `order` is per image. order: a name, a tensor, a
-    `Partition` or None. Raises `ValueError` if the number of orders is not `count`."""
+    """Select the orders of the images `rows` out of `count`, if `order` is per image. Raises `ValueError` if the number
+    of orders is not `count`."""
     if order is None or isinstance(order, str):
         return order
     if isinstance(order, Partition):
         return Partition(select_order(order.order, rows, count), order.blocks)
-    indices = as_tensor(order)
+    indices = to_tensor(order)
     if indices.ndim < 2:
         return indices
     if len(indices) != count:
@@ -206,8 +205,13 @@ def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How tokens are decoded: in a given `order`, or in one of `num_orders` orders per image; step by step, with or
-    without a `cache`, or in `parallel` passes over the whole grid. See `Prior.sample`."""
+    """How tokens are decoded.
+
+    order, num_orders: as for `Prior.log_prob`; each image is drawn in one of the orders, all equally likely. If tokens
+    are known and blocks hold one token, an order is chosen in proportion to the probability that it gives to the known
+    tokens (at temperature 1, without guidance), at the cost of one pass per order; images are then samples of the
+    mixture given the known tokens. cache: False recomputes everything at each step. parallel: draw the same tokens in
+    fewer passes over the whole grid (`prior.parallel`)."""
 
     order: Order = None
     num_orders: int = 1
@@ -223,5 +227,4 @@ class DecodingOptions:
         return self.order is None and self.num_orders == 1 and self.cache and not self.parallel
 
     def select(self, rows: slice | Sequence[int], count: int) -> DecodingOptions:
-        """Return the options of the images `rows` out of `count`. Raises `ValueError` as `select_order` does."""
         return replace(self, order=select_order(self.order, rows, count))

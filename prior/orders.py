@@ -39,10 +39,8 @@ LAST_SEED = (1 << 64) - 1  # the largest seed that torch accepts
 class Partition(NamedTuple):
     """An order of a grid's cells, cut into blocks; the cells of a block are drawn at once."""
 
-    order: Tensor
-    """(N,) int64; `order[r]` is the raster index of the r-th token."""
-    blocks: tuple[int, ...]
-    """Sizes that sum to N and cut the ranks into blocks."""
+    order: Tensor  # (N,) int64; order[r] is the raster index of the r-th token
+    blocks: tuple[int, ...]  # sizes that sum to N and cut the ranks into blocks
 
 
 def parse_name(name: str) -> tuple[str, tuple[str, ...], str | None]:
@@ -63,7 +61,7 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
     if kind not in FORMS:
         known = ", ".join(form for each in FORMS for form in name_forms(each))
         return f"no order is called {quoted}; available: {known}, and NAME/K for blocks of K tokens"
-    if kind == "random" and not (numbers and is_number(numbers[0], 0, LAST_SEED)):
+    if kind == "random" and not (numbers and is_within(numbers[0], 0, LAST_SEED)):
         return f"'random' needs a seed, 0 to {LAST_SEED}, as in random:0 (got {quoted})"
     if kind not in ANY_AXES and len(shape) != 2:
         return f"{quoted} needs a grid of two axes, but this one has {len(shape)}; use raster or random:SEED"
@@ -75,20 +73,18 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
         return None
     if has_blocks(kind, numbers):
         return f"{quoted}: /K cuts an order of single tokens, but {name.partition('/')[0][:40]!r} has its own blocks"
-    return None if is_number(size, 1, math.prod(shape)) else f"/K {limit('tokens', math.prod(shape))} (got {quoted})"
+    return None if is_within(size, 1, math.prod(shape)) else f"/K {limit('tokens', math.prod(shape))} (got {quoted})"
 
 
 def number_problem(kind: str, numbers: tuple[str, ...], shape: tuple[int, ...]) -> str | None:
     """Return why the numbers after `kind:` are invalid, or None. Their count has been checked."""
-    if kind == "wave":
-        width = shape[1]
-        return None if is_number(numbers[0], 1, width) else f"wave:S {limit('columns', width)}"
     count = numbers[1:] if kind == "random" else numbers
     if not count:
         return None
-    form, cells = name_forms(kind)[-1], math.prod(shape)
-    if not is_number(count[0], 1, cells):
-        return f"{form} {limit('regions' if kind == 'regions' else 'blocks', cells)}"
+    what = {"wave": "columns", "regions": "regions"}.get(kind, "blocks")
+    most = shape[1] if kind == "wave" else math.prod(shape)
+    if not is_within(count[0], 1, most):
+        return f"{name_forms(kind)[-1]} {limit(what, most)}"
     if kind == "regions" and not region_counts(int(count[0]), (shape[0], shape[1])):
         height, width = shape
         return f"no {count[0]} regions fit a grid of {height}x{width}: K is a * b, with a <= {height} and b <= {width}"
@@ -99,13 +95,12 @@ def limit(what: str, largest: int) -> str:
     return f"is a number of {what}, from 1 to {largest} here"
 
 
-def is_number(text: str, lowest: int, highest: int) -> bool:
+def is_within(text: str, lowest: int, highest: int) -> bool:
     """Return whether `text` is a whole number from `lowest` to `highest`, in at most twenty digits."""
     return text.isascii() and text.isdecimal() and len(text) <= 20 and lowest <= int(text) <= highest
 
 
 def has_blocks(kind: str, numbers: tuple[str, ...]) -> bool:
-    """Return whether the order defines its own blocks."""
     return kind in OWN_BLOCKS or len(numbers) > (kind == "random")
 
 
@@ -114,14 +109,10 @@ def make_partition(name: str, shape: tuple[int, ...]) -> Partition:
     if problem := order_problem(name, shape):
         raise ValueError(problem)
     kind, numbers, size = parse_name(name)
-    if kind in OWN_BLOCKS:
-        order, blocks = group_cells(key_of(kind, numbers, (shape[0], shape[1])), (shape[0], shape[1]))
-        return Partition(torch.tensor(order, device="cpu"), blocks)
     cells = math.prod(shape)
-    if has_blocks(kind, numbers):
+    blocks = even(cells, int(size or 1))
+    if kind not in OWN_BLOCKS and has_blocks(kind, numbers):
         blocks = growing(cells, int(numbers[-1]))
-    else:
-        blocks = even(cells, int(size or 1))
     if kind == "raster":
         return Partition(torch.arange(cells, device="cpu"), blocks)
     if kind == "random":
@@ -129,21 +120,19 @@ def make_partition(name: str, shape: tuple[int, ...]) -> Partition:
         return Partition(torch.randperm(cells, generator=generator, device="cpu"), blocks)
     height, width = shape
     if kind == "halton":
-        order = halton(height, width)
+        order = halton_order(height, width)
     elif kind == "spread":
-        order = spread(height, width, blocks)
-    else:
+        order = spread_order(height, width, blocks)
+    elif kind in CURVES:
         order = [row * width + col for row, col in CURVES[kind](height, width)]
+    else:
+        keys = {"diagonal": wave(1), "rows": lambda row, col: (row,), "dyadic": dyadic}
+        if kind == "regions":
+            key = regions(int(numbers[0]), (height, width))
+        else:
+            key = wave(int(numbers[0])) if kind == "wave" else keys[kind]
+        order, blocks = group_cells(key, (height, width))
     return Partition(torch.tensor(order, device="cpu"), blocks)
-
-
-def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf:
-    """Return the key function of an order; cells with equal keys form a block."""
-    if kind == "regions":
-        return regions(int(numbers[0]), shape)
-    if kind == "wave":
-        return wave(int(numbers[0]))
-    return {"diagonal": wave(1), "rows": lambda row, col: (row,), "dyadic": dyadic}[kind]
 
 
 def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -279,7 +268,6 @@ def subsample(height: int, width: int) -> list[Cell]:
 CURVES: dict[str, Callable[[int, int], Iterable[Cell]]] = {
     curve.__name__: curve for curve in (column, snake, spiral_in, spiral_out, z_curve, hilbert, subsample)
 }
-"""Orders of two-axis grids that draw one cell at a time, by name."""
 
 
 # Blocks of cells that share a key: a diagonal, a row, a scale, a position within a region
@@ -311,7 +299,7 @@ def dyadic(row: int, col: int) -> Key:
 
 def regions(count: int, shape: tuple[int, int]) -> KeyOf:
     """Draw the first cell of each of `count` regions, one at a time; then draw cells at the same position of all
-    regions together (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer."""
+    regions at once (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer."""
     counts = region_counts(count, shape) or ()  # never empty after `order_problem`
     downs, acrosses = (places(side, parts) for side, parts in zip(shape, counts, strict=True))
 
@@ -355,7 +343,6 @@ def group_cells(key: KeyOf, shape: tuple[int, int]) -> tuple[list[int], tuple[in
 
 
 Integers = NDArray[np.int64]
-
 FAR = 1 << 40  # larger than any squared distance
 TOUCHING = 2  # largest squared distance between a cell and its eight neighbours
 
@@ -373,7 +360,7 @@ def digits_for(count: int, base: int) -> int:
     return next(digits for digits in range(64) if base**digits >= count)
 
 
-def halton(height: int, width: int) -> list[int]:
+def halton_order(height: int, width: int) -> list[int]:
     """Return the cells (raster indices) in the order in which Halton's sequence first visits them, with base 2 for rows
     and 3 for columns (Besnier et al. 2025). Points are computed with integers, so rounding cannot change them."""
     # This many successive points visit each box of 2**-a x 3**-b. Every cell is at least twice as high and wide as such
@@ -389,7 +376,7 @@ def halton(height: int, width: int) -> list[int]:
     return found
 
 
-def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
+def spread_order(height: int, width: int, sizes: Sequence[int]) -> list[int]:
     """Return cells (raster indices) in blocks of these sizes, near known cells but far from each other.
 
     The rule of Locality-aware Parallel Decoding (Zhang et al. 2025), implemented exactly with integers. Cells of
@@ -424,7 +411,7 @@ def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
 
 
 def next_cell(free: NDArray[np.bool_], to_known: Integers, to_block: Integers, support: Integers) -> int:
-    """Apply rules 2 and 3 of `spread` to choose the next cell; `argmax` breaks ties in raster order."""
+    """Apply rules 2 and 3 of `spread_order` to choose the next cell; `argmax` breaks ties in raster order."""
     near = free & (to_known <= TOUCHING) & (to_block > TOUCHING)
     if near.any():
         return int(np.where(near, support * (FAR + 1) + to_block, -1).argmax())

@@ -49,11 +49,11 @@ def sample_parallel(
     encoded = encode_rows(prior, batch, options)
     for _ in monitor.iterate(batch.blocks):
         old = tokens[active]
-        drawn = options.choose(options.guide(logits_in_order(prior, part, encoded, old, options), scale), noise)
+        sampled = options.choose(options.guide(logits_in_order(prior, part, encoded, old, options), scale), noise)
         free = (ranks >= final[active, None]) & ~part.known
-        drawn = torch.where(free, drawn, old)
-        changed = torch.cat([drawn != old, torch.ones_like(free[:, :1])], 1)
-        tokens[active], final[active] = drawn, ends[changed.int().argmax(1)]  # correct up to the first change
+        sampled = torch.where(free, sampled, old)
+        changed = torch.cat([sampled != old, torch.ones_like(free[:, :1])], 1)
+        tokens[active], final[active] = sampled, ends[changed.int().argmax(1)]  # correct up to the first change
         passes[active.cpu()] += 1
         monitor.report(batch, tokens, ranks < final[:, None])
         left = torch.nonzero(final[active] < size)[:, 0]

@@ -112,13 +112,12 @@ class Cache:
         self.rank = 0
         self.embedding = model.embedding
         self.first = RowCache(model.first, self.width, model.label.on_map(encoded, self.width), model.row.weight)
-        self.layers = [self._block(block, encoded) for block in model.layers]
+        self.layers = []
+        for block in model.layers:
+            cache = RowCache(block.conv, self.width, block.label.on_map(encoded, self.width), block.row.weight)
+            narrow, widen = (pack(layer.weight, len(encoded)) for layer in (block.narrow, block.widen))
+            self.layers.append((block.narrow.bias.detach(), narrow, cache, widen))
         self.head = ClosingLayers(model.hidden, model.head, len(encoded), torch.relu_)
-
-    def _block(self, block: Block, encoded: Encoded) -> tuple[Tensor, Tensor, RowCache, Tensor]:
-        cache = RowCache(block.conv, self.width, block.label.on_map(encoded, self.width), block.row.weight)
-        narrow, widen = (pack(layer.weight, len(encoded)) for layer in (block.narrow, block.widen))
-        return block.narrow.bias.detach(), narrow, cache, widen
 
     def step(self, token: Tensor | None) -> Tensor:
         column = self.rank % self.width

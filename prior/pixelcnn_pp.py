@@ -42,8 +42,6 @@ ABOVE, LEFT = (-1, 1), (-1, 0)
 
 
 class PixelCNNPPConfig(RowsConfig):
-    """Sizes of the network."""
-
     dim: int = Field(64, ge=1, le=8192, description="channels of each stream (the paper: 160)")
     depth: int = Field(3, ge=1, le=64, description="gated residual blocks on a stage's down path (the paper: 5)")
     stages: int = Field(
@@ -140,7 +138,7 @@ class Coarser(nn.Module):
         self.shrink_above, self.shrink_left = (
             CausalConv2d(dim, dim, (-1, 0), columns, stride=2) for columns in (ABOVE, LEFT)
         )
-        self.stage = Stage(config, stages)
+        self.stage = Pyramid(config, stages)
         self.grow_above, self.grow_left = Grow(dim, ABOVE), Grow(dim, LEFT)
 
     def forward(self, above: Tensor, left: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
@@ -155,7 +153,7 @@ class Coarser(nn.Module):
         return self.grow_above.see(above, height, width), self.grow_left.see(left, height, width)
 
 
-class Stage(nn.Module):
+class Pyramid(nn.Module):
     """One resolution and all coarser ones: a down path, the coarser stages, and an up path. The up path has one block
     for each map of the down path, including its input, except that the coarsest stage starts from the last map."""
 
@@ -198,7 +196,7 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         self.first_over = CausalConv2d(channels + 1, dim, (-1, -1), (-1, 1))
         self.first_left = CausalConv2d(channels + 1, dim, (-1, 0), (-1, -1))
         self.above_row, self.left_row = RowBias(config, dim), RowBias(config, dim)
-        self.stage = Stage(config, config.stages)
+        self.stage = Pyramid(config, config.stages)
         self.head = nn.Linear(dim, self.output_head.size)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -295,7 +293,7 @@ class CoarserCache:
         nothing = weight.new_zeros(batch, dim)
         self.shrink_above = WholeRows(coarser.shrink_above, width, nothing)
         self.shrink_left = RowCache(coarser.shrink_left, width, nothing)
-        self.stage = StageCache(coarser.stage, half, halve(encoded, width))
+        self.stage = PyramidCache(coarser.stage, half, halve(encoded, width))
         self.grow_above, self.above = coarser.grow_above, weight.new_zeros(2, width, batch, dim)
         self.bias = coarser.grow_left.conv.bias.detach().repeat(4)
         self.grow_left = pack(weight.permute(2, 3, 1, 0).flatten(0, 2), batch)
@@ -322,10 +320,10 @@ class CoarserCache:
         return self.left[row % 2][column]
 
 
-class StageCache:
-    """Evaluates a `Stage`; its skips are the inputs stored by the blocks of the down path."""
+class PyramidCache:
+    """Evaluates a `Pyramid`; its skips are the inputs stored by the blocks of the down path."""
 
-    def __init__(self, stage: Stage, width: int, encoded: Encoded) -> None:
+    def __init__(self, stage: Pyramid, width: int, encoded: Encoded) -> None:
         self.down, self.up = ([BlockCache(block, width, encoded) for block in way] for way in (stage.down, stage.up))
         self.coarser = CoarserCache(stage.coarser, width, encoded) if stage.coarser else None
 
@@ -367,7 +365,7 @@ class Cache:
         self.left_biases = iter((model.left_row.weight + left_bias).detach())
         self.sums_over = over.new_empty(self.width, rows, len(over)).detach()
         self.over = self.sums_over.unbind(0)
-        self.stage = StageCache(model.stage, self.width, encoded)
+        self.stage = PyramidCache(model.stage, self.width, encoded)
         self.head_bias, self.head = model.head.bias.detach(), pack(model.head.weight, rows)
 
     def start_row(self, row: int) -> None:

@@ -26,16 +26,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import FEW_ROWS, Prior
+from .base import Prior
 from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
-from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, pack
+from .layers import FEW_ROWS, ClosingLayers, MaskedConv, RasterConfig, RowCache, pack
 from .orders import Partition
 
 
 class PixelSNAILConfig(RasterConfig):
-    """Sizes of the network."""
-
     kernels = ("kernel",)
 
     dim: int = Field(64, ge=1, le=8192, description="channels of the features")
@@ -160,7 +158,6 @@ class ResidualCache:
         self.second = RowCache(residual.second, width, label)
 
     def step(self, x: Tensor, column: int, out: Tensor | None) -> Tensor:
-        """Map `(B, dim)` to the same shape, written to `out` if given."""
         self.first.cells[column].copy_(F.elu(x))
         F.elu_(self.first.read(column, out=self.second.cells[column]))
         return torch.add(x, F.glu(self.second.read(column)), out=out)
@@ -184,7 +181,6 @@ class BlockCache:
         self.gate = biases.unbind(1), pack(block.gate.weight, rows)
 
     def step(self, x: Tensor, rank: int, column: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Map `(B, dim)` to the same; keys, values: `(B, heads, rank + 1, value)`."""
         for residual, target in zip(self.residuals, self.targets, strict=True):
             x = residual.step(x, column, target)
         self.queries.copy_(torch.addmm(self.query_at[rank], x, self.query).view_as(self.queries))

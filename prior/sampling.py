@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, in_finest
 
-from .arguments import as_tensor, check_count, is_integer
+from .arguments import check_count, is_integer, to_tensor
 from .condition_encoder import Encoded
 from .cuda_graph import Graph, compute_by_graph
 from .given import Given
@@ -132,14 +132,13 @@ def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count
     if tokens is None or known is None:
         empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
         return empty, empty.bool()
-    shape, tokens, known = (count, *prior.grid.shape), as_tensor(tokens), as_tensor(known)
-    if known.dtype != torch.bool or tuple(known.shape) not in (shape, prior.grid.shape):
-        raise ValueError(
-            f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
-        )
-    if not is_integer(tokens.dtype) or tuple(tokens.shape) not in (shape, prior.grid.shape):
-        found = f"{tokens.dtype} of {tuple(tokens.shape)}"
-        raise ValueError(f"tokens should be whole numbers of shape {prior.grid.shape} or {shape}, got {found}")
+    one, shape, tokens, known = prior.grid.shape, (count, *prior.grid.shape), to_tensor(tokens), to_tensor(known)
+    right = {"known": (known, known.dtype == torch.bool), "tokens": (tokens, is_integer(tokens.dtype))}
+    for name, (values, is_type) in right.items():
+        if not is_type or tuple(values.shape) not in (shape, one):
+            what = "bool" if name == "known" else "whole numbers"
+            found = f"{values.dtype} of {tuple(values.shape)}"
+            raise ValueError(f"{name} should be {what} of shape {one} or {shape}, got {found}")
     known = known.to(prior.device).expand(shape).flatten(1)
     tokens = torch.where(known, tokens.to(prior.device).expand(shape).flatten(1).long(), 0)
     prior.grid.check(tokens.reshape(shape))
@@ -191,7 +190,7 @@ def equal_batches(count: int, at_most: int | None = None) -> list[slice]:
 # Progress
 
 
-class Step:
+class SamplingStep:
     """A decoding step, as passed to `on_step`. Nothing is copied, and no GPU sync happens, until a property is read.
 
     number: step index from 0, over all parts of a request."""
@@ -220,7 +219,7 @@ class Step:
         return self._state[1]
 
 
-OnStep = Callable[[Step], Any]
+OnStep = Callable[[SamplingStep], Any]
 
 
 class Monitor:
@@ -235,33 +234,33 @@ class Monitor:
         self.num_steps = 0
 
     def iterate(self, steps: Sequence[T]) -> Iterable[T]:
-        return progress_bar(steps, self.bar, unit="pass")
+        return show_progress(steps, self.bar, unit="pass")
 
-    def report(self, batch: SampleBatch, drawn: Tensor, decided: int | Tensor) -> None:
-        """Report a step. drawn: `(b, N)`, in the sequence of `batch`; decided: how many of the first tokens are
+    def report(self, batch: SampleBatch, sampled: Tensor, decided: int | Tensor) -> None:
+        """Report a step. sampled: `(b, N)`, in the sequence of `batch`; decided: how many of the first tokens are
         decided, or which, bool `(b, N)`. An exception in `on_step` ends sampling."""
         if self.on_step is None:
             return
 
         def read() -> tuple[Tensor, Tensor]:
-            ranks = torch.arange(drawn.shape[1], device=drawn.device)
+            ranks = torch.arange(sampled.shape[1], device=sampled.device)
             known = batch.known | (decided if isinstance(decided, Tensor) else ranks < decided)
             tokens, every = self.tokens.clone(), self.known.clone()
-            tokens[batch.rows] = batch.to_raster(torch.where(known, drawn, 0))
+            tokens[batch.rows] = batch.to_raster(torch.where(known, sampled, 0))
             every[batch.rows] = batch.to_raster(known)
             return tokens.unflatten(1, self.shape), every.unflatten(1, self.shape)
 
-        step = Step(self.num_steps, decided, read)
+        step = SamplingStep(self.num_steps, decided, read)
         self.num_steps += 1
         with torch.inference_mode(False), torch.no_grad():
             self.on_step(step)
 
-    def finish(self, batch: SampleBatch, drawn: Tensor) -> None:
-        self.tokens[batch.rows] = batch.to_raster(drawn)
+    def finish(self, batch: SampleBatch, sampled: Tensor) -> None:
+        self.tokens[batch.rows] = batch.to_raster(sampled)
         self.known[batch.rows] = True
 
 
-def progress_bar(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = "token") -> Iterable[T]:
+def show_progress(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = "token") -> Iterable[T]:
     """Iterate over `steps`, with a bar on a terminal if `bar` is True or holds arguments of `tqdm`."""
     if not bar and not isinstance(bar, Mapping):
         return steps
@@ -297,7 +296,7 @@ class UncachedState:
 
 
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
-    drawn = None
+    sampled = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("keys", "tokens", "known", "order")}
         given = batch.given
@@ -311,10 +310,10 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
             there = {name: tensor for name, tensor in inputs.items() if name not in columns}
             return draw_blocks(prior, replace(batch, **there, given=every), options, cache)
 
-        drawn = compute_by_graph(prior, key, len(batch), inputs, draw)
-    if drawn is None:
-        drawn = draw_blocks(prior, batch, options, cache, monitor)
-    monitor.finish(batch, drawn)
+        sampled = compute_by_graph(prior, key, len(batch), inputs, draw)
+    if sampled is None:
+        sampled = draw_blocks(prior, batch, options, cache, monitor)
+    monitor.finish(batch, sampled)
 
 
 def can_capture(device: torch.device) -> bool:
@@ -335,7 +334,7 @@ def draw_blocks(
     if monitor is not None:
         some_known = bool(batch.known.any())
         unknown = (~batch.known).any(0).tolist()
-        last = max((rank for rank, drawn in enumerate(unknown) if drawn), default=-1)
+        last = max((rank for rank, is_unknown in enumerate(unknown) if is_unknown), default=-1)
         cuts = [(begin, end) for begin, end in cuts if begin <= last]
         skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
     encoded, partition = encode_rows(prior, batch, options), batch.partition(options)
@@ -344,7 +343,7 @@ def draw_blocks(
     )
     state: Any = start(encoded, partition)
     noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
-    drawn, tokens = batch.tokens.clone(), None
+    sampled, tokens = batch.tokens.clone(), None
     steps = cuts if monitor is None else monitor.iterate(cuts)
     for (begin, end), scale in zip(steps, options.scale_by_block(batch.blocks), strict=False):
         if begin in skipped and isinstance(state, UncachedState):  # a cache would need the block's keys and values
@@ -353,9 +352,9 @@ def draw_blocks(
             logits = options.guide(at_least_float32(next_logits(state, tokens)), scale)
             chosen = options.choose(logits, noise.of_ranks(begin, end))
             if some_known:
-                chosen = torch.where(batch.known[:, begin:end], drawn[:, begin:end], chosen)
-            drawn[:, begin:end] = chosen
-        tokens = options.with_unconditional(drawn[:, begin:end])
+                chosen = torch.where(batch.known[:, begin:end], sampled[:, begin:end], chosen)
+            sampled[:, begin:end] = chosen
+        tokens = options.with_unconditional(sampled[:, begin:end])
         if monitor is not None:
-            monitor.report(batch, drawn, end)
-    return drawn
+            monitor.report(batch, sampled, end)
+    return sampled

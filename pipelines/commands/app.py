@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ..config import UserError, run_command
 from ..files import Output
-from ..images import DataConfig, check_shape, load_images
+from ..images import DataConfig, load_images, require_same_spec
 from ..options import PipelineFolder, UsesImages, require_pictures
 from ..provenance import defaults, inherit
 from ..saving import SHIPPED, list_shipped
@@ -92,7 +92,7 @@ def load_searchable_images(config: AppConfig, pipeline: ImagePipeline) -> ImageD
     if config.search is False or not (config.search or here):
         return None
     try:
-        check_shape(config.data, pipeline.tokenizer)
+        require_same_spec(config.data, pipeline.tokenizer)
         return load_images(config.data, inherited=inherit(config.data, pipeline.provenance)).train
     except UserError as error:
         if config.search:

@@ -33,7 +33,7 @@ from ..image_pipeline import ImagePipeline
 from ..images.animations import ANIMATIONS, require_video, write_animation
 from ..images.formats import open_image
 from ..images.grids import GREY, MIN_WIDTH
-from ..images.pictures import SUFFIXES, grid_picture, write_picture
+from ..images.pictures import PICTURE_SUFFIXES, grid_picture, write_picture
 from ..options import ImageChoice, UsesImages, choose_images, require_pictures, split_choice
 from ..provenance import defaults
 
@@ -140,10 +140,10 @@ def read_known_pixels(config: CompleteConfig, out: Output, pipeline: ImagePipeli
     """Make or read the mask of images, and return the pixels to keep, bool `(H, W)`. Raises `UserError`."""
     if config.frames is not None:
         raise UserError("frames: this pipeline makes images, not clips; use mask")
-    out.check_file(SUFFIXES)
+    out.check_file(PICTURE_SUFFIXES)
     name = config.mask or MASK
     try:
-        if Path(name).suffix.lower() not in SUFFIXES:
+        if Path(name).suffix.lower() not in PICTURE_SUFFIXES:
             return make_mask(name, pipeline.spec, pipeline.prior.grid.shape)
         hidden = find_white(open_image(Path(name)), None, pipeline.spec.size)
     except Exception as error:  # damaged files make Pillow raise almost anything
@@ -165,7 +165,7 @@ def find_known_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeli
     if not out.path.suffix:
         out.check_files([SHEET])
     else:
-        out.check_file((*SUFFIXES, *ANIMATIONS))
+        out.check_file((*PICTURE_SUFFIXES, *ANIMATIONS))
     if out.path.suffix.lower() == ".mp4":
         require_video("out")
     return known

@@ -17,7 +17,7 @@ from pydantic import Field
 from prior.given import Given
 from tokenizer.files import atomic_folder
 
-from ..compression.coding import read_images, restored_suffix
+from ..compression.coding import decode_stream, restored_suffix
 from ..compression.container import Header, StreamError, read_stream
 from ..condition_keys import UsesCondition
 from ..config import UserError, run_command, user_errors
@@ -25,7 +25,7 @@ from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.animations import gif_bytes
-from ..images.folder import ARRAY_SUFFIXES, SUFFIXES, suffix_of
+from ..images.folder import ARRAY_SUFFIXES, IMAGE_SUFFIXES, suffix_of
 from ..images.pictures import npy_bytes, png_bytes
 from ..options import UsesPipeline, require_pictures
 
@@ -60,7 +60,7 @@ def run(config: DecompressConfig) -> Path:
         header, _ = read_stream(data)
         suffix = restored_suffix(pipeline, header.lossless)
         given = read_condition_of(config, pipeline, header, suffix)
-        header, parts = read_images(pipeline, data, condition=given, batch_size=config.batch_size)
+        header, parts = decode_stream(pipeline, data, condition=given, batch_size=config.batch_size)
         names = iter(header.names or [f"{number:08d}{suffix}" for number in range(header.images)])
         for images in parts:
             for image in pipeline.convert_images(images, "np"):
@@ -91,7 +91,7 @@ def read_condition_of(config: DecompressConfig, pipeline: ImagePipeline, header:
 def name_compressed(name: str, suffix: str) -> str:
     """Return the name of the file that was compressed, of which the restored one may have one more suffix."""
     short = name.removesuffix(suffix)
-    return short if suffix_of(short) in {*SUFFIXES, *ARRAY_SUFFIXES} else name
+    return short if suffix_of(short) in {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES} else name
 
 
 main = partial(run_command, DecompressConfig, run, verb="decompress", description=__doc__)

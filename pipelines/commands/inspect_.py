@@ -18,13 +18,13 @@ from ..config import OutputConfig, run_command
 from ..files import Output
 from ..images import ImageDataset
 from ..images.grids import class_grid
-from ..images.pictures import SUFFIXES, write_picture
+from ..images.pictures import PICTURE_SUFFIXES, write_picture
 from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
 from ..metrics.codebook import count_tokens, part_names
 from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, reconstruction_picture
 from ..options import UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
-from ..shuffling import spread
+from ..shuffling import spread_rows
 
 WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single one is wider
 
@@ -41,7 +41,7 @@ class InspectConfig(UsesTokenizer, OutputConfig):
 def run(config: InspectConfig) -> dict[str, Any]:
     """Write the report, and print and return its figures."""
     out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
-    out.check_file(SUFFIXES)
+    out.check_file(PICTURE_SUFFIXES)
     tokenizer, images = config.load_with_images()
     uses, errors = examine(tokenizer, images)
     figures = compute_figures(uses, errors)
@@ -103,7 +103,7 @@ def draw_page(
     names, pictures = part_names(tokenizer), dict[str, Pixels]()
     charts: list[Chart] = [partial(draw_usage, uses=uses.double().numpy(), names=names, label="uses")]
     if (tokenizer.placed or tokenizer.grid.scales) and not tokenizer.grid.channels:
-        some = images.batch(spread(len(images), images_at_a_time(tokenizer.spec))).to(tokenizer.device)
+        some = images.batch(spread_rows(len(images), images_at_a_time(tokenizer.spec))).to(tokenizer.device)
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
         title = f"The {len(codes):,} most used codes: mean reconstruction around them"
         pictures[title] = arrange_tiles(patches, [str(code) for code in codes], 20, tokenizer.spec)
@@ -112,7 +112,7 @@ def draw_page(
         if list_prefix_decoders(tokenizer):
             title = "Originals, and reconstructions from an increasing number of tokens"
             pictures[title] = reconstruction_picture(tokenizer, images, min(16, config.num_images))
-        chosen = errors.argsort(descending=True)[spread(len(errors), config.num_images)]
+        chosen = errors.argsort(descending=True)[spread_rows(len(errors), config.num_images)]
         originals = images.batch(chosen).to(tokenizer.device)
         decoded = tokenizer.decode(tokenizer.encode(originals))
         pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=-2).cpu()

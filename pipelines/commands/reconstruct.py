@@ -25,12 +25,12 @@ from ..anomaly.sheets import draw_rows, factor_of
 from ..config import OutputConfig, run_command, user_errors
 from ..files import Output
 from ..images import ImageDataset
-from ..images.pictures import SUFFIXES, write_picture
-from ..images.views import View, decode_large, encode_large, read_image
+from ..images.pictures import PICTURE_SUFFIXES, write_picture
+from ..images.views import View, decode_large, encode_large, read_large
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..options import TileSettings, UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
-from ..shuffling import spread
+from ..shuffling import spread_rows
 
 BATCH = 256  # tiles that are reconstructed at a time
 
@@ -50,7 +50,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture; print figures; return PSNR (dB), losses, codebook usage and perplexity of all held-out images,
     and SSIM of some images unless they are cut into tiles."""
     out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
-    out.check_file(SUFFIXES)
+    out.check_file(PICTURE_SUFFIXES)
     tokenizer, images = config.load_with_images(whole=config.tile)
     view = config.choose_view(tokenizer.spec)
     if not view.is_tiled:
@@ -75,12 +75,12 @@ def reconstruct_tiled(
     """Reconstruct images by their tiles, one after another. Return figures, and a picture of `count` evenly spread
     images beside their reconstructions, reduced to at most 512 pixels a side. Raises `UserError` for an image that is
     smaller than a tile."""
-    several, chosen = images.whole_images(np.arange(len(images))), set(spread(len(images), count).tolist())
+    several, chosen = images.whole_images(np.arange(len(images))), set(spread_rows(len(images), count).tolist())
     ids, sums = torch.zeros(tokenizer.grid.vocab_size, dtype=torch.long), Counter[str]()
     rows, names = list[list[Tensor]](), list[list[str]]()
     for number in range(len(several)):
         with user_errors(ValueError, prefix="data: "):
-            image = to_float(read_image(several, number, view))
+            image = to_float(read_large(several, number, view))
         tokens = encode_large(tokenizer, image, view, BATCH)
         ids += torch.bincount(tokens.flatten().cpu(), minlength=len(ids))
         decoded = decode_large(tokenizer, tokens, image.shape[-2:], view, BATCH).cpu()

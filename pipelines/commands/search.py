@@ -16,7 +16,7 @@ from ..config.table import count_of
 from ..files import Output
 from ..images import ImageDataset
 from ..images.grids import class_grid
-from ..images.pictures import SUFFIXES, write_picture
+from ..images.pictures import PICTURE_SUFFIXES, write_picture
 from ..options import ImageChoice, UsesImages, choose_images, require_pictures, split_choice
 from ..provenance import defaults
 from ..representation import choose_layer, choose_pool, embed, nearest
@@ -49,7 +49,7 @@ def run(config: SearchConfig) -> Tensor:
     split."""
     files, _ = split_choice(config.images)
     out = Output(config.out, [config.pipeline, config.data.path, *files], config.overwrite)
-    out.check_file(SUFFIXES)
+    out.check_file(PICTURE_SUFFIXES)
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "search")
     with user_errors(ValueError):

@@ -24,7 +24,6 @@ COLOURS = 256  # of a GIF
 
 
 def require_video(key: str | None = None) -> None:
-    """Raise a `UserError`, which begins with the `key`, if MP4 can be neither read nor written."""
     if find_spec("av") is None:
         prefix = "" if key is None else f"{key}: "
         raise UserError(f'{prefix}MP4 needs the package av: pip install "smalti[video]"')
@@ -60,8 +59,8 @@ def gif_bytes(frames: np.ndarray) -> bytes:
 
 
 def animated_png(frames: Sequence[Image.Image]) -> bytes:
-    """Encode frames as an animated PNG that repeats and keeps every value, which browsers show. Equal frames stay
-    apart, as in `gif_bytes`: Pillow merges only those that are blended in the same way."""
+    """Encode frames as a lossless animated PNG that repeats. Equal frames stay apart, as in `gif_bytes`: Pillow merges
+    only those that are blended in the same way."""
     file, ways = io.BytesIO(), [k % 2 for k in range(len(frames))]
     first, *rest = frames
     first.save(file, "PNG", save_all=True, append_images=rest, duration=MILLISECONDS, loop=0, blend=ways)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from prior.columns import KINDS, Column, GridColumn, VectorColumn, find_column, names_problem
+from prior.columns import COLUMN_KINDS, Column, GridColumn, VectorColumn, find_column, names_problem
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec
@@ -28,8 +28,8 @@ from tokenizer.spec import ImageSpec
 from ..columns import FORMATS, guess_format, is_empty
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
-from .checking import SameSize, check_bad, decode_all
-from .clip_files import choose_kind
+from .checking import StackedCache, check_bad, decode_all
+from .clip_files import choose_file_kind
 from .crops import CropImages
 from .dataset import Epochs, ImageDataset
 from .folder import (
@@ -38,14 +38,14 @@ from .folder import (
     find_sheets,
     full_path,
     image_paths,
-    list_rows,
     natural_key,
     normalize_path,
+    read_sheet_rows,
 )
-from .formats import NO_IMAGE, Payload, Pixels, try_decode
+from .formats import NO_IMAGE, Payload, PixelArray, try_decode
 from .settings import DataConfig
 from .sources import Source
-from .splits import Part
+from .splits import SplitPart
 from .tables import read_payload
 from .views import PLACE
 
@@ -54,7 +54,7 @@ CELLS = 1024  # cells of a table that are read at a time
 if TYPE_CHECKING:
     Kind = str
 else:
-    Kind = Literal[tuple(KINDS)]
+    Kind = Literal[tuple(COLUMN_KINDS)]
 
 
 class AttributeSource(Config):
@@ -84,11 +84,11 @@ class AttributeSource(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> AttributeSource:
-        given = [name for name in ("column", "images", "frame") if getattr(self, name) is not None]
-        if self.place and (given or self.tokenizer or self.encoder or self.kind not in (None, "vector")):
+        origins = [name for name in ("column", "images", "frame") if getattr(self, name) is not None]
+        if self.place and (origins or self.tokenizer or self.encoder or self.kind not in (None, "vector")):
             raise ValueError("place is computed, and takes no other settings")
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
+        if len(origins) > 1:
+            raise ValueError(f"{' and '.join(origins)} exclude each other")
         if self.kind not in (None, "grid") and (self.is_picture or self.tokenizer):
             raise ValueError(f"images, frame and tokenizer are for columns of kind grid (got {self.kind})")
         if self.tokenizer is None and (self.is_picture or self.kind == "grid"):
@@ -99,7 +99,6 @@ class AttributeSource(Config):
 
     @model_serializer(mode="wrap")
     def _omit_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `place` where it is not set, as files written before it existed do."""
         found: dict[str, Any] = handler(self)
         return {key: value for key, value in found.items() if key != "place" or value}
 
@@ -117,18 +116,16 @@ class AttributeSource(Config):
 
 @dataclass(frozen=True)
 class LoadedColumn:
-    """A column of all splits, by name (`train`, `validation`, `test`), parallel to the split's images."""
+    """A column of all splits, by name (`train`, `validation`, `test`), parallel to the split's images.
+
+    source: where it came from, without local paths. values: raw values `(n, *column.shape)`, of crops those of one
+    variant of the images after another. For grids, the `images` to encode and their `tokenizer` instead."""
 
     column: Column
     source: dict[str, Any]
-    """Where it came from, without local paths."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Raw values `(n, *column.shape)`, or for crops, one after another, those of all variants of the images; empty for
-    grids."""
     images: dict[str, AttributeImages] = field(default_factory=dict)
-    """For grids: the images to encode."""
     tokenizer: Tokenizer | None = None
-    """For grids: what encodes `images`."""
 
 
 def choose_data(config: DataConfig, sources: Mapping[str, AttributeSource]) -> DataConfig:
@@ -177,7 +174,7 @@ def load_attributes(
     seed: int = 0,
 ) -> dict[str, LoadedColumn]:
     """Read the columns of `splits` (by the names of `encode.name_splits`, `train` first), whose images were loaded
-    with `choose_data(config, sources)`. Kinds that are guessed are printed.
+    with `choose_data(config, sources)`. Prints the kinds that are guessed.
 
     table: a CSV, TSV, JSON lines or parquet file with a column `file_name`, relative to the folder of the images.
     distributed: all launched processes call this. augmentations, seed: those of `encode`, which move random crops.
@@ -216,7 +213,6 @@ def load_attributes(
 
 
 def report_kind(name: str, source: AttributeSource, column: Column) -> None:
-    """Print the kind of a column if it was guessed."""
     if not (source.kind or source.encoder) and is_first_process():
         about = f"of kind {column.kind}, guessed from its values ({column.describe()})"
         tell(one_line(f"attributes.{name}: {about}; attributes.{name}.kind=KIND chooses another"))
@@ -239,16 +235,16 @@ def locate_crops(
 
 @dataclass(frozen=True)
 class RawColumn:
-    """A column, parallel to the images of all splits. Cells are read on access; None is null."""
+    """A column, parallel to the images of all splits. Cells are read on access; None is null.
+
+    name: returns the name of a cell for messages. names: those of the classes or flags, if the data set has them.
+    open: for pictures, converts a cell to what is decoded."""
 
     size: int
     read: Callable[[Sequence[int]], list[Any]]
     name: Callable[[int], str]
-    """Name of a cell for messages."""
     names: list[str] | None = None
-    """Names of the classes or flags, if the data set has them."""
     open: Callable[[Any], Payload] | None = None
-    """For pictures: converts a cell to what is decoded."""
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, self.size, CELLS):
@@ -276,11 +272,11 @@ class Sheets:
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
-        known = {full_path(path) for path in choose_kind(config.spec).find(root)} if table else set()
+        known = {full_path(path) for path in choose_file_kind(config.spec).find(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         images = [f"{config.image_column}_file_name", "file_name"]
         places = (root, "table") if table else (None, "data.source")
-        for sheet, image, _, cells in list_rows(self.files, images, *places):
+        for sheet, image, _, cells in read_sheet_rows(self.files, images, *places):
             folder = root if table else sheet.parent
             if None in cells:
                 raise ValueError(f"{sheet}: a row has more cells than columns: {cells}")
@@ -401,19 +397,13 @@ class AttributeImages(ImageDataset):
     """Images in the shape of their tokenizer, moved as those they belong to: shifts are in pixels of the others. Those
     `missing`, bool (n,), are black; their ids must become -1."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        spec: ImageSpec,
-        part: Part,
-        missing: NDArray[np.bool_],
-    ) -> None:
+    def __init__(self, config: DataConfig, spec: ImageSpec, part: SplitPart, missing: NDArray[np.bool_]) -> None:
         super().__init__(config.model_copy(update={"binarize": None}), part)
         self.spec = spec
         down, right = (side / other for side, other in zip(spec.size, config.spec.size, strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
-    def decode(self, indices: list[int], spec: ImageSpec) -> list[Pixels | str]:
+    def decode(self, indices: list[int], spec: ImageSpec) -> list[PixelArray | str]:
         images = zip(indices, super().decode(indices, spec), strict=True)
         return [np.zeros(spec.shape, np.uint8) if self.missing[index] else image for index, image in images]
 
@@ -442,13 +432,13 @@ def load_pictures(
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer))
     pictures, every, spec = Source(cells.size, read, cells.name), np.arange(cells.size), tokenizer.spec
-    memory = SameSize(cells.size, 0, spec)
+    memory = StackedCache(cells.size, 0, spec)
     _, bad = decode_all(pictures, every, partial(try_decode, spec=spec), memory, distributed)
     check_bad([([image for image in bad if image.reason != NO_IMAGE], cells.size)], config)
     missing = np.isin(every, [image.row for image in bad])
     parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])
     images = {
-        split: AttributeImages(config, spec, Part(pictures, part, every.astype(np.uint64)), missing[part])
+        split: AttributeImages(config, spec, SplitPart(pictures, part, every.astype(np.uint64)), missing[part])
         for split, part in zip(splits, parts, strict=True)
     }
     column = GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint())

@@ -32,7 +32,6 @@ class AugmentConfig(Config):
 
     @property
     def moves(self) -> bool:
-        """Whether images are shifted, rotated or zoomed."""
         return bool(self.shift or self.rotate or self.zoom)
 
     def describe(self) -> str:

@@ -16,8 +16,7 @@ from tokenizer.spec import to_float, to_uint8
 from ..shuffling import FIXED, GIVEN, draw_pixels
 
 Binarize = Literal["drawn", "threshold"]
-MID_GREY = 128
-"""The darkest value that is white with `threshold`."""
+MID_GREY = 128  # the darkest value that is white with `threshold`
 
 
 def binarize(

@@ -21,7 +21,7 @@ from tokenizer.spec import ImageSpec
 from ..config import UserError, is_first_process, tell
 from ..files import replace_file
 from ..prefetch import prefetch
-from .formats import CHUNK, WORKERS, Payload, Pixels
+from .formats import CHUNK, WORKERS, Payload, PixelArray
 from .settings import DataConfig
 from .sources import Source
 
@@ -37,28 +37,26 @@ class BadImage(NamedTuple):
     reason: str
 
 
-class Memory:
+class PixelCache:
     """Decoded images of any sizes in memory: the first ones of `count`, until one does not fit in `room` bytes."""
 
-    at_once = max(1, CHUNK // AHEAD)
-    """Images that a thread decodes at a time."""
+    at_once = max(1, CHUNK // AHEAD)  # images that a thread decodes at a time
 
     def __init__(self, count: int, room: int) -> None:
-        self.images: list[Pixels | None] = [None] * count
+        self.images: list[PixelArray | None] = [None] * count
         self.room, self.is_full = room, room <= 0
 
-    def add(self, k: int, image: Pixels) -> None:
+    def add(self, k: int, image: PixelArray) -> None:
         self.is_full = self.is_full or image.nbytes > self.room
         if not self.is_full:
             self.images[k] = image
             self.room -= image.nbytes
 
     def select(self, good: NDArray[np.int64]) -> None:
-        """Forget the other images."""
         self.images = [self.images[k] for k in good.tolist()]
 
 
-class SameSize(Memory):
+class StackedCache(PixelCache):
     """Decoded images of one shape in memory: all of `count`, or none if they do not fit in `room` bytes."""
 
     at_once = CHUNK
@@ -70,7 +68,7 @@ class SameSize(Memory):
         self.pixels = None if self.is_full else np.empty((count, *spec.shape), spec.stored_type)
         self.room -= 0 if self.is_full else size
 
-    def add(self, k: int, image: Pixels) -> None:
+    def add(self, k: int, image: PixelArray) -> None:
         if self.pixels is not None:
             self.pixels[k] = image
 
@@ -82,8 +80,8 @@ class SameSize(Memory):
 def decode_all(
     source: Source,
     positions: NDArray[np.int64],
-    decode: Callable[[Payload], Pixels | str],
-    memory: Memory,
+    decode: Callable[[Payload], PixelArray | str],
+    memory: PixelCache,
     distributed: bool = False,
 ) -> tuple[NDArray[np.int64], list[BadImage]]:
     """Decode each image at `positions` once, into `memory` as far as it fits; return the positions of the good ones,
@@ -102,7 +100,7 @@ def decode_all(
                 if not memory.is_full or start // CHUNK % world == rank:
                     yield chunk[first : first + memory.at_once]
 
-    def decode_piece(piece: range) -> tuple[range, list[Pixels | str]]:
+    def decode_piece(piece: range) -> tuple[range, list[PixelArray | str]]:
         rows = positions[piece.start : piece.stop].tolist()
         return piece, [decode(payload) for payload in source.payloads(rows)]
 
@@ -149,7 +147,6 @@ def check_bad(parts: list[tuple[list[BadImage], int]], config: DataConfig) -> No
 
 
 def list_bad(bad: list[BadImage]) -> str:
-    """Return a line for each of the first ten bad images, and the number of the others."""
     more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
     return "".join("\n  " + one_line(f"{image.path}: {image.reason}") for image in bad[:10]) + more
 

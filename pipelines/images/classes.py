@@ -25,7 +25,7 @@ def number_labels(sources: list[Source]) -> tuple[dict[Source, NDArray[np.int64]
     if len({tuple(each.class_names) for each in sources if each.class_names is not None}) > 1:
         raise UserError(f"data.label_column: splits have different classes; {WITHOUT}")
     found = {label for each in sources for label in each.labels or [] if is_label(label)} if names is None else set()
-    class_names = name_classes(found) if names is None else list(dict.fromkeys(names))
+    class_names = order_classes(found) if names is None else list(dict.fromkeys(names))
     check_class_names(class_names, spellings=names is None)
     places = {name: place for place, name in enumerate(class_names)}
     texts = {label: str(label) for label in found} if names is None else dict(enumerate(names))
@@ -41,7 +41,7 @@ def number_labels(sources: list[Source]) -> tuple[dict[Source, NDArray[np.int64]
     return numbered, class_names
 
 
-def name_classes(labels: Iterable[Any]) -> list[str]:
+def order_classes(labels: Iterable[Any]) -> list[str]:
     """Return the names of classes in their order: numbers ascend, and come before words. The number 1 and the word "1"
     are one class."""
     return list(dict.fromkeys(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label)))))
@@ -53,15 +53,11 @@ def check_class_names(names: list[str], spellings: bool) -> None:
     known: dict[str, str] = {}
     for name in names:
         if not is_class_name(name):
-            raise UserError(
-                f"invalid class name {quote(name)}: must be at most {LONGEST} printable characters; {WITHOUT}"
-            )
+            raise UserError(f"invalid class name {quote(name)}: at most {LONGEST} printable characters; {WITHOUT}")
         plain = unicodedata.normalize("NFC", name).strip()
         other = known.setdefault(plain.casefold() if len(plain) > 1 else plain, name)
         if spellings and other != name:
-            raise UserError(
-                f"the classes {quote(other)} and {quote(name)} are two spellings of one name; use a single spelling"
-            )
+            raise UserError(f"the classes {quote(other)} and {quote(name)} are two spellings of one name; use one")
 
 
 def warn_about_absent(names: list[str], trained: Collection[int]) -> None:
@@ -82,12 +78,10 @@ def describe_label(label: Any, names: list[str] | None, some: bool) -> str:
 
 
 def is_label(label: Any) -> bool:
-    """Whether a value can be a label: a string, or an integer from 0."""
     return isinstance(label, str) or (isinstance(label, int) and label >= 0)
 
 
 def is_class_name(name: str) -> bool:
-    """Whether this is a valid class name; pipelines and token datasets refuse others."""
     return len(name) <= LONGEST and is_printable(name)
 
 

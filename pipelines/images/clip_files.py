@@ -24,40 +24,36 @@ from tokenizer.spec import Array, ImageSpec
 from ..config import is_first_process, tell
 from ..config.table import count_of
 from .animations import MP4, require_video
-from .folder import ARRAY_SUFFIXES, SUFFIXES, files_below, image_paths, natural_key, suffix_of
+from .folder import ARRAY_SUFFIXES, IMAGE_SUFFIXES, Find, files_below, image_paths, natural_key, suffix_of
 from .formats import (
     PARSING,
     WORKERS,
+    ClipWindow,
     Payload,
-    Window,
-    check_size,
+    check_pixel_count,
     open_image,
-    read_file,
-    read_npz,
+    read_image_file,
+    read_numpy,
     read_page,
     require_plain_page,
-    require_small_tiles,
 )
 from .sources import Source
 
-ALWAYS_CLIPS = {".gif", *ARRAY_SUFFIXES}
-"""Suffixes of files that are clips, whatever the other files of their folder are."""
+ALWAYS_CLIPS = {".gif", *ARRAY_SUFFIXES}  # whatever the other files of their folder are
 MAYBE_CLIPS = {".png", ".webp", ".tif", ".tiff"}
-STILLS = SUFFIXES - ALWAYS_CLIPS
+STILLS = IMAGE_SUFFIXES - ALWAYS_CLIPS
 OPEN_CLIPS = 2 * WORKERS  # at a time, for each split
 FrameKeys = Sequence[int] | NDArray[np.int64]
 
 
 class FileKind(NamedTuple):
-    """What files hold. find: returns the paths of the images of a folder, or of its clips. open: returns the images of
-    such files, or the windows of clips."""
+    """How to find the paths of the images or clips of a folder, and to open such files as images or windows."""
 
-    find: Callable[[Path], list[str]]
+    find: Find
     open: Callable[[Source], Source]
 
 
-def choose_kind(spec: ImageSpec) -> FileKind:
-    """Return how files are read as images of `spec`."""
+def choose_file_kind(spec: ImageSpec) -> FileKind:
     if spec.frames == 1:
         return FileKind(image_paths, lambda files: files)
     return FileKind(find_clips, partial(cut_windows, frames=spec.frames))
@@ -72,18 +68,14 @@ def find_clips(folder: Path) -> list[str]:
     beside: dict[str, list[str]] = {}
     for path in image_paths(folder):
         beside.setdefault(os.path.dirname(path), []).append(path)
-    found = [str(path) for path in files_below(folder) if is_video(path.relative_to(folder))]
+    videos = (path for path in files_below(folder) if path.suffix.lower() == MP4)
+    found = [str(path) for path in videos if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     for parent, paths in beside.items():
         found += [path for path in paths if suffix_of(path) in ALWAYS_CLIPS]
         stills = [path for path in paths if suffix_of(path) in STILLS]
         if stills:
             found += stills if has_several_frames(min(stills, key=natural_key)) else [parent]
     return sorted(found, key=os.fsencode)
-
-
-def is_video(path: Path) -> bool:
-    """Whether a file is an MP4, and not hidden."""
-    return path.suffix.lower() == MP4 and not any(part.startswith(".") for part in path.parts)
 
 
 def has_several_frames(path: str) -> bool:
@@ -120,7 +112,7 @@ class WindowSource(Source):
         def read(wanted: Sequence[int]) -> list[Payload]:
             windows = self.payloads([row // frames for row in wanted])
             return [
-                window.frame(row % frames) if isinstance(window, Window) else window
+                window.frame(row % frames) if isinstance(window, ClipWindow) else window
                 for row, window in zip(wanted, windows, strict=True)
             ]
 
@@ -134,6 +126,13 @@ class WindowSource(Source):
 def cut_windows(files: Source, frames: int) -> WindowSource:
     """Return the consecutive windows of each clip, from its start; frames left over are not used."""
     paths = files.paths or []
+
+    def find_frames(path: str) -> FrameKeys | str:
+        try:
+            return open_clip(path).frame_keys
+        except Exception as error:  # Pillow raises almost anything for damaged files
+            return str(error) or type(error).__name__
+
     with ThreadPoolExecutor(WORKERS) as pool:
         found = list(pool.map(find_frames, paths))
     places, keys, problems = list[tuple[int, int]](), dict[int, FrameKeys](), dict[int, str]()
@@ -156,7 +155,9 @@ def cut_windows(files: Source, frames: int) -> WindowSource:
 
     def read(wanted: Sequence[int]) -> list[Payload]:
         some = [places[row] for row in wanted]
-        return [problems.get(number) or Window(partial(read_frame, number), start, frames) for number, start in some]
+        return [
+            problems.get(number) or ClipWindow(partial(read_frame, number), start, frames) for number, start in some
+        ]
 
     def name(row: int) -> str:
         number, start = places[row]
@@ -165,25 +166,10 @@ def cut_windows(files: Source, frames: int) -> WindowSource:
     def repeat(values: list[Any] | None) -> list[Any] | None:
         return None if values is None else [values[number] for number, _ in places]
 
-    return WindowSource(
-        len(places),
-        read,
-        name,
-        repeat(files.labels),
-        paths=repeat(paths),
-        objects=repeat(files.objects),
-        frames=frames,
-        starts=[start for _, start in places],
-        counts=[len(frame_keys) for frame_keys in found if not isinstance(frame_keys, str)],
-    )
-
-
-def find_frames(path: str) -> FrameKeys | str:
-    """Return `Clip.frame_keys` of a clip, or the reason why it cannot be read."""
-    try:
-        return open_clip(path).frame_keys
-    except Exception as error:  # Pillow raises almost anything for damaged files
-        return str(error) or type(error).__name__
+    starts = [start for _, start in places]
+    counts = [len(frame_keys) for frame_keys in found if not isinstance(frame_keys, str)]
+    known: dict[str, Any] = {"labels": repeat(files.labels), "paths": repeat(paths), "objects": repeat(files.objects)}
+    return WindowSource(len(places), read, name, frames=frames, starts=starts, counts=counts, **known)
 
 
 def report_windows(sources: Sequence[Source]) -> None:
@@ -202,10 +188,9 @@ def report_windows(sources: Sequence[Source]) -> None:
 
 
 class Clip(ABC):
-    """The frames of a clip. Several threads may read them.
+    """The frames of a clip. Several threads may read them. Opening a path raises `ValueError`, or whatever Pillow does.
 
-    frame_keys: by what each frame is found: its number or, in a video, its time. A subclass opens a path, and raises
-    `ValueError`, or whatever Pillow raises, if that fails."""
+    frame_keys: by what each frame is found: its number or, in a video, its time."""
 
     frame_keys: FrameKeys
 
@@ -265,7 +250,7 @@ class ArrayClip(Clip):
 
     def __init__(self, path: str) -> None:
         if suffix_of(path) == ".npz":
-            array = read_npz(read_file(Path(path)))
+            array = read_numpy(read_image_file(Path(path)))
         else:
             require_file(path)
             with PARSING:
@@ -280,8 +265,8 @@ class ArrayClip(Clip):
 
 
 class VideoClip(Clip):
-    """An MP4. Its frames are found by their times, which need not be regular: the decoder goes on from the last frame,
-    or begins at the key frame before. `frame_keys` are both times, (T, 2)."""
+    """An MP4. Frames are found by their times, which need not be regular: the decoder continues from the last frame, or
+    starts at the key frame before. `frame_keys` are both times, (T, 2)."""
 
     def __init__(self, path: str, frame_keys: FrameKeys | None = None) -> None:
         require_video()
@@ -298,7 +283,7 @@ class VideoClip(Clip):
         self._stream, self._next = self._file.streams.video[0], -1
         self._stream.codec_context.thread_count = 1  # clips are decoded side by side
         self._size = self._stream.width, self._stream.height
-        check_size(*self._size)
+        check_pixel_count(*self._size)
         self._times = self._find_times() if frame_keys is None else np.asarray(frame_keys)
         self.frame_keys = self._times
 
@@ -326,22 +311,17 @@ class VideoClip(Clip):
 
 
 def convert_frame(image: Image.Image, size: tuple[int, int], deep: bool) -> Array | Image.Image:
-    """Return the current frame of a file as `Clip.read` does. size: (W, H) of the clip's first frame."""
     require_size(image.size, size)
-    if isinstance(image, TiffImageFile):
-        require_small_tiles(image)
-        if not deep:
-            require_plain_page(image)
+    if isinstance(image, TiffImageFile) and not deep:
+        require_plain_page(image)
     return read_page(image) if deep else ImageOps.exif_transpose(image)
 
 
 def require_size(size: tuple[int, int], first: tuple[int, int]) -> None:
-    """Raise `ValueError` for a frame whose size (W, H) is not that of the first of its clip."""
     if size != first:
         raise ValueError("{} x {} pixels, unlike the first of its clip, {} x {}".format(*size, *first))
 
 
 def require_file(path: str) -> None:
-    """Raise `ValueError` for what is not a regular file: reading a pipe may never end."""
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):  # reading a pipe may never end
         raise ValueError("missing, or not a regular file")

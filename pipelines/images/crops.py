@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,11 @@ from tokenizer.spec import ImageSpec
 
 from ..prefetch import prefetch
 from ..shuffling import DRAWS, uniforms
-from .checking import BadImage, Memory
+from .checking import PixelCache
 from .dataset import Epochs, ImageDataset
-from .formats import WORKERS, Payload, Pixels, try_decode
+from .formats import WORKERS, Payload, PixelArray, try_decode
 from .settings import DataConfig
-from .splits import Part
+from .splits import SplitPart
 from .views import View
 
 DOWN, RIGHT = DRAWS, DRAWS + 1
@@ -31,35 +32,27 @@ DOWN, RIGHT = DRAWS, DRAWS + 1
 
 
 class CropImages(ImageDataset):
-    """Crops of images, several of each, which are only enlarged if they are smaller than a crop."""
+    """Several crops of each image, which is only enlarged if it is smaller than a crop."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        part: Part,
-        labels: NDArray[np.int64] | None = None,
-        class_names: Sequence[str] = (),
-        *,
-        bad: Sequence[BadImage] = (),
-        memory: Memory | None = None,
+        self, config: DataConfig, part: SplitPart, *classes: Any, memory: PixelCache | None = None, **more: Any
     ) -> None:
         self._per_image = self.count_crops(config)
         repeated = part._replace(positions=part.positions.repeat(self._per_image))
-        super().__init__(config, repeated, labels, class_names, bad=bad, memory=memory)
+        super().__init__(config, repeated, *classes, memory=memory, **more)
         self._whole = [None] * len(part.positions) if memory is None else memory.images
         self._view = View(self.spec.size)
 
     @staticmethod
     def count_crops(config: DataConfig) -> int:
-        """Return the number of crops of each image."""
         raise NotImplementedError
 
     @staticmethod
-    def reserve(count: int, room: int, spec: ImageSpec) -> Memory:
-        return Memory(count, room)
+    def reserve(count: int, room: int, spec: ImageSpec) -> PixelCache:
+        return PixelCache(count, room)
 
     @staticmethod
-    def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:
+    def decode_one(payload: Payload, spec: ImageSpec) -> PixelArray | str:
         return try_decode(payload, spec, least=spec.size)
 
     def places(self, rows: NDArray[np.int64], epochs: Epochs, seed: int) -> NDArray[np.float64]:
@@ -67,7 +60,7 @@ class CropImages(ImageDataset):
         raise NotImplementedError
 
     def centres(self, rows: NDArray[np.int64], epoch: int, seed: int) -> Tensor:
-        """Return where the centres of crops are in their images, from 0 to 1 down and right, float32 (B, 2)."""
+        """Return the centres of crops in their images, from 0 to 1 down and right, float32 (B, 2)."""
         places, found = self.places(rows, epoch, seed).tolist(), np.empty((len(rows), 2), np.float32)
         for crops, image in self._list_images(rows):
             for k in crops:
@@ -84,7 +77,7 @@ class CropImages(ImageDataset):
                 found[k] = self._view.window(image, *self._find_corner(image, places[k]))
         return torch.from_numpy(found)
 
-    def _list_images(self, rows: NDArray[np.int64]) -> Iterator[tuple[list[int], Pixels]]:
+    def _list_images(self, rows: NDArray[np.int64]) -> Iterator[tuple[list[int], PixelArray]]:
         """Yield each image of which `rows` are crops, and which of the rows these are. Images that are not in memory
         are decoded, few at a time."""
         crops: dict[int, list[int]] = {}
@@ -94,13 +87,13 @@ class CropImages(ImageDataset):
         load = map if is_held else partial(prefetch, ahead=WORKERS, threads=WORKERS)
         yield from zip(crops.values(), load(self._load, crops), strict=True)
 
-    def _load(self, owner: int) -> Pixels:
+    def _load(self, owner: int) -> PixelArray:
         if (image := self._whole[owner]) is not None:
             return image
         row = owner * self._per_image
         return self._require_good(row, self._source.read(int(self._positions[row]), self.spec, self.spec.size))
 
-    def _find_corner(self, image: Pixels, place: Sequence[float]) -> tuple[int, ...]:
+    def _find_corner(self, image: PixelArray, place: Sequence[float]) -> tuple[int, ...]:
         """Return the upper left pixel of a crop of an image; all of those possible are equally likely."""
         sides = zip(place, image.shape[-2:], self._view.size, strict=True)
         return tuple(int(at * (side - window + 1)) for at, side, window in sides)

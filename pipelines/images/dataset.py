@@ -22,26 +22,24 @@ from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, to_float
 
 from ..config import UserError, is_first_process, tell
-from ..shuffling import positions_of, samples_of, spread
+from ..shuffling import Indices, positions_of, samples_of, spread_rows
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .binarize import binarize
-from .checking import BadImage, Memory, SameSize, write_bad_images
+from .checking import BadImage, PixelCache, StackedCache, write_bad_images
 from .classes import warn_about_absent
-from .formats import CHUNK, Payload, Pixels, decode_in_threads, try_decode
+from .formats import CHUNK, Payload, PixelArray, decode_in_threads, try_decode
 from .settings import DataConfig, require_spec
 from .sources import Source
-from .splits import Part, SplitFacts, name_units
+from .splits import SplitFacts, SplitPart, name_units
 from .views import LazyImages, read_whole
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
 
-Indices = Sequence[int] | NDArray[np.int64] | Tensor
 Epochs = NDArray[np.int64] | int
 COLOUR_SAMPLE, GREY_SPREAD = 32, 16
 """Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
-TEST_DRAWS = 5
-"""Number of draws of each test image with `data.binarize=drawn`, over which figures are averaged."""
+TEST_DRAWS = 5  # samples of each test image with `data.binarize=drawn`, over which figures are averaged
 HINT = " (data.on_error=skip skips such images)"
 
 
@@ -55,12 +53,12 @@ class ImageDataset:
     def __init__(
         self,
         config: DataConfig,
-        part: Part,
+        part: SplitPart,
         labels: NDArray[np.int64] | None = None,
         class_names: Sequence[str] = (),
         *,
         bad: Sequence[BadImage] = (),
-        memory: Memory | None = None,
+        memory: PixelCache | None = None,
     ) -> None:
         """part: the good images. labels: those of all images of the source. memory: the images, as far as they are in
         memory, from `reserve`."""
@@ -70,18 +68,16 @@ class ImageDataset:
         self.class_names = list(class_names)
         self.bad = list(bad)
         self.units = units[self._positions]
-        held = memory.pixels if isinstance(memory, SameSize) else None
+        held = memory.pixels if isinstance(memory, StackedCache) else None
         self._pixels = None if held is None else torch.from_numpy(held)
         self._binarize = config.binarize
 
     @staticmethod
-    def reserve(count: int, room: int, spec: ImageSpec) -> Memory:
-        """Return memory for up to `room` bytes of `count` images."""
-        return SameSize(count, room, spec)
+    def reserve(count: int, room: int, spec: ImageSpec) -> PixelCache:
+        return StackedCache(count, room, spec)
 
     @staticmethod
-    def decode_one(payload: Payload, spec: ImageSpec) -> Pixels | str:
-        """Return an image as it is in memory, or the reason why it cannot be decoded."""
+    def decode_one(payload: Payload, spec: ImageSpec) -> PixelArray | str:
         return try_decode(payload, spec)
 
     def __len__(self) -> int:
@@ -125,7 +121,7 @@ class ImageDataset:
 
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:
         """Return images as float32 `(B, *spec.shape)` in [-1, 1]. Augmentation depends on (seed, epoch, index) alone,
-        and drawn pixels on (epoch, index)."""
+        and stochastic pixels on (epoch, index)."""
         return self.prepare(*self.raw_batch(indices, epoch, seed, augment=augment))
 
     def raw_batch(self, indices: Indices, epochs: Epochs, seed: int, *, augment: bool = True) -> tuple[Tensor, ...]:
@@ -140,7 +136,7 @@ class ImageDataset:
         """Convert a `raw_batch` to float32 `(B, *spec.shape)` in [-1, 1], on its device."""
         return prepare_images(pixels, changes, self.config.augment)
 
-    def decode(self, indices: list[int], spec: ImageSpec) -> list[Pixels | str]:
+    def decode(self, indices: list[int], spec: ImageSpec) -> list[PixelArray | str]:
         """Read the images from the source as `spec`. Each becomes pixels `spec.shape`, or the reason why it cannot be
         decoded."""
         return decode_in_threads(self._source.payloads(self._positions[indices].tolist()), spec)
@@ -162,7 +158,7 @@ class ImageDataset:
             pixels = torch.from_numpy(np.stack(good)) if good else torch.empty((0, *self.spec.shape), dtype=torch.uint8)
         return pixels if self._binarize is None else binarize(pixels, self._binarize, self._positions[rows], epochs)
 
-    def _require_good(self, row: int, image: Pixels | str) -> Pixels:
+    def _require_good(self, row: int, image: PixelArray | str) -> PixelArray:
         if isinstance(image, str):
             raise UserError(one_line(f"{self._source.name(int(self._positions[row]))}: {image}{HINT}"))
         return image
@@ -171,7 +167,6 @@ class ImageDataset:
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether black and white pixels are drawn; see `data.binarize`."""
         return self._binarize == "drawn"
 
     def grey(self) -> ImageDataset:
@@ -181,7 +176,7 @@ class ImageDataset:
         return found
 
     def whole_images(self, indices: Indices) -> LazyImages:
-        """Return images at their own size, read on access; black and white ones are drawn by their pixels."""
+        """Return images at their own size, read on access; stochastic ones depend on their pixels alone."""
         rows, how = self._positions[self._rows_of(indices)].tolist(), self._binarize
         found = read_whole(self._source, rows, self.names(indices), self.spec, HINT)
         return found if how is None else replace(found, read=lambda k: binarize(found.read(k)[None], how)[0])
@@ -221,9 +216,8 @@ def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint sets of images for training, for evaluation and, if any, for choosing the best weights. facts: how they
-    were divided, None for runs of 0.3. note: what has changed since training, or is not known. is_carved: whether the
-    held-out images are a part of the split to train on."""
+    """Disjoint sets of images for training, for evaluation and, if any, for choosing the best weights. facts, note,
+    is_carved: see `Division`."""
 
     train: ImageDataset
     held_out: ImageDataset
@@ -241,9 +235,8 @@ class Splits:
         write_bad_images(folder, {name: images.bad for name, images in self.by_name().items()})
 
 
-def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
-    """Return the splits. Raises `UserError` if their type and range, which may have been measured, are not the
-    tokenizer's."""
+def require_same_values(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
+    """Return the splits. Raises `UserError` if their type and range, perhaps measured, are not the tokenizer's."""
     require_spec(tokenizer.spec, splits.train.spec, whose)
     return splits
 
@@ -268,7 +261,7 @@ def warn_about_colour(images: ImageDataset) -> None:
     """Print one line if most of a sample of the images are coloured but are converted to grey."""
     if not (images.spec.is_picture and images.spec.channels == 1) or not is_first_process():
         return
-    decoded = images.decode(spread(len(images), COLOUR_SAMPLE).tolist(), replace(images.spec, channels=3))
+    decoded = images.decode(spread_rows(len(images), COLOUR_SAMPLE).tolist(), replace(images.spec, channels=3))
     coloured = [int(np.ptp(image, axis=-3).max()) > GREY_SPREAD for image in decoded if not isinstance(image, str)]
     if 2 * sum(coloured) > len(coloured):
         tell("warning: data.channels=1 converts these colour images to grey; data.channels=3 keeps the colours")

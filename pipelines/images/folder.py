@@ -25,37 +25,29 @@ from .sources import IMAGE, LABEL, Source, SourceSplits, of_files
 if TYPE_CHECKING:
     from .settings import DataConfig
 
-MAX_DEPTH = 100  # nested folders
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
-ARRAY_SUFFIXES = {".npy", ".npz"}
-"""Of files that are images where there are no others."""
-SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2"}
+ARRAY_SUFFIXES = {".npy", ".npz"}  # of files that are images where there are no others
+IMAGE_SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2"}
 """Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-Find = Callable[[Path], list[str]]
-"""Returns the paths of a folder's images or clips."""
+Find = Callable[[Path], list[str]]  # returns the paths of a folder's images or clips
 
 
 # Walking
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield what `os.walk` yields. Raises `UserError` for folders nested too deeply, and for an unreadable folder,
-    whose files would otherwise be missing silently."""
+    """Yield what `os.walk` yields. Raises `UserError` for an unreadable folder, whose files would otherwise be missing
+    silently."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    top = str(folder).count(os.sep)
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        if parent.count(os.sep) - top > MAX_DEPTH:
-            raise UserError(f"{folder}: folders are nested more than {MAX_DEPTH} deep")
-        yield parent, folders, files
+    return os.walk(folder, onerror=refuse)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder. Raises `UserError` like `walk`."""
     return (Path(parent, name) for parent, _, files in walk(folder) for name in files)
 
 
@@ -67,11 +59,9 @@ def image_paths(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             if os.path.islink(os.path.join(parent, name)):
-                raise UserError(
-                    f"{os.path.join(parent, name)}: links to folders are not followed; use the folder itself"
-                )
+                raise UserError(f"{os.path.join(parent, name)}: links to folders are not followed")
         files = [name for name in files if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in files if suffix_of(name) in SUFFIXES]
+        found += [os.path.join(parent, name) for name in files if suffix_of(name) in IMAGE_SUFFIXES]
         arrays += [os.path.join(parent, name) for name in files if suffix_of(name) in ARRAY_SUFFIXES]
     return sorted(found or arrays, key=os.fsencode)
 
@@ -93,7 +83,6 @@ def match_names(entries: Mapping[str, Any], names: Sequence[str], where: str, wh
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix of a file in lower case."""
     return os.path.splitext(name)[1].lower()
 
 
@@ -113,13 +102,12 @@ def kinds_below(folder: Path) -> set[str]:
                 found.add("sheet")
             elif suffix in (".parquet", ".tar"):
                 found.add(suffix)
-            elif suffix.lower() in SUFFIXES and not name.startswith("."):
+            elif suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 found.add("image")
     return found
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether a folder is read as image files rather than as tables (parquet files, or tar files without images)."""
     kinds = kinds_below(folder)
     return ".parquet" not in kinds and ("image" in kinds or ".tar" not in kinds)
 
@@ -128,27 +116,21 @@ def holds_files(folder: Path) -> bool:
 
 
 def open_folder(root: Path, config: DataConfig, find: Find) -> SourceSplits:
-    """Return the files of the splits of a folder of images or clips: its folders named after splits, if any. Classes
-    come from sheets, if there are any, and otherwise from folder names. find: what finds the files of a split. Raises
-    `UserError` for a sheet beside the splits, and for a split that is itself a clip."""
+    """Return the splits of a folder of images or clips: its folders named after splits, if any. Classes come from
+    sheets, if there are any, and otherwise from folder names. Raises `UserError` for a sheet beside the splits, and for
+    a split that is itself a clip."""
 
     def find_separate(folder: Path) -> list[str]:
         found = find(folder)
         if str(folder) in found:
-            raise UserError(
-                f"data.frames: {folder} holds single images, not clips; put the frames of each clip into a folder of "
-                "its own (data.frames=null: each image is an image)"
-            )
+            raise UserError(f"data.frames: {folder} holds single images, not clips; put each clip into a folder")
         return found
 
     folders = split_folders(root, config)
     with_sheets = "sheet" in kinds_below(root)
     beside = [name for name in SHEETS if with_sheets and (root / name).exists() and root not in folders.values()]
     if beside:
-        raise UserError(
-            f"data.source: {root / beside[0]}: a sheet lists the images of its own folder; put one into each split: "
-            f"{', '.join(folders)}"
-        )
+        raise UserError(f"data.source: {root / beside[0]}: put one sheet into each split: {', '.join(folders)}")
     open_split = sheet_source if with_sheets else folder_source
     return {name: partial(open_split, folder, config, find_separate) for name, folder in folders.items()}
 
@@ -165,7 +147,7 @@ def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
     own = root / config.split
     found = {name: path for name, path in found.items() if name == config.split or are_disjoint(path, own)}
     if not found:
-        require_classes(root)
+        refuse_split_names(root)
     return found or {"train": root}
 
 
@@ -175,23 +157,19 @@ def are_disjoint(one: Path, other: Path) -> bool:
     return not here.startswith(there) and not there.startswith(here)
 
 
-def require_classes(root: Path) -> None:
-    """Raise `UserError` if the folders of `root` look like splits, whose test images would be trained on: all are named
-    like splits, and the names are capitalised (`Train`, `Test`) or each folder has class folders itself."""
+def refuse_split_names(root: Path) -> None:
+    """Raise `UserError` if the folders of `root` look like splits, whose test images would be trained on: all have such
+    names, which are capitalised (`Train`, `Test`), or each has class folders itself."""
     folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
     if len(folders) < 2 or not {name.lower() for name in folders} <= set(SPLIT_FOLDERS):
         return
+
+    def holds_classes(folder: Path) -> bool:
+        inside = [Path(path).relative_to(folder).parts for path in image_paths(folder)]
+        return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
+
     if any(name != name.lower() for name in folders) or all(holds_classes(root / name) for name in folders):
-        raise UserError(
-            f"{root}: {', '.join(folders)} look like splits, not classes; rename them train, test and validation, or "
-            "set data.split and data.held_out"
-        )
-
-
-def holds_classes(folder: Path) -> bool:
-    """Whether all images of a folder are in subfolders, and at least two subfolders have images."""
-    inside = [path[len(os.path.join(folder, "")) :].split(os.sep) for path in image_paths(folder)]
-    return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
+        raise UserError(f"{root}: {', '.join(folders)} look like splits, not classes; set data.split and data.held_out")
 
 
 def folder_source(folder: Path, config: DataConfig, find: Find) -> Source:
@@ -199,12 +177,10 @@ def folder_source(folder: Path, config: DataConfig, find: Find) -> Source:
     paths = find(folder)
     if not paths:
         raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES | ARRAY_SUFFIXES))})")
-    if config.label_column is None:
-        return of_files(paths)
     start = len(os.path.join(folder, ""))
     inner = [path[start:].split(os.sep) for path in paths]
     labels = [parts[0] if len(parts) > 1 + config.clips else None for parts in inner]
-    if all(label is None for label in labels):
+    if config.label_column is None or all(label is None for label in labels):
         return of_files(paths)
     report_merged_classes(folder, inner)
     return of_files(paths, labels)
@@ -226,13 +202,13 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
 # Sheets
 
 
-def list_rows(
+def read_sheet_rows(
     sheets: Sequence[Path], image_columns: Sequence[str], folder: Path | None = None, key: str = "data.source"
 ) -> Iterator[tuple[Path, str, set[str], dict[str, Any]]]:
     """Yield for each row of the sheets its sheet, the full path of its image, those of its other files, such as masks
-    in `mask_file_name`, and all cells. image_columns: those that may name the image; the first that does counts.
-    folder: to which paths are relative; None: that of each sheet. key: the setting that names the sheets. Raises
-    `ValueError` for a row without an image, and `UserError` for a sheet that cannot be read."""
+    in `mask_file_name`, and all cells. image_columns: the first that names an image counts. folder: to which paths are
+    relative; None: that of each sheet. key: the setting that names the sheets. Raises `ValueError` for a row without an
+    image, and `UserError` for a sheet that cannot be read."""
     for sheet in sheets:
         for cells in read_sheet(sheet, key):
             files = {
@@ -260,7 +236,7 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
     label, group = config.label_column, config.group
     own = "file_name" if config.image_column == IMAGE else f"{config.image_column}_file_name"
     try:
-        for sheet, image, further, cells in list_rows(sheets, [f"{config.image_column}_file_name", own]):
+        for sheet, image, further, cells in read_sheet_rows(sheets, [f"{config.image_column}_file_name", own]):
             columns |= dict.fromkeys(cells)
             if image not in found:
                 raise ValueError(f"{sheet}: lists {image}, which is not an image in {folder}")
@@ -278,24 +254,25 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
         name = sheets[0].relative_to(folder) if sheets else "a sheet (metadata.jsonl or metadata.csv) like other splits"
         count = f"{len(missing):,} of {len(found):,} images have no row" if missing else "no images have a row"
         first = f", the first is {os.path.relpath(missing[0], folder)}" if missing else ""
-        raise UserError(
-            f"data.source: {folder}: {count} in {name}{first}; add rows, move the images elsewhere, or remove all "
-            "sheets to use folders as classes"
-        )
+        raise UserError(f"data.source: {folder}: {count} in {name}{first}; add rows, or remove all sheets")
     listed = [rows[key] for key in found if key in rows]
     labels: list[Any] | None = None
     objects: list[str] | None = None
-    if label is None or label not in columns:
-        report_missing_classes(sheets[0], list(columns), label)
-    else:
+    if label is not None and label in columns:
         labels = [cells[label] for cells in listed]
         labels = parse_labels(labels) if sheets[0].suffix == ".csv" else labels
+    elif label is not None:
+        missing_label = f"no column {label!r}; columns: {', '.join(columns)}"
+        if label != LABEL:
+            raise UserError(f"data.label_column: {missing_label}")
+        if is_first_process():
+            tell(one_line(f"data.label_column: {sheets[0]} has {missing_label}, so there are no classes"))
     if group is not None and group in columns:
-        objects = name_objects([cells[group] for cells in listed], paths.__getitem__, str(sheets[0]), group)
+        objects = read_objects([cells[group] for cells in listed], paths.__getitem__, str(sheets[0]), group)
     return replace(of_files(paths, labels), objects=objects)
 
 
-def name_objects(cells: list[Any], name: Callable[[int], str], table: str, column: str) -> list[str]:
+def read_objects(cells: list[Any], name: Callable[[int], str], table: str, column: str) -> list[str]:
     """Return the objects in the column `data.group`, and print where they come from. name: that of a row. Raises
     `UserError` for an empty cell."""
     if (empty := next((row for row, cell in enumerate(cells) if cell in (None, "")), None)) is not None:
@@ -303,18 +280,6 @@ def name_objects(cells: list[Any], name: Callable[[int], str], table: str, colum
     if is_first_process():
         tell(one_line(f"data.group: the column {column!r} of {table} names the object of each image"))
     return [str(cell) for cell in cells]
-
-
-def report_missing_classes(sheet: Path, columns: list[str], column: str | None) -> None:
-    """Print one line about a sheet without classes. Raises `UserError` if a column other than the default was
-    requested."""
-    there = ", ".join(name for name in columns if name != "file_name") or "none"
-    if column not in (None, LABEL):
-        raise UserError(f"data.label_column: no column {column!r}; columns: {there}")
-    if column == LABEL and is_first_process():
-        tell(
-            one_line(f"data.label_column: {sheet} has no column {column!r}, so there are no classes; columns: {there}")
-        )
 
 
 def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]]:
@@ -341,9 +306,7 @@ def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]
 def parse_labels(labels: list[Any]) -> list[Any]:
     """Convert the labels of a CSV file to whole numbers if all are numbers; an empty cell means no label."""
     labels = [None if label == "" else label for label in labels]
-    whole = all(
-        isinstance(label, int) or re.fullmatch(r"\d{1,18}", str(label)) for label in labels if label is not None
-    )
+    whole = all(re.fullmatch(r"\d{1,18}", str(label)) for label in labels if label is not None)
     return [int(label) if whole and label is not None else label for label in labels]
 
 
@@ -353,5 +316,4 @@ def normalize_path(path: str) -> str:
 
 
 def full_path(path: Path | str) -> str:
-    """Return a path in the one form in which it is looked up."""
     return normalize_path(os.path.abspath(path))

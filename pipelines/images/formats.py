@@ -12,27 +12,21 @@ import logging
 import math
 import os
 import stat
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, get_args
 
 import numpy as np
-from numpy.lib import format as npy
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
     PLANAR_CONFIGURATION,
     SAMPLESPERPIXEL,
-    TILELENGTH,
-    TILEWIDTH,
     TiffImageFile,
 )
 
@@ -40,36 +34,26 @@ from tokenizer.spec import Array, ImageSpec, ValueType, name_type, require_finit
 
 from ..config import UserError
 
-WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-"""Formats that browsers show; uploads must have one of them."""
-FORMATS = (*WEB_FORMATS, "TIFF", "PPM")
-"""PPM is the family: PBM, PGM, PNM and PPM."""
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # formats that browsers show; uploads must have one of them
+FORMATS = (*WEB_FORMATS, "TIFF", "PPM")  # PPM is the family: PBM, PGM, PNM and PPM
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
 MAX_FILE = 256 << 20  # bytes of an encoded image
 CHUNK = 64  # images that a thread reads and decodes at a time
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that read and decode, mostly without holding the GIL."""
-NO_IMAGE = "no image"
-"""Why a row without an image cannot be decoded."""
-NUMPY, ZIP = b"\x93NUMPY", b"PK"
-"""The first bytes of `.npy` and `.npz` files."""
+NO_IMAGE = "no image"  # why a row without an image cannot be decoded
+NUMPY, ZIP = b"\x93NUMPY", b"PK"  # the first bytes of `.npy` and `.npz` files
 PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-PARSING = Lock()
-"""Held while the header of an array is parsed, because Python 3.11 may fail if two threads parse at once."""
+PARSING = Lock()  # held while an array is parsed, because Python 3.11 may fail if two threads parse headers at once
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 WHITE_IS_ZERO, SEPARATE = 0, 2  # values of PHOTOMETRIC_INTERPRETATION and PLANAR_CONFIGURATION
-COLOURS = (1, 2, 5)
-"""Values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks."""
-DEFLATE, HARMLESS = (8, 32946, 50013), 2**16
-"""Values of the compression of a TIFF that are zlib, and the bytes that inflate to 64 MiB at most."""
-OWN_SIZE = (1, 1)
-"""The value of `least` with which images stay at their own size."""
+COLOURS = (1, 2, 5)  # values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks
+OWN_SIZE = (1, 1)  # as `least`: images stay at their own size
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it prints lines about damaged files
 
 Single = bytes | Path | Array | str | None
 """An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
-Pixels = Array
-"""uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
+PixelArray = Array  # uint8, or float32 in [-1, 1] for images with a declared or measured range of values
 
 
 class Unsupported(ValueError):
@@ -77,7 +61,7 @@ class Unsupported(ValueError):
 
 
 @dataclass(frozen=True)
-class Window:
+class ClipWindow:
     """Consecutive frames of a clip. `read(index, deep)` returns a frame of the clip: its values as stored if `deep`, or
     an upright picture, unless the clip is an array."""
 
@@ -85,14 +69,13 @@ class Window:
     start: int
     frames: int
 
-    def frame(self, k: int) -> Window:
-        return Window(self.read, self.start + k, 1)
+    def frame(self, k: int) -> ClipWindow:
+        return ClipWindow(self.read, self.start + k, 1)
 
     def values(self) -> Iterator[Array]:
-        """Yield the values of each frame as stored."""
         return (np.asarray(self.read(index, True)) for index in range(self.start, self.start + self.frames))
 
-    def decode(self, spec: ImageSpec) -> Pixels:
+    def decode(self, spec: ImageSpec) -> PixelArray:
         """Return the frames in one array `spec.shape`, each resized and cropped as images are. Raises `ValueError`,
         which names the frame."""
         parts, deep = [], not spec.is_picture
@@ -108,7 +91,7 @@ class Window:
         return np.stack(parts).reshape(spec.shape)
 
 
-Payload = Single | Window
+Payload = Single | ClipWindow
 
 
 # From payloads to pixels
@@ -116,16 +99,14 @@ Payload = Single | Window
 
 def try_decode(
     payload: Payload, spec: ImageSpec, formats: tuple[str, ...] = FORMATS, *, least: tuple[int, int] | None = None
-) -> Pixels | str:
-    """Return what `decode_image` does, or the reason why the image cannot be decoded."""
+) -> PixelArray | str:
     try:
         return decode_image(payload, spec, formats, least=least)
     except Exception as error:  # Pillow raises almost anything for damaged files
         return str(error) or type(error).__name__
 
 
-def decode_in_threads(payloads: Sequence[Payload], spec: ImageSpec) -> list[Pixels | str]:
-    """Return what `try_decode` does of each payload."""
+def decode_in_threads(payloads: Sequence[Payload], spec: ImageSpec) -> list[PixelArray | str]:
     with ThreadPoolExecutor(WORKERS) as pool:
         return list(pool.map(partial(try_decode, spec=spec), payloads))
 
@@ -136,14 +117,14 @@ def decode_image(
     formats: tuple[str, ...] = FORMATS,
     *,
     least: tuple[int, int] | None = None,
-) -> Pixels:
+) -> PixelArray:
     """Return the pixels `spec.shape` of an image or a clip: resized and cropped at the centre, upright, on white, the
     first frame of an animation.
 
     least: return an image (C, H, W) at its own size instead, enlarged until its sides (height, width) are at least
     these. Raises `ValueError` for a wrong type, number of channels or size, and for values that are not finite, and
     whatever Pillow raises for damaged files."""
-    if isinstance(payload, Window):
+    if isinstance(payload, ClipWindow):
         if least is not None:
             raise ValueError("a clip, which is not cut into tiles")
         return payload.decode(spec)
@@ -173,7 +154,7 @@ def open_picture(payload: Single | Image.Image, spec: ImageSpec, formats: tuple[
     return image
 
 
-def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> Pixels:
+def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> PixelArray:
     """Return the pixels (C, H, W) of an upright picture in grey or RGB; see `decode_image`. Raises `ValueError` for an
     empty one."""
     if not (image.width and image.height):
@@ -186,7 +167,7 @@ def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] |
     return channels_first(np.asarray(image), spec.channels)
 
 
-def decode_array(payload: Single | Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> Pixels:
+def decode_array(payload: Single | Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> PixelArray:
     """Return the values (C, H, W) of an image or a frame, each channel resized by itself; see `decode_image`."""
     array = read_values(payload, spec)
     size = spec.size if least is None else enlarged_size((array.shape[1], array.shape[2]), least)
@@ -241,7 +222,7 @@ def flatten(image: Image.Image) -> Image.Image:
 # Opening pictures
 
 
-def read_file(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
     """Return the bytes of a file. Raises `ValueError` if it is missing, unreadable, too large, or not a regular file
     (reading a pipe may never end)."""
     try:
@@ -262,7 +243,7 @@ def open_image(
 ) -> Image.Image:
     """Open an image of a known format and limited size. deep: also a TIFF with several pages or of another depth.
     Raises `ValueError`, and whatever Pillow raises."""
-    data = read_file(payload) if isinstance(payload, Path) else payload
+    data = read_image_file(payload) if isinstance(payload, Path) else payload
     if isinstance(data, str):
         raise ValueError(data)
     if not data:
@@ -273,24 +254,20 @@ def open_image(
         image = Image.open(io.BytesIO(data), formats=formats)
     except (Image.UnidentifiedImageError, KeyError):  # the message contains a memory address, or a number
         raise Unsupported(f"not an image in one of the formats {', '.join(formats)}") from None
-    check_size(*image.size)  # from the header: a file of 20 kB can claim 1 GB of pixels
+    check_pixel_count(*image.size)  # from the header: a file of 20 kB can claim 1 GB of pixels
     if image.format == "PPM" and image.mode not in ("1", "L", "I", "RGB"):  # floats, and inventions of Pillow
         raise ValueError(f"a PPM of mode {image.mode}, not black and white, grey or RGB; convert it to PNG")
-    if isinstance(image, TiffImageFile):
-        require_small_tiles(image)
-        if not deep:
-            require_plain_tiff(image)
+    if isinstance(image, TiffImageFile) and not deep:
+        require_plain_tiff(image)
     return image
 
 
-def check_size(width: int, height: int, what: str = "") -> None:
-    """Raise `ValueError` for more pixels than are decoded. what: of what they are, such as "a page of "."""
+def check_pixel_count(width: int, height: int) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(f"{what}{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
+        raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
 
 
 def require_plain_tiff(image: TiffImageFile) -> None:
-    """Raise `ValueError` for a TIFF with several pages, and like `require_plain_page`."""
     if getattr(image, "is_animated", False):
         raise ValueError("a TIFF with several pages; save each page as a separate file, or set data.channels")
     require_plain_page(image)
@@ -304,12 +281,6 @@ def require_plain_page(image: TiffImageFile) -> None:
     planes = len(image.getbands()) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and 16 in bits
     if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted or planes:
         raise ValueError("a TIFF whose values are not 8 or 16 bits from black to white; convert it to PNG")
-
-
-def require_small_tiles(image: TiffImageFile) -> None:
-    """Raise `ValueError` for a TIFF with tiles too large to decode."""
-    width, height = (int(image.tag_v2.get(side, 0)) for side in (TILEWIDTH, TILELENGTH))
-    check_size(width, height, "tiles of ")
 
 
 # Reading arrays
@@ -332,7 +303,7 @@ def read_values(payload: Single | Image.Image, spec: ImageSpec) -> Array:
         raise ValueError(f"its values are {found}; convert them to uint8, uint16 or floats")
     if found != spec.dtype:
         raise ValueError(f"its values are {found}, not {spec.dtype} (data.dtype)")
-    check_size(array.shape[2], array.shape[1])
+    check_pixel_count(array.shape[2], array.shape[1])
     require_finite(array)
     return array
 
@@ -343,11 +314,9 @@ def read_array(payload: Single | Image.Image, channels: int) -> Array:
         return payload
     if isinstance(payload, Image.Image):
         return read_pages(payload, channels)
-    data = read_file(payload) if isinstance(payload, Path) else payload
-    if isinstance(data, bytes) and data.startswith(NUMPY):
-        return read_npy(data)
-    if isinstance(data, bytes) and data.startswith(ZIP):
-        return read_npz(data)
+    data = read_image_file(payload) if isinstance(payload, Path) else payload
+    if isinstance(data, bytes) and data.startswith((NUMPY, ZIP)):
+        return read_numpy(data)
     if isinstance(payload, Path) and is_array(payload):
         raise ValueError("not a file of NumPy's format")
     if data is None:
@@ -355,42 +324,26 @@ def read_array(payload: Single | Image.Image, channels: int) -> Array:
     try:
         return read_pages(open_image(data, deep=True), channels)
     except Unsupported:
-        if isinstance(data, bytes) and data.startswith(PNG):
-            return read_png(data)
+        if isinstance(data, bytes) and data.startswith(PNG):  # of 16-bit colours
+            import torch
+            from torchvision.io import decode_png
+
+            found = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
+            return np.moveaxis(found.numpy(), 0, -1)
         if isinstance(data, bytes) and data.startswith(TIFF):
             return read_tiff(data, channels)
         raise
 
 
-def read_npy(data: bytes) -> Array:
-    """Parse a `.npy` file. Raises `ValueError` for objects, and for a file that is shorter than its header says."""
-    file = io.BytesIO(data)
-    version = npy.read_magic(file)
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+def read_numpy(data: bytes) -> Array:
+    """Parse a `.npy` file, or the first array of a `.npz`. Raises `ValueError` for objects, which may hold code."""
     with PARSING:
-        shape, by_column, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ValueError("an array of Python objects, which may hold code and is not read")
-    if (count := int(np.prod(shape, dtype=object))) * dtype.itemsize > len(data) - file.tell():
-        raise ValueError(f"the file is too short for its array of shape {shape}")
-    values = np.frombuffer(data, dtype, count, file.tell())
-    return values.reshape(shape, order="F" if by_column else "C").copy()
-
-
-def read_npz(data: bytes) -> Array:
-    """Parse the first array of a `.npz` file."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-            if not names:
-                raise ValueError("no array in this .npz file")
-            with archive.open(names[0]) as file:
-                content = file.read(MAX_FILE + 1)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"damaged .npz file: {error}") from error
-    if len(content) > MAX_FILE:
-        raise ValueError(f"larger than {MAX_FILE} bytes")
-    return read_npy(content)
+        found = np.load(io.BytesIO(data))
+        if isinstance(found, np.ndarray):
+            return found
+        if not found.files:
+            raise ValueError("no array in this .npz file")
+        return np.asarray(found[found.files[0]])
 
 
 def read_pages(image: Image.Image, channels: int) -> Array:
@@ -401,25 +354,15 @@ def read_pages(image: Image.Image, channels: int) -> Array:
             image.seek(len(pages))
         except EOFError:
             break
-        check_size(*image.size, "a page of ")
+        check_pixel_count(*image.size)
         pages.append(read_page(image))
     return join_pages(pages)
 
 
 def join_pages(pages: list[Array]) -> Array:
-    """Return the pages of a TIFF as channels of one array. Raises `ValueError` if they differ."""
     if len({(page.shape, page.dtype) for page in pages}) > 1:
         raise ValueError("a TIFF whose pages differ in size or type")
     return pages[0] if len(pages) == 1 else np.concatenate([np.atleast_3d(page) for page in pages], axis=2)
-
-
-def read_png(data: bytes) -> Array:
-    """Return the values (H, W, C) of a PNG of 16-bit colours."""
-    import torch
-    from torchvision.io import decode_png
-
-    found = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
-    return np.moveaxis(found.numpy(), 0, -1)
 
 
 def read_tiff(data: bytes, channels: int) -> Array:
@@ -434,35 +377,24 @@ def read_tiff(data: bytes, channels: int) -> Array:
             count += page.samplesperpixel * page.imagedepth
             if count > channels:
                 raise ValueError(f"a TIFF of {count} or more channels, not {channels} (data.channels)")
-            check_size(max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength))
+            check_pixel_count(max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength))
             if page.photometric not in COLOURS or page.tags.valueof("Orientation", default=1) != 1:
                 raise ValueError("a TIFF that is rotated, or whose values are not grey, RGB or inks; convert it")
             sizes = page.databytecounts
             if len(sizes) < math.prod(page.chunked) or 0 in sizes:  # tifffile would fill in zeros
                 raise ValueError("a TIFF of which a part is missing")
-            array = read_segments(data, page)
+            try:
+                array = page.asarray()
+            except (ImportError, ValueError) as error:
+                if isinstance(error, ValueError) and "imagecodecs" not in str(error):
+                    raise
+                codec = getattr(page.compression, "name", page.compression)
+                message = f'a TIFF whose compression ({codec}) needs codecs: pip install "smalti[tiff]"'
+                raise UserError(message) from error
             pages.append(np.moveaxis(array, 0, -1) if page.axes == "SYX" else array)
     if not pages:
         raise ValueError("a TIFF without pages")
     return join_pages(pages)
-
-
-def read_segments(data: bytes, page: Any) -> Array:
-    """Return the values of a page of tifffile. Raises `UserError` if its compression needs another package, and
-    `ValueError` for parts that hold more than their pixels."""
-    most, parts = math.prod(page.chunks) * page.dtype.itemsize, zip(page.dataoffsets, page.databytecounts, strict=True)
-    for start, size in parts if page.compression in DEFLATE else ():
-        if size <= HARMLESS or find_spec("imagecodecs"):  # without it, tifffile inflates all of a part
-            continue
-        if len(zlib.decompressobj().decompress(data[start : start + size], most + 1)) > most:
-            raise ValueError("a TIFF of which a part holds more than its pixels")
-    try:
-        return page.asarray()
-    except (ImportError, ValueError) as error:
-        if isinstance(error, ValueError) and "imagecodecs" not in str(error):
-            raise
-        codec = getattr(page.compression, "name", page.compression)
-        raise UserError(f'a TIFF whose compression ({codec}) needs codecs: pip install "smalti[tiff]"') from error
 
 
 def read_page(image: Image.Image) -> Array:
@@ -498,7 +430,7 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
     bits is if RGB is wanted; None for 8 bits, and for what cannot be read. Raises `UserError` if that takes another
     package."""
     try:
-        if isinstance(payload, Window):
+        if isinstance(payload, ClipWindow):
             array = np.asarray(payload.read(payload.start, True))
             found = "uint8" if channels == 3 and array.ndim == 2 else name_type(array.dtype)
         else:
@@ -511,17 +443,11 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
     return found if found in ("uint16", "float32") else None  # type: ignore[return-value]
 
 
-def clipped_share(payload: Payload, spec: ImageSpec) -> float:
-    """Return the share of an image's values that lie beyond the range; 0 if it cannot be read."""
-    array = good_values(payload, spec.channels, spec.dtype)
-    return 0.0 if array is None else float(((array < spec.low) | (array > spec.high)).mean())
-
-
 def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | None:
     """Return the values of an image or a window, (frames, C, H, W); None for another type, NaN, and what cannot be
     read."""
     try:
-        frames = payload.values() if isinstance(payload, Window) else [read_array(payload, channels)]
+        frames = payload.values() if isinstance(payload, ClipWindow) else [read_array(payload, channels)]
         array = np.stack([channels_first(frame, channels) for frame in frames])
         require_finite(array)
     except Exception:  # decoding reports it

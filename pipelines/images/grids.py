@@ -2,7 +2,7 @@
 
 If a column mixes classes, each image has its name above it instead. The font is DejaVu Sans, which comes with
 matplotlib (Latin, Greek, Cyrillic and more), so that a grid looks the same everywhere. A name with other letters is
-drawn in an installed font that has them all, if any; otherwise each missing letter becomes `?`."""
+rendered in an installed font that has them all, if any; otherwise each missing letter becomes `?`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MAX_CLASSES = 20
-"""Maximum number of classes that get a column each."""
-COLUMNS = 8
-"""Columns of a grid without one column per class; doubled if there are several classes."""
+MAX_CLASSES = 20  # that get a column each
+COLUMNS = 8  # of a grid without one column per class; doubled if there are several classes
 PADDING, GREY, WHITE, BLACK = 2, 128, 255, 0
-MIN_WIDTH = 56
-"""Narrower images are enlarged to at least this width, by repeating their pixels a whole number of times."""
-MAX_NAME_WIDTH = 112
-"""Images are enlarged up to this width to fit their names; longer names are cut."""
-FONT_SIZE, BAND = 12, 16
-"""Font size, and height of the band behind a name, in pixels."""
+MIN_WIDTH = 56  # narrower images are enlarged, by repeating their pixels
+MAX_NAME_WIDTH = 112  # images are enlarged up to this width to fit their names; longer names are cut
+FONT_SIZE, BAND = 12, 16  # in pixels, and the height of the band behind a name
 MISSING = "?"
 
 
@@ -74,14 +69,14 @@ def arrange_images(count: int, names: Sequence[str] | None, columns: int | None)
 
 
 def column_headings(cells: list[list[int | None]], names: Sequence[str]) -> list[str] | None:
-    """Return the class of each column, or None if a column mixes classes."""
     columns = [{names[number] for number in column if number is not None} for column in zip(*cells, strict=True)]
     return [next(iter(found)) for found in columns] if all(len(found) == 1 for found in columns) else None
 
 
 def enlarge_images(images: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
     """Enlarge the images by repeating pixels, until they are easy to see and the names fit; return three channels."""
-    name_width = max((text_width(*choose_font(name)) + 4 for name in names or []), default=0)
+    texts = [choose_font(name) for name in names or []]
+    name_width = max((round(font.getlength(text)) + 4 for text, font in texts), default=0)
     wanted = max(MIN_WIDTH, min(MAX_NAME_WIDTH, name_width))
     scale = max(1, -(-wanted // images.shape[2]))
     images = images.repeat(scale, 1).repeat(scale, 2)
@@ -94,7 +89,7 @@ def enlarge_images(images: np.ndarray, names: Sequence[str] | None) -> np.ndarra
 def draw_name(name: str, width: int) -> np.ndarray:
     """Return the name centred in a band, uint8 (BAND, width, 3), cut to fit."""
     text, font = choose_font(name)
-    while text and text_width(text, font) > width:
+    while text and round(font.getlength(text)) > width:
         text = text.removesuffix("..")[:-1]
         text = f"{text}.." if text else ""
     band = Image.new("RGB", (width, BAND), (WHITE,) * 3)
@@ -102,13 +97,9 @@ def draw_name(name: str, width: int) -> np.ndarray:
     return np.asarray(band)
 
 
-def text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
-    return round(font.getlength(text))
-
-
 @cache
 def choose_font(name: str) -> tuple[str, ImageFont.FreeTypeFont]:
-    """Return the name as it can be drawn, and the font to draw it in."""
+    """Return the name as it can be rendered, and its font."""
     import matplotlib
 
     text = unicodedata.normalize("NFC", name)

@@ -17,10 +17,7 @@ from ..hub import is_reachable
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
     """If the Hub cannot be reached, make `datasets` and `huggingface_hub` use their caches at once during the block.
-
-    Both read HF_HUB_OFFLINE only on import, and `load_dataset` has no argument for it. So the block changes their
-    constants, which huggingface_hub 1.10 to 2.4 and datasets 4.0 to 5.2 read on each call.
-    """
+    Changes their constants, as both read HF_HUB_OFFLINE only on import, and `load_dataset` has no argument for it."""
     import datasets
 
     if constants.HF_HUB_OFFLINE or is_reachable():

@@ -16,18 +16,18 @@ from tokenizer.files import one_line
 from tokenizer.spec import ValueType
 
 from ..config import UserError, is_first_process, tell
-from ..shuffling import spread
-from .checking import BadImage, Memory, check_bad, decode_all
+from ..shuffling import spread_rows
+from .checking import BadImage, PixelCache, check_bad, decode_all
 from .classes import number_labels
-from .clip_files import choose_kind, report_windows
+from .clip_files import choose_file_kind, report_windows
 from .crops import CentredCrops, RandomCrops
 from .dataset import ImageDataset, Splits
 from .folder import open_folder
-from .formats import CHUNK, WORKERS, clipped_share, good_values, guess_type, try_decode
+from .formats import CHUNK, WORKERS, good_values, guess_type, try_decode
 from .settings import DataConfig, require_plain_data
 from .sources import Source, SourceSplits, open_digits
-from .splits import Division, Inherited, Part, choose_splits
-from .streaming import StreamedImages, open_stream
+from .splits import Inherited, SplitPart, divide_images
+from .streaming import StreamedImages, open_streamed_splits
 from .tables import open_tables
 
 RANGE_SAMPLE, MOST_CLIPPED = 64, 0.01
@@ -45,25 +45,23 @@ def load_images(
 ) -> Splits:
     """Open the source, decode every image once and return its splits.
 
-    inherited: the division with which a model was trained. distributed: all launched processes call this; each checks a
-    share of the images if these do not fit in memory. stream: with `data.streaming`, return the training images as
-    `StreamedImages` instead of up to 2,000 of them with random access. check: False decodes images only on access,
-    unless `on_error=skip`. single_frames: with `data.frames`, return the frames of the clips, each an image, in the
-    splits of their clips. Raises `UserError` for a source that is missing, empty or lacks a split, for missing or
-    negative labels, and for images that cannot be decoded (with `on_error=skip`, only if they exceed
-    `max_bad_fraction`).
-    """
+    inherited: the division of training. distributed: all launched processes call this; each checks a share of the
+    images that do not fit in memory. stream: with `data.streaming`, return the training images as `StreamedImages`
+    instead of up to 2,000 of them with random access. check: False decodes images only on access, unless
+    `on_error=skip`. single_frames: with `data.frames`, return the frames of the clips as images, in the splits of their
+    clips. Raises `UserError` for a source that is missing, empty or lacks a split, for missing or negative labels, and
+    for images that cannot be decoded (with `on_error=skip`, only for more than `max_bad_fraction`)."""
     streamed: StreamedImages | None = None
     if config.is_stream:
-        division, streamed = open_stream(config, stream, inherited)
+        division, streamed = open_streamed_splits(config, stream, inherited)
     else:
-        division = divide_source(config, inherited)
+        division = divide_images(open_source(config), config, inherited)
         config = settle_values(config, division.parts["train"])
     sources = list(dict.fromkeys(part.source for part in division.parts.values()))
     report_windows(sources)
     labels, class_names = number_labels(sources)
     is_lazy = streamed is None and (config.streaming or not check) and config.on_error == "fail"
-    room, decoded = config.cache_mb * 2**20 if check else 0, dict[str, tuple[Part, list[BadImage], Memory]]()
+    room, decoded = config.cache_mb * 2**20 if check else 0, dict[str, tuple[SplitPart, list[BadImage], PixelCache]]()
     for name, part in division.parts.items():
         view, bad = choose_view(config, name), list[BadImage]()
         memory = view.reserve(len(part.positions), 0 if is_lazy else room, config.spec)
@@ -86,21 +84,15 @@ def load_images(
 
 
 def choose_view(config: DataConfig, part: str) -> type[ImageDataset]:
-    """Return which views of the images a part consists of."""
     if config.crop is None:
         return ImageDataset
     return RandomCrops if part == "train" else CentredCrops
 
 
-def divide_source(config: DataConfig, inherited: Inherited | None = None, *, quiet: bool = False) -> Division:
-    """Return the parts of `config.source`; see `choose_splits`."""
-    return choose_splits(open_source(config), config, inherited, quiet)
-
-
 def open_source(config: DataConfig) -> SourceSplits:
     """Return the splits of `config.source` by name. An existing path takes precedence over a Hub id."""
     if config.folder is not None:
-        kind = choose_kind(config.spec)
+        kind = choose_file_kind(config.spec)
         splits = open_folder(config.folder, config, kind.find)
         return {name: partial(lambda open_split: kind.open(open_split()), each) for name, each in splits.items()}
     if config.frames is not None:
@@ -108,7 +100,7 @@ def open_source(config: DataConfig) -> SourceSplits:
     return open_digits() if config.source == "digits" else open_tables(config)
 
 
-def settle_values(config: DataConfig, train: Part) -> DataConfig:
+def settle_values(config: DataConfig, train: SplitPart) -> DataConfig:
     """Return the settings with the type and range of the images: those of the training images if they are not
     declared, and neither for 8 bits. Raises `UserError` for the digits, and if all values are equal; warns
     about a range that clips more than 1 % of a sample."""
@@ -130,12 +122,7 @@ def settle_values(config: DataConfig, train: Part) -> DataConfig:
             first = int(positions[0])
             reason = try_decode(source.payloads([first])[0], replace(config.spec, dtype=dtype))
             found = reason if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
-            raise UserError(
-                one_line(
-                    f"data.range: the values of {len(positions)} training images cannot be measured; the first is "
-                    f"{source.name(first)}: {found}"
-                )
-            )
+            raise UserError(one_line(f"data.range: it cannot be measured; the first is {source.name(first)}: {found}"))
         config = config.model_copy(update={"dtype": dtype, "range": limits})
         if is_first_process():
             tell(f"data.range: {dtype} from {limits[0]:g} to {limits[1]:g}, measured on the training images")
@@ -145,8 +132,7 @@ def settle_values(config: DataConfig, train: Part) -> DataConfig:
 def measure_range(
     source: Source, positions: NDArray[np.int64], channels: int, dtype: ValueType
 ) -> tuple[float, float] | None:
-    """Return the smallest and the largest value of the images or clips at `positions` that have this type; None without
-    any."""
+    """Return the smallest and largest value of the images or clips at `positions` of this type; None without any."""
 
     def bounds(chunk: list[int]) -> list[tuple[float, float]]:
         arrays = (good_values(payload, channels, dtype) for payload in source.payloads(chunk))
@@ -160,16 +146,12 @@ def measure_range(
 
 def warn_about_range(config: DataConfig, source: Source, positions: NDArray[np.int64]) -> None:
     """Print one line if the declared range clips more than 1 % of the values of a sample."""
-    if not is_first_process():
-        return
-    some = positions[spread(len(positions), RANGE_SAMPLE)].tolist()
-    spec = config.spec
-    shares = [clipped_share(payload, spec) for payload in source.payloads(some)]
-    if (mean := float(np.mean(shares))) > MOST_CLIPPED:
+    some = positions[spread_rows(len(positions), RANGE_SAMPLE)].tolist()
+    spec, shares = config.spec, list[float]()
+    for payload in source.payloads(some):
+        array = good_values(payload, spec.channels, spec.dtype)
+        shares.append(0.0 if array is None else float(((array < spec.low) | (array > spec.high)).mean()))
+    if (mean := float(np.mean(shares))) > MOST_CLIPPED and is_first_process():
         worst = source.name(some[int(np.argmax(shares))])
-        tell(
-            one_line(
-                f"warning: data.range={spec.low:g},{spec.high:g} clips {mean:.1%} of the values of "
-                f"{len(some)} training images, most in {worst}; data.range=null measures it"
-            )
-        )
+        clips = f"data.range={spec.low:g},{spec.high:g} clips {mean:.1%} of the values, most in {worst}"
+        tell(one_line(f"warning: {clips}; data.range=null measures it"))

@@ -12,8 +12,7 @@ LOCAL = "(a folder of whoever trained this: give data.source)"
 """Replaces a folder in uploads. Loading images from it fails, because no such folder exists."""
 FOLDER = "a local folder of images"
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
-TOKENS_KEY = "tokens"
-"""Key of the token dataset's path in a prior's provenance; useless on other machines."""
+TOKENS_KEY = "tokens"  # key of the token dataset's path in a prior's provenance; useless on other machines
 REMARK = "("  # starts a remark in place of a source, such as `LOCAL`
 
 
@@ -42,7 +41,6 @@ def public_source(source: str, local: bool = False) -> str:
 
 
 def describe_source(source: str) -> str:
-    """Describe a source for a reader, without a local path."""
     public = public_source(source)
     return FOLDER if public == LOCAL else public
 
@@ -79,7 +77,7 @@ def find_sources(facts: Any) -> set[str]:
 
 
 def describe_for_card(facts: dict[str, Any]) -> str | None:
-    """Describe the training images for a model card, from `shareable` provenance; None if they are unknown."""
+    """Describe the training images for a model card, from `shareable` provenance; None if they are not known."""
     source = facts.get("data", {}).get("source")
     if source == LOCAL:
         return FOLDER

@@ -24,7 +24,7 @@ INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not us
 _warned = False  # about floats in [0, 1], once per process
 
 LATENT = "latent"  # return tokens instead of images
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def grid_picture(pixels: np.ndarray, columns: int, *, min_side: int = 56) -> np.ndarray:
@@ -39,8 +39,7 @@ def grid_picture(pixels: np.ndarray, columns: int, *, min_side: int = 56) -> np.
 
 
 def save_picture(picture: np.ndarray, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a uint8 (H, W, 3) array to an image file, atomically; create its folder. Raises `PathError` for a link, and
-    for an existing file unless `overwrite`."""
+    """Write a uint8 (H, W, 3) array to an image file, atomically; see `atomic_file`."""
     with atomic_file(path, overwrite=overwrite) as temporary:
         write_picture(picture, temporary)
 
@@ -64,9 +63,9 @@ def npy_bytes(values: np.ndarray) -> bytes:
 
 
 def to_images(images: Any, spec: ImageSpec) -> Tensor:
-    """Convert anything that `as_batch` accepts to float images `(B, *spec.shape)` in [-1, 1]. Warns once about floats
-    that look like [0, 1]; raises `ValueError` for another size, type or range."""
-    batch = as_batch(images, spec)
+    """Convert what `stack_images` accepts to float images `(B, *spec.shape)` in [-1, 1]. Warns once about floats that
+    look like [0, 1]; raises `ValueError` for another size, type or range."""
+    batch = stack_images(images, spec)
     if spec.is_bytes:
         warn_if_unit(batch)
     if batch.dtype == torch.uint8:
@@ -79,7 +78,7 @@ def to_images(images: Any, spec: ImageSpec) -> Tensor:
     return batch.float().clamp(-1, 1)
 
 
-def as_batch(images: Any, spec: ImageSpec) -> Tensor:
+def stack_images(images: Any, spec: ImageSpec) -> Tensor:
     """Combine images in one tensor `(B, *spec.shape)`: uint8 levels or floats in [-1, 1].
 
     Takes a PIL image (resized and cropped to fit); a tensor `(B, *spec.shape)`; an array (B, H, W, C) of the type and
@@ -92,11 +91,12 @@ def as_batch(images: Any, spec: ImageSpec) -> Tensor:
         if len({part.dtype for part in parts}) != 1:
             refuse(images, spec)
         return torch.stack(parts)
-    single = is_single(images, spec)
+    if is_single(images, spec):
+        return convert_image(images, spec)[None]
     shape = tuple(images.shape[1:]) if isinstance(images, (Tensor, np.ndarray)) else None
-    if not single and shape not in ([spec.shape] if isinstance(images, Tensor) else array_shapes(spec)):
+    if shape not in ([spec.shape] if isinstance(images, Tensor) else array_shapes(spec)):
         refuse(images, spec)
-    return convert_image(images, spec)[None] if single else convert_values(images, spec)
+    return convert_values(images, spec)
 
 
 def is_single(image: Any, spec: ImageSpec) -> bool:
@@ -114,7 +114,7 @@ def convert_image(image: Any, spec: ImageSpec) -> Tensor:
     if isinstance(image, (list, tuple)) and spec.frames > 1:
         if len(image) != spec.frames:
             raise ValueError(f"clips must have {spec.frames} frames each (got {len(image)})")
-        return as_batch(image, spec.frame)
+        return stack_images(image, spec.frame)
     if not is_single(image, spec) and not (isinstance(image, Tensor) and tuple(image.shape) == spec.shape):
         refuse(image, spec)
     if isinstance(image, Image.Image):
@@ -135,7 +135,6 @@ def convert_values(images: Tensor | NDArray[Any], spec: ImageSpec) -> Tensor:
 
 
 def array_shapes(spec: ImageSpec) -> list[tuple[int, ...]]:
-    """Return the valid shapes of an array that holds one image."""
     lead = spec.shape[:-3]
     return [(*lead, *spec.size, spec.channels)] + [(*lead, *spec.size)] * (spec.channels == 1)
 
@@ -144,21 +143,15 @@ def refuse(images: Any, spec: ImageSpec) -> NoReturn:
     """Raise a `ValueError` that lists the valid forms of images."""
     arrays = [("B", *single) for single in array_shapes(spec)] + array_shapes(spec)
     forms = ", ".join(f"({', '.join(map(str, form))})" for form in arrays)
+    found = [type(images).__name__]
+    for image in images if isinstance(images, (list, tuple)) else [images]:
+        found += [f"{tuple(image.shape)}, {image.dtype}"] if hasattr(image, "shape") else []
     tensors, kind = ", ".join(map(str, spec.shape)), "uint8" if spec.is_bytes else spec.dtype
     pictures = "PIL images" if spec.frames == 1 else f"lists of {spec.frames} frames (PIL images)"
     raise ValueError(
         f"{spec.noun}s must be {pictures}, {kind} or float tensors of shape (B, {tensors}), {kind} or float "
-        f"arrays of shape {forms}, or a list of single {spec.noun}s; got {describe_type(images)}"
+        f"arrays of shape {forms}, or a list of single {spec.noun}s; got {', '.join(dict.fromkeys(found))}"
     )
-
-
-def describe_type(images: Any) -> str:
-    """Return the type of what was given as images, with its shape or the types of its items."""
-    found = type(images).__name__
-    if isinstance(images, (list, tuple)):
-        kinds = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
-        return f"{found} of {' and '.join(kinds)}" if kinds else f"empty {found}"
-    return f"{found} of shape {tuple(images.shape)}, {images.dtype}" if hasattr(images, "shape") else found
 
 
 def from_unit(images: Any) -> Any:

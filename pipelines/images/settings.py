@@ -21,20 +21,12 @@ Side = Annotated[int, Field(ge=4, le=4096)]
 Unit = Literal["image", "object", "clip", "folder", "shard"]
 
 OPTIONAL = {
+    **dict.fromkeys(("frames", "group", "key", "dtype", "range", "show", "crop", "binarize")),
     "clips": False,
-    "frames": None,
-    "group": None,
-    "key": None,
-    "dtype": None,
-    "range": None,
-    "show": None,
-    "crop": None,
     "crops_per_image": 1,
-    "binarize": None,
 }
 """Settings that files hold only if they are set."""
-UNIT_SETTINGS = ("clips", "frames", "group")
-"""Settings that say which images belong together."""
+UNIT_SETTINGS = ("clips", "frames", "group")  # settings that say which images belong together
 NOT_BINARIZED = "binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop"
 EXCLUSIVE = (
     ("clips", "group", "clips and group both say which images belong together: set only one"),
@@ -106,7 +98,7 @@ class DataConfig(Config):
     )
     key: str | None = Field(
         default=None,
-        description="column of a table that names each image, by which splits are drawn; null: the image's bytes",
+        description="column of a table that identifies each image and so decides its split; null: the image's bytes",
     )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"
@@ -181,12 +173,8 @@ class DataConfig(Config):
 
     @model_serializer(mode="wrap")
     def _omit_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the settings in `OPTIONAL` where they are not set, as files written before they existed do."""
         found: dict[str, Any] = handler(self)
         return {key: value for key, value in found.items() if (key, value) not in OPTIONAL.items()}
-
-    def without_crop(self) -> DataConfig:
-        return self.model_copy(update={"crop": None, "crops_per_image": 1})
 
     @property
     def path(self) -> Path | None:
@@ -196,13 +184,11 @@ class DataConfig(Config):
 
     @property
     def folder(self) -> Path | None:
-        """The folder of image files or clips that the source is; None for others."""
         path = self.path
         return path if path is not None and path.is_dir() and holds_files(path) else None
 
     @property
     def is_stream(self) -> bool:
-        """Whether images are read in sequence, from shards."""
         return self.streaming and self.source != "digits" and self.folder is None
 
     @property
@@ -221,8 +207,8 @@ class DataConfig(Config):
     @property
     def facts(self) -> dict[str, Any]:
         """The facts about images that a tokenizer keeps beside their shape."""
-        given = {"dtype": self.dtype or "uint8", "range": self.range, "show": self.show}
-        return {key: value for key, value in given.items() if (key, value) not in PLAIN.items()}
+        values = {"dtype": self.dtype or "uint8", "range": self.range, "show": self.show}
+        return {key: value for key, value in values.items() if (key, value) not in PLAIN.items()}
 
 
 def require_plain_data(config: DataConfig) -> None:
@@ -233,15 +219,16 @@ def require_plain_data(config: DataConfig) -> None:
         raise UserError(f"{key}: {what} reads 8-bit images with 1 or 3 channels only")
 
 
-def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, single_frames: bool = False) -> None:
-    """Raise `UserError` unless the images have the shape, type and range of the tokenizer's, or the pipeline's.
-    single_frames: clips are read as the images of their frames."""
+def require_same_spec(
+    config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, single_frames: bool = False
+) -> None:
+    """Raise `UserError` unless the declared images are those of a tokenizer, also in black and white. whose: for
+    messages. single_frames: clips are read as the images of their frames."""
     require_spec(tokenizer.spec, config.spec.frame if single_frames else config.spec, whose)
     require_two_levels(config, tokenizer.name, getattr(tokenizer.config, "levels", 0))
 
 
 def require_spec(spec: ImageSpec, images: ImageSpec, whose: str) -> None:
-    """Raise `UserError` unless `images` agree with a model of `whose`."""
     try:
         spec.require(images, whose)
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Sources of images: their names, the images themselves, which are read on access, and what else is known of each.
 
-`folder`, `clip_files`, `tables` and `streaming` make a `Source` of each split; `opening` chooses among them.
+`folder`, `clip_files`, `tables` and `streaming` make a `Source` of each split; `loading` chooses among them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tokenizer.spec import ImageSpec
 
 from ..config import UserError
 from ..shuffling import splitmix64
-from .formats import OWN_SIZE, Payload, Pixels, try_decode
+from .formats import OWN_SIZE, Payload, PixelArray, try_decode
 
 IMAGE, LABEL = "image", "label"  # default columns
 Hashes = NDArray[np.uint64]
@@ -40,9 +40,9 @@ class Identity(NamedTuple):
 class Source:
     """Images of one split, still encoded. `payloads` returns those of rows, `name` the name of a row for messages.
 
-    `labels` are the source's own: indices into `class_names`, if it has class names. `paths` are those of image files,
-    `table` is the data set of `datasets` with all columns. `objects` are those in the column `data.group`, and
-    `identity` tells images without paths from one another."""
+    `labels` are the source's own: indices into `class_names`, if it has class names. `paths`: of image files. `table`:
+    the data set of `datasets` with all columns. `objects`: those in the column `data.group`. `identity` tells images
+    without paths from one another."""
 
     size: int
     payloads: Callable[[Sequence[int]], list[Payload]]
@@ -57,7 +57,11 @@ class Source:
     def __len__(self) -> int:
         return self.size
 
-    def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = OWN_SIZE) -> Pixels | str:
+    @property
+    def holds_shards(self) -> bool:
+        return self.identity is not None and self.identity.by == "path"
+
+    def read(self, row: int, spec: ImageSpec, least: tuple[int, int] = OWN_SIZE) -> PixelArray | str:
         """Return an image at its own size, (C, H, W), or the reason why it cannot be decoded. One with a side below
         `least` (height, width) is enlarged until it has both."""
         return try_decode(self.payloads([row])[0], spec, least=least)
@@ -67,17 +71,14 @@ class Source:
         return self
 
 
-SourceSplits = dict[str, Callable[[], Source]]
-"""The splits of a source by name; a call opens the split."""
+SourceSplits = dict[str, Callable[[], Source]]  # the splits of a source by name; a call opens the split
 
 
 def of_files(paths: list[str], labels: list[Any] | None = None) -> Source:
-    """Return image files as a source."""
     return Source(len(paths), lambda rows: [Path(paths[row]) for row in rows], paths.__getitem__, labels, paths=paths)
 
 
 def hash_bytes(data: bytes) -> int:
-    """Return a hash below 2^64."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 

@@ -27,37 +27,33 @@ from tokenizer.model import SPLITS
 
 from ..config import UserError, is_first_process, tell
 from ..files import validate
-from ..shuffling import splitmix64
+from ..shuffling import Positions, splitmix64
 from .settings import UNIT_SETTINGS, DataConfig, Unit
-from .sources import Source, SourceSplits, hash_names
+from .sources import Hashes, Source, SourceSplits, hash_names
 
 SPLITS_KEY, FORMAT_VERSION = "splits", 1
-"""The key among the facts about a model."""
-VALIDATION_NAMES = ("validation", "val", "valid", "dev")
-"""Split names to evaluate on if there is no `test`."""
+VALIDATION_NAMES = ("validation", "val", "valid", "dev")  # to evaluate on if there is no `test`
 SHARE, LEAST, MOST = 0.05, 10, 2000
-"""Share of the training split that is set aside for validation, and its limits: fewer than 10 images would select a
-model by chance, and evaluation during training uses at most 2,000."""
+"""Share of the training split for validation, and its limits: fewer than 10 images would select a model by chance, and
+evaluation during training uses at most 2,000."""
 HASHES = 1 << 64
 SAMPLED = 64
 """Hashes of names that a file keeps to recognise the source at another place: they miss half of the same images once in
 2^64 times, and a twentieth once in 30."""
+DIVIDED_ANEW = "whether images of {} were trained on is not known; it is divided anew"
 SHARD_COUNT = re.compile(r"-of-\d+(?=\.|$)")
 PARTS = ("train", "validation", "held_out")
 DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", *UNIT_SETTINGS, "key")
 """The settings that decide which images of a source are trained on; `limit` takes some of each part."""
 
-Hashes = NDArray[np.uint64]
-Positions = NDArray[np.int64]
 NamedBy = Literal["path", "column", "expression", "bytes", "pixels", "position"]
-NAMES: dict[Unit, tuple[NamedBy, ...]] = {
+NAME_ORIGINS: dict[Unit, tuple[NamedBy, ...]] = {
     "image": ("path", "column", "bytes", "pixels"),
     "object": ("column", "expression"),
     "clip": ("path",),
     "folder": ("path",),
     "shard": ("path",),
 }
-"""Where the names of units may come from."""
 NAMED: dict[NamedBy, str] = {
     "path": "their paths",
     "column": "a column",
@@ -103,21 +99,18 @@ class SplitFacts(BaseModel):
         if (self.held_out_split is None) == (self.held_out_below is None):
             raise ValueError("held_out_below: must be set exactly if no split of the source is held out")
         if (self.held_out_below or "0") > (self.validation_from or "g"):
-            raise ValueError(
-                f"held_out_below and validation_from cross: {self.held_out_below} and {self.validation_from}"
-            )
-        if self.by not in NAMES[self.unit]:
+            raise ValueError("held_out_below and validation_from cross")
+        if self.by not in NAME_ORIGINS[self.unit]:
             raise ValueError(f"by: {self.unit}s are not named by {self.by}")
         return self
 
     @property
     def rule(self) -> tuple[str | None, ...]:
-        """Return what decides the part of a unit."""
         return self.unit, self.by, self.held_out_split, self.held_out_below, self.validation_from
 
     @property
     def thresholds(self) -> tuple[int, int]:
-        """Return the hashes below which units are held out, and from which they are for validation."""
+        """The hashes below which units are held out, and from which they are for validation."""
         below, start = self.held_out_below, self.validation_from
         return 0 if below is None else int(below, 16), HASHES if start is None else int(start, 16)
 
@@ -167,10 +160,10 @@ def publish_splits(found: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Inherited:
-    """The division that a model was trained with. rule: what divides the images, "position" for a run of 0.3, None to
-    divide them anew. same_source: whether the images come from the place that was trained on. note: what is not known
-    about the division. refusal: why it must not be used if the images of another place are those of training. regroup:
-    divide other units anew."""
+    """The division of training. rule: what divides the images, "position" for a run of 0.3, None to divide them anew.
+    same_source: whether the images come from the place that was trained on. note: what is not known about the division.
+    refusal: why it must not be used if the images of another place are those of training. regroup: divide other units
+    anew."""
 
     rule: SplitFacts | Literal["position"] | None
     same_source: bool = True
@@ -205,7 +198,7 @@ def inherit_splits(
     if trained is None:
         return Inherited(None, False, f"whether images of {config.source} were trained on is not recorded")
     if facts is None:
-        return Inherited("position") if same_source else Inherited(None, False, divided_anew(config))
+        return Inherited("position") if same_source else Inherited(None, False, DIVIDED_ANEW.format(config.source))
     ours, theirs = (
         # Clips are held out whole, whatever their windows.
         {key: getattr(each, key) for key in DIVISION} | {"frames": each.frames is not None}
@@ -224,11 +217,6 @@ def inherit_splits(
     if same_source:
         raise UserError(refusal)
     return Inherited(facts, False, refusal=refusal, regroup=regroup)
-
-
-def divided_anew(config: DataConfig) -> str:
-    """Say that a source cannot be compared with that of training."""
-    return f"whether images of {config.source} were trained on is not known; it is divided anew"
 
 
 # Names and their hashes
@@ -253,14 +241,9 @@ def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) ->
     if config.group is not None:
         column = source.objects if by != "expression" else None
         if column is None and source.paths is None:
-            raise UserError(
-                f"data.group: needs a folder of images, or a column of this name in their table (got {config.group!r})"
-            )
+            raise UserError(f"data.group: needs a folder of images, or a column {config.group!r} in their table")
         if column is None and by == "column":
-            raise UserError(
-                f"data.group: images of {config.source} lack the column {config.group!r}, which names the objects in "
-                "training"
-            )
+            raise UserError(f"data.group: the images lack the column {config.group!r} of the objects in training")
         names = column if column is not None else name_units(source.paths, config)
         return Units("object", "expression" if column is None else "column", hash_names(names))
     if source.paths is not None:
@@ -268,20 +251,17 @@ def hash_units(source: Source, config: DataConfig, by: NamedBy | None = None) ->
             raise UserError(f"data.key: names rows of tables; the images of {config.source} are known by their paths")
         return Units(config.unit, "path", hash_names(name_units(source.paths, config)))
     require_single_images(config)
-    if source.identity is None:
-        raise UserError(f"data.source: the images of {config.source} have no names to divide them by")
-    if config.key is not None and source.identity.by != "column":
-        raise UserError(
-            f"data.key: names rows of tables; the images of {config.source} are known by their {source.identity.by}"
-        )
-    return Units("shard" if source.identity.by == "path" else "image", source.identity.by, source.identity.hashes())
+    assert source.identity is not None
+    own, hashes = source.identity
+    if config.key is not None and own != "column":
+        raise UserError(f"data.key: names rows of tables; the images of {config.source} are known by their {own}")
+    return Units("shard" if source.holds_shards else "image", own, hashes())
 
 
 def hash_images(source: Source, units: Units, config: DataConfig) -> Hashes:
-    """Return the hash of each image, for the choice of some of them."""
     if units.by == "position" or units.unit == "image":
         return units.hashes
-    return hash_names(paths_within(source.paths, config)) if source.identity is None else source.identity.hashes()
+    return hash_names(list_paths_within(source.paths, config)) if source.identity is None else source.identity.hashes()
 
 
 def name_units(paths: list[str] | None, config: DataConfig) -> list[str]:
@@ -289,21 +269,35 @@ def name_units(paths: list[str] | None, config: DataConfig) -> list[str]:
     otherwise its own path, which with `data.frames` is that of a clip. Raises `UserError` if images are not files."""
     if paths is None:
         require_single_images(config)
-    within = paths_within(paths, config)
+    within = list_paths_within(paths, config)
     if config.group is not None:
         return find_objects(within, config.group)
     return [os.path.dirname(path) for path in within] if config.unit == "folder" else within
 
 
+def find_objects(names: list[str], pattern: str) -> list[str]:
+    """Return the object in each image's path: the first group of the `pattern`, or the whole match without groups.
+    Raises `UserError` for a path in which there is none."""
+    try:
+        search, found = re.compile(pattern), list[str]()
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"data.group: invalid regular expression {quote(pattern)}: {error}") from error
+    for name in names:
+        match = search.search(name)
+        text = match[min(1, search.groups)] if match else None
+        if not text:
+            raise UserError(one_line(f"data.group: '{pattern}' finds no object in {name}"))
+        found.append(text)
+    return found
+
+
 def require_single_images(config: DataConfig) -> None:
-    """Raise `UserError` for images without paths that are to belong together."""
     if config.unit != "image":
         key, more = ("clips", ", with a folder for each clip") if config.unit == "folder" else ("group", "")
         raise UserError(f"data.{key}: needs a folder of images{more}")
 
 
-def paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
-    """Return paths within the source."""
+def list_paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
     root = "" if config.path is None else os.path.join(config.path, "")
     return [path.removeprefix(root).replace(os.sep, "/") for path in paths or []]
 
@@ -323,7 +317,7 @@ def name_shards(files: list[str], config: DataConfig) -> list[str]:
 # Division
 
 
-class Part(NamedTuple):
+class SplitPart(NamedTuple):
     """Some images of a source, and the hash of the unit of each of its images."""
 
     source: Source
@@ -336,13 +330,13 @@ class Division:
     """The parts of a source by name. facts: None if it is divided by position. note: what is known to have changed
     since training, or is unknown; None if nothing. is_carved: whether images are held out of the split to train on."""
 
-    parts: dict[str, Part]
+    parts: dict[str, SplitPart]
     facts: SplitFacts | None
     note: str | None
     is_carved: bool
 
 
-def choose_splits(
+def divide_images(
     splits: SourceSplits, config: DataConfig, inherited: Inherited | None = None, quiet: bool = False
 ) -> Division:
     """Divide a source into `train`, `held_out` and, if any, `validation`. inherited: the division of training. quiet:
@@ -358,46 +352,50 @@ def choose_splits(
         return source if units.by == "column" else replace(source, objects=None), units  # an expression finds them
 
     source, units = open_units(config.split, inherited.by)
-    is_stream = source.identity is not None and source.identity.by == "path"
     if facts is not None:
         facts, note = compare_source(facts, inherited, units, splits, config)
     own = choose_held_out(splits, config) if facts is None else facts.held_out_split
-    other, theirs = (None, None) if own is None else open_units(own, units.by)
-    if not quiet:
-        some = f"{100 * config.held_out_fraction:.3g}% of {'the shards of ' * is_stream}{config.split!r}"
-        report_splits(splits, config, own, some)
-        if theirs is not None and units.by != "position" and is_first_process():
-            known = np.unique(theirs.hashes)
-            if both := int(np.isin(known, units.hashes).sum()):
-                tell(f"warning: {both:,} of {len(known):,} {units.unit}s of {own!r} are also in {config.split!r}")
-    if facts is None:
-        distinct = np.unique(units.hashes)
-        wanted = 0 if own is not None else max(1, round(len(distinct) * config.held_out_fraction))
-        validation = count_validation_units(len(distinct), source.size, config.validation_fraction, is_stream)
-        thresholds = find_thresholds(distinct, wanted, validation)
-        if is_stream and wanted + validation >= len(distinct):
-            raise UserError(
-                f"data.streaming: {config.source} has {len(distinct)} shards in {config.split!r}, and "
-                f"{wanted + validation} would be held out; make more and smaller shards, or a split 'test'"
-            )
-    else:
-        thresholds = facts.thresholds
+    thresholds = facts.thresholds if facts is not None else choose_thresholds(source, units, config, own is None)
     below, above = is_below(units.hashes, thresholds[0]), ~is_below(units.hashes, thresholds[1])
     chosen = {"train": ~below & ~above, "validation": above & ~below, "held_out": below}
-    parts = {name: Part(source, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
-    limit = None if is_stream else config.limit
-    images = {source: units.hashes if limit is None else hash_images(source, units, config)}
-    if other is not None and theirs is not None:
-        parts["held_out"] = Part(other, np.arange(other.size), theirs.hashes)
-        images[other] = theirs.hashes if limit is None else hash_images(other, theirs, config)
+    parts = {name: SplitPart(source, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
+    names = {source: units}
+    if own is not None:
+        other, names_there = open_units(own, units.by)
+        parts["held_out"], names[other] = SplitPart(other, np.arange(other.size), names_there.hashes), names_there
+    if not quiet:
+        some = f"{100 * config.held_out_fraction:.3g}% of {'the shards of ' * source.holds_shards}{config.split!r}"
+        report_splits(splits, config, own, some)
+        known = np.unique(parts["held_out"].units)
+        both = int(np.isin(known, units.hashes).sum()) if own is not None and units.by != "position" else 0
+        if both and is_first_process():
+            tell(f"warning: {both:,} of {len(known):,} {units.unit}s of {own!r} are also in {config.split!r}")
     require_images(parts, facts, units, config, own)
     parts = {name: part for name, part in parts.items() if len(part.positions)}
     now = None if units.by == "position" else describe_parts(parts, units, own, thresholds)
     if facts is not None and now is not None:
-        is_known = inherited.same_source or facts.sample
-        note = describe_change(facts, now, units, config) if is_known else describe_unknown(now, config)
-    limited = {name: limit_part(part, images[part.source], units.by, limit) for name, part in parts.items()}
-    return Division(limited, now, note, own is None)
+        note = describe_change(facts, now, units, config, inherited.same_source)
+    if config.limit is not None and not source.holds_shards:
+        hashes = {each: hash_images(each, theirs, config) for each, theirs in names.items()}
+        parts = {name: limit_part(part, hashes[part.source], units.by, config.limit) for name, part in parts.items()}
+    return Division(parts, now, note, own is None)
+
+
+def choose_thresholds(source: Source, units: Units, config: DataConfig, is_carved: bool) -> tuple[int, int]:
+    """Return the thresholds of a source that is divided for the first time; see `find_thresholds`. is_carved: hold out
+    some of its units. Raises `UserError` for a stream that would have no shards to train on."""
+    distinct, fraction = np.unique(units.hashes), config.validation_fraction
+    held_out = max(1, round(len(distinct) * config.held_out_fraction)) if is_carved else 0
+    if not source.holds_shards:
+        validation = -(-validation_count(source.size, fraction) * len(distinct) // max(1, source.size))
+    else:  # of an unknown number of images
+        validation = max(round((SHARE if fraction is None else fraction) * len(distinct)), int(bool(fraction)))
+        if held_out + validation >= len(distinct):
+            raise UserError(
+                f"data.streaming: {config.source} has {len(distinct)} shards in {config.split!r}, and "
+                f"{held_out + validation} would be held out; make more and smaller shards, or a split 'test'"
+            )
+    return find_thresholds(distinct, held_out, validation)
 
 
 def compare_source(
@@ -405,44 +403,52 @@ def compare_source(
 ) -> tuple[SplitFacts | None, str | None]:
     """Return the facts of an earlier division if they divide this source, too, or else None and what is not known then.
     Raises `UserError` if they should, but cannot."""
-    is_comparable = (facts.unit, facts.by) == (units.unit, units.by)
+    is_comparable, own = (facts.unit, facts.by) == (units.unit, units.by), facts.held_out_split
     if inherited.same_source or is_comparable and shares_units(facts, units):
         if inherited.refusal:
             raise UserError(f"{inherited.refusal} (it has images of the names that were trained on)")
         if "shard" in (facts.unit, units.unit) and inherited.regroup and not is_comparable:  # a stream and its copy
             return None, inherited.note
-        require_same_units(facts, units, splits, config)
+        if not is_comparable:
+            ours, theirs = (f"{one.unit}s, named by {NAMED[one.by]}" for one in (units, facts))
+            raise UserError(
+                f"{SPLITS}: divides {theirs}, but {config.source} has {ours}; it belongs to another source, or "
+                "data.group or data.streaming has changed"
+            )
+        if own is not None and own not in splits:
+            there = ", ".join(splits)
+            raise UserError(f"data.held_out: the split {own!r} of training is gone; {config.source} has {there}")
         return facts, inherited.note
     if is_comparable and facts.sample:
         return None, f"{config.source} is not the source of training, and is divided anew"
-    if inherited.refusal or not is_comparable or not can_divide(facts, units, splits):
-        return None, divided_anew(config)
+    below, start = facts.thresholds
+    train = ~is_below(units.hashes, below) & is_below(units.hashes, start)
+    has_both = train.any() and ((~train).any() if own is None else own in splits)
+    if inherited.refusal or not is_comparable or not has_both:
+        return None, DIVIDED_ANEW.format(config.source)
     return facts, inherited.note
 
 
 def find_thresholds(units: Hashes, held_out: int, validation: int) -> tuple[int, int]:
     """Return the hashes below which `held_out` of the sorted distinct `units` lie, and from which `validation` do, or
     all that are left if these are fewer. They lie midway between two hashes."""
-    cut = max(held_out, len(units) - validation)
-    return midway(units, held_out) if held_out else 0, midway(units, cut)
 
+    def midway(count: int) -> int:
+        if count >= len(units):
+            return HASHES
+        low, high = int(units[count - 1]) if count else -1, int(units[count])
+        return low + (high - low + 1) // 2
 
-def midway(units: Hashes, count: int) -> int:
-    """Return a number above the first `count` of sorted hashes and not above the others."""
-    if count >= len(units):
-        return HASHES
-    low, high = int(units[count - 1]) if count else -1, int(units[count])
-    return low + (high - low + 1) // 2
+    return midway(held_out) if held_out else 0, midway(max(held_out, len(units) - validation))
 
 
 def is_below(hashes: Hashes, threshold: int) -> NDArray[np.bool_]:
-    """Whether hashes are below a threshold of at most 2^64."""
     return np.ones(len(hashes), bool) if threshold >= HASHES else hashes < np.uint64(threshold)
 
 
-def limit_part(part: Part, hashes: Hashes, by: NamedBy, limit: int | None) -> Part:
+def limit_part(part: SplitPart, hashes: Hashes, by: NamedBy, limit: int) -> SplitPart:
     """Return at most `limit` images of a part, by their hashes; in runs of 0.3 the first."""
-    if limit is None or len(part.positions) <= limit:
+    if len(part.positions) <= limit:
         return part
     if by == "position":
         return part._replace(positions=part.positions[:limit])
@@ -451,7 +457,7 @@ def limit_part(part: Part, hashes: Hashes, by: NamedBy, limit: int | None) -> Pa
 
 
 def describe_parts(
-    parts: dict[str, Part], units: Units, held_out_split: str | None, thresholds: tuple[int, int]
+    parts: dict[str, SplitPart], units: Units, held_out_split: str | None, thresholds: tuple[int, int]
 ) -> SplitFacts:
     """Return what is stored about a division."""
     distinct = {name: np.unique(part.units[part.positions]) for name, part in parts.items()}
@@ -467,7 +473,7 @@ def describe_parts(
             name: PartFacts(
                 units=len(distinct[name]),
                 images=None if units.unit == "shard" else len(part.positions),
-                digest=digest(distinct[name]),
+                digest=hashlib.sha256(distinct[name].astype(">u8").tobytes()).hexdigest(),
             )
             for name, part in parts.items()
         },
@@ -475,44 +481,15 @@ def describe_parts(
     )
 
 
-def digest(units: Hashes) -> str:
-    """Return a hash of a set of sorted hashes."""
-    return hashlib.sha256(units.astype(">u8").tobytes()).hexdigest()
-
-
 # What has changed
 
 
 def shares_units(facts: SplitFacts, units: Units) -> bool:
-    """Whether some of the sampled units of a division are among `units`."""
     return bool(set(facts.sample) & {f"{value:016x}" for value in splitmix64(units.hashes).tolist()})
 
 
-def can_divide(facts: SplitFacts, units: Units, splits: SourceSplits) -> bool:
-    """Whether a division leaves images to train on and to hold out."""
-    below, start = facts.thresholds
-    train = ~is_below(units.hashes, below) & is_below(units.hashes, start)
-    own = facts.held_out_split
-    return bool(train.any()) and (bool((~train).any()) if own is None else own in splits)
-
-
-def require_same_units(facts: SplitFacts, units: Units, splits: Collection[str], config: DataConfig) -> None:
-    """Raise `UserError` if a source has other units than its division, or no longer the split that was held out."""
-    if (facts.unit, facts.by) != (units.unit, units.by):
-        ours, theirs = (f"{one.unit}s, named by {NAMED[one.by]}" for one in (units, facts))
-        raise UserError(
-            f"{SPLITS}: divides {theirs}, but {config.source} has {ours}; it belongs to another source, or "
-            "data.group or data.streaming has changed"
-        )
-    if facts.held_out_split is not None and facts.held_out_split not in splits:
-        raise UserError(
-            f"data.held_out: the split {facts.held_out_split!r} of {config.source}, which was held out in training, is "
-            f"gone; it has {', '.join(splits)}"
-        )
-
-
 def require_images(
-    parts: dict[str, Part], facts: SplitFacts | None, units: Units, config: DataConfig, own: str | None
+    parts: dict[str, SplitPart], facts: SplitFacts | None, units: Units, config: DataConfig, own: str | None
 ) -> None:
     """Raise `UserError` if no images are left to train on or to evaluate on."""
     for part, name in (("train", config.split), ("held_out", own or "held_out")):
@@ -532,18 +509,17 @@ def require_images(
         raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {source.size}{whole})")
 
 
-def describe_unknown(now: SplitFacts, config: DataConfig) -> str:
-    """Say that a source cannot be compared with that of training, as published files do not know names."""
+def describe_change(
+    then: SplitFacts, now: SplitFacts, units: Units, config: DataConfig, same_source: bool
+) -> str | None:
+    """Return what has changed since training, or is not known, in a line; None if nothing has. units: those that are
+    there now."""
     held_out = now.parts["held_out"]
-    return (
-        f"whether images of {config.source} were trained on under other names is not known; "
-        f"{held_out.images or held_out.units:,} are held out by their names, as in training"
-    )
-
-
-def describe_change(then: SplitFacts, now: SplitFacts, units: Units, config: DataConfig) -> str | None:
-    """Return what has changed since training, in a line; None if nothing has. units: those that are there now."""
-    held_out = now.parts["held_out"]
+    if not (same_source or then.sample):  # published files do not know names
+        return (
+            f"whether images of {config.source} were trained on under other names is not known; "
+            f"{held_out.images or held_out.units:,} are held out by their names, as in training"
+        )
     before, after = (sum(part.images or part.units for part in facts.parts.values()) for facts in (then, now))
     what = "images" if held_out.images is not None else f"{now.unit}s"
     digests = {name: part.digest for name, part in then.parts.items()}
@@ -573,63 +549,25 @@ def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
     if wanted in others:
         return wanted
     if wanted != "test":
-        near = nearest_name(wanted, others)
-        hint = f"; did you mean {near!r}?" if near else ""
+        near = difflib.get_close_matches(wanted, others, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         part = "" if "test" in others else f" (data.held_out=test holds out part of {config.split!r})"
-        raise UserError(
-            f"data.held_out: {config.source} has no split {wanted!r}; it has {', '.join(names)}{hint}{part}"
-        )
+        raise UserError(f"data.held_out: no split {wanted!r}; {config.source} has {', '.join(names)}{hint}{part}")
     return None
-
-
-def nearest_name(wanted: str, names: list[str]) -> str | None:
-    """Return the split that was probably meant, if a name is similar; all names of validation splits are synonyms."""
-    known = {name: name for name in names}
-    there = [name for name in VALIDATION_NAMES if name in names]
-    if len(there) == 1:
-        known |= dict.fromkeys(VALIDATION_NAMES, there[0])
-    near = difflib.get_close_matches(wanted, known, 1)
-    return known[near[0]] if near else None
 
 
 def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str) -> None:
     """Print which images replace a missing `test` split and which splits are unused, unless the choice is usual or was
     configured. part: describes the images held out if no split was `found`."""
     left, missing = [name for name in names if name not in (config.split, found)], config.held_out or "test"
-    usual = found == "test" or (found is None and not left)
-    if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
+    is_configured, is_usual = config.held_out is not None and found is not None, found in (None, "test") and not left
+    if is_configured or is_usual or not is_first_process():
         return
     why = "" if found == "test" else "as in training, " if missing in left else f"there is no {missing!r}, so "
     rest = f"; not used: {', '.join(left)}" if left else ""
     remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)
     tell(one_line(f"data.held_out: {config.source}: {why}{taken} is held out{rest}{remedy}"))
-
-
-def find_objects(names: list[str], pattern: str) -> list[str]:
-    """Return the object in each image's path: the first group of the `pattern`, or the whole match without groups.
-    Raises `UserError` for a path in which there is none."""
-    try:
-        search, found = re.compile(pattern), list[str]()
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"data.group: invalid regular expression {quote(pattern)}: {error}") from error
-    for name in names:
-        match = search.search(name)
-        text = match[min(1, search.groups)] if match else None
-        if not text:
-            raise UserError(
-                one_line(f"data.group: '{pattern}' finds no object in {name} (null: each image is an object)")
-            )
-        found.append(text)
-    return found
-
-
-def count_validation_units(units: int, size: int, fraction: float | None, is_stream: bool) -> int:
-    """Return the number of units to set aside for validation, of a training split with `size` images, or with shards of
-    an unknown number of images."""
-    if is_stream:
-        return max(round((SHARE if fraction is None else fraction) * units), int(bool(fraction)))
-    return -(-validation_count(size, fraction) * units // max(1, size))
 
 
 def validation_count(size: int, fraction: float | None) -> int:

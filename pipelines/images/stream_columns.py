@@ -22,8 +22,8 @@ from .attributes import CELLS, AttributeSource, RawColumn, list_cells, report_ki
 from .classes import describe_label, is_label, number_labels, warn_about_absent
 from .settings import DataConfig
 from .sources import Source
-from .streaming import read_files, require_classes
-from .tables import Sample, names_in, suffix_of
+from .streaming import read_shards, require_same_classes
+from .tables import Sample, names_in, url_suffix
 
 
 class Input(NamedTuple):
@@ -56,16 +56,13 @@ class StreamedColumn:
 
     @property
     def key(self) -> str:
-        """The column of the shards."""
         return self.source.column or self.name
 
     def cells(self, samples: list[Sample]) -> RawColumn:
-        """Return the column in samples of a shard."""
         values = [sample["cells"][self.key] for sample in samples]
         return replace(list_cells(values, lambda row: str(samples[row]["name"])), names=list(self.names) or None)
 
     def parse(self, samples: list[Sample]) -> Any:
-        """Return the values in samples of a shard. Raises `ValueError`."""
         return FORMATS[self.kind].parse_cells(self.cells(samples), self.source.encoder or "")
 
     def summarize(self, samples: list[Sample], train: int) -> Any:
@@ -81,7 +78,6 @@ class StreamedColumn:
             raise ValueError(f"{shard.path}: {error}") from error
 
     def to_raw(self, samples: list[Sample], column: Column) -> Tensor:
-        """Return the raw rows of samples. Raises `ValueError`."""
         return FORMATS[self.kind].to_raw(self.parse(samples), column)
 
 
@@ -98,18 +94,15 @@ def join_column(each: StreamedColumn, inputs: list[Input], scans: list[Scan]) ->
     return column
 
 
-def open_columns(data: DataConfig, sources: Mapping[str, AttributeSource], inputs: list[Input]) -> list[StreamedColumn]:
+def choose_column_kinds(
+    data: DataConfig, sources: Mapping[str, AttributeSource], inputs: list[Input]
+) -> list[StreamedColumn]:
     """Return the columns, each of the configured kind, or of that which the first cells of the training
     shards suggest."""
-    found = [
-        StreamedColumn(
-            name,
-            source,
-            names_in(inputs[0].path, source.column or name),
-            source.kind or ("vector" if source.encoder else ""),
-        )
-        for name, source in sources.items()
-    ]
+    found = list[StreamedColumn]()
+    for name, source in sources.items():
+        names, kind = names_in(inputs[0].path, source.column or name), source.kind or "vector" * bool(source.encoder)
+        found.append(StreamedColumn(name, source, names, kind))
     for shard in inputs:
         if all(each.kind for each in found) or shard.split != "train":
             break
@@ -123,9 +116,9 @@ def open_columns(data: DataConfig, sources: Mapping[str, AttributeSource], input
 def scan_shard(shard: Input, data: DataConfig, attributes: list[StreamedColumn], classes: tuple[str, ...]) -> Scan:
     """Read the columns of a shard; a tar is not read if none is needed. classes: those in the schema of the first
     shard. Raises `UserError`, which names the shard, also for one without images."""
-    if suffix_of(shard.path) == ".tar" and data.label_column is None and not attributes:
+    if url_suffix(shard.path) == ".tar" and data.label_column is None and not attributes:
         return Scan(None, {}, {})
-    require_classes(shard.path, classes, data)
+    require_same_classes(shard.path, classes, data)
     for each in attributes:
         if names_in(shard.path, each.key) != each.names:
             raise UserError(f"attributes.{each.name}: {shard.path} and the first shard have different classes")
@@ -180,8 +173,7 @@ def number_classes(
 def read_shard(
     shard: Input, data: DataConfig, attributes: list[StreamedColumn], size: int = CELLS, *, with_images: bool
 ) -> Iterator[list[Sample]]:
-    """Yield the samples of a shard, `size` at a time. Raises `UserError`."""
     columns = sorted({each.key for each in attributes})
-    samples = read_files([shard.path], data, columns=columns, with_images=with_images)
+    samples = read_shards([shard.path], data, columns=columns, with_images=with_images)
     while some := list(islice(samples, size)):
         yield some

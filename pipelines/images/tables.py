@@ -12,8 +12,7 @@ import json
 import os
 import re
 import tarfile
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, repeat
@@ -26,8 +25,8 @@ from numpy.typing import NDArray
 from tokenizer.files import one_line, quote
 
 from ..config import UserError, is_first_process, tell
-from .folder import SUFFIXES, files_below, name_objects
-from .formats import MAX_FILE, Payload, read_file
+from .folder import IMAGE_SUFFIXES, files_below, read_objects
+from .formats import MAX_FILE, Payload, read_image_file
 from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
 from .sources import IMAGE, LABEL, Identity, Source, SourceSplits, hash_arrays, hash_bytes, hash_names
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
 KINDS = ".parquet and .tar (uncompressed)"
 HASH = "hash"
-LARGE = 100e6  # size in bytes from which a new copy is reported
 TAR_VERSION = 1  # version of the rows that `read_tar` yields, because copies of them are cached
 
 
@@ -46,7 +44,6 @@ TAR_VERSION = 1  # version of the rows that `read_tar` yields, because copies of
 
 
 def open_tables(config: DataConfig) -> SourceSplits:
-    """Return the splits of tables, which are copied into the cache. Raises `UserError`."""
     builder = find_tables(config)
     splits = files_of(builder) or builder.info.splits or ()  # offline, only the cached copy is known
     return {str(split): partial(table_rows, builder, str(split), config) for split in splits}
@@ -69,13 +66,11 @@ def find_tables(config: DataConfig) -> Any:
             else:  # the suffixes of the files decide the format
                 place = glob.escape(str(path)) if path.exists() else source if "://" in source else str(path)
                 builder = datasets.load_dataset_builder("webdataset", data_files={"train": place})
-                suffixes = set(map(suffix_of, files_of(builder)["train"]))
+                suffixes = set(map(url_suffix, files_of(builder)["train"]))
                 if suffixes == {".parquet"} or path.is_file() and suffixes != {".tar"}:
                     builder = datasets.load_dataset_builder("parquet", data_files={"train": place})
                 elif suffixes != {".tar"}:
-                    raise UserError(
-                        f"data.source: {source} has files {', '.join(sorted(suffixes))}; supported: {KINDS}"
-                    )
+                    raise UserError(f"data.source: {source}: files {', '.join(sorted(suffixes))}; supported: {KINDS}")
     except UserError:
         raise
     except Exception as error:  # anything from a lost network to a broken file
@@ -86,8 +81,9 @@ def find_tables(config: DataConfig) -> Any:
             f"data.source={source}: no such folder ({path.absolute()}), and the Hub id '{source}' cannot be loaded: "
             f"{reason}"
         ) from error
-    if is_hub or path.is_dir():
-        check_own_files(builder, source if is_hub else str(path))
+    for file in chain.from_iterable(files_of(builder).values()) if is_hub or path.is_dir() else ():
+        if not (file.startswith(f"hf://datasets/{source}@") if is_hub else is_own(file, str(path))):
+            raise UserError(f"data.source: {source}: its card names a file outside it, {quote(file)}")
     if path.is_dir():
         report_unused(path, files_of(builder))
         if builder.name == "parquet":  # with a card, `datasets` would use an outdated copy
@@ -103,9 +99,7 @@ def check_place(source: str, path: Path, is_hub: bool) -> None:
             raise UserError(f"data.source: {place}: the path of a folder of tables cannot contain *, ? or [; rename it")
     elif path.exists():
         if path.suffix != ".tar" and path.open("rb").read(4) != b"PAR1":
-            raise UserError(
-                f"data.source: {path} is neither a parquet file nor a .tar; for image files, pass their folder"
-            )
+            raise UserError(f"data.source: {path} is no parquet or .tar file; for images, pass their folder")
     elif "://" in source:
         if source.partition("://")[0] not in PROTOCOLS:
             raise UserError(f"data.source: {source}: unsupported URL; supported protocols: {', '.join(PROTOCOLS)}")
@@ -113,22 +107,12 @@ def check_place(source: str, path: Path, is_hub: bool) -> None:
         raise UserError(f"data.source: there is no file or folder {source}")
 
 
-def suffix_of(file: str) -> str:
-    """Return the suffix of a path or URL."""
+def url_suffix(file: str) -> str:
     return os.path.splitext(file.partition("?")[0] if "://" in file else file)[1]
 
 
 def files_of(builder: Any) -> dict[str, list[str]]:
-    """Return the files of each split."""
     return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
-
-
-def check_own_files(builder: Any, source: str) -> None:
-    """Raise `UserError` if the card of `source`, a folder or a Hub id, names files outside it."""
-    for file in (file for files in files_of(builder).values() for file in files):
-        own = is_own(file, source) if os.path.exists(source) else file.startswith(f"hf://datasets/{source}@")
-        if not own:
-            raise UserError(f"data.source: {source}: its card names a file outside it, {quote(file)}")
 
 
 def is_own(file: str, source: str) -> bool:
@@ -177,38 +161,18 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
-    """Return one split, still encoded. The first process to arrive copies it into the cache of `datasets` while the
-    others wait. Raises `UserError`."""
+    """Return one split, still encoded, of a copy in the cache of `datasets`. Raises `UserError`."""
     import datasets
 
-    began, is_tar = time.time(), builder.name == "webdataset"
-    try:
-        with quiet_datasets():
-            if is_tar:  # the builder of `datasets` requires equal suffixes in all samples, and numeric classes
-                features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("string")})
-                given = {
-                    "files": files_of(builder)[split],
-                    "columns": (config.image_column, config.label_column),
-                    # The metadata are modification times or hashes of the files.
-                    "state": (TAR_VERSION, builder.config.data_files[split].origin_metadata),
-                }
-                table = datasets.Dataset.from_generator(tar_table, features=features, gen_kwargs=given)
-            else:
-                builder.download_and_prepare()
-                table = builder.as_dataset(split=split)
-    except Exception as error:  # anything from a lost network to a full disk; `datasets` wraps our errors
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise UserError(one_line(f"data.source: {config.source} cannot be read: {describe_error(error)}")) from error
-    report_copy(table, began)
+    is_tar, table = builder.name == "webdataset", copy_table(builder, split, config)
     image, label = (IMAGE, config.label_column and LABEL) if is_tar else (config.image_column, config.label_column)
     if image not in table.column_names:
         raise UserError(f"data.image_column: no column {image!r}; there are {table.column_names}")
     labels, names = None, None
     if label is not None and label in table.column_names:
-        labels, names = table[label][:], getattr(table.features[label], "names", None)
-        files = files_of(builder).get(split, [])
-        local = [file for file in files if file.endswith(".parquet") and os.path.exists(file)]
+        labels = tar_labels(table, config) if is_tar else table[label][:]
+        names = getattr(table.features[label], "names", None)
+        local = [file for file in files_of(builder).get(split, []) if os.path.exists(file)]
         if names is not None and local:  # `datasets` applies the names of the first file to all
             classes = names_in(local[0], label)
             if other := [file for file in local if names_in(file, label) != classes]:
@@ -216,32 +180,22 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
             names = list(classes) or None
     elif label not in (None, LABEL):
         raise UserError(f"data.label_column: no column {label!r}; there are {table.column_names}")
-    if is_tar and labels is not None:
-        labels = [parse_label(label) for label in labels]
-        if all(label is None for label in labels):
-            labels = None
-            if config.label_column != LABEL:
-                raise UserError(
-                    f"data.label_column: no sample of {config.source} has .{config.label_column}, or that key in .json"
-                )
-    objects, key = None, config.key
+    objects = None
     if not is_tar and config.group in table.column_names:
         cells = table[config.group][:]
-        objects = name_objects(cells, lambda row: f"row {row} of {split}", config.source, str(config.group))
-    if key is not None and (is_tar or key not in table.column_names):
+        objects = read_objects(cells, lambda row: f"row {row} of {split}", config.source, str(config.group))
+    if config.key is not None and (is_tar or config.key not in table.column_names):
         there = "a .tar has no columns" if is_tar else f"there are {table.column_names}"
-        raise UserError(f"data.key: no column {key!r}; {there}")
+        raise UserError(f"data.key: no column {config.key!r}; {there}")
+    facts = {"labels": labels, "class_names": names, "table": None if is_tar else table, "objects": objects}
     if dtype := array_type(table.features[image]):
         arrays = table.select_columns([image]).with_format("numpy", dtype=np.dtype(dtype))
         return Source(
             len(table),
             lambda rows: [array if np.ndim(array) else None for array in arrays[list(rows)][image]],
             lambda row: f"row {row} of {split}",
-            labels,
-            names,
-            table=table,
-            objects=objects,
-            identity=identify(table, key, lambda: Identity("pixels", lambda: hash_arrays(arrays[image]))),
+            identity=identify_rows(table, config.key, Identity("pixels", lambda: hash_arrays(arrays[image]))),
+            **facts,
         )
     try:
         images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -255,15 +209,47 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
         path = (images[row][image] or {}).get("path")
         return str(path) if is_tar else f"row {row} of {split}" + (f" ({path})" if path else "")
 
-    own = identify(table, key, lambda: Identity("bytes", lambda: hash_cells(images, image, config.source)))
-    stored = None if is_tar else table
-    return Source(len(table), read, name, labels, names, table=stored, objects=objects, identity=own)
+    own = Identity("bytes", lambda: hash_cells(images, image, config.source))
+    return Source(len(table), read, name, identity=identify_rows(table, config.key, own), **facts)
 
 
-def identify(table: Any, key: str | None, otherwise: Callable[[], Identity]) -> Identity:
-    """Return what tells rows from one another: the column `data.key`, or `otherwise` their images."""
-    if key is None:
-        return otherwise()
+def copy_table(builder: Any, split: str, config: DataConfig) -> Any:
+    """Return the data set of a split. The first process to arrive copies it into the cache while the others wait."""
+    import datasets
+
+    try:
+        with quiet_datasets():
+            if builder.name != "webdataset":
+                builder.download_and_prepare()
+                return builder.as_dataset(split=split)
+            # The builder of `datasets` requires equal suffixes in all samples, and numeric classes.
+            features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("string")})
+            given = {
+                "files": files_of(builder)[split],
+                "columns": (config.image_column, config.label_column),
+                # The metadata are modification times or hashes of the files.
+                "state": (TAR_VERSION, builder.config.data_files[split].origin_metadata),
+            }
+            return datasets.Dataset.from_generator(tar_table, features=features, gen_kwargs=given)
+    except Exception as error:  # anything from a lost network to a full disk; `datasets` wraps our errors
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(one_line(f"data.source: {config.source} cannot be read: {describe_error(error)}")) from error
+
+
+def tar_labels(table: Any, config: DataConfig) -> list[Any] | None:
+    """Return the labels of a copied tar; None if there are none. Raises `UserError` if other than the usual ones were
+    wanted."""
+    labels = [parse_label(label) for label in table[LABEL][:]]
+    if any(label is not None for label in labels):
+        return labels
+    if config.label_column != LABEL:
+        raise UserError(f"data.label_column: no sample has .{config.label_column}, or that key in its .json")
+    return None
+
+
+def identify_rows(table: Any, key: str | None, images: Identity) -> Identity:
+    """Return what tells rows from one another: the column `data.key`, or without one their `images`."""
 
     def hash_keys() -> NDArray[np.uint64]:
         cells = table[key][:]
@@ -271,23 +257,21 @@ def identify(table: Any, key: str | None, otherwise: Callable[[], Identity]) -> 
             raise UserError(f"data.key: row {cells.index(None)} has nothing in the column {key!r}")
         return hash_names(map(str, cells))
 
-    return Identity("column", hash_keys)
+    return images if key is None else Identity("column", hash_keys)
 
 
 def hash_cells(table: Any, column: str, source: str) -> NDArray[np.uint64]:
     """Return a hash of the encoded image in each row, which `datasets` computes once and keeps in its cache."""
     import datasets
 
-    features = datasets.Features({HASH: datasets.Value("int64")})
-    options = {"column": column, "source": source}
     with quiet_datasets():
         hashed = table.map(
             hash_batch,
             batched=True,
             batch_size=64,
-            fn_kwargs=options,
+            fn_kwargs={"column": column, "source": source},
             remove_columns=[column],
-            features=features,
+            features=datasets.Features({HASH: datasets.Value("int64")}),
             desc="hashing images",
         )
     return np.asarray(hashed.with_format("numpy")[HASH][:], np.int64).view(np.uint64)
@@ -299,7 +283,7 @@ def hash_batch(batch: dict[str, list[Any]], column: str, source: str) -> dict[st
     for value in batch[column]:
         payload = read_payload(value, source)
         try:
-            data = read_file(payload) if isinstance(payload, Path) else payload
+            data = read_image_file(payload) if isinstance(payload, Path) else payload
         except ValueError:
             data = str(payload)
         found.append(hash_bytes(data if isinstance(data, bytes) else os.fsencode(str(data))))
@@ -328,19 +312,10 @@ def read_payload(value: dict[str, Any] | None, source: str) -> Payload:
 
 
 def tar_table(files: list[str], columns: tuple[str, str | None], state: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a cached copy of tar files; `datasets` hashes the arguments to find it again."""
+    """Yield the rows of a copy of tar files; `datasets` hashes the arguments to find it again in its cache."""
     for sample in chain.from_iterable(read_tar(file, *columns) for file in files):
         label = None if sample["label"] is None else str(sample["label"])
         yield {IMAGE: {"bytes": sample["data"], "path": sample["name"]}, LABEL: label}
-
-
-def report_copy(table: Any, began: float) -> None:
-    """Print one line if a copy is new and large."""
-    files = [file["filename"] for file in table.cache_files]
-    size = sum(os.path.getsize(file) for file in files)
-    if size >= LARGE and max(map(os.path.getmtime, files)) >= began and is_first_process():
-        place = os.path.dirname(files[0])
-        tell(f"data.source: the images were copied to {place}, {size / 1e9:.1f} GB (HF_DATASETS_CACHE moves it)")
 
 
 # Sequential access, to the files
@@ -377,7 +352,6 @@ def read_parquet(
 
 
 def make_sample(name: str, data: bytes | None, label: Any, values: dict[str, Any], columns: Sequence[str]) -> Sample:
-    """Return a sample; `cells` are left out without `columns`."""
     cells = {"cells": {column: values.get(column) for column in columns}} if columns else {}
     return {"name": name, "data": data, "label": label, **cells}
 
@@ -388,7 +362,7 @@ def names_in(file: str, column: str | None) -> tuple[str, ...]:
     import datasets
     import pyarrow.parquet as pq
 
-    if column is None or suffix_of(file) != ".parquet":
+    if column is None or url_suffix(file) != ".parquet":
         return ()
     with naming(file), open_file(file) as source:
         feature = datasets.Features.from_arrow_schema(pq.read_schema(source)).get(column)
@@ -416,7 +390,7 @@ def read_tar(
     the content of `.cls`, or `label` in `.json`; other columns are keys of `.json`. with_images: False passes over the
     contents of images. Raises `UserError` for a damaged tar or one without images.
     """
-    suffixes = {suffix[1:] for suffix in SUFFIXES} if image == IMAGE else {image.lower()}
+    suffixes = {suffix[1:] for suffix in IMAGE_SUFFIXES} if image == IMAGE else {image.lower()}
     sources = {"json", *([label.lower()] if label else []), *(["cls"] if label == LABEL else [])} if label else set()
     sources |= {"json"} if columns else set()
     number = 0
@@ -424,9 +398,7 @@ def read_tar(
         for name, parts in tar_samples(file, suffixes | sources, set() if with_images else suffixes - sources):
             found = sorted(suffixes & set(parts))
             if len(found) > 1:
-                raise UserError(
-                    one_line(f"{file}: {name} has the images {', '.join(found)}; data.image_column chooses one")
-                )
+                raise UserError(one_line(f"{file}: {name} has {', '.join(found)}; data.image_column chooses one"))
             if found:
                 number += 1
                 title, facts = one_line(f"{file}: {name}.{found[0]}"), read_facts(parts)
@@ -469,7 +441,7 @@ def tar_samples(
 
 
 def read_facts(parts: dict[str, bytes | None]) -> dict[str, Any]:
-    """Return the values in the `.json` of a sample; none if it is missing or holds something else."""
+    """Return the object in the `.json` of a sample; empty if it is missing or holds something else."""
     try:
         facts = json.loads(parts.get("json") or b"null")
     except (ValueError, RecursionError):
@@ -490,7 +462,6 @@ def read_label(parts: dict[str, bytes | None], facts: dict[str, Any], column: st
 
 
 def parse_label(text: str | None) -> Any:
-    """Parse a whole number; return other text unchanged."""
     return int(text) if text is not None and re.fullmatch(r"-?\d{1,18}", text) else text
 
 

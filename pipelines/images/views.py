@@ -2,8 +2,7 @@
 
 A view says which windows an image has: itself, or tiles at every `stride` pixels, of which the last ones of a row and
 of a column are flush with the border, so that every pixel is covered. `cut` and `paste` work on the last two axes, so
-that an image may be `(C, H, W)`, a clip `(T, C, H, W)` or a map `(H, W)`. Images are read one after another, and a
-batch of windows may span several of them, so memory is bounded by one image, what is made of it and one batch.
+that an image may be `(C, H, W)`, a clip `(T, C, H, W)` or a map `(H, W)`. Images are read one after another.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prior.arguments import as_tensor, check_count, whole_number
+from prior.arguments import check_count, to_tensor, whole_number
 from prior.columns import Column
 from prior.given import Given
 from tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, check_output_type, to_float
 
 from ..config import UserError
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .formats import OWN_SIZE, decode_image
 from .pictures import convert_image, refuse, to_images
 from .sources import Source
@@ -34,10 +33,8 @@ if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
 
 Size = tuple[int, int]
-Weights = Literal["mean", "ramp", "last"]
 
-PLACE = "place"
-"""The `encoder` of a vector column with the centre of a tile in its image, from 0 to 1 down and right."""
+PLACE = "place"  # the `encoder` of a vector column with the centre of a tile in its image, from 0 to 1 down and right
 
 
 @dataclass(frozen=True)
@@ -86,19 +83,16 @@ class View:
             raise ValueError("tile: clips are not cut into tiles")
         stride, most = whole_number("stride", stride), min(height, width)
         if not 1 <= stride <= most:
-            raise ValueError(
-                f"stride: must be from 1 to {most}, so that tiles of {height} x {width} leave no gaps (got {stride})"
-            )
+            raise ValueError(f"stride: must be from 1 to {most}, so that tiles leave no gaps (got {stride})")
         return cls((height, width), (stride, stride))
 
     @classmethod
     def side_by_side(cls, spec: ImageSpec) -> View:
-        """Return the view by tiles that do not overlap but at the borders. Raises `ValueError` for clips."""
+        """Return the view by tiles that overlap only at the borders. Raises `ValueError` for clips."""
         return replace(cls.of(spec, 1), stride=spec.size)
 
     @property
     def is_tiled(self) -> bool:
-        """Whether images are cut into tiles, and may be larger than one."""
         return self.stride is not None
 
     def sides(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -110,7 +104,6 @@ class View:
         return down, right
 
     def tiles(self, number: int, size: Sequence[int]) -> list[Tile]:
-        """Return the tiles of image `number`, which has this `size` (H, W), row by row."""
         tops, lefts = self.sides(size)
         return [Tile(number, top, left, self.centre((top, left), size)) for top in tops for left in lefts]
 
@@ -119,11 +112,10 @@ class View:
         return tuple((at + window / 2) / side for at, window, side in zip(corner, self.size, size, strict=True))
 
     def window(self, image: Any, top: int, left: int) -> Any:
-        """Return a window of a tensor or an array (..., H, W), which shares its memory."""
         return image[..., top : top + self.size[0], left : left + self.size[1]]
 
 
-def read_image(images: LazyImages, number: int, view: View) -> Tensor:
+def read_large(images: LazyImages, number: int, view: View) -> Tensor:
     """Return an image `(C, H, W)`, uint8 or float in [-1, 1]. Raises `ValueError` for one that is smaller than a
     tile."""
     pixels = images.read(number)
@@ -143,22 +135,21 @@ def cut(
     check_count(batch_size, "batch_size")
     windows, tiles = list[Tensor](), list[Tile]()
     for number in range(len(images)):
-        image = read_image(images, number, view)
+        image = read_large(images, number, view)
         every = view.tiles(number, image.shape[-2:])
-        for row in spread(len(every), most).tolist():
+        rows = spread_rows(len(every), most).tolist()
+        for row in rows:
             windows.append(to_float(view.window(image, every[row].top, every[row].left)))
             tiles.append(every[row])
-            if len(tiles) == batch_size:
+            is_last = row == rows[-1] and (not mixed or number == len(images) - 1)
+            if len(tiles) == batch_size or is_last:
                 yield torch.stack(windows), tiles
                 windows, tiles = [], []
-        if tiles and not mixed:
-            yield torch.stack(windows), tiles
-            windows, tiles = [], []
-    if tiles:
-        yield torch.stack(windows), tiles
 
 
-def paste(parts: Iterable[Tensor], sizes: Iterable[Sequence[int]], view: View, weights: Weights) -> Iterator[Tensor]:
+def paste(
+    parts: Iterable[Tensor], sizes: Iterable[Sequence[int]], view: View, weights: Literal["mean", "ramp", "last"]
+) -> Iterator[Tensor]:
     """Yield images or maps `(..., H, W)`, float32, of these `sizes` (H, W), of all their windows in the order of `cut`.
 
     parts: batches of windows `(B, ..., h, w)`, which may span images. weights: where windows overlap, take their
@@ -200,16 +191,14 @@ def side_weights(side: int, window: int, starts: Sequence[int]) -> Tensor:
     return torch.stack([ramp / total[start : start + window] for start in starts])
 
 
-# What is given of tiles ---------------------------------------------------------------------------
+# The given of tiles -------------------------------------------------------------------------------
 
 
 def list_place_columns(columns: Mapping[str, Column]) -> list[str]:
-    """Return the names of the columns that hold the place of a tile in its image."""
     return [name for name, column in columns.items() if getattr(column, "encoder", None) == PLACE]
 
 
 def check_places(given: Given) -> Given:
-    """Raise `ValueError` if columns that tiles fill in have values."""
     for name in list_place_columns(given.columns):
         if name in given.rows:
             raise ValueError(f"condition: {name}: is the place of each tile and found from it; leave it out")
@@ -217,7 +206,7 @@ def check_places(given: Given) -> Given:
 
 
 def give_places(given: Given, tiles: Sequence[Tile]) -> Given:
-    """Return what is given of tiles: the rows of their images, and their centres."""
+    """Return the given of tiles: the rows of their images, and their centres."""
     rows = given[torch.tensor([tile.image for tile in tiles], dtype=torch.long)]
     centres = torch.tensor([tile.centre for tile in tiles], dtype=torch.float32).view(-1, 2)
     return rows.with_rows(**dict.fromkeys(list_place_columns(given.columns), centres))
@@ -227,8 +216,8 @@ def give_places(given: Given, tiles: Sequence[Tile]) -> Given:
 
 
 def read_whole(source: Source, rows: Sequence[int], names: Sequence[str], spec: ImageSpec, hint: str) -> LazyImages:
-    """Return images of a source at their own size, which are read on access. Access raises `UserError` for a bad one,
-    with its name and the `hint`."""
+    """Return images of a source at their own size. Access raises `UserError` for a bad one, with its name and the
+    `hint`."""
 
     def read(number: int) -> Tensor:
         pixels = source.read(rows[number], spec)
@@ -259,7 +248,7 @@ def list_images(images: Any, spec: ImageSpec) -> LazyImages:
         refuse(images, spec)
     if not len(images):
         raise ValueError("expected at least one image")
-    return as_lazy(images, lambda image: convert_whole(image, spec))
+    return as_lazy(images, lambda image: convert_at_own_size(image, spec))
 
 
 def as_lazy(images: Any, convert: Callable[[Any], Tensor] = lambda image: image) -> LazyImages:
@@ -267,7 +256,7 @@ def as_lazy(images: Any, convert: Callable[[Any], Tensor] = lambda image: image)
     return LazyImages([f"image {k}" for k in range(len(images))], lambda k: convert(images[k]))
 
 
-def convert_whole(image: Any, spec: ImageSpec) -> Tensor:
+def convert_at_own_size(image: Any, spec: ImageSpec) -> Tensor:
     """Convert a single image at its own size to `(C, H, W)`, uint8 or float in [-1, 1]; see `list_images`."""
     if isinstance(image, Image.Image):
         return torch.from_numpy(decode_image(image, spec, least=OWN_SIZE).copy())
@@ -302,7 +291,7 @@ def encode_tiles(pipeline: ImagePipeline, images: Any, stride: int, *, batch_siz
     each image's tiles, `(rows, columns, *grid.shape)`. Tiles lie at every `stride` pixels and at the borders.
     `decode_tiles` inverts this."""
     view, several = View.of(pipeline.spec, stride), pipeline.list_images(images)
-    read = (read_image(several, number, view) for number in range(len(several)))
+    read = (read_large(several, number, view) for number in range(len(several)))
     return [encode_large(pipeline.tokenizer, image, view, batch_size) for image in read]
 
 
@@ -326,16 +315,11 @@ def decode_tiles(
     found = list[Any]()
     for number, (size, each) in enumerate(zip(sizes, tokens, strict=True)):
         if len(size) != 2 or size[0] < view.size[0] or size[1] < view.size[1]:
-            raise ValueError(
-                f"image {number}: expected a size (height, width) of at least {view.size} (got {tuple(size)})"
-            )
-        ids = as_tensor(each, pipeline.device)
+            raise ValueError(f"image {number}: its size must be at least {view.size} (got {tuple(size)})")
+        ids = to_tensor(each, pipeline.device)
         wanted = (*(len(starts) for starts in view.sides(size)), *pipeline.tokenizer.grid.shape)
         if tuple(ids.shape) != wanted:
-            raise ValueError(
-                f"image {number}: expected tokens of shape {wanted} for {size[0]} x {size[1]} pixels with stride "
-                f"{stride} (got {tuple(ids.shape)})"
-            )
+            raise ValueError(f"image {number}: expected tokens of shape {wanted} (got {tuple(ids.shape)})")
         image = decode_large(pipeline.tokenizer, ids, size, view, batch_size)
         found.append(pipeline.convert_images(image[None], output_type)[0])
     return found
@@ -343,11 +327,10 @@ def decode_tiles(
 
 def reconstruct_tiles(pipeline: ImagePipeline, images: Any, view: View, output_type: str, batch_size: int) -> list[Any]:
     """Return `decode_tiles(encode_tiles(images))`, one image after another."""
-    several = pipeline.list_images(images)
     check_output_type(output_type)
-    found = list[Any]()
+    several, found = pipeline.list_images(images), list[Any]()
     for number in range(len(several)):
-        image = read_image(several, number, view)
+        image = read_large(several, number, view)
         tokens = encode_large(pipeline.tokenizer, image, view, batch_size)
         decoded = decode_large(pipeline.tokenizer, tokens, image.shape[-2:], view, batch_size)
         found.append(pipeline.convert_images(decoded[None], output_type)[0])

@@ -12,7 +12,7 @@ from ..columns import format_of
 from ..images import ImageDataset
 from ..images.pictures import LATENT, grid_picture
 from ..processes.group import ALONE, ProcessGroup
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from ..tokens import TokenSplit
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def condition_picture(
     row of samples is below the rows of their grids, decoded, and of the real `images` of these rows, if given; all rows
     are full. The processes of the group share the sampling."""
     width = min(COLUMNS, count, len(split))
-    rows = spread(len(split), min(count, len(split)) // width * width)
+    rows = spread_rows(len(split), min(count, len(split)) // width * width)
     size = -(-len(rows) // group.world)
 
     def draw(start: int) -> Tensor:
         given = split.given[torch.from_numpy(rows[start : start + size])]
-        drawn = pipeline(condition=given, seed=seed + start, output_type=LATENT, progress=False).tokens
-        return pipeline.decode_batch(drawn, batch_size=64, progress=False).float().cpu()
+        tokens = pipeline(condition=given, seed=seed + start, output_type=LATENT, progress=False).tokens
+        return pipeline.decode_batch(tokens, batch_size=64, progress=False).float().cpu()
 
     samples = torch.cat(group.map(draw, range(0, len(rows), size)))
     given, spec, parts = split.given[torch.from_numpy(rows)], pipeline.spec, list[Tensor]()
@@ -48,5 +48,4 @@ def condition_picture(
         parts.append(format_of(name, pipeline.columns[name], tokenizer).draw(given.raw(name), spec))
     parts += [*([] if images is None else [images.batch(rows)]), samples]
     lines = zip(*(part.split(width) for part in parts), strict=True)
-    shown = torch.cat([line for lines_of_images in lines for line in lines_of_images])
-    return grid_picture(spec.picture(shown), width)
+    return grid_picture(spec.picture(torch.cat([line for row in lines for line in row])), width)

@@ -18,7 +18,7 @@ from tokenizer.spec import ImageSpec, to_float, to_uint8
 from ..images import ImageDataset
 from ..images.pictures import grid_picture
 from ..processes.group import ALONE, ProcessGroup
-from ..shuffling import spread
+from ..shuffling import spread_rows
 from .quality import ssim
 
 EVALUATED_PIXELS = 1 << 20  # limit on the pixels reconstructed at a time
@@ -36,9 +36,9 @@ def evaluate_reconstruction(
     model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE, ssim_images: int = 0
 ) -> dict[str, Any]:
     """Return mean PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` evenly spread images; and the
-    mean SSIM over `ssim_images` of them, unless that is 0."""
-    rows = spread(len(images), limit)
-    chosen = spread(len(rows), ssim_images)
+    mean SSIM over `ssim_images` of them, unless that is 0, with reconstructions of 8-bit images rounded to 8 bits."""
+    rows = spread_rows(len(images), limit)
+    chosen = spread_rows(len(rows), ssim_images)
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
     size = images_at_a_time(images.spec)
 
@@ -48,10 +48,11 @@ def evaluate_reconstruction(
         decoded = model.decode(tokens).float()  # bfloat16 under autocast
         ids.add_(torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size))
         found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
-        here = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
-        return {name: float(value) * len(batch) for name, value in found.items()}, some_ssim(
-            decoded, batch, here, images.spec.is_bytes
-        )
+        here, similar = chosen[(chosen >= start) & (chosen < start + len(batch))] - start, torch.empty(0)
+        if len(here):
+            some = decoded.cpu()[here]
+            similar = ssim(batch.cpu()[here], to_float(to_uint8(some)) if images.spec.is_bytes else some)
+        return {name: float(value) * len(batch) for name, value in found.items()}, similar
 
     parts = group.map(measure, range(0, len(rows), size))
     figures: dict[str, Any] = {name: sum(sums[name] for sums, _ in parts) / len(rows) for name in parts[0][0]}
@@ -69,7 +70,7 @@ def evaluate_pixel_bits(
     decoder has no likelihood."""
     if not model.has_likelihood:
         return {}
-    rows, size = spread(len(images), limit), images_at_a_time(images.spec)
+    rows, size = spread_rows(len(images), limit), images_at_a_time(images.spec)
 
     def measure(start: int) -> float:
         batch = images.batch(rows[start : start + size]).to(model.device)
@@ -77,15 +78,6 @@ def evaluate_pixel_bits(
 
     nats = -sum(group.map(measure, range(0, len(rows), size)))
     return {PIXEL_BITS: nats / (len(rows) * math.log(2) * math.prod(images.spec.shape))}
-
-
-def some_ssim(decoded: Tensor, images: Tensor, rows: np.ndarray, in_bytes: bool) -> Tensor:
-    """Return the SSIM `(n,)`, on the CPU, of these rows of a batch and their reconstructions, which are rounded to 8
-    bits if the images have 8."""
-    if not len(rows):
-        return torch.empty(0)
-    found = decoded.float().cpu()[rows]
-    return ssim(images.cpu()[rows], to_float(to_uint8(found)) if in_bytes else found)
 
 
 def list_prefix_decoders(model: Any) -> list[Callable[[Tensor], Tensor]]:
@@ -97,7 +89,6 @@ def list_prefix_decoders(model: Any) -> list[Callable[[Tensor], Tensor]]:
 
 
 def decode_first(model: Any, count: int, tokens: Tensor) -> Tensor:
-    """Decode the first `count` of `tokens` `(B, N)`."""
     return model.decode(tokens[:, :count])
 
 

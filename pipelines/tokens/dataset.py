@@ -9,7 +9,7 @@ job.json               the settings of `pipelines.encode`; missing if `TokenData
 manifest.json          sha256 and size of every file, written last
 
 The tokens of a `stochastic` split are grey values, uint8 (n, *grid.shape, k): the chances of each binary digit of an
-id, lowest first, to be 1. The ids are drawn on access.
+id, lowest first, to be 1. The ids are sampled on access.
 
 A small dataset is read into memory. A large one is memory-mapped, and rows are read from the disk on access."""
 
@@ -55,8 +55,8 @@ from .shards import (
     check_ids,
     check_labels,
     cut_shards,
+    join_columns,
     map_shard,
-    open_columns,
     pack_columns,
     shard_names,
     stored_grid,
@@ -77,10 +77,10 @@ class TokenDataset:
     """Tokens of images by split, written by `pipelines.encode` and read by `pipelines.train_prior`.
 
     `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
-    the unchanged images (of a stream, those of its shard). `columns`: what is known of the images of all splits, the
-    class first, as `label`; `condition_tokenizers`: the tokenizers of grids among them; `condition_sources`: facts
-    about the origin of each. `frequencies`: how often the classes occur in the training split; those of a folder that
-    has been loaded. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder."""
+    the unchanged images (of a stream, those of its shard). `columns`: of all splits, the class first, as `label`;
+    `condition_tokenizers`: of the grids among them; `condition_sources`: facts about the origin of each. Of a folder
+    that was loaded, `frequencies`: how often the classes occur in training; `digest`: sha256 of the manifest, and so of
+    every file."""
 
     grid: TokenGrid
     columns: Mapping[str, Column]
@@ -95,16 +95,13 @@ class TokenDataset:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes; empty without labels."""
         return class_names(self.columns)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 without labels."""
         return len(self.class_names)
 
     def of_columns(self, columns: Mapping[str, Column]) -> TokenDataset:
-        """Return the dataset with no other columns than these."""
         splits = {name: split.of_columns(columns) for name, split in self.splits.items()}
         tokenizers = {name: one for name, one in self.condition_tokenizers.items() if name in columns}
         counted = self.frequencies.of_columns(columns)
@@ -118,9 +115,9 @@ class TokenDataset:
         could not be loaded again: invalid names of splits, classes or columns, labels out of range, missing columns."""
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
         fingerprint = self.tokenizer.fingerprint()
-        drawn = [name for name, split in self.splits.items() if split.stochastic]
+        stochastic = [name for name, split in self.splits.items() if split.stochastic]
         facts = shards, self.source, self.augmentations, fingerprint
-        meta = Meta(self.grid, self.columns, *facts, dict(self.condition_sources), drawn)
+        meta = Meta(self.grid, self.columns, *facts, dict(self.condition_sources), stochastic)
         check_meta(meta, Path(META))
         check_tokenizers(meta, self.condition_tokenizers, CONDITIONS)
         for name, split in self.splits.items():
@@ -140,7 +137,7 @@ class TokenDataset:
     def to_datasets(self) -> datasets.DatasetDict:
         """Return one in-memory table of `datasets` for each split: `tokens` of the grid's shape in the smallest
         unsigned type, and each column by its name: a `ClassLabel`, a list of flags, numbers, or ids in which -1 is
-        null; None is null. Drawn tokens become one fixed draw."""
+        null; None is null. Stochastic tokens become a fixed sample."""
         return to_tables(self.splits, self.grid, self.columns)
 
     @classmethod
@@ -264,5 +261,5 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
                 raise IntegrityError(f"{path}: {error}") from error
     tokens = [file["tokens"] for file in files]
     found = MappedRows(tokens, partial(check_ids, grid.vocab_size), folder) if mapped else torch.cat(tokens)
-    given = Given(meta.columns, open_columns(files, meta.columns, folder, mapped), len(found))
+    given = Given(meta.columns, join_columns(files, meta.columns, folder, mapped), len(found))
     return TokenSplit(found, given, split in meta.stochastic)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-from pydantic import AfterValidator, BaseModel, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, PlainValidator, Strict, model_validator
 
 from prior.columns import LABEL, MAX_COLUMNS, ClassColumn, Column, names_problem, read_column
 from prior.given import Given
@@ -34,24 +34,24 @@ from ..files import FieldError, Text, Whole, validate
 from ..frequencies import FREQUENCIES, Frequencies
 from ..images.classes import is_printable
 from ..images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
-from .shards import map_shard, open_columns, shard_names, stored_grid
+from .shards import join_columns, map_shard, shard_names, stored_grid
 
 META, FORMAT_VERSION = "meta.json", 1
-CONDITIONS = "conditions"
-"""Folder of the tokenizers of grid columns."""
-TRAIN = "train"
-"""The split whose classes are counted."""
-SOURCE = "source"
-"""Key of a column's origin in `meta.json`."""
+CONDITIONS = "conditions"  # folder of the tokenizers of grid columns
+TRAIN = "train"  # the split whose classes are counted
+SOURCE = "source"  # key of a column's origin
 TOKEN_FOLDER = FolderKind(
     "a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta)
 )
 
 
+RowCount = Annotated[int, Strict(), Field(ge=0)]
+
+
 @dataclass(frozen=True)
 class Meta:
     """The contents of `meta.json`. `shards`: the number of rows of each file of each split, in order. `stochastic`: the
-    splits whose files hold grey values, from which ids are drawn on access."""
+    splits whose files hold grey values, from which ids are sampled on access."""
 
     grid: TokenGrid
     columns: Mapping[str, Column]
@@ -94,7 +94,6 @@ class Meta:
 
 
 def label_column(names: Sequence[str]) -> dict[str, Column]:
-    """Return the column of classes with these names; {} without classes."""
     return {LABEL: ClassColumn.numbered(len(names), names)} if names else {}
 
 
@@ -122,7 +121,7 @@ def count_classes(folder: Path, meta: Meta) -> Frequencies:
     columns = {name: column for name, column in meta.columns.items() if column.is_counted}
     grid, names = stored_grid(meta.grid, TRAIN in meta.stochastic), shard_names(TRAIN, len(sizes))
     files = [map_shard(folder / name, rows, grid, columns) for name, rows in zip(names, sizes, strict=True)]
-    rows = open_columns(files, columns, folder, mapped=True) if files else {}
+    rows = join_columns(files, columns, folder, mapped=True) if files else {}
     return Frequencies.count(Given(columns, rows, sum(sizes)))
 
 
@@ -137,24 +136,16 @@ def check_printable(name: str) -> str:
     return name
 
 
-def check_rows(found: Any) -> list[int]:
-    if not isinstance(found, list) or not found or not all(type(count) is int and count >= 0 for count in found):
-        raise ValueError(f"must be the number of rows of each file (found {quote(found)})")
-    return found
-
-
-def check_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
+def check_split_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
     if strange := [name for name in splits if not re.fullmatch(r"\w[\w-]*", name)]:
         raise ValueError(f"invalid name {quote(strange[0])} (letters, digits, _ and -)")
     return splits
 
 
-def read_conditions(found: Any) -> dict[str, tuple[Column, dict[str, Any]]]:
+def parse_conditions(found: Any) -> dict[str, tuple[Column, dict[str, Any]]]:
     """Parse columns by name, each with facts about its source. Raises `ValueError`, which names the column."""
-    if not isinstance(found, dict):
-        raise ValueError(f"should be a mapping (found {quote(found)})")
-    if len(found) > MAX_COLUMNS:
-        raise ValueError(f"at most {MAX_COLUMNS} columns are possible (found {len(found)})")
+    if not isinstance(found, dict) or len(found) > MAX_COLUMNS:
+        raise ValueError(f"should be a mapping of at most {MAX_COLUMNS} columns (found {quote(found)})")
     columns = {}
     for name, fields in found.items():
         try:
@@ -173,8 +164,6 @@ def read_conditions(found: Any) -> dict[str, tuple[Column, dict[str, Any]]]:
 
 
 class GridFields(BaseModel):
-    """A `TokenGrid`."""
-
     shape: list[Whole]
     vocab_size: Whole
     scales: list[list[Whole]] = []
@@ -182,7 +171,7 @@ class GridFields(BaseModel):
     channels: Whole = 0
 
     @model_validator(mode="after")
-    def is_a_grid(self) -> GridFields:
+    def _is_a_grid(self) -> GridFields:
         self.grid()
         return self
 
@@ -195,16 +184,15 @@ class MetaFile(BaseModel):
 
     grid: GridFields
     classes: list[Annotated[Text, AfterValidator(check_printable)]]
-    splits: Annotated[dict[str, Annotated[list[int], PlainValidator(check_rows)]], AfterValidator(check_names)]
+    splits: Annotated[dict[str, Annotated[list[RowCount], Field(min_length=1)]], AfterValidator(check_split_names)]
     source: dict[str, Any]
     augmentations: Whole
     tokenizer: Text
-    conditions: Annotated[dict[str, tuple[Column, dict[str, Any]]], PlainValidator(read_conditions)] = {}
+    conditions: Annotated[dict[str, tuple[Column, dict[str, Any]]], PlainValidator(parse_conditions)] = {}
     drawn: list[Text] = []
 
     @model_validator(mode="after")
-    def draws_digits(self) -> MetaFile:
-        """Raise `ValueError` for drawn splits that do not exist, or whose ids are not all those of some digits."""
+    def _draws_digits(self) -> MetaFile:
         if strange := [name for name in self.drawn if name not in self.splits]:
             raise ValueError(f"drawn: there is no split {quote(strange[0])}")
         if self.drawn and (self.grid.vocab_size < 2 or self.grid.vocab_size.bit_count() != 1):
@@ -234,7 +222,7 @@ def read_meta(folder: Path) -> Meta:
 
 
 def check_meta(meta: Meta, path: Path) -> None:
-    """Raise `FormatError` for contents that `read_meta` would reject in the file `path`."""
+    """Raise `FormatError` for contents that `read_meta` would refuse in the file `path`."""
     validate(MetaFile, meta.to_dict(), path)
 
 

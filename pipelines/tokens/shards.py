@@ -26,30 +26,26 @@ from tokenizer.base import smallest_type
 from tokenizer.files import FormatError, IntegrityError
 
 from ..files import atomic_file
-from ..shuffling import FIXED, draw_pixels, positions_of
+from ..shuffling import FIXED, Indices, draw_pixels, positions_of
 
 BATCH = 256  # rows encoded at a time by default; shards hold whole batches
 BATCHES = 4  # minimum number of batches in a shard
 PROCESSES = 16  # processes that can share a small split evenly
 ROWS_PER_SHARD = 1 << 12
 MAX_SHARDS = 4096  # maximum files of a dataset; a manifest of 1 MiB cannot list more
-GREY_VALUES = 256  # what files hold of tokens that are drawn on access
+GREY_VALUES = 256  # in files of stochastic tokens
 CHUNK = 1 << 14  # rows in memory at a time when a whole split is read
-PREFIX = "condition."
-"""Of the tensors of columns other than the label."""
-
-Indices = NDArray[np.int64] | Tensor | slice | list[int]
+PREFIX = "condition."  # of the tensors of columns other than the label
 
 
 def stored_grid(grid: TokenGrid, stochastic: bool) -> TokenGrid:
-    """Return the grid of a split's files. If its tokens are drawn, these are 256 grey values in place of each binary
-    digit of an id, along a last axis."""
+    """Return the grid of a split's files; of a stochastic one, 256 grey values for each binary digit of an id, along a
+    last axis."""
     digits = (grid.vocab_size - 1).bit_length()
     return replace(grid, shape=(*grid.shape, digits), vocab_size=GREY_VALUES) if stochastic else grid
 
 
 def bytes_per_row(grid: TokenGrid, columns: Mapping[str, Column]) -> int:
-    """Return the size of an image's tokens and columns on the disk, without its label."""
     others = [column for name, column in columns.items() if name != LABEL]
     sizes = (math.prod(column.shape) * column.stored_type.itemsize for column in others)
     return len(grid) * smallest_type(grid.vocab_size).itemsize + sum(sizes)
@@ -121,8 +117,8 @@ def write_shard(
         temporary.write_bytes(save(tensors, remarks))
 
 
-def read_header(path: Path) -> tuple[int, dict[str, str]]:
-    """Return the number of rows of a file, and the remarks in its header. Raises `FormatError` for an invalid file."""
+def read_shard_header(path: Path) -> tuple[int, dict[str, str]]:
+    """Return the number of rows of a file, and the remarks in its header. Raises `FormatError`."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_slice("tokens").get_shape()[0], file.metadata() or {}
@@ -142,10 +138,7 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 def map_shard(path: Path, rows: int, grid: TokenGrid, columns: Mapping[str, Column]) -> dict[str, Tensor]:
     """Return the tensors of a file: `tokens` and the stored columns by name, memory-mapped, and `label` in memory.
-
-    safetensors checks that the header accounts for every byte before it maps a file, so a truncated file raises an
-    error instead of a SIGBUS. Raises `FormatError` for an invalid file, `IntegrityError` for another grid and for
-    labels out of range."""
+    Raises `FormatError` for an invalid file, `IntegrityError` for another grid and for labels out of range."""
     others = {PREFIX + name: column for name, column in columns.items() if name != LABEL}
     tensors = read_tensors(path, ["tokens", "labels", *others])
     tokens, labels, classes = tensors.get("tokens"), tensors.pop("labels", None), columns.get(LABEL)
@@ -175,11 +168,11 @@ def check_labels(path: Path, labels: Tensor | None, classes: Column | None) -> N
         raise IntegrityError(f"{path}: labels must lie in [0, {count}), got {found}")
 
 
-def open_columns(
+def join_columns(
     parts: list[dict[str, Tensor]], columns: Mapping[str, Column], folder: Path, mapped: bool
 ) -> dict[str, Tensor | MappedRows]:
-    """Return the raw rows of all columns of mapped files: labels in memory, others `mapped` or, as they are stored, in
-    memory. Raises `IntegrityError` for values in memory that are not allowed."""
+    """Return the raw rows of all columns of mapped files: labels in memory, others `mapped` or in memory. Raises
+    `IntegrityError` for values in memory that are not allowed."""
     found = dict[str, Tensor | MappedRows]()
     for name, column in columns.items():
         shards = [part[name] for part in parts]
@@ -240,19 +233,18 @@ class MappedRows:
 
 
 def check_ids(vocab_size: int, ids: Tensor) -> Tensor:
-    most = int(ids.numpy().max(initial=0))
-    if most >= vocab_size:
+    if (most := int(ids.numpy().max(initial=0))) >= vocab_size:
         raise ValueError(f"found id {most}, ids must lie in [0, {vocab_size})")
     return ids
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `given`: what
-    else is known of each row. `given[rows]` reads it.
+    """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk, and what else
+    is `given` of each.
 
     stochastic: `tokens` (n, *grid.shape, k) are grey values from 0 to 255: the chances of each of the k binary digits
-    of an id, lowest first, to be 1. `rows` draws the ids."""
+    of an id, lowest first, to be 1. `rows` samples the ids."""
 
     tokens: Tensor | MappedRows
     given: Given
@@ -262,7 +254,7 @@ class TokenSplit:
         return len(self.tokens)
 
     def rows(self, indices: Indices, epochs: NDArray[np.int64] | int = 0, seed: int = FIXED) -> Tensor:
-        """Return the tokens of these rows, `(B, *grid.shape)` int64; if they are drawn, a function of (seed, epoch,
+        """Return the tokens of these rows, `(B, *grid.shape)` int64; stochastic ones are a function of (seed, epoch,
         row). epochs: (B,), or one for all. Raises `IndexError`."""
         if self.stochastic:
             wanted = positions_of(indices, len(self))
@@ -277,7 +269,7 @@ class TokenSplit:
         return torch.from_numpy(self.tokens.numpy()[wanted].astype(np.int64))
 
     def ids(self) -> Tensor | MappedRows:
-        """Return the tokens of all rows in a small unsigned type; if they are drawn, one fixed draw."""
+        """Return the tokens of all rows in a small unsigned type; of stochastic ones, a fixed sample."""
         if not self.stochastic:
             return self.tokens
         kind = smallest_type(1 << self.tokens.shape[-1])

@@ -25,20 +25,13 @@ if TYPE_CHECKING:
 TOKENS_COLUMN = "tokens"
 
 
-def table_features(grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.Features:
-    """Return the columns: `tokens` of the grid's shape in the smallest unsigned type, and what is known of images."""
-    import datasets
-
-    kind = str(smallest_type(grid.vocab_size)).removeprefix("torch.")
-    others = {name: format_of(name, column).feature() for name, column in columns.items()}
-    return datasets.Features({TOKENS_COLUMN: ids_feature(grid, kind), **others})
-
-
 def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.DatasetDict:
     """Convert every split to an in-memory `datasets.Dataset`; splits on the disk are read in chunks."""
     import datasets
 
-    features = table_features(grid, columns)
+    kind = str(smallest_type(grid.vocab_size)).removeprefix("torch.")
+    others = {name: format_of(name, column).feature() for name, column in columns.items()}
+    features = datasets.Features({TOKENS_COLUMN: ids_feature(grid, kind), **others})
 
     def table(split: TokenSplit) -> datasets.Dataset:
         parts = [datasets.Dataset.from_dict({name: [] for name in features}, features)]
@@ -58,9 +51,7 @@ def from_tables(
     """Convert tables to splits and all columns, the label among them. Raises `UserError` for missing columns, ids out
     of range, another shape, and labels that are not a `ClassLabel` or differ between tables."""
     if not isinstance(tables, Mapping):
-        raise UserError(
-            f"tables must be a mapping of splits, {{'train': ..., 'test': ...}} (got {type(tables).__name__})"
-        )
+        raise UserError(f"tables must be a mapping of splits to tables (got {type(tables).__name__})")
     names = {split: class_names_of(split, table, label) for split, table in tables.items()}
     if len(set(map(tuple, names.values()))) > 1:
         found = "; ".join(f"{split}: {', '.join(some) or 'none'}" for split, some in names.items())
@@ -69,7 +60,12 @@ def from_tables(
     for split, table in tables.items():
         if absent := [name for name in (tokens, *conditions) if name not in table.column_names]:
             raise UserError(f"{split}: no column {absent[0]!r}; columns: {', '.join(table.column_names)}")
-        rows = {LABEL: labels_of(split, table, label)} if label and names[split] else {}
+        rows = dict[str, Tensor]()
+        if label and names[split]:
+            labels = table.with_format(None)[label][:]
+            if bad := [row for row, value in enumerate(labels) if value is None or value < 0]:
+                raise UserError(f"{split}: {label}: missing in row {bad[0]}; filter such rows out, or pass label=None")
+            rows[LABEL] = torch.tensor(labels, dtype=torch.int64)
         rows |= {name: values_of(split, table, name, column) for name, column in conditions.items()}
         splits[split] = TokenSplit(tokens_of(split, table, tokens, tokenizer.grid), Given(columns, rows, len(table)))
     return splits, columns
@@ -82,18 +78,8 @@ def class_names_of(split: str, table: Any, label: str | None) -> list[str]:
         return []
     feature = table.features[label]
     if not isinstance(feature, datasets.ClassLabel):
-        raise UserError(
-            f"{split}: {label} has no class names ({type(feature).__name__}); make it a ClassLabel with "
-            f"class_encode_column({label!r}), or pass label=None"
-        )
+        raise UserError(f"{split}: {label} has no class names; use class_encode_column({label!r}), or label=None")
     return list(feature.names)
-
-
-def labels_of(split: str, table: Any, label: str) -> Tensor:
-    values = table.with_format(None)[label][:]
-    if bad := [row for row, value in enumerate(values) if value is None or value < 0]:
-        raise UserError(f"{split}: {label}: missing in row {bad[0]}; filter such rows out, or pass label=None")
-    return torch.tensor(values, dtype=torch.int64)
 
 
 def tokens_of(split: str, table: Any, column: str, grid: TokenGrid) -> Tensor:

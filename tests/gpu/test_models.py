@@ -57,8 +57,8 @@ def gradient_difference(found: nn.Module, expected: nn.Module) -> float:
 )
 def test_a_prior_agrees_with_the_cpu_forward_and_backward(name, training, device, elsewhere, compiler, monkeypatch):
     """Windows in training are computed by FlexAttention on a GPU, by tiles on the CPU."""
-    flexed, flex = [], masks.Window.flex
-    monkeypatch.setattr(masks.Window, "flex", lambda *given: flexed.append(1) or flex(*given))
+    flexed, flex = [], masks.AttentionWindow.flex
+    monkeypatch.setattr(masks.AttentionWindow, "flex", lambda *given: flexed.append(1) or flex(*given))
     expected, tokens, labels = make_prior(name), draw_tokens(make_prior(name), 6), torch.arange(6) % 4
     found = copy.deepcopy(expected.train(training)).to(device)
 

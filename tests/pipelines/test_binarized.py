@@ -33,7 +33,7 @@ from pipelines.images import DataConfig, load_images
 from pipelines.images.binarize import binarize
 from pipelines.metrics.likelihood import log_probs
 from pipelines.shuffling import draw_pixels
-from pipelines.tokens import TokenDataset, load_tokens
+from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from prior import Prior
 from tokenizer import Tokenizer
@@ -154,12 +154,6 @@ def test_preloaded_images_are_drawn_like_the_others(source):
         assert torch.equal(images.preload(some, ALONE).batch(range(3), epoch=epoch), images.batch(some, epoch=epoch))
 
 
-def test_settings_without_binarize_are_written_as_before():
-    assert (
-        "binarize" not in DataConfig().model_dump() and DataConfig(binarize="drawn").model_dump()["binarize"] == "drawn"
-    )
-
-
 # Images that users give
 
 HIDDEN = torch.ones(8, 8, dtype=torch.bool)
@@ -167,23 +161,16 @@ HIDDEN[4:] = False
 DOORS = {
     "encode": lambda pipe, images: pipe.encode(images),
     "reconstruct": lambda pipe, images: pipe.reconstruct(images, output_type="pt"),
-    "reconstruct by tiles": lambda pipe, images: pipe.reconstruct(images, stride=8, output_type="pt"),
     "encode_tiles": lambda pipe, images: pipe.encode_tiles(images, 8),
     "log_prob": lambda pipe, images: pipe.log_prob(images),
-    "bits_per_dim": lambda pipe, images: pipe.bits_per_dim(images),
     "conditional_log_prob": lambda pipe, images: pipe.conditional_log_prob(images, HIDDEN),
     "complete": lambda pipe, images: pipe.complete(images, HIDDEN, seed=0, output_type="pt").images,
-    "nll": lambda pipe, images: pipe.anomaly_score(images, "nll"),
     "joint": lambda pipe, images: calibrated(pipe).anomaly_score(images),
-    "p-values of tiles": lambda pipe, images: calibrated(pipe, 8).anomaly_score(images, p_values=True, stride=8),
     "anomaly_map": lambda pipe, images: pipe.anomaly_map(images),
     "combined map": lambda pipe, images: calibrated(pipe, 8).anomaly_map(images, method="combined", stride=8),
-    "map of tiles": lambda pipe, images: pipe.anomaly_map(images, stride=8),
     "heal": lambda pipe, images: calibrated(pipe).heal(images, draws=1).images,
     "calibrate": lambda pipe, images: pipe.calibrate(images, false_alarms=0.2).to_json(),
-    "calibrate by tiles": lambda pipe, images: pipe.calibrate(images, false_alarms=0.2, stride=8).to_json(),
     "embed": lambda pipe, images: pipe.embed(images),
-    "embed pixels": lambda pipe, images: pipe.embed(images, layer="pixels"),
     "compress": lambda pipe, images: pipe.compress(images),
     "compress by tiles": lambda pipe, images: pipe.compress(images, tile=True),
 }
@@ -329,15 +316,6 @@ def test_encoding_again_gives_the_same_bytes_in_batches_of_any_size(source, toke
     again = encode_images(source, tokenizer, tmp_path / "tokens", batch_size=64)
     for name in ("train", "test"):
         assert torch.equal(load_tokens(again).splits[name].tokens, load_tokens(drawn).splits[name].tokens)
-
-
-def test_augmented_training_images_stay_grey(source, tokenizer, tmp_path):
-    folder = encode_images(source, tokenizer, tmp_path / "tokens", augmentations=1, augment={"flip": True})
-    data = load_tokens(folder)
-    one, two = data.splits["train"].tokens.split(len(data.splits["train"]) // 2)
-    assert len(data.splits["test"]) == 60 and len(one.unique()) > 100
-    flipped = (two == one.flip(2)).flatten(1).all(1)
-    assert flipped.any() and ((two == one).flatten(1).all(1) | flipped).all()
 
 
 def test_a_thresholded_dataset_is_an_ordinary_one(source, tokenizer, tmp_path):
@@ -486,13 +464,9 @@ def test_a_thresholded_image_has_one_figure_without_a_deviation(source, tmp_path
     nats = -float(pipe.prior.log_prob(pipe.encode(images)).detach().double().mean())
     assert figures["nats_per_image"] == pytest.approx(nats, rel=1e-6)
     assert "draws" not in figures and "nats_per_image_deviation" not in figures and "draws" not in text
-    plain, _ = evaluate(save_again(tmp_path, source), "update_card=false")
-    assert "nats_per_image" not in plain and "bits_per_dim" in plain
-
-
-def save_again(tmp_path, source):
     save_pipeline(tmp_path / "plain", source, None)
-    return tmp_path / "plain"
+    plain, _ = evaluate(tmp_path / "plain", "update_card=false")
+    assert "nats_per_image" not in plain and "bits_per_dim" in plain
 
 
 def test_a_drawn_training_split_gives_the_baseline_of_frequencies(source, drawn, tmp_path):
@@ -506,17 +480,6 @@ def test_a_drawn_training_split_gives_the_baseline_of_frequencies(source, drawn,
     assert figures["marginal_bits_per_token"] == pytest.approx(nats / 64 / np.log(2), rel=1e-6)
 
 
-def test_a_dataset_made_by_hand_is_drawn_too(tmp_path):
-    tokenizer = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2)
-    grey = torch.full((30, 4, 4, 1), 200, dtype=torch.uint8)
-    splits = {"train": make_split(grey, stochastic=True), "test": make_split(torch.ones(3, 4, 4).long())}
-    TokenDataset(tokenizer.grid, {}, splits, tokenizer, {}).save(tmp_path / "tokens")
-    found = load_tokens(tmp_path / "tokens")
-    assert found.splits["train"].stochastic and not found.splits["test"].stochastic
-    with pytest.raises(ValueError):  # grey values are no ids
-        TokenDataset(tokenizer.grid, {}, {"train": make_split(grey)}, tokenizer, {}).save(tmp_path / "bad")
-
-
 # Bad input
 
 PIXELS = ["model.kind=pixels", "model.levels=2"]
@@ -527,11 +490,8 @@ PIXELS = ["model.kind=pixels", "model.levels=2"]
     [
         ([*PIXELS, "data.channels=3"], "binarize: needs grey images, channels=1 (got 3)"),
         ([*PIXELS, "data.dtype=uint16", "data.range=0,65535"], "binarize: needs 8-bit images"),
-        ([*PIXELS, "data.frames=2"], "binarize: images are not streamed"),
         ([*PIXELS, "data.crop=random"], "binarize: images are not streamed"),
         (["model.kind=pixels"], "needs the tokenizer pixels of 2 levels, this is pixels of 256 levels"),
-        (["model.kind=vqvae"], "needs the tokenizer pixels of 2 levels, this is vqvae"),
-        (["data.binarize=random"], "data.binarize"),
     ],
 )
 def test_images_that_cannot_be_binarized_are_refused_in_one_line(source, tmp_path, options, reason, capsys):
@@ -557,8 +517,9 @@ def test_other_tokenizers_do_not_take_binarized_images(source, tmp_path, verb, c
     assert "pixels of 2 levels, this is pixels of 4 levels" in fails(capsys, verb, *given)
 
 
-@pytest.mark.parametrize("preset", ["pixels_mnist_drawn", "pixels_mnist_8bit"])
-def test_a_preset_whose_data_is_not_there_is_one_line(preset, tmp_path, monkeypatch, capsys):
+def test_a_preset_whose_data_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    line = fails(capsys, "train_tokenizer", "--config", preset, f"out={tmp_path}/run", "data.source=nowhere/mnist")
+    line = fails(
+        capsys, "train_tokenizer", "--config", "pixels_mnist_drawn", f"out={tmp_path}/run", "data.source=nowhere/mnist"
+    )
     assert "nowhere/mnist" in line

@@ -178,25 +178,6 @@ def test_other_fractions_are_refused_with_the_remedy(world, capsys):
         assert "begin a new run" in text and len(text.splitlines()) == 1
 
 
-def test_a_damaged_file_is_one_line(world, capsys):
-    for folder, verb in (
-        ("t/tokenizer", ["reconstruct", f"tokenizer={world}/t", f"out={world}/r.png"]),
-        ("t", ["train_tokenizer", f"data.source={world}/src", *PIXELS, *DATA, *QUIET, f"out={world}/t"]),
-    ):
-        path = world / folder / "splits.json"
-        path.write_text(path.read_text().replace("held_out_below", "held_out"))
-        text = fails(capsys, *verb)
-        assert "splits.json: " in text and len(text.splitlines()) == 1
-
-
-def test_objects_where_there_are_none_are_one_line(world, capsys):
-    path = world / "t/tokenizer/splits.json"
-    path.write_text(path.read_text().replace('"image"', '"object"').replace('"path"', '"expression"'))
-    for verb in (["encode", f"out={world}/x"], ["reconstruct", f"out={world}/r.png"]):
-        text = fails(capsys, *verb, f"tokenizer={world}/t")
-        assert "splits.json: divides objects, named by an expression, but" in text and len(text.splitlines()) == 1
-
-
 def test_a_missing_file_is_one_line(world, capsys):
     """Without it the images would be divided as in 0.3."""
     (world / "t/tokenizer/splits.json").unlink()

@@ -30,17 +30,12 @@ FORMS = {
     "bool array": lambda mask: mask.numpy(),
     "flipped array": lambda mask: mask.flip(1).numpy()[:, ::-1],
     "bytes": lambda mask: (mask * 255).to(torch.uint8),
-    "bytes of 0 and 1": lambda mask: mask.to(torch.uint8).numpy(),
     "16 bits": lambda mask: mask.numpy().astype(np.uint16),
-    "floats": lambda mask: mask.float(),
     "with a channel": lambda mask: mask[:, None].float(),
     "pictures": lambda mask: [picture(one) for one in mask],
-    "pictures of colours": lambda mask: [picture(one, "RGB") for one in mask],
     "pictures of bits": lambda mask: [picture(one, "1") for one in mask],
-    "pictures of numbers": lambda mask: [picture(one).convert("I") for one in mask],
     "pictures of fractions": lambda mask: [Image.fromarray(one.float().numpy()) for one in mask],
     "list of arrays": lambda mask: list(mask.numpy()),
-    "list of tensors": lambda mask: list(mask),
 }
 
 
@@ -89,7 +84,6 @@ def test_a_mask_of_the_size_of_its_image_is_cropped_like_it():
         ([Image.new("L", (WIDTH, HEIGHT))] * 3, "mask.*got 3"),
         (torch.zeros(HEIGHT, WIDTH + 1), "mask.*shape"),
         (torch.full((HEIGHT, WIDTH), -1.0), "mask.*-1.0"),
-        (torch.full((HEIGHT, WIDTH), 255.0), "mask.*255.0"),
         (torch.full((HEIGHT, WIDTH), 300), "mask.*300"),
         (torch.full((HEIGHT, WIDTH), float("nan")), "mask.*nan"),
     ],

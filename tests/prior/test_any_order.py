@@ -160,34 +160,6 @@ def test_gpt_anneals_from_random_orders_to_its_own():
     assert make_prior("gpt").training_inputs(tokens, 0.5) == {}
 
 
-def test_queries_and_keys_rotate_by_the_cells_of_next_and_last_tokens():
-    """The query of rank r rotates by the cell of the r-th token, the key by that of the one before, the start's at
-    the start."""
-    model, order = make_prior("gpt", any_order=True), torch.tensor([7, 2, 11, 0, 1, 3, 4, 5, 6, 8, 9, 10])
-    table, rotations = model.rotations.table, model.make_rotations(order)
-    assert torch.equal(rotations[:, 0], table[order])
-    assert torch.equal(rotations[:, 1], table[[12, *order[:-1].tolist()]])
-    assert torch.equal(table[:, 0, 0], torch.tensor([row for row in [0, 1, 2] for _ in range(4)] + [-1]).float().cos())
-
-
-@every_model
-def test_orders_guidance_known_tokens_and_mixtures_go_together(name, orders):
-    model, labels = make(name), torch.arange(5) % 3
-    tokens, known = torch.randint(5, (5, 3, 4)), torch.rand(5, 3, 4) < 0.4
-    for settings in (
-        {"order": orders, "guidance_scale": 2.0},
-        {"order": orders, "tokens": tokens, "known": known, "top_p": 0.9},
-        {"num_orders": 3, "tokens": tokens, "known": known},
-        {"num_orders": 3, "guidance_scale": 0.5},
-        {"order": orders, "guidance_end": 3.0},
-    ):
-        drawn = model.sample(5, labels, generator=generators(5), **settings)
-        for path in ({"cache": False}, {"parallel": True}):
-            assert torch.equal(model.sample(5, labels, generator=generators(5), **path, **settings), drawn), settings
-        if "known" in settings:
-            assert torch.equal(drawn[known], tokens[known])
-
-
 def test_the_order_drawn_for_an_image_does_not_depend_on_what_is_known_of_others():
     model = make("gpt")
     tokens, known = draw_tokens(model, 8), torch.zeros(8, *model.grid.shape, dtype=torch.bool)

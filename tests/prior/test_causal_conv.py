@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from costs import all_steps
-from small import ORDERS, draw_tokens, encode, logits_of, make_prior, moved_by
+from small import ORDERS, draw_tokens, logits_of, make_prior, moved_by
 
 
 @pytest.mark.sparse
@@ -49,16 +48,3 @@ def test_forward_is_wavenet_by_definition():
         x = [h + block.out.weight[:width, :, 0] @ gate for h, gate in zip(x, gates, strict=True)] if width else x
     expected = torch.stack([model.head(torch.relu(model.hidden(torch.relu(skip)))) for skip in skips])
     assert (logits_of(model, tokens, torch.tensor([label]))[0, walk] - expected).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("rows", [1, 9])
-def test_steps_with_any_number_of_rows_and_kernel(rows):
-    """Weights are laid out by the number of rows; labels and the null class matter from the first position on."""
-    model = make_prior("causal_conv", order="hilbert", depth=3, max_dilation=4, kernel=3).double()
-    tokens, labels = torch.randint(5, (rows, 3, 4)), torch.arange(rows) % 4
-    for given in (labels, None):
-        steps = all_steps(model, tokens, given)  # with gradients on: a step is no part of training
-        assert not steps.requires_grad and (steps - logits_of(model, tokens, given)[:, model.order]).abs().max() < 1e-9
-    firsts = torch.cat([model.start(encode(model, 1, [label])).step(None) for label in range(4)])
-    assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-3
-    assert torch.equal(firsts[3:], model.start(encode(model, 1)).step(None))

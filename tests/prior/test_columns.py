@@ -20,16 +20,15 @@ from givens.columns import (
     VIEW,
     WIND,
     columns_of,
-    draw_values,
     equal,
     make_conditioned,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from small import encode, make_prior
+from small import make_prior
 
-from prior.columns import GridColumn, NumberColumn, names_problem, read_column
-from prior.condition_encoder import AreaResize, ConditionEmbedding, GridEncoder, fold, fold_factors
+from prior.columns import NumberColumn, names_problem, read_column
+from prior.condition_encoder import AreaResize, GridEncoder, fold, fold_factors
 from prior.transformer import reset
 from tokenizer import TokenGrid
 
@@ -101,12 +100,6 @@ def test_columns_are_stored_in_small_types(name):
         assert stored.is_contiguous() and equal(column.unpack(stored), some)
 
 
-def test_a_grid_of_256_ids_and_null_needs_two_bytes():
-    column = GridColumn(grid=TokenGrid((2,), 256))
-    stored = column.pack(torch.tensor([[255, -1]]))
-    assert stored.dtype == torch.uint16 and stored.tolist() == [[255, 256]]
-
-
 NOT_ALLOWED = [
     ("view", torch.tensor([3]), r"lie in \[0, 3\)"),
     ("tags", torch.full((1, 4), 7.0), r"flags must be 0 or 1 \(got 7\)"),
@@ -139,16 +132,13 @@ NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [
 @pytest.mark.parametrize(
     ("column", "key"),
     [
-        ({"kind": "words"}, "kind"),
         ({"kind": ["class"]}, "kind"),
         ({"kind": "class", "names": []}, "names"),
-        ({**NUMBER, "std": [0.0]}, "std"),
         ({**NUMBER, "std": [math.nan]}, "std"),
         ({**NUMBER, "extra": 1}, "extra"),
         ({**NUMBER, "low": [0.0, 1.0]}, "equally many"),
-        ({"kind": "angle", "size": 0}, "size"),
         ({"kind": "vector", "size": 1 << 20}, "size"),
-        *(({"kind": "grid", "grid": {"shape": [side, 3], "vocab_size": 4}}, "grid") for side in (0, 1 << 40)),
+        ({"kind": "grid", "grid": {"shape": [1 << 40, 3], "vocab_size": 4}}, "grid"),
     ],
 )
 def test_bad_columns_are_refused(column, key):
@@ -258,15 +248,3 @@ def test_the_encoder_keeps_its_initialization(name):
         assert weights[f"vectors.column_{column}.second.bias"].abs().max() == 0
     assert 0.8 < float(model.class_embedding.columns.weight.detach().std()) * 8**0.5 < 1.25
     assert float(model.class_embedding.weight.detach().std()) < 0.03
-
-
-def test_the_embedding_follows_the_order_of_each_image():
-    model = make_conditioned("gpt", "grid same")
-    embed, size = model.class_embedding, len(model.grid)
-    assert isinstance(embed, ConditionEmbedding)
-    encoded = encode(model, 3, None, {"outline": draw_values(model.columns["outline"], 3)})
-    orders, raster = torch.stack([torch.randperm(size) for _ in range(3)]), embed.at_positions(encoded)
-    for k in range(3):
-        assert torch.equal(embed.at_positions(encoded, orders)[k], raster[k, orders[k]])
-        assert torch.equal(embed.at_positions(encoded, orders[0])[k], raster[k, orders[0]])
-    assert torch.equal(embed.on_map(encoded, 4).flatten(1, 2), raster)

@@ -3,26 +3,20 @@
 Covers: prior/given.py, prior/columns.py, prior/base.py, prior/sampling.py, prior/parallel.py.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from costs import all_steps
 from frequencies import as_frequent
 from givens.columns import KINDS, draw_given, make_conditioned
-from givens.headed import HEADED, MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
+from givens.headed import MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
 from small import ANY_ORDER, PRIORS, draw_known, draw_tokens, generators
 
 from prior import Prior
-from prior.condition_encoder import Encoded
-from prior.orders import Partition
-from prior.pixelcnn_pp import halve
 from prior.sampling import choose_by_known, make_batch
 
 CONDITIONED = [name for name in MODELS if name != "marginal"]
 every_case = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CONDITIONED for kind in KINDS])
 every_model = pytest.mark.parametrize("name", CONDITIONED)
-every_plain_model = pytest.mark.parametrize("name", [name for name in CONDITIONED if name not in HEADED])
 IN_ORDERS = [(name, order, "some null") for name, order in MODELS_IN_ORDERS if name in CONDITIONED]
 LABELS = torch.tensor([0, 3, 1, 2, 3, 1])
 """Of six images, two of them without a class."""
@@ -155,31 +149,6 @@ def test_logits_see_earlier_blocks_and_the_whole_condition(name, kind):
             assert heard.all(), f"{column} does not reach {torch.nonzero(~heard).flatten().tolist()}"
 
 
-@every_model
-def test_the_map_is_added_at_the_position_that_is_predicted(name):
-    """A position's vector moves its own logits, and none of earlier blocks unless streams see to the right."""
-    model = make_conditioned(name, "grid same")
-    tokens, blocks, several = draw_tokens(model, 3), model.position_block_of, model.output_head.ids_per_position > 1
-    with torch.no_grad():
-        encoded = model.encode_given(draw_given(model, 3, "all", LABELS[:3]))
-        before = model(tokens, encoded)
-        for at in range(len(blocks)):
-            changed = encoded.map.clone()
-            changed[:, at] += torch.randn(3, encoded.map.shape[-1])
-            moved = (model(tokens, replace(encoded, map=changed)) - before).abs().amax((0, 2)) > 1e-12
-            moved = moved[model.position_cells].any(1) if several else moved
-            assert moved[at]
-            if name.partition(",")[0] not in ("masked", "gated_pixelcnn", "pixelcnn_pp"):
-                assert not moved[blocks < blocks[at]].any()
-            if "made" in name:
-                assert int(moved.sum()) == 1
-
-
-def test_coarser_stages_of_pixelcnn_pp_see_every_other_row_and_column():
-    at = torch.arange(15.0)[None, :, None]
-    assert halve(Encoded(LABELS[:1], at[:, 0], at), 5).map.flatten().tolist() == [0, 2, 4, 10, 12, 14]
-
-
 @pytest.mark.sparse
 @every_case
 def test_frequencies_match_the_conditional_density(name, kind):
@@ -223,23 +192,6 @@ def test_any_order_and_mixtures_are_densities_and_paths_agree(name, kind):
         assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2]), settings
 
 
-@pytest.mark.parametrize("kind", ["grid multiple", "all"])
-@pytest.mark.parametrize("name", ["blocks", "masked"])
-def test_blocks_of_a_request_are_densities(name, kind):
-    model = make_conditioned(name, kind, "rows", tiny=True, **ANY_ORDER[name])
-    grids, given = all_grids(model.grid), draw_given(model, 3, kind)
-    tokens, orders = draw_tokens(model, 3), torch.stack([torch.randperm(6) for _ in range(3)])
-    for order in (None, "diagonal", Partition(orders[0], (1, 3, 2)), Partition(orders, (1, 3, 2))):
-        path = model.to_partition(order)
-        with torch.no_grad():
-            whole = model(tokens, model.encode_given(given), **model.order_inputs(path))
-            whole = whole.take_along_dim(path.order.expand(3, -1)[..., None], 1)
-            assert (all_steps(model, tokens, order=order, condition=given) - whole).abs().max() < 1e-9
-            if path.order.ndim == 1:
-                rows = given[:1].expand(len(grids))
-                assert abs(float(model.log_prob(grids, order=order, condition=rows).exp().sum()) - 1) < 1e-9
-
-
 def test_orders_are_chosen_in_proportion_to_known_tokens_given_the_condition():
     model = make_conditioned("gpt", "grid same", **ANY_ORDER["gpt"])
     known, tokens = draw_known(model, 1, 0.5).expand(100, -1, -1), draw_tokens(model, 1).expand(100, -1, -1)
@@ -251,37 +203,6 @@ def test_orders_are_chosen_in_proportion_to_known_tokens_given_the_condition():
         with torch.no_grad():
             chosen.append(choose_by_known(model, batch, candidates, model.blocks))
     assert not torch.equal(*chosen)
-
-
-@pytest.mark.parametrize("kind", ["numbers", "grid multiple", "some null"])
-def test_masks_of_made(kind):
-    model = make_conditioned("made", kind, tiny=True, connectivity_agnostic=True, hidden=(24, 20))
-    grids, given = all_grids(model.grid), draw_given(model, 4, kind)
-    with torch.no_grad():
-        rows = given[:1].expand(len(grids))
-        assert abs(float(model.log_prob(grids, num_masks=3, condition=rows).exp().sum()) - 1) < 1e-9
-    guided = {"num_masks": 3, "guidance_scale": 2.0}
-    drawn = [
-        model.sample(4, condition=given, generator=generators(4), **guided, **path)
-        for path in ({}, {"cache": False}, {"parallel": True})
-    ]
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
-    assert torch.equal(drawn[0][2:3], model.sample(1, condition=given[2:3], generator=generators(4)[2], **guided))
-
-
-@pytest.mark.parametrize("settings", [{"steps": 3}, {"steps": 4, "confidence_temperature": 0.0}, {"exact": False}])
-def test_schedules_and_bounds_of_masked(settings):
-    model = make_conditioned("masked", "all")
-    model.exact = settings.get("exact", True)
-    given, tokens = draw_given(model, 4, "all"), draw_tokens(model, 4)
-    settings = {key: value for key, value in settings.items() if key != "exact"}
-    plain, guided = (
-        model.sample(4, condition=given, generator=generators(4), guidance_scale=scale, **settings)
-        for scale in (1.0, 5.0)
-    )
-    assert not torch.equal(plain, guided)
-    with torch.no_grad():
-        assert (model.log_prob(tokens, condition=given) - model.log_prob(tokens)).abs().min() > 1e-6
 
 
 # Training and precision
@@ -301,31 +222,3 @@ def test_every_weight_of_the_encoder_learns(name, bf16):
     loss.backward()
     still = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not [key for key in still if "condition_encoder" in key or "columns" in key]
-
-
-@every_plain_model
-def test_weights_may_be_bfloat16(name):
-    model = make_conditioned(name, "all").bfloat16()
-    given = draw_given(model, 4, "some null")
-    for path in ({}, {"cache": False}, {"parallel": True}):
-        drawn = model.sample(4, condition=given, guidance_scale=2.0, generator=generators(4), **path)
-        assert drawn.min() >= 0 and drawn.max() < model.grid.vocab_size
-    assert model.log_prob(drawn, condition=given).isfinite().all()
-
-
-def test_save_and_load(tmp_path):
-    model = make_conditioned("gpt", "all").float()
-    tokens, given = draw_tokens(model, 3), draw_given(model, 3, "all")
-    model.save_pretrained(tmp_path / "prior")
-    loaded = Prior.from_pretrained(tmp_path / "prior")
-    assert loaded.columns == model.columns and loaded.fingerprint() == model.fingerprint()
-    assert torch.equal(loaded.log_prob(tokens, condition=given), model.log_prob(tokens, condition=given))
-
-
-@every_plain_model
-def test_features_depend_on_the_condition(name):
-    model = make_conditioned(name, "all")
-    tokens, given = draw_tokens(model, 3), draw_given(model, 3, "all")
-    found, null = model.features(tokens, condition=given), model.features(tokens)
-    assert found.shape == null.shape and not torch.equal(found, null)
-    assert model.log_prob(tokens[:0], condition=given[:0]).shape == (0,)

@@ -7,16 +7,14 @@ import math
 
 import pytest
 import torch
-from givens.headed import HEADED, HEADS, TOGETHER, make_model
-from small import PRIORS, draw_tokens
+from givens.headed import HEADED, make_model
+from small import draw_tokens
 
-from prior import Prior
 from prior.heads import (
     FLOOR,
     Depth,
     DepthConfig,
     Head,
-    IdEmbedding,
     Logistic,
     LogisticConfig,
     Softmax,
@@ -29,21 +27,6 @@ from tokenizer import TokenGrid
 every_headed = pytest.mark.parametrize("name", HEADED)
 
 
-def test_every_head_is_found():
-    assert Head.available() == ["depth", "logistic"] == sorted(HEADS)
-    assert {kind for kind in PRIORS if Prior.find(kind).Config.takes_positions} >= set(TOGETHER)
-
-
-@every_headed
-def test_the_ids_of_a_position_see_the_same_other_positions_and_each_its_earlier_ids(name):
-    model = make_model(name)
-    field = model.receptive_field
-    for own in model.grid.cells:
-        others = torch.ones(len(field), dtype=torch.bool).index_fill(0, own, False)
-        assert field[own][:, own].equal(torch.ones(len(own), len(own)).tril(-1).bool())
-        assert (field[own][:, others] == field[own[0], others]).all()
-
-
 @every_headed
 def test_a_gradient_reaches_every_weight(name):
     model = make_model(name, std=0.1).train()
@@ -51,15 +34,6 @@ def test_a_gradient_reaches_every_weight(name):
     model.loss(tokens, labels, progress=0.5).backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     assert [name for name in still if "nothing" not in name] == []
-
-
-@pytest.mark.parametrize("together", [1, 3])
-def test_an_embedding_of_rows_is_the_sum_of_the_levels_tables(together):
-    grid = TokenGrid((3, 2), 4, levels=together)
-    table, ids = IdEmbedding(grid, together, 5), torch.randint(4, (6, together))
-    expected = sum(table.weight[level * 4 + ids[:, level]] for level in range(together))
-    assert torch.allclose(table(ids), expected)
-    assert torch.allclose(table.embed_rows(ids if together > 1 else ids[:, 0]), expected)
 
 
 # Heads alone
@@ -183,14 +157,6 @@ def test_tables_sum_to_one_and_hold_what_single_values_have(size, channels):
     tables = head.logits(outputs, ids)
     assert (tables.exp().sum(-1) - 1).abs().max() < 1e-9
     assert (tables.gather(-1, ids[..., None])[..., 0] - head.log_probs(outputs, ids)).abs().max() < 1e-9
-
-
-def test_float32_is_as_exact_as_its_numbers():
-    head, generator = make_logistic(3), torch.Generator().manual_seed(0)
-    outputs, ids = 4 * torch.randn(64, head.size, generator=generator), torch.randint(VALUES, (64, 3))
-    exact = head.logits(outputs.double(), ids)
-    assert (head.float().logits(outputs, ids) - exact).abs().max() < 2e-3
-    assert (head.logits(outputs.bfloat16(), ids) - head.logits(outputs.bfloat16().float(), ids)).abs().max() == 0
 
 
 def test_channels_share_the_components():

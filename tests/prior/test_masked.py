@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import draw_known, draw_tokens, generators, logits_of, make_prior
 
-from prior.masked import SCHEDULES, MaskedOptions, bound_masks, still_masked
+from prior.masked import SCHEDULES, MaskedOptions, bound_masks
 
 examples = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -180,19 +180,13 @@ def test_a_step_is_a_pass_that_keeps_known_tokens_and_sees_them(schedule, steps,
 
 @examples
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 64), st.lists(st.integers(1, 1024), min_size=1, max_size=9))
-def test_a_step_reveals_as_many_tokens_by_confidence_as_along_an_order(schedule, steps, numbers):
-    """For several images at once and for each alone; an even schedule reveals the same number in each step."""
-    unknown = torch.tensor(numbers)
-    options, left, by_step = MaskedOptions(steps=steps, schedule=schedule), unknown, []
-    for share, _ in options.passes():
-        still = still_masked(left, unknown, share)
-        by_step.append(left - still)
-        left = still
-    assert not left.any()
-    for number, sizes in zip(numbers, torch.stack(by_step, 1).tolist(), strict=True):
-        assert tuple(size for size in sizes if size) == options.sizes(number)
-        assert schedule != "linear" or number % steps or sizes == [number // steps] * steps
-        assert int(options.last_size(torch.tensor([number]))) == options.sizes(number)[-1]
+def test_each_step_reveals_tokens_until_none_is_left(schedule, steps, numbers):
+    """An even schedule reveals the same number in each step."""
+    masked = MaskedOptions(steps=steps, schedule=schedule).masked_before_steps(torch.tensor(numbers))
+    sizes = -masked.diff(dim=0)
+    assert masked[0].tolist() == numbers and not masked[-1].any() and ((sizes > 0) | (masked[:-1] == 0)).all()
+    for number, each in zip(numbers, sizes.t().tolist(), strict=True):
+        assert schedule != "linear" or number % steps or each == [number // steps] * steps
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "top_k": 4}, {"guidance_end": 3.0}])

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from costs import all_steps, flops, saved_elements
 from small import ORDERS, draw_tokens, logits_of, make_prior, moved_by
 from torch.nn.attention.flex_attention import flex_attention
 
 from prior import masks
-from prior.masks import Window
 from prior.orders import make_order
 
 SHAPE, CLIP = (5, 6), (3, 2, 5)  # 30 cells each
@@ -84,24 +82,8 @@ def test_tiles_and_rule_are_the_definition(case):
             found[rank, window.keys[tile, window.mask[tile, query]]] = True
         assert found.equal(expected)
         assert window.mask.any(-1).all(), "a softmax over nothing"
-        memory = layer.window.memory
+        memory = layer.window.key_slots
         assert torch.equal(expected.sum(1), torch.tensor(memory.counts))
-
-
-@pytest.mark.sparse
-@every_tile
-@every_case
-def test_tiles_attend_as_one_dense_mask_does(case):
-    """Values and gradients."""
-    window = case.model().layers[0].window
-    q, k, v = (torch.randn(2, 30, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    ranks = torch.arange(30)
-    mask = window.rule()(ranks[:, None], ranks)
-    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
-    found, weights = window.attend(q, k, v), torch.randn(2, 30, 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(found, dense)
-    gradients = [torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (found, dense)]
-    torch.testing.assert_close(*gradients)
 
 
 @every_case
@@ -155,8 +137,8 @@ def window_of(side, window, dilation=1):
 def test_sampling_stores_only_what_later_steps_see(dilation):
     """In raster order the rows above and the row so far; each step reads its window and the start."""
     window = window_of(20, (3, 2), dilation)
-    assert window.memory.size <= dilation * (3 * 20 + 2) + 2
-    assert max(window.memory.counts) == 1 + 3 * 5 + 2
+    assert window.key_slots.size <= dilation * (3 * 20 + 2) + 2
+    assert max(window.key_slots.counts) == 1 + 3 * 5 + 2
 
 
 def test_a_pass_grows_with_the_positions_not_with_their_square():
@@ -167,15 +149,3 @@ def test_a_pass_grows_with_the_positions_not_with_their_square():
         kept = saved_elements(lambda: window.attend(q.requires_grad_(), k, v))  # noqa: B023
         costs.append((flops(lambda: window.attend(q, k, v)), kept))  # noqa: B023
     assert all(large < 5 * small for small, large in zip(*costs, strict=True))
-
-
-def test_a_window_is_built_from_any_times_and_places():
-    """As `blocks` needs it: queries in raster order that see earlier blocks, and a start."""
-    cells, block = torch.cartesian_prod(torch.arange(4), torch.arange(5)), torch.arange(20) % 3
-    targets = torch.cat([block[:, None], cells], 1)
-    sources = torch.cat([torch.tensor([[-1, 0, 0]]), targets])
-    window, (q, k, v) = Window(targets, sources, (1, 2)), torch.randn(3, 2, 21, 2, 4)
-    far = (cells[:, None] - cells).abs() > torch.tensor([1, 2])
-    mask = F.pad(~far.any(-1) & (block < block[:, None]), (1, 0), value=True)
-    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[:, 1:], k, v)), attn_mask=mask)
-    torch.testing.assert_close(window.attend(q[:, 1:], k, v), expected.transpose(1, 2))

@@ -10,7 +10,7 @@ from costs import all_steps
 from small import encode, logits_of, make_prior
 from torch import nn
 
-from prior.layers import MaskedConv, RowCache
+from prior.layers import MaskedConv
 
 BOTH = ("pixelcnn", "gated_pixelcnn")
 both = pytest.mark.parametrize("name", BOTH)
@@ -58,13 +58,6 @@ def test_receptive_field_is_what_gradients_reach(name, depth, shape):
     assert torch.equal(model.receptive_field, expected)
 
 
-@both
-@pytest.mark.parametrize(("first_kernel", "kernel"), [(5, 3), (3, 5)])
-def test_receptive_field_follows_the_kernels(name, first_kernel, kernel):
-    model = make_prior(name, shape=(9, 10), depth=1, first_kernel=first_kernel, kernel=kernel)
-    assert torch.equal(model.receptive_field, seen_by_gradients(positive(model)))
-
-
 def test_a_blind_spot_is_cured_by_no_depth_and_the_gated_one_has_none_once_depth_allows():
     earlier = torch.ones(64, 64).tril(-1).bool()
     assert not torch.equal(make_prior("pixelcnn", shape=(8, 8), depth=20).receptive_field, earlier)
@@ -90,25 +83,6 @@ def test_masked_conv_is_the_published_one(size, sees_itself):
     expected = F.conv2d(x.movedim(-1, 1), whole * mask, conv.bias, padding=half).movedim(1, -1)
     assert torch.allclose(conv(x), expected, atol=1e-12)
     assert len(conv.taps) == int(mask.sum())
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("size", "sees_itself"), [(3, True), (3, False), (7, True), (5, False)])
-def test_row_cache_is_the_convolution(rows, size, sees_itself):
-    """More rows than the kernel is high, and a grid narrower than it."""
-    conv = MaskedConv(2, 3, size, sees_itself=sees_itself).double()
-    nn.init.normal_(conv.bias)
-    for height, width in ((9, 6), (9, 2), (1, 1)):
-        x, bias = torch.randn(rows, height, width, 2).double(), torch.randn(rows, 3).double()
-        cache, read = RowCache(conv, width, bias), torch.empty(rows, height, width, 3).double()
-        for row in range(height):
-            cache.start_row()
-            for column in range(width):
-                if sees_itself:
-                    cache.cells[column].copy_(x[:, row, column])
-                read[:, row, column] = cache.read(column)
-                cache.cells[column].copy_(x[:, row, column])
-        assert (read - conv(x) - bias[:, None, None]).abs().max() < 1e-12
 
 
 # Sampling

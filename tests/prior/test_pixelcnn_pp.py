@@ -10,8 +10,6 @@ from torch import nn
 
 from prior import Prior
 from prior.condition_encoder import Encoded
-from prior.layers import CausalConv2d, RowCache, WholeRows, see
-from prior.pixelcnn_pp import Grow
 from tokenizer import TokenGrid
 
 KIND = "pixelcnn_pp"
@@ -119,25 +117,6 @@ def test_published_size():
 # What is seen
 
 
-def test_coarser_stages_see_farther():
-    seen = [int(make_prior(KIND, (28, 28), stages=stages).receptive_field.sum()) for stages in (1, 2, 3)]
-    assert 2 * seen[0] < seen[1] < seen[2] == max(seen)
-    missing = torch.ones(784, 784).tril(-1).bool() & ~make_prior(KIND, (28, 28), stages=3, depth=3).receptive_field
-    here, there = missing.nonzero().t() // 28
-    assert set((here - there).tolist()) == {0, 1}, "all but the far ends of the row at hand and the one above"
-
-
-@every_stages
-def test_every_part_is_used(stages):
-    """A gradient reaches each weight: of each way, each short-cut, each resolution; of each tap, too."""
-    model = make_prior(KIND, (9, 10), stages=stages).double()
-    logits_of(model, draw_tokens(model, 8), torch.arange(8) % 4).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad.flatten(2) if parameter.ndim > 2 else parameter.grad).abs().sum() > 0, name
-        assert parameter.ndim < 4 or (parameter.grad.abs().sum((0, 1)) > 0).all(), name
-    assert sum("coarser.stage.down" in name for name, _ in model.named_parameters()) > 0 or stages == 1
-
-
 # What is put in
 
 
@@ -181,43 +160,3 @@ def test_steps_are_the_forward_pass(stages, rows, shape):
 
 
 # The parts
-
-
-@pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
-@pytest.mark.parametrize("shape", [(1, 1), (4, 6), (5, 7)])
-def test_a_stride_leaves_rows_and_columns_out(columns, shape):
-    conv, every = (CausalConv2d(2, 3, (-1, 0), columns, stride=stride).double() for stride in (2, 1))
-    every.load_state_dict(conv.state_dict())
-    x, bias = torch.randn(2, *shape, 2).double(), torch.randn(2, 3).double()
-    expected = every(x)[:, ::2, ::2]
-    assert torch.allclose(conv(x), expected)
-    rows, cache = WholeRows(conv, shape[1], bias), RowCache(conv, shape[1], bias)
-    for row in range(shape[0]):
-        rows.next_row().copy_(x[:, row].transpose(0, 1))
-        if row % 2 == 0:
-            found = (rows.read() - bias).transpose(0, 1)
-            assert torch.allclose(found, expected[:, row // 2])
-            cache.start_row()
-        for column in range(shape[1] if columns[1] == 0 else 0):
-            cache.cells[column].copy_(x[:, row, column])
-            if row % 2 == column % 2 == 0:
-                assert torch.allclose(cache.read(column // 2) - bias, expected[:, row // 2, column // 2])
-
-
-@pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
-@pytest.mark.parametrize("size", [(4, 6), (5, 7), (5, 6)])
-def test_growing_is_the_transpose_of_a_stride(columns, size):
-    """<grow(x), y> = <x, shrink(y)> except for the bias."""
-    grow, (height, width) = Grow(3, columns).double(), size
-    nn.init.zeros_(grow.conv.bias)
-    half = -(-height // 2), -(-width // 2)
-    x, y = torch.randn(1, *half, 3).double(), torch.randn(1, height, width, 3).double()
-    left, right_side = columns[1], 1  # the transpose looks down, and to the other side
-    padded = F.pad(y.movedim(-1, 1), (left, 1 + right_side, 0, 1))[:, :, :, : 2 * half[1] + left + right_side]
-    shrunk = F.conv2d(padded, grow.conv.weight, stride=2)[:, :, : half[0], : half[1]]
-    assert torch.allclose((grow(x, *size) * y).sum(), (x.movedim(-1, 1) * shrunk).sum())
-    field = torch.eye(half[0] * half[1]).bool().view(*half, -1)
-    nn.init.ones_(grow.conv.weight)
-    reached = grow(torch.eye(len(field.flatten(0, 1))).double().view(-1, *half, 1).expand(-1, -1, -1, 3), *size)
-    assert torch.equal(grow.see(field, *size), reached[..., 0].movedim(0, -1) > 0.5)
-    assert see(field, [(0, 0)]).equal(field)

@@ -50,19 +50,6 @@ def test_residual_layer_by_definition(kernel):
     assert (found - (x + content * gate.sigmoid())).abs().max() < 1e-12
 
 
-def test_the_first_position_attends_to_nothing():
-    """It has no earlier token, yet its output is finite and does not depend on later ones."""
-    model = make_prior("pixelsnail")
-    attention = model.layers[0].attention
-    found = attention(torch.randn(3, 12, 5), torch.randn(3, 12, 8), model.background)
-    nothing = attention.nothing.view(2, 12)[:, 4:].flatten()
-    assert found.isfinite().all() and torch.allclose(found[:, 0], nothing.expand(3, -1))
-    only = make_prior("pixelsnail", shape=(1, 1))
-    assert only(torch.zeros(2, 1, 1, dtype=torch.long)).isfinite().all()
-    with torch.inference_mode():
-        assert only.next_logits(only.start(only.encode_nothing(1)), None).isfinite().all()
-
-
 SIZES = [{}, {"residual": 1, "kernel": 5}, {"residual": 3, "heads": 1, "key": 8, "depth": 1}]
 
 

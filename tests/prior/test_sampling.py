@@ -14,15 +14,15 @@ import pytest
 import torch
 import tqdm
 from frequencies import as_frequent
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import ANY_ORDER, draw_tokens, generators, make_prior
 from torch import Tensor
 
 from prior.masked import MaskedOptions
-from prior.noise import TOKEN_NOISE, TokenNoise, draw_keys, gumbel_noise
+from prior.noise import TOKEN_NOISE, draw_keys, gumbel_noise
 from prior.options import GREEDY, DecodingOptions, SamplingOptions, likeliest
-from prior.sampling import progress_bar
+from prior.sampling import show_progress
 
 examples = settings(deadline=None, max_examples=100, derandomize=True)
 
@@ -82,15 +82,6 @@ def test_settings_are_given_as_values_or_as_keywords(kind, settings, decoding):
 # The course of guidance
 
 
-def test_guidance_goes_from_the_unconditional_logits_through_the_conditional_ones():
-    logits, guiding = torch.randn(4, 3, 5), SamplingOptions(guidance_scale=2.0)
-    with_label, without = logits.chunk(2)
-    assert SamplingOptions().guide(logits, 3.0) is logits
-    for scale in (0.0, 1.0, 2.5, torch.tensor([0.0, 1.0, 3.0]), torch.tensor([[0.0], [1.0]])):
-        by = scale[..., None] if isinstance(scale, Tensor) else scale
-        torch.testing.assert_close(guiding.guide(logits, scale), without + by * (with_label - without))
-
-
 numbers = st.floats(0, 8)
 powers = st.none() | st.floats(0.25, 200)
 
@@ -144,15 +135,6 @@ def test_tokens_have_the_frequencies_of_what_the_filters_allow(top_k, top_p, tem
     assert as_frequent(drawn, (logits / temperature).masked_fill(out, -torch.inf).softmax(0))
 
 
-@examples
-@given(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=9), st.floats(0.01, 0.99))
-def test_the_likeliest_ids_up_to_a_mass(logits, mass):
-    shares = torch.tensor(logits).double().sort(descending=True).values.softmax(0).cumsum(0)
-    assume((shares - mass).abs().min() > 1e-9)
-    found = likeliest(torch.tensor(logits), mass)
-    assert set(found.nonzero()[:, 0].tolist()) == allowed(logits, None, mass)
-
-
 def test_the_likeliest_ids_at_ties():
     assert likeliest(torch.zeros(3), 0.5).tolist() == [True, True, False], "of equal ones the first"
     assert likeliest(torch.tensor([0.0, -torch.inf, 0.0]), 1.0).tolist() == [True, False, True]
@@ -172,8 +154,8 @@ PATHS = [{}, {"cache": False}, {"parallel": True}]
 
 
 @pytest.mark.sparse
-@pytest.mark.parametrize("vocab_size", [2, 3, 8, 16, 33, 257, 600])
-@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-7])
+@pytest.mark.parametrize("vocab_size", [2, 33, 600])
+@pytest.mark.parametrize("temperature", [0.0, 1e-7])
 def test_the_first_of_equal_ids_is_taken(vocab_size, temperature):
     model, labels = flat(vocab_size), torch.arange(5) % 3
     for path, more in itertools.product(PATHS, ({}, {"guidance_scale": 2.0}, {"top_k": 2}, {"top_p": 0.5})):
@@ -219,16 +201,6 @@ def test_an_id_whose_logit_is_minus_infinity_is_never_drawn(settings):
         assert "temperature" in settings or "top_k" in settings or as_frequent(drawn.flatten(), expected)
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "steps": 2}], ids=str)
-def test_an_id_that_a_network_rules_out_is_never_drawn(settings):
-    model, labels = make_prior("masked", vocab_size=5), torch.arange(20) % 3
-    model.head.register_forward_hook(
-        lambda module, inputs, outputs: outputs.index_fill(-1, torch.tensor([4]), -torch.inf)
-    )
-    for path in [{}] if "steps" in settings else PATHS:
-        assert int(model.sample(20, labels, generator=generators(20), **settings, **path).max()) < 4
-
-
 # Batches
 
 
@@ -251,27 +223,10 @@ def test_a_bar_has_the_arguments_of_the_caller(monkeypatch):
     bars = []
     monkeypatch.setattr(tqdm, "tqdm", lambda steps, **arguments: bars.append(arguments) or steps)
     steps = [1, 2, 3]
-    assert progress_bar(steps, False) is steps and bars == []
-    assert progress_bar(steps, True) == progress_bar(steps, {"desc": "digits", "ncols": 3}, unit="pass") == steps
+    assert show_progress(steps, False) is steps and bars == []
+    assert show_progress(steps, True) == show_progress(steps, {"desc": "digits", "ncols": 3}, unit="pass") == steps
     assert bars[0]["unit"] == "token" and bars[0]["leave"] is False
     assert bars[1] == {**bars[0], "desc": "digits", "ncols": 3, "unit": "pass"}
 
 
 # Lower precision
-
-
-def test_weights_of_lower_precision_draw_from_nearly_the_same_distribution():
-    """An image may differ (the same call draws the same); few decisions do, and float32 finds both as likely."""
-    torch.manual_seed(0)
-    fine, coarse = (make_prior("gpt", (4, 4), 9, depth=1) for _ in range(2))
-    coarse.load_state_dict(fine.state_dict())
-    coarse, count = coarse.bfloat16(), 400
-    drawn, other, again = (model.sample(count, generator=generators(count)) for model in (fine, coarse, coarse))
-    assert torch.equal(other, again)
-    noise = TokenNoise(draw_keys(generators(count), count), 16, 9).of_ranks(0, 16)
-    decisions = [(model(drawn).float() + noise).argmax(-1) for model in (fine, coarse)]
-    assert torch.equal(decisions[0], drawn.flatten(1))
-    assert 0 < (decisions[0] != decisions[1]).double().mean() < 0.03
-    first, second = (fine.log_prob(tokens).detach().double() for tokens in (drawn, other))
-    assert (first - second).mean().abs() < 4 * (first - second).std() / count**0.5 + 1e-3
-    assert (coarse.log_prob(drawn) - fine.log_prob(drawn)).abs().mean() < 0.02 * first.abs().mean()

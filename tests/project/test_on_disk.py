@@ -26,7 +26,7 @@ from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_prior import run as train_prior
 from pipelines.training import checkpoint
 from prior import Prior
-from prior.columns import KINDS
+from prior.columns import COLUMN_KINDS
 from prior.heads import Head
 from tokenizer.files import IntegrityError, read_manifest, verify_manifest, write_manifest
 from tokenizer.likelihoods import Likelihood
@@ -113,7 +113,7 @@ def test_there_is_a_fixture_of_everything_that_can_be_stored() -> None:
     """Every model, quantizer, head, likelihood and kind of column, and every version of a stream."""
     configs = [json.loads(path.read_text()) for path in FOLDER.rglob("config.json")]
     kinds = {node["kind"] for config in configs for node in nodes_in(config)}
-    wanted = {*TOKENIZERS, *QUANTIZERS, *PRIORS, *Head.available(), *Likelihood.available(), *KINDS}
+    wanted = {*TOKENIZERS, *QUANTIZERS, *PRIORS, *Head.available(), *Likelihood.available(), *COLUMN_KINDS}
     wanted -= {"categorical"}  # has neither settings nor weights; the network's last layer would take 70 kB
     assert wanted <= kinds, f"no fixture of {', '.join(sorted(wanted - kinds))}: add one in write_on_disk.py"
     versions = {path.read_bytes()[len(container.MAGIC)] for path in (FOLDER / "streams").iterdir()}

@@ -36,7 +36,7 @@ from pipelines.exports import export_tokenizer  # noqa: E402
 from pipelines.frequencies import Frequencies  # noqa: E402
 from pipelines.generate import main as generate  # noqa: E402
 from pipelines.images.sources import Source, hash_names  # noqa: E402
-from pipelines.images.splits import Part, Units, describe_parts, find_thresholds  # noqa: E402
+from pipelines.images.splits import SplitPart, Units, describe_parts, find_thresholds  # noqa: E402
 from pipelines.tokens import TokenDataset  # noqa: E402
 from pipelines.train_prior import main as train_prior  # noqa: E402
 from prior.columns import AngleColumn  # noqa: E402
@@ -148,7 +148,7 @@ def write_splits(folder: Path) -> None:
     below, above = (hashes < np.uint64(thresholds[0])), (hashes >= np.uint64(thresholds[1]))
     masks = {"train": ~below & ~above, "validation": above, "held_out": below}
     source = Source(len(hashes), lambda rows: [], str)
-    parts = {name: Part(source, np.flatnonzero(mask), hashes) for name, mask in masks.items()}
+    parts = {name: SplitPart(source, np.flatnonzero(mask), hashes) for name, mask in masks.items()}
     facts = describe_parts(parts, Units("image", "path", hashes), None, thresholds)
     write_json(folder / "splits.json", facts.to_dict())
 

@@ -122,7 +122,7 @@ def test_folds_have_maps_but_flag_no_regions(world, tmp_path, capsys):
 
 
 def test_few_images_are_in_memory_at_a_time(world, tmp_path, monkeypatch):
-    most, alive, real = [0], [], views.read_image
+    most, alive, real = [0], [], views.read_large
 
     def load(*arguments):
         image = real(*arguments)
@@ -130,7 +130,7 @@ def test_few_images_are_in_memory_at_a_time(world, tmp_path, monkeypatch):
         most[0] = max(most[0], len(alive))
         return image
 
-    monkeypatch.setattr(views, "read_image", load)
+    monkeypatch.setattr(views, "read_large", load)
     main(["detect", f"pipeline={world}/pipe", f"images={world}/new/bad", f"out={tmp_path}/found", "tile=true"])
     assert 1 <= most[0] <= 3
 

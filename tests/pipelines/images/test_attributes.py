@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import sys
-import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +14,12 @@ import torch
 from givens.images import ALL, encoded, noise, write_image, write_rows, write_tar
 from givens.images import rows_of as write_tar_rows
 from processes import run_file
-from servers.fake_hub import DatasetHandler, places_of, serve
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.images.attributes import AttributeSource, check_sources, choose_data, load_attributes
 from pipelines.images.augment import AugmentConfig
-from pipelines.images.unseen import count_seen
+from pipelines.images.unseen import require_unseen
 from pipelines.text import encode_text, run_encoder
 from prior.columns import read_column
 from tokenizer import Tokenizer
@@ -168,21 +166,6 @@ def test_the_same_rows_from_any_origin_are_the_same_columns(tmp_path, capsys, or
     )
 
 
-def client() -> None:
-    """Read a data set of the Hub."""
-    parts, columns = load("me/shards", sources_of(sys.argv[1]), label_column=None, validation_fraction=0.2)
-    check_columns(parts, columns)
-    print("equal")
-
-
-def test_a_data_set_of_the_hub_has_the_same_columns(tmp_path):
-    """In another process, because huggingface_hub reads its endpoint on import."""
-    write_table(tmp_path / "hub" / "me" / "shards" / "main" / "train-00000-of-00001.parquet")
-    with serve(tmp_path / "hub") as hub:
-        hub.RequestHandlerClass = DatasetHandler
-        assert "equal" in run_file(__file__, pixels(tmp_path / "t", 24), **places_of(hub, tmp_path / "home"))
-
-
 def test_names_come_from_the_features_and_kinds_can_be_chosen(tmp_path):
     import datasets
 
@@ -212,12 +195,10 @@ def test_names_come_from_the_features_and_kinds_can_be_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "cells", "kind", "names"),
     [
-        (".csv", ["07", "10", "9", ""], "class", ["7", "9", "10"]),
         (".csv", ["True", "false", "", "True"], "class", ["no", "yes"]),
         (".jsonl", [True, False, None, True], "class", ["no", "yes"]),
         (".jsonl", [1.0, math.nan, 3.0, 1.0], "class", ["1", "3"]),
         (".csv", ["a;b;", "b", "", "c; a"], "flags", ["a", "b", "c"]),
-        (".csv", ["c", "b", "", "c; a"], None, ["a", "b", "c"]),
         (".csv", ["1_1", "1_2", "", "1_1"], "class", ["1_1", "1_2"]),
         (".csv", ["1.5", "10", "", "2.0"], "class", ["1.5", "2", "10"]),
     ],
@@ -251,19 +232,6 @@ def test_statistics_are_those_of_the_training_split(tmp_path):
     assert found["v"].column.scale == pytest.approx(np.sqrt((vectors**2).mean()))
 
 
-def test_only_the_columns_wanted_are_held_in_memory(tmp_path):
-    source = write_files(tmp_path / "images")
-    for suffix in (".csv", ".jsonl"):
-        table = write_rows(tmp_path / f"t{suffix}", rows_of({"x": [*range(COUNT)], "long": ["a" * 2**17] * COUNT}))
-        config = DataConfig(source=str(source), image_size=12)
-        images = load_images(config).train
-        tracemalloc.start()
-        load_attributes(config, {"x": AttributeSource()}, {"train": images}, table=str(table))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < (COUNT // 2) * 2**17, suffix
-
-
 # Images as columns
 
 
@@ -295,18 +263,6 @@ def test_an_image_and_its_picture_are_moved_alike(tmp_path, flip):
     assert inside.sum() > 5 and torch.allclose(centres(images)[inside], centres(twins)[inside], atol=0.02)
     still = images.batch(rows) - images.batch(rows, seed=5, epoch=1, augment=True)
     assert still.abs().max() > 1
-
-
-def test_a_picture_is_resized_and_cropped_as_images_are(tmp_path):
-    """The same file as image and as picture gives the same pixels."""
-    for k in range(COUNT):
-        for place in ("images", "pairs"):
-            write_image(tmp_path / place / f"{k}.png", noise(20, 31, 3, seed=k))
-    source = AttributeSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))
-    parts, found = load(tmp_path / "images", {"twin": source})
-    for split, images in parts.items():
-        rows = range(len(images))
-        assert torch.equal(images.pixels(rows), found["twin"].images[split].pixels(rows))
 
 
 @pytest.mark.parametrize("column", ["mask", "mask_file_name"])
@@ -357,7 +313,8 @@ def test_clips_are_held_out_whole_and_a_frame_is_given_the_one_before(tmp_path):
             assert bool(found["past"].images[split].missing[row]) == (number % 11 == 0)
             assert np.array_equal(past[row, 0], picture(number - 1) if number % 11 else 0 * picture(0))
     config = DataConfig(source=str(root), image_size=12, **options)
-    assert count_seen(config, choose_data(config, sources), "held_out")[0] > 0  # other images than without clips
+    with pytest.raises(UserError, match="images were trained on"):  # other images than without clips
+        require_unseen(config, choose_data(config, sources), "held_out")
     assert "clips" not in config.model_dump() and "clips" not in config.model_dump(mode="json")
     assert DataConfig(**choose_data(config, sources).model_dump()).clips
 
@@ -369,18 +326,6 @@ def test_folders_around_clips_are_classes(tmp_path):
     assert splits.train.class_names == ["run", "walk"]
 
 
-def test_a_lone_clip_cannot_be_divided(tmp_path):
-    root = write_clips(tmp_path / "clips", 1, 5)
-    with pytest.raises(UserError, match=r"no images left for 'train'.*whole folders are held out, and it has 1\)"):
-        load_images(DataConfig(source=str(root), image_size=12, clips=True))
-
-
-@pytest.mark.parametrize("options", [{}, {"streaming": True}])
-def test_clips_need_a_folder(tmp_path, options):
-    with pytest.raises(UserError, match=r"^data\.clips"):
-        load_images(DataConfig(source=str(write_table(tmp_path / "a.parquet")), clips=True, **options))
-
-
 # Text
 
 
@@ -389,8 +334,7 @@ TEXTS = ["a cat", "A Cat ", "a cab", "Ünïcode 宇宙", ""]
 
 def test_ngrams_are_equal_in_all_processes():
     vectors = encode_text("ngrams:64", TEXTS)
-    for seed in "12":
-        assert run_file(__file__, "ngrams", PYTHONHASHSEED=seed).strip() == str(vectors.tolist())
+    assert run_file(__file__, PYTHONHASHSEED="1").strip() == str(vectors.tolist())
     assert torch.equal(vectors[0], vectors[1]) and torch.allclose(vectors[:4].norm(dim=1), torch.ones(4))
     assert 0.2 < vectors[0] @ vectors[2] < 0.9 and abs(vectors[0] @ vectors[3]) < 0.3
 
@@ -430,12 +374,9 @@ def test_an_encoder_of_the_users_runs_only_if_its_module_was_imported(tmp_path, 
     [
         ("ages", [1.0] * 20, {}, "'ages'.*did you mean 'age'.*file_name, age"),
         ("age", ["x" if k == 7 else k for k in range(20)], {"kind": "number"}, "007.png.*expected numbers.*'x'"),
-        ("age", [[1.5] * (6 + (k == 7)) for k in range(20)], {}, "png.*numbers, unlike other images"),
         ("age", [1e300 if k == 7 else k for k in range(20)], {}, "007.png.*finite"),
         ("age", [[1e5] * (5 if k == 7 else 0) or None for k in range(20)], {"kind": "vector"}, "007.png.*65504"),
         ("age", [{"a": 1}] * 20, {"kind": "class"}, "png.*a number or a short text"),
-        ("age", ["\x1b[31m"] * 20, {}, "png.*a number or a short text"),
-        ("age", [None] * 20, {}, "no values|training split"),
         ("age", [5] * 20, {"encoder": "ngrams:8"}, "png.*expected text"),
         ("age", [5] * 20, {"tokenizer": "t"}, "tokenizer is for"),
     ],
@@ -455,15 +396,13 @@ def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, sett
         (lambda rows: rows[1:], "no row for .*000.png"),
         (lambda rows: [*rows, {"file_name": "other.png", "x": 1}], "lists .*other.png"),
         (lambda rows: [*rows, rows[5]], "two rows .*005.png"),
-        (lambda rows: [*rows, {"file_name": None, "x": 1}], "a row has no file_name"),
         (lambda rows: [{"name": row["file_name"], "x": 1} for row in rows], "no column file_name; it has name, x$"),
         (lambda rows: [{"name;x": "000.png;1"}], "no column file_name; it has name;x$"),  # another delimiter
     ],
 )
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
+def test_a_table_has_one_row_for_each_image(tmp_path, change, words):
     source = write_files(tmp_path / "images")
-    table = write_rows(tmp_path / f"t{suffix}", change(rows_of({"x": [1] * 20})))
+    table = write_rows(tmp_path / "t.csv", change(rows_of({"x": [1] * 20})))
     with pytest.raises(UserError, match=f"^attributes.x: {table}:? .*{words}") as caught:
         load(source, {"x": "x"}, table)
     assert "\n" not in str(caught.value)
@@ -474,9 +413,6 @@ def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
     ("row", "words"),
     [
         ({"file_name": None, "x": 1}, "a row has no file_name"),
-        ({"file_name": "", "x": 1}, "a row has no file_name"),
-        ({"file_name": 3, "x": 1}, "a row has no file_name"),
-        ({"file_name": "other.png", "x": 1}, "lists .*other.png"),
         ({"file_name": "../images", "x": 1}, "lists .*images"),
         (["000.png"], "cannot be read: a line is not a JSON object"),
         ("{", "cannot be read"),
@@ -493,13 +429,6 @@ def test_a_table_and_a_sheet_of_the_folder_refuse_the_same_rows(tmp_path, row, w
     with pytest.raises(UserError, match=f"^data.source: .*{words}") as of_sheet:
         load_images(DataConfig(source=str(source), image_size=12))
     assert "\n" not in str(of_table.value) + str(of_sheet.value)
-
-
-def test_a_table_without_rows_says_so(tmp_path):
-    source = write_files(tmp_path / "images")
-    (table := tmp_path / "t.csv").write_text("name,x\n")
-    with pytest.raises(UserError, match=f"^attributes.x: {table} has no rows$"):
-        load(source, {"x": "x"}, table)
 
 
 @pytest.mark.parametrize(
@@ -524,9 +453,7 @@ def test_each_image_has_one_pair(tmp_path, extra, words):
         ("label", {}, {}, "'label' cannot name a column"),
         ("c", {"images": "nowhere", "tokenizer": "t"}, {}, "images: there is no folder nowhere"),
         ("c", {"images": "{}/images", "tokenizer": "t"}, {}, "outside data.source"),
-        ("c", {"frame": -1, "tokenizer": "t"}, {"source": "digits"}, "folder of images"),
         ("c", {}, {"table": "nowhere.csv"}, "table: there is no file nowhere.csv"),
-        ("c", {}, {"table": "{}/t.csv", "source": "digits"}, "table: .*folder of images"),
     ],
 )
 def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, options, words):
@@ -537,15 +464,6 @@ def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, opt
     config = DataConfig(source=others.get("source", source), augment=AugmentConfig(flip=True))
     with pytest.raises(UserError, match=words):
         check_sources(config, {name: AttributeSource(**place)}, others.get("table"), others.get("augmentations", 0))
-
-
-def test_a_change_that_is_off_falsifies_nothing(tmp_path):
-    source = {"c": AttributeSource(changed_by=("flip",))}
-    flips = DataConfig(augment=AugmentConfig(flip=True))
-    check_sources(DataConfig(augment=AugmentConfig(shift=2)), source, augmentations=3)
-    check_sources(flips, source)
-    with pytest.raises(UserError, match="flip"):
-        check_sources(flips, source, augmentations=3)
 
 
 @pytest.mark.parametrize(
@@ -572,4 +490,4 @@ def test_a_source_without_columns_says_where_they_come_from(tmp_path):
 
 
 if __name__ == "__main__":
-    print(encode_text("ngrams:64", TEXTS).tolist()) if sys.argv[1] == "ngrams" else client()
+    print(encode_text("ngrams:64", TEXTS).tolist())

@@ -47,11 +47,6 @@ def test_augmentation_of_an_image_depends_on_seed_epoch_and_index_alone(pixels, 
         assert torch.equal(found, to_float(pixels[indices]))
 
 
-def test_each_seed_and_epoch_augments_differently(pixels):
-    one = augment(pixels, ALL, 5, 2)
-    assert not torch.equal(augment(pixels, ALL, 6, 2), one) and not torch.equal(augment(pixels, ALL, 5, 3), one)
-
-
 def test_a_data_set_augments_its_batches_on_request(tmp_path):
     write_folder(tmp_path, count=10)
     train = load_images(config(tmp_path, augment=ALL)).train

@@ -59,12 +59,6 @@ def test_each_row_is_a_crop_of_its_image_that_depends_on_seed_epoch_and_row_alon
     assert torch.equal(train.labels, train.labels[::5].repeat_interleave(5))
 
 
-def test_the_cache_does_not_change_the_crops(folder):
-    none, all_ = (load(folder, crops_per_image=3, cache_mb=size).train for size in (0, 2048))
-    assert all(image is None for image in none._whole) and all(image is not None for image in all_._whole)
-    assert torch.equal(none.pixels(range(36)), all_.pixels(range(36)))
-
-
 def test_all_places_of_a_crop_are_equally_likely(tmp_path):
     for number in range(12):
         write_image(tmp_path / f"{number}.png", noise(14, 13, seed=number))
@@ -84,17 +78,6 @@ def test_other_splits_have_a_centred_grid_of_crops(folder):
     places = [place_of(crop, image_of(many, 0)) for crop in many.pixels(range(4))]
     assert places == [(4, 7), (4, 22), (14, 7), (14, 22)]
     assert torch.equal(many.raw_batch([3, 1], 4, seed=9)[0], many.pixels([3, 1]))
-
-
-def test_a_smaller_image_is_enlarged_to_its_shorter_side(folder):
-    train = load(folder, image_size=20).train
-    for row in range(12):
-        height, width = image_of(train, row).shape[1:]
-        if min(height, width) >= 20:
-            assert place_of(train.pixels([row])[0], image_of(train, row)) is not None
-        elif height == width:
-            with Image.open(train.config.path / train.names([row])[0]) as image:
-                assert torch.equal(train.pixels([row])[0], torch.from_numpy(decode_image(image, train.spec).copy()))
 
 
 def test_crops_are_augmented_and_preloaded_like_other_images(folder):

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from givens.images import config, noise, write_image, write_shards
+from givens.images import config, noise, write_image
 
 from pipelines.__main__ import main
 from pipelines.images import load_images
@@ -61,12 +61,6 @@ def test_other_images_have_none(tmp_path, capsys):
     assert not warned(capsys, write_views(tmp_path / "pairs", differs=ALIKE), group=PAIRS)[1]
 
 
-def test_blank_images_are_no_duplicates(tmp_path, capsys):
-    for number in range(COUNT):
-        write_image(tmp_path / f"{number:03}.png", np.full((12, 12), number, np.uint8))
-    assert not warned(capsys, tmp_path)[1]
-
-
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [({"group": r"^(\d{3}_\d)"}, "data.group divides"), ({"held_out": "test"}, "test say little")],
@@ -88,10 +82,3 @@ def test_it_is_said_once_and_only_by_the_first_process(tmp_path, capsys, monkeyp
     assert [text.count("near duplicates") for text in lines] == [1, 1]
     monkeypatch.setenv("RANK", "1")
     assert not warned(capsys, tmp_path / "src")[1]
-
-
-def test_crops_and_streams_are_not_compared(tmp_path, capsys):
-    write_views(tmp_path / "src", differs=ALIKE)
-    assert not warned(capsys, tmp_path / "src", crop="random")[1]
-    rows = [(path.stem, path.read_bytes(), None) for path in sorted((tmp_path / "src").glob("*.png"))]
-    assert not warned(capsys, write_shards(tmp_path / "shards", "tar", rows, 20), streaming=True)[1]

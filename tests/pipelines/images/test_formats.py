@@ -13,12 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from givens.images import config, encoded, noise, write_image
+from givens.images import encoded, noise, write_image
 from ordinary import as_others
 from PIL import Image
 
-from pipelines.images import load_images
 from pipelines.images.clip_files import cut_windows
 from pipelines.images.folder import READ_SUFFIXES
 from pipelines.images.formats import OWN_SIZE, WEB_FORMATS, decode_image, guess_type, read_values, try_decode
@@ -46,19 +44,6 @@ def test_every_format_is_read_in_grey_and_colour(format):
 GREY = np.arange(144, dtype=np.uint8).reshape(12, 12)
 
 
-@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "group4"])
-def test_a_tiff_gives_the_pixels_of_a_png(compression):
-    options = {} if compression is None else {"compression": compression}
-    image = Image.fromarray(GREY)
-    for each in [image.convert("1")] if compression == "group4" else [image, image.convert("RGBA"), image.convert("P")]:
-        assert np.array_equal(decode(encoded(each, "TIFF", **options), 3), decode(encoded(each), 3))
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled_to_eight(format):
-    assert np.array_equal(decode(encoded(GREY.astype(np.uint16) * 257, format))[0], GREY)
-
-
 @pytest.mark.parametrize(
     ("image", "options", "reason"),
     [
@@ -82,19 +67,6 @@ def test_every_suffix_of_a_training_image_is_decoded_and_uploads_may_be_web_form
 
 WIDE = [1023, 65_535]
 """Values of white in a PGM or PPM of more than 8 bits."""
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("suffix", [".ppm", ".pgm", ".bmp"])
-def test_a_folder_of_ppm_pgm_or_bmp_gives_the_pixels_of_png(tmp_path, suffix, channels):
-    for k in range(4):
-        pixels = Image.fromarray(noise(12, 12, 3, seed=k))
-        pixels = pixels.convert("L") if suffix == ".pgm" else pixels
-        for folder, name in ((tmp_path / "png", f"{k}.png"), (tmp_path / "other", f"{k}{suffix}")):
-            (place := folder / ("train" if k else "test")).mkdir(parents=True, exist_ok=True)
-            pixels.save(place / name)
-    png, other = (load_images(config(tmp_path / name, channels=channels)).train for name in ("png", "other"))
-    assert len(other) == 3 and torch.equal(other.pixels(range(3)), png.pixels(range(3)))
 
 
 def ppm(magic: str, pixels: np.ndarray, white: int) -> bytes:
@@ -137,12 +109,6 @@ def test_a_damaged_or_unusual_ppm_is_refused_in_one_line(data, reason):
     assert isinstance(found, str) and reason in found and "\n" not in found
 
 
-def test_colour_is_kept_or_converted_to_grey():
-    colour = noise(12, 12, 3)
-    assert np.array_equal(decode(encoded(colour), 3), colour.transpose(2, 0, 1))
-    assert np.abs(decode(encoded(colour))[0] - colour @ [0.299, 0.587, 0.114]).max() <= 1
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "quantized"])
 def test_transparency_is_composited_on_white(mode):
     colour = (10, 20, 30) if mode in ("RGBA", "P", "quantized") else (40,)
@@ -158,38 +124,6 @@ def test_transparency_is_composited_on_white(mode):
     for pixels in (decode(encoded(image), 3), decode_image(image, ImageSpec(3, 12, 12))):
         assert (pixels[:, :, :6] == 255).all()
         assert np.abs(pixels[:, 5, 9].astype(int) - (colour if len(colour) == 3 else colour * 3)).max() < 10
-
-
-def test_a_transparent_grey_of_sixteen_bits_is_white():
-    pixels = decode(encoded(GREY.astype(np.uint16) * 257, transparency=40 * 257))[0].flatten()
-    assert pixels[40] == 255 and np.array_equal(np.delete(pixels, 40), np.delete(GREY.flatten(), 40))
-
-
-def test_cmyk_becomes_rgb():
-    red, green, blue = decode(encoded(Image.new("CMYK", (12, 12), (0, 255, 255, 0)), "JPEG"), 3)[:, 6, 6]
-    assert red > 240 and green < 15 and blue < 15
-
-
-def test_exif_orientation_is_applied():
-    upright = np.zeros((12, 24), dtype=np.uint8)
-    upright[:, :12] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored rotated: viewers turn it clockwise
-    stored = encoded(np.rot90(upright), "JPEG", exif=exif, quality=100)
-    assert np.abs(decode(stored, size=(12, 24))[0].astype(int) - upright).max() < 5
-
-
-@pytest.mark.parametrize("format", ["GIF", "WEBP"])
-def test_an_animation_gives_its_first_frame(format):
-    frames = [Image.new("L", (12, 12), level) for level in (50, 150, 250)]
-    pixels = decode(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
-    assert np.abs(pixels.astype(int) - 50).max() <= 2
-
-
-def test_images_of_up_to_64_megapixels_are_read():
-    for side, read in ((7_100, True), (8_200, False)):
-        found = try_decode(encoded(Image.new("1", (side, side), 1)), ImageSpec(1, 12, 12))
-        assert (found == 255).all() if read else "the limit is" in found
 
 
 def test_images_are_resized_to_cover_the_shape_and_cropped_at_the_centre():

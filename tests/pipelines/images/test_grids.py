@@ -51,13 +51,6 @@ def test_each_image_has_its_name_if_a_column_mixes_classes():
         assert np.array_equal(grid[y - BAND : y, x : x + CELL], draw_name(name, CELL))
 
 
-def test_more_than_twenty_classes_share_sixteen_columns():
-    for count, columns in ((20, 20), (21, 16)):
-        places = positions(class_grid(grey_images(count), [str(k) for k in range(count)]), count)
-        assert len({x for _, x in places}) == columns
-    assert np.array_equal(class_grid(grey_images(4), [*"abab"], 2), class_grid(grey_images(4), [*"abab"]))
-
-
 @pytest.mark.parametrize(("names", "columns"), [(None, 4), (["a", "b", "a", "b"], 2), (["a"] * 4, 4)])
 def test_no_names_without_captions(names, columns):
     places = positions(class_grid(grey_images(4), names, captions=False), 4)

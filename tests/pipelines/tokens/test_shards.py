@@ -5,17 +5,13 @@ Covers: pipelines/commands/verify.py, pipelines/tokens/meta.py.
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from givens.token_datasets import make_dataset, refused, same_rows
+from givens.token_datasets import make_dataset, same_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from small import make_prior, make_tokenizer
+from small import make_prior
 
 from pipelines.commands.verify import VerifyConfig
 from pipelines.commands.verify import run as verify
@@ -74,30 +70,6 @@ def test_rows_are_indexed_like_those_of_a_tensor(tmp_path, size, labelled):
         assert same_rows(split.given, data.splits["train"].given)
 
 
-def test_a_mapped_row_costs_only_its_own_pages(tmp_path):
-    """Opening 64 MiB and reading some rows takes far less memory."""
-    path, grid = tmp_path / "big.safetensors", make_tokenizer("vqvae", (8, 8), 1).grid
-    save_file({"tokens": torch.zeros(1 << 24, *grid.shape, dtype=torch.uint8)}, path)
-
-    def resident() -> int:
-        status = Path("/proc/self/status").read_text()
-        return sum(int(status.split(name)[1].split()[0]) for name in ("RssAnon:", "RssFile:")) << 10
-
-    if not Path("/proc/self/status").is_file():
-        pytest.skip("memory is measured on Linux")
-    before = resident()
-    mapped = shards.map_shard(path, 1 << 24, grid, {})
-    rows = shards.MappedRows([mapped["tokens"]], partial(shards.check_ids, grid.vocab_size), tmp_path)
-    assert rows[[5, 1 << 23, -1]].sum() == 0
-    assert resident() - before < 16 << 20
-
-
-def test_small_datasets_are_read_into_memory_and_large_ones_mapped(sharded, monkeypatch):
-    assert isinstance(load_tokens(sharded[0]).splits["train"].tokens, torch.Tensor)
-    monkeypatch.setattr(tokens, "IN_MEMORY", 200)  # 52 rows of 4 bytes
-    assert isinstance(load_tokens(sharded[0]).splits["train"].tokens, shards.MappedRows)
-
-
 ROWS = st.dictionaries(st.sampled_from(["train", "validation", "test"]), st.integers(0, 1 << 31), min_size=1)
 
 
@@ -118,13 +90,6 @@ def test_every_row_is_in_one_file(rows, rows_per_shard):
             assert sizes[0] % 256 == 0 and sizes[0] >= 1024
             assert sizes[0] <= 4096 or sum(rows.values()) > 4000 * 4096
             assert len(sizes) <= 16 or sizes[0] >= 3840
-
-
-def test_more_files_than_a_manifest_can_list_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_SHARDS", 9)
-    with pytest.raises(ValueError, match="rows_per_shard"):
-        make_dataset(rows=50).save(tmp_path / "tokens", rows_per_shard=1)
-    assert not (tmp_path / "tokens").exists()
 
 
 # Damage; see also tests/project/test_load_errors.py
@@ -169,21 +134,6 @@ def test_without_hashing_sizes_and_ids_are_checked(sharded):
     (folder / META).write_bytes((folder / META).read_bytes().replace(b"here", b"hero"))
     with pytest.raises(IntegrityError, match="sha256"):
         load_tokens(folder, verify=False)
-
-
-def test_labels_in_only_some_files_are_refused(tmp_path):
-    data = make_dataset(rows=10, labelled=False)
-    data.save(tmp_path / "tokens", rows_per_shard=5)
-    path = tmp_path / "tokens" / "train-00000-of-00002.safetensors"
-    save_file({**load_file(path), "labels": torch.zeros(5, dtype=torch.int64)}, path)
-    assert refused(tmp_path / "tokens", IntegrityError, "labels")
-
-
-def test_a_reader_keeps_its_rows_when_the_dataset_is_replaced(sharded):
-    folder, data = sharded
-    split = load_tokens(folder, mapped=True).splits["train"]
-    make_dataset(rows=9, seed=1).save(folder)
-    assert torch.equal(split.tokens[:], data.splits["train"].tokens)
 
 
 # Training

@@ -15,7 +15,7 @@ from launch import train_prior
 from PIL import Image
 from small_pipelines import make_pipeline
 
-from pipelines import ImagePipeline, encode
+from pipelines import ImagePipeline
 from pipelines.config import UserError
 from pipelines.tokens import TokenDataset, load_tokens
 
@@ -95,14 +95,6 @@ def test_tables_have_typed_columns(labelled: bool, kind: str, dtype: str) -> Non
     assert torch.equal(back.splits["train"].tokens, data.splits["train"].tokens)
 
 
-def test_a_split_on_the_disk_is_read_a_part_at_a_time(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pipelines.tokens.tables.chunks", lambda rows: [slice(0, 4), slice(4, rows)])
-    data = make_dataset()
-    data.save(tmp_path / "tokens", rows_per_shard=5)
-    found = load_tokens(tmp_path / "tokens", mapped=True).to_datasets()["train"].with_format("numpy")["tokens"][:]
-    assert np.array_equal(found, data.splits["train"].tokens.numpy())
-
-
 def refusal(table: datasets.Dataset) -> str:
     """Return the error for a table that cannot be a split."""
     data = make_dataset()
@@ -130,20 +122,3 @@ def test_tables_that_do_not_fit_the_tokenizer_are_refused_in_a_line() -> None:
         assert re.match(pattern, refusal(wrong)) and "\n" not in refusal(wrong), pattern
     with pytest.raises(UserError, match="Dataset"):
         TokenDataset.from_datasets(table, make_dataset().tokenizer)
-
-
-# Names of classes, from `datasets` to a pipeline
-
-
-def test_names_of_classes_go_from_datasets_to_the_pipeline(tmp_path: Path) -> None:
-    for split, count in (("train", 12), ("test", 6)):
-        pictures(count).to_parquet(tmp_path / "images" / f"{split}-00000-of-00001.parquet")
-    make_pipeline(size=(8, 8)).tokenizer.save_pretrained(tmp_path / "tokenizer")
-    data = [f"data.source={tmp_path}/images", "data.image_size=8", "data.channels=1", "data.validation_fraction=0"]
-    encode.main([f"tokenizer={tmp_path}/tokenizer", f"out={tmp_path}/tokens", *data])
-    tokens = load_tokens(tmp_path / "tokens")
-    assert tokens.class_names == NAMES and tokens.to_datasets()["train"].features["label"].names == NAMES
-    run = train_prior(tmp_path / "run", tmp_path / "tokens", train__steps=1, train__batch_size=4)
-    pipe = ImagePipeline.from_pretrained(run / "pipeline")
-    assert pipe.labels == NAMES
-    assert torch.equal(pipe(1, labels="eel", seed=0).tokens, pipe(1, labels=0, seed=0).tokens)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from small import PRIORS, PRIORS_IN_ORDERS, SMALL, VARIANTS, make_prior
+from small import FLAT, PRIORS, PRIORS_IN_ORDERS, SMALL, VARIANTS, make_prior
 
 from prior import Prior
 from tokenizer import TokenGrid
@@ -24,6 +24,10 @@ ORDERS = {
     "masked, grey": ["halton:2"],
     "made, grey": ["snake"],
 }
+CLIPS = {f"{name}, clip": (name, {}) for name in PRIORS if name not in FLAT}
+CLIPS |= {f"windowed {name}, clip": (name, {"window": (1, 1, 1), "dilation": (2, 1)}) for name in ("gpt", "blocks")}
+CLIPS |= {"gpt, random clip": ("gpt", {"order": "random:1"}), "blocks of 4, clip": ("blocks", {"order": "random:1:4"})}
+"""Kind and settings of priors over frames, rows and columns, by name."""
 MODELS = [*PRIORS, *VARIANTS, *HEADED]
 MODELS_IN_ORDERS = [
     *PRIORS_IN_ORDERS,
@@ -33,15 +37,20 @@ MODELS_IN_ORDERS = [
 
 
 def make_model(name, order="raster", **config):
-    """A small prior of `MODELS`, in eval mode."""
+    """A small prior of `MODELS` or `CLIPS`, in eval mode."""
+    if name in CLIPS:
+        kind, settings = CLIPS[name]
+        return make_prior(kind, **{"shape": (3, 2, 3), **settings, **config})
     return make_headed(*HEADED[name], order, **config) if name in HEADED else make_prior(name, order=order, **config)
 
 
 def make_tiny(name, order, max_grids):
-    """A prior of `MODELS` in float64 with at most `max_grids` grids, and all of these grids."""
+    """A prior of `MODELS` or `CLIPS` in float64 with at most `max_grids` grids, and all of these grids."""
     sizes = {"shape": (2, 3), "vocab_size": 3}
     if name == "next_scale":
         sizes = {"shape": (2, 3), "vocab_size": 2} if max_grids >= 512 else {"shape": (2, 2), "vocab_size": 2}
+    if name in CLIPS:
+        sizes["shape"] = (2, 1, 3)
     if name in HEADED:
         order = "raster" if order.startswith(("halton", "raster/")) else order
         pixels = HEADED[name][1] == "logistic"
