@@ -69,6 +69,15 @@ def test_outputs_are_named_after_the_preset_and_inputs_are_outputs_of_others():
             assert list((CONFIGS / "tokenizer").glob(f"{maker or '*_'}{data}.yaml")), path
 
 
+def test_every_preset_trains_its_own_steps():
+    """A limit in minutes would give a weaker model on a slower machine."""
+    for path in PRESETS:
+        train = config_of(path).train
+        assert train.steps is not None and train.minutes is None, path
+        if config_of(path).model["kind"] not in ("palette", "pixels", "posthoc"):  # these train nothing
+            assert "steps" in train.model_fields_set, path
+
+
 @pytest.mark.parametrize("path", TOKENIZER_PRESETS, ids=lambda path: path.stem)
 def test_tokenizer_preset_builds(path):
     tokenizer = preset_tokenizer(path)
