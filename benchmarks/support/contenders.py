@@ -73,13 +73,13 @@ def is_trained(spec: Node) -> bool:
 
 def read_presets(data: str, changes: list[str]) -> dict[str, Node]:
     """Read the tokenizer and GPT presets of a data set, with `key.path=value` changes; exit if a preset is missing."""
-    from pipelines.config.arguments import read_file, read_override
+    from pipelines.config.arguments import read_override, read_yaml_file
     from tokenizer.config import merge
 
     paths = {"tokenizer": f"tokenizer/vqvae_{data}.yaml", "gpt": f"prior/gpt_{data}.yaml"}
     if missing := [path for path in paths.values() if not (ROOT / "configs" / path).is_file()]:
         raise SystemExit(f"data={data}: no preset configs/{missing[0]}")
-    presets = {kind: read_file(str(ROOT / "configs" / path)) for kind, path in paths.items()}
+    presets = {kind: read_yaml_file(str(ROOT / "configs" / path)) for kind, path in paths.items()}
     for change in changes:
         presets = merge(presets, read_override(change if change.startswith("gpt.") else f"tokenizer.{change}"))
     return presets
