@@ -4,7 +4,7 @@
 files added to an existing folder, and locks.
 
     out = Output(config.out, inputs=[config.pipeline], overwrite=config.overwrite)
-    out.check_file(PICTURE_SUFFIXES)                     # fail before hours of work
+    out.check_file(PICTURE_SUFFIXES)             # fail before hours of work
     with lock_output(out.path), out.file() as path:
         write_picture(picture, path)             # a temporary name, renamed at the end
 """
