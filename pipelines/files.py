@@ -4,7 +4,7 @@
 files added to an existing folder, and locks.
 
     out = Output(config.out, inputs=[config.pipeline], overwrite=config.overwrite)
-    out.check_file(PICTURE_SUFFIXES)                     # fail before hours of work
+    out.check_file(PICTURE_SUFFIXES)             # fail before hours of work
     with lock_output(out.path), out.file() as path:
         write_picture(picture, path)             # a temporary name, renamed at the end
 """
@@ -40,7 +40,7 @@ from tokenizer.files import (
     temporary_name,
 )
 
-from .config import UserError
+from .config import UserError, user_errors
 
 if TYPE_CHECKING:
     from filelock import SoftFileLease
@@ -312,7 +312,7 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
 
     A dead process of this machine is replaced at once, any other holder after `LEASE` seconds without a heartbeat.
     """
-    from filelock import SoftFileLease, Timeout
+    from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
     def stop(_: Any) -> None:
         """Exit at once: the main thread may be about to write, or be blocked where no exception reaches it."""
@@ -327,7 +327,7 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
     start, first = time.monotonic(), 0.0
     while True:
         make_folder(place.parent)  # a process that did not get the lock may have removed it
-        with suppress(Timeout):
+        with suppress(Timeout), user_errors(LeaseSettingsMismatch, prefix=f"{out}: "):  # of another version
             lock.acquire()  # removes a stale lock
             break
         owner, heartbeat = lock.owner, _read_heartbeat(place)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.support.options import ROOT, image_folder
 from benchmarks.support.runs import NEVER
-from pipelines.config.arguments import read_file, read_override
+from pipelines.config.arguments import read_override, read_yaml_file
 from pipelines.config.yaml_text import write_yaml
 from tokenizer.config import merge
 
@@ -79,7 +79,7 @@ def read_presets(data: str, changes: list[str]) -> dict[str, Node]:
     paths = {"tokenizer": f"tokenizer/vqvae_{data}.yaml", "gpt": f"prior/gpt_{data}.yaml"}
     if missing := [path for path in paths.values() if not (ROOT / "configs" / path).is_file()]:
         raise SystemExit(f"data={data}: no preset configs/{missing[0]}")
-    presets = {kind: read_file(str(ROOT / "configs" / path)) for kind, path in paths.items()}
+    presets = {kind: read_yaml_file(str(ROOT / "configs" / path)) for kind, path in paths.items()}
     for change in changes:
         presets = merge(presets, read_override(change if change.startswith("gpt.") else f"tokenizer.{change}"))
     return presets

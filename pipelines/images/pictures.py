@@ -143,8 +143,9 @@ def refuse(images: Any, spec: ImageSpec) -> NoReturn:
     """Raise a `ValueError` that lists the valid forms of images."""
     arrays = [("B", *single) for single in array_shapes(spec)] + array_shapes(spec)
     forms = ", ".join(f"({', '.join(map(str, form))})" for form in arrays)
-    found = [type(images).__name__]
-    for image in images if isinstance(images, (list, tuple)) else [images]:
+    is_list = isinstance(images, (list, tuple))
+    found = [f"{'an empty ' * (is_list and not images)}{type(images).__name__}"]
+    for image in images if is_list else [images]:
         found += [f"{tuple(image.shape)}, {image.dtype}"] if hasattr(image, "shape") else []
     tensors, kind = ", ".join(map(str, spec.shape)), "uint8" if spec.is_bytes else spec.dtype
     pictures = "PIL images" if spec.frames == 1 else f"lists of {spec.frames} frames (PIL images)"

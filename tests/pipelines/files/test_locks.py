@@ -114,7 +114,7 @@ def test_two_paths_of_one_output_have_one_lock(tmp_path):
 # Two writers at once
 
 
-def test_a_second_writer_is_refused_with_the_host_and_the_process_of_the_first(tmp_path, hold):
+def test_a_second_writer_is_refused_with_the_host_and_the_process_of_the_first(tmp_path, hold, monkeypatch):
     out = tmp_path / "out"
     first = hold(out)
     before = lock_beside(out).read_bytes()
@@ -124,6 +124,8 @@ def test_a_second_writer_is_refused_with_the_host_and_the_process_of_the_first(t
     assert first.end() == (0, "released\n", "")
     with lock_output(out):
         assert f"process {os.getpid()} on" in refusal(out)
+        monkeypatch.setattr(files, "LEASE", 60.0)  # as in another version
+        assert "lease" in refusal(out)
     assert not list(tmp_path.iterdir())
 
 
