@@ -32,6 +32,7 @@ from pipelines.encode import run as encode
 from pipelines.images import DataConfig, load_images
 from pipelines.images.binarize import binarize
 from pipelines.metrics.likelihood import log_probs
+from pipelines.processes.group import ALONE
 from pipelines.shuffling import draw_pixels
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
@@ -64,9 +65,8 @@ def drawn(source, tokenizer, tmp_path_factory):
     return encode_images(source, tokenizer, tmp_path_factory.mktemp("drawn") / "tokens")
 
 
-def save_tokenizer(folder, kind="pixels", size=(8, 8), channels=1, **choices):
-    choices = choices or {"levels": 2}
-    Tokenizer.create(kind, image_size=size, channels=channels, **choices).save_pretrained(folder)
+def save_tokenizer(folder, **choices):
+    Tokenizer.create("pixels", image_size=(8, 8), channels=1, **{"levels": 2, **choices}).save_pretrained(folder)
     return folder
 
 
@@ -74,12 +74,9 @@ def data_of(source, binarize="drawn", **more):
     return {"source": str(source), "image_size": 8, "label_column": None, "binarize": binarize, **more}
 
 
-def encode_images(source, tokenizer, out, batch_size=5, **more):
-    augmentations = more.pop("augmentations", 0)
-    data, tokenizer = data_of(source, **more), str(tokenizer)
-    return encode(
-        EncodeConfig(tokenizer=tokenizer, out=str(out), data=data, batch_size=batch_size, augmentations=augmentations)
-    )
+def encode_images(source, tokenizer, out, **more):
+    data = data_of(source, **more)
+    return encode(EncodeConfig(tokenizer=str(tokenizer), out=str(out), data=data, batch_size=5))
 
 
 def task_of(tokens, run, **more):
@@ -140,18 +137,11 @@ def test_images_are_cut_at_mid_grey_or_drawn_by_fixed_seeds(source):
     assert torch.equal(again.pixels(range(12)), first) and torch.equal(again.pixels([7, 2]), first[[7, 2]])
     assert torch.equal(to_uint8(random.batch(range(12))), first)
     assert not torch.equal(to_uint8(random.batch(range(12), epoch=1)), first)
+    preloaded = random.preload(torch.tensor([9, 1, 4]), ALONE)
+    assert torch.equal(preloaded.batch(range(3), epoch=3), random.batch([9, 1, 4], epoch=3))
     assert torch.equal(random.grey().pixels(range(12)), pixels)
     for images, how in ((cut, "threshold"), (random, "drawn")):  # at their own size, which has no row of pixels
         assert torch.equal(torch.stack([images.whole_images([k]).read(0) for k in range(12)]), binarize(pixels, how))
-
-
-def test_preloaded_images_are_drawn_like_the_others(source):
-    from pipelines.processes.group import ALONE
-
-    images = load_images(DataConfig(**data_of(source))).held_out
-    some = torch.tensor([9, 1, 4])
-    for epoch in (0, 3):
-        assert torch.equal(images.preload(some, ALONE).batch(range(3), epoch=epoch), images.batch(some, epoch=epoch))
 
 
 # Images that users give
@@ -185,11 +175,10 @@ def grey_images(count=12, seed=0, size=8):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 1, size, size), dtype=np.uint8))
 
 
-def make_binarized(how, prior="gpt", **settings):
+def make_binarized(how):
     tokenizer = Tokenizer.create("pixels", image_size=(8, 8), channels=1, levels=2)
     torch.manual_seed(0)
-    settings = settings or {"dim": 16, "depth": 2, "heads": 2}
-    pipe = ImagePipeline(tokenizer, Prior.create(prior, grid=tokenizer.grid, num_classes=0, **settings))
+    pipe = ImagePipeline(tokenizer, Prior.create("gpt", grid=tokenizer.grid, num_classes=0, dim=16, depth=2, heads=2))
     for weight in pipe.prior.requires_grad_(False).parameters():  # an untrained head may be zero
         torch.nn.init.normal_(weight, std=0.3)
     pipe.provenance = {"data": DataConfig(**data_of("elsewhere", how)).model_dump(mode="json")}
@@ -203,18 +192,17 @@ def same(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@pytest.mark.parametrize("how", ["drawn", "threshold"])
 @pytest.mark.parametrize("door", DOORS)
-def test_a_pipeline_sees_the_images_of_users_as_in_training(door, how):
+def test_a_pipeline_sees_the_images_of_users_as_in_training(door):
     """Grey images have the result of the black and white ones that they become, as bytes and as floats."""
-    pipe, grey = make_binarized(how), grey_images()
+    pipe, grey = make_binarized("drawn"), grey_images()
     seen = pipe.binarize(grey)
     expected = DOORS[door](pipe, seen)
     assert set(seen.unique().tolist()) == {0, 255} and same(DOORS[door](pipe, grey), expected)
     assert same(DOORS[door](pipe, grey.float() / 127.5 - 1), expected)
     if door in ("encode", "log_prob", "embed", "compress", "encode_tiles"):
-        plain = make_binarized(None)
-        assert same(DOORS[door](plain, grey), expected) == (how == "threshold")  # which such tokenizers do anyway
+        for how in ("threshold", None):  # such tokenizers do the former anyway
+            assert not same(DOORS[door](make_binarized(how), grey), expected)
 
 
 @given(data=st.data(), how=st.sampled_from(["drawn", "threshold"]))
@@ -253,8 +241,7 @@ def test_a_lossless_stream_keeps_grey_pixels(tile):
     assert np.array_equal(np.stack(found)[..., 0], grey[:, 0].numpy())
 
 
-@pytest.mark.parametrize("options", [[], ["tile=true"]], ids=["whole", "tiles"])
-@pytest.mark.parametrize("how", ["drawn", "threshold"])
+@pytest.mark.parametrize(("how", "options"), [("drawn", []), ("drawn", ["tile=true"]), ("threshold", [])])
 def test_a_picture_has_one_score_and_one_digest_whether_it_is_held_out_or_given(how, options, tmp_path, capsys):
     for split, seed in (("train", 1), ("test", 2)):
         (tmp_path / "source" / split).mkdir(parents=True)
@@ -312,12 +299,6 @@ def test_training_tokens_are_grey_values_and_others_are_drawn_once(source, drawn
     assert abs(float(mean.mean())) < 0.03
 
 
-def test_encoding_again_gives_the_same_bytes_in_batches_of_any_size(source, tokenizer, drawn, tmp_path):
-    again = encode_images(source, tokenizer, tmp_path / "tokens", batch_size=64)
-    for name in ("train", "test"):
-        assert torch.equal(load_tokens(again).splits[name].tokens, load_tokens(drawn).splits[name].tokens)
-
-
 def test_a_thresholded_dataset_is_an_ordinary_one(source, tokenizer, tmp_path):
     folder = encode_images(source, tokenizer, tmp_path / "tokens", binarize="threshold")
     plain = encode_images(source, tokenizer, tmp_path / "plain", binarize=None)
@@ -357,14 +338,9 @@ def test_rows_of_a_drawn_split_are_a_function_of_seed_epoch_and_row(drawn, tmp_p
     assert copied.stochastic and torch.equal(copied.rows(slice(None), 0, 1), whole)
 
 
-def test_tables_hold_one_draw(drawn):
-    table = load_tokens(drawn).to_datasets()["train"].with_format("torch")
-    assert torch.equal(table["tokens"][:].long(), load_tokens(drawn).splits["train"].rows(slice(None)))
-
-
 @pytest.mark.parametrize(
     ("drawn_splits", "vocab", "reason"),
-    [(["dev"], 2, "no split 'dev'"), (["train"], 6, "needs a grid of 2, 4, 8, 16"), (3, 2, "drawn")],
+    [(["dev"], 2, "no split 'dev'"), (["train"], 6, "needs a grid of 2, 4, 8, 16")],
 )
 def test_an_impossible_draw_is_refused(drawn, tmp_path, drawn_splits, vocab, reason):
     load_tokens(drawn).save(tmp_path / "copy")
@@ -402,9 +378,6 @@ def test_each_epoch_trains_on_other_pixels(drawn, tmp_path):
     assert torch.equal(batches[0], batches[3])
     assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
     assert torch.equal(task.batch(rows[5:8], np.zeros(3, np.int64), 0)[0], batches[0][5:8])
-    many = torch.stack([task.batch(rows, np.full(task.rows, epoch), 0)[0] for epoch in range(200)]).double().mean(0)
-    chance = task.train_split.tokens.double().squeeze(-1) / 255
-    assert float((many - chance).abs().max()) < 5 * 0.5 / 200**0.5
 
 
 def test_a_resumed_run_on_drawn_pixels_equals_an_uninterrupted_one(drawn, tmp_path):
@@ -431,11 +404,10 @@ def evaluate(root, *options):
     ).read_text()
 
 
-def save_pipeline(root, source, binarize, prior="made", **settings):
+def save_pipeline(root, source, binarize):
     tokenizer = Tokenizer.create("pixels", image_size=(8, 8), channels=1, levels=2)
     torch.manual_seed(0)
-    settings = settings or {"hidden": [8]}
-    pipe = ImagePipeline(tokenizer, Prior.create(prior, grid=tokenizer.grid, num_classes=0, **settings))
+    pipe = ImagePipeline(tokenizer, Prior.create("made", grid=tokenizer.grid, num_classes=0, hidden=[8]))
     pipe.provenance = {"data": DataConfig(**data_of(source, binarize)).model_dump(mode="json")}
     pipe.save_pretrained(root / "pipeline")
     return pipe
@@ -450,11 +422,8 @@ def test_nats_per_image_are_the_mean_over_five_fixed_draws(source, drawn, tmp_pa
     assert figures["nats_per_image"] == pytest.approx(statistics.fmean(nats), rel=1e-6)
     assert figures["nats_per_image_deviation"] == pytest.approx(statistics.stdev(nats), rel=1e-4)
     assert figures["draws"] == 5 and "bits_per_dim" not in figures
-    line = next(line for line in text.splitlines() if "nats per image" in line)
-    assert f"{figures['nats_per_image']:.2f}" in line and "over 5 draws of the pixels" in line
+    assert f"{figures['nats_per_image']:.2f}" in text and "over 5 draws of the pixels" in text
     assert figures["bits_per_token"] * 64 * np.log(2) == pytest.approx(nats[0], rel=1e-6)
-    again, _ = evaluate(tmp_path)
-    assert again == figures
 
 
 def test_a_thresholded_image_has_one_figure_without_a_deviation(source, tmp_path):
@@ -489,8 +458,6 @@ PIXELS = ["model.kind=pixels", "model.levels=2"]
     ("options", "reason"),
     [
         ([*PIXELS, "data.channels=3"], "binarize: needs grey images, channels=1 (got 3)"),
-        ([*PIXELS, "data.dtype=uint16", "data.range=0,65535"], "binarize: needs 8-bit images"),
-        ([*PIXELS, "data.crop=random"], "binarize: images are not streamed"),
         (["model.kind=pixels"], "needs the tokenizer pixels of 2 levels, this is pixels of 256 levels"),
     ],
 )
@@ -515,11 +482,3 @@ def test_other_tokenizers_do_not_take_binarized_images(source, tmp_path, verb, c
     folder = f"tokenizer={tmp_path}/pipeline/tokenizer" if verb == "encode" else f"pipeline={tmp_path}/pipeline"
     given = [folder, f"out={tmp_path}/out", f"data.source={source}", "data.image_size=8", "data.binarize=drawn"]
     assert "pixels of 2 levels, this is pixels of 4 levels" in fails(capsys, verb, *given)
-
-
-def test_a_preset_whose_data_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    line = fails(
-        capsys, "train_tokenizer", "--config", "pixels_mnist_drawn", f"out={tmp_path}/run", "data.source=nowhere/mnist"
-    )
-    assert "nowhere/mnist" in line
