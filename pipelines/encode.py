@@ -32,9 +32,9 @@ from tokenizer.model import PROVENANCE
 from tokenizer.pixels import Pixels
 from tokenizer.spec import to_uint8
 
-from .config import Config, DefaultsFrom, UserError, run_command, tell
+from .config import Config, DefaultsFrom, UserError, run_command, tell, user_errors
 from .config.importing import format_imports
-from .encode_stream import StreamedShards, check_stream_settings, open_stream
+from .encode_stream import StreamedShards, check_stream_settings, open_shards
 from .files import Output, lock_output
 from .frequencies import FREQUENCIES
 from .images import (
@@ -53,7 +53,7 @@ from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
-from .prefetch import pin_memory, prefetch, to_device_async
+from .prefetch import move_batch_async, pin_memory, prefetch
 from .processes.launch import build_accelerator, group_of, leave_group_on_error
 from .provenance import (
     TokenizerFolder,
@@ -148,7 +148,7 @@ def run(config: EncodeConfig) -> Path:
     tokenizer = FrameByFrame.wrap(tokenizer, config.data.spec.frames)  # one of images encodes clips frame by frame
     tokenizers = [config.tokenizer, *(each.tokenizer for each in config.attributes.values() if each.tokenizer)]
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
-    check_settings(config, tokenizer, output)
+    require_consistent(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.attributes)})
     if group.is_main and (difference := describe_other_units(config)):
         tell(
@@ -158,11 +158,11 @@ def run(config: EncodeConfig) -> Path:
     with leave_group_on_error(accelerator), lock_output(out, group):
         inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
         is_known = inherited.rule is not None or inherited.same_source  # a tokenizer of other images is usual
-        open_source = open_stream if config.data.is_stream else open_images
+        open_source = open_shards if config.data.is_stream else open_images
         images = open_source(config, tokenizer, inherited if is_known else None, group)
         job = describe_job(config, tokenizer, images, accelerator.device.type)
         if meta := group.on_main(lambda: find_finished(out, job, list_inputs(config))):
-            text = f"already finished: {describe(meta)}; nothing to do"
+            text = f"already finished: {describe_tokens(meta)}; nothing to do"
             return finish_run(accelerator, config, meta, text, group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
@@ -196,12 +196,11 @@ def run(config: EncodeConfig) -> Path:
         for model in models:
             model.cpu()
         meta = group.on_main(finish)
-        minutes = (time.monotonic() - began) / 60
-        return finish_run(accelerator, config, meta, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
+        text = f"done: {describe_tokens(meta)} in {(time.monotonic() - began) / 60:.1f} min"
+        return finish_run(accelerator, config, meta, text, group.is_main)
 
 
-def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
-    """Raise `UserError` for mistakes that can be detected before images are read."""
+def require_consistent(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     require_same_spec(config.data, tokenizer, "tokenizer")
     if config.augmentations and not config.data.augment.describe():
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
@@ -256,7 +255,6 @@ class LoadedImages:
 
     @property
     def grids(self) -> dict[str, Tokenizer]:
-        """The tokenizers of the columns that are images."""
         return {name: each.tokenizer for name, each in self.loaded.items() if each.tokenizer is not None}
 
     @property
@@ -265,13 +263,12 @@ class LoadedImages:
         return ["train"] if self.config.data.binarize == "drawn" else []
 
     def describe_inputs(self) -> dict[str, Any]:
-        """Return what else determines the bits of the files."""
         return {"rows": count_rows(self.config, self.splits)}
 
     def describe_columns(self) -> dict[str, Any]:
         """Return the columns without the class, with hashes of their values."""
         others = {name: each for name, each in self.loaded.items() if name != LABEL}
-        return {name: {**each.column.to_dict(), "values": digest(each)} for name, each in others.items()}
+        return {name: {**each.column.to_dict(), "values": hash_values(each)} for name, each in others.items()}
 
     def finish(self, work: Path) -> dict[str, list[int]]:
         """Return the number of rows of each file by split."""
@@ -290,16 +287,20 @@ class LoadedImages:
             for split, part in self.splits.items()
         }
         shards = [self.shards[name] for name in names]
-        batches = [(images[shard.split], rows) for shard in shards for rows in split_batches(shard, config.batch_size)]
+        batches = [  # within shards, so that tokens do not depend on the number of processes
+            (images[shard.split], np.arange(start, min(start + config.batch_size, shard.stop)))
+            for shard in shards
+            for start in range(shard.start, shard.stop, config.batch_size)
+        ]
         total = sum(shard.stop - shard.start for shard in shards)
 
         def read(batch: tuple[list[ImageDataset], np.ndarray]) -> list[Raw]:
             raws = [variants_of(part, batch[1], config.seed, stochastic=batch[0][0].is_stochastic) for part in batch[0]]
             return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
 
-        shown = None if show_progress else True
+        disable = None if show_progress else True
         with (
-            tqdm(total=total, desc="encoding", unit="image", disable=shown, leave=False) as bar,
+            tqdm(total=total, desc="encoding", unit="image", disable=disable, leave=False) as bar,
             closing(prefetch(read, batches)) as stream,
         ):
             for shard in shards:
@@ -328,7 +329,6 @@ def open_images(
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:
-    """Return the images of each split of the token dataset. Raises `UserError` if only some splits have labels."""
     parts = {"train": images.train, "validation": images.validation, "test": images.held_out}
     splits = {name: part for name, part in parts.items() if part is not None}
     if len({part.labels is None for part in splits.values()}) > 1:
@@ -337,7 +337,6 @@ def name_splits(images: Splits) -> dict[str, ImageDataset]:
 
 
 def load_columns(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[str, LoadedColumn]:
-    """Return what is known of the images of all splits, the class first."""
     labels = {split: part.labels for split, part in splits.items() if part.labels is not None}
     label = label_column(splits["train"].class_names if labels else [])
     variants = {"augmentations": config.augmentations, "seed": config.seed}
@@ -355,10 +354,8 @@ def count_rows(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[st
 
 def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]:
     """Return all files to write, independent of the number of processes. Raises `UserError` for too many files."""
-    try:
+    with user_errors(ValueError):
         sizes = cut_shards(rows, rows_per_shard)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     return [
         Shard(split, name, stop - size, stop)
         for split, some in sizes.items()
@@ -366,7 +363,7 @@ def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]
     ]
 
 
-def digest(column: LoadedColumn) -> str:
+def hash_values(column: LoadedColumn) -> str:
     """Return a hash of a column's values in all splits; for grids, of the names of their images."""
     names = {split: images.names(np.arange(len(images))) for split, images in column.images.items()}
     missing = {f"{split} missing": images.missing for split, images in column.images.items()}
@@ -386,16 +383,8 @@ def pack_shard(columns: Mapping[str, LoadedColumn], shard: Shard, grids: dict[st
         else:
             values = each.values[shard.split]
             found[name] = values[rows % len(values)]
-    try:
+    with user_errors(ValueError):
         return pack_columns(plain, Given(plain, found, len(rows)), slice(None))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def split_batches(shard: Shard, batch_size: int) -> list[np.ndarray]:
-    """Return the rows of each batch. Batches stay within shards, so tokens do not depend on the number of processes."""
-    starts = range(shard.start, shard.stop, batch_size)
-    return [np.arange(start, min(start + batch_size, shard.stop)) for start in starts]
 
 
 @torch.inference_mode()
@@ -418,7 +407,7 @@ def encode_shard(
     count = 0
     while count < shard.stop - shard.start:
         for model, part, raw, tokens in zip(models, images, next(stream), found, strict=True):
-            batch = [part.prepare(*to_device_async(piece, model.device)) for piece in raw]
+            batch = [part.prepare(*move_batch_async(piece, model.device)) for piece in raw]
             rows = torch.cat(batch)
             if stochastic and model is models[0]:
                 tokens.append(cast(Pixels, model).cut_patches(to_uint8(rows)).int())
@@ -475,7 +464,6 @@ def find_finished(out: Path, job: dict[str, Any], inputs: list[Path]) -> Meta | 
 
 
 def list_inputs(config: EncodeConfig) -> list[Path]:
-    """Return the local files and folders from which the images and the columns come."""
     data = config.data
     pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
     sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
@@ -489,7 +477,6 @@ def list_pairs(config: EncodeConfig) -> list[Path]:
 
 
 def have_changed(inputs: list[Path], since: float) -> bool:
-    """Whether a local file or folder was modified after the time `since`."""
     below = (Path(place, name) for top in inputs for place, _, names in os.walk(top) for name in ("", *names))
     return any(path.stat().st_mtime > since for path in (*inputs, *below) if path.exists())
 
@@ -521,37 +508,25 @@ def finish_dataset(
         raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
     for name in LAST:  # left by a process killed here
         shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
-    meta = describe_dataset(config, tokenizer, images, images.finish(work))
-    write_meta(work, meta, tokenizer, images.grids)
-    publish_folder(work, out, kind=TOKEN_FOLDER)
-    return meta
-
-
-def describe_dataset(
-    config: EncodeConfig, tokenizer: Tokenizer, images: LoadedImages | StreamedShards, sizes: dict[str, list[int]]
-) -> Meta:
-    """Return the contents of `meta.json`. sizes: the number of rows of each file by split."""
-    path = Path(config.tokenizer) / PROVENANCE
+    sizes, path = images.finish(work), Path(config.tokenizer) / PROVENANCE
     provenance = read_json(path) if path.is_file() else {}
     provenance.pop(SPLITS_KEY, None)
     source = {**provenance, "data": config.data.model_dump(mode="json"), "local": is_local(config.data.source)}
     source |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
     facts = sizes, source, config.augmentations, tokenizer.fingerprint()
-    return Meta(
-        tokenizer.grid,
-        images.columns,
-        *facts,
-        condition_sources=images.column_sources,
-        stochastic=list(images.stochastic),
-    )
+    more: dict[str, Any] = {"condition_sources": images.column_sources, "stochastic": list(images.stochastic)}
+    meta = Meta(tokenizer.grid, images.columns, *facts, **more)
+    write_meta(work, meta, tokenizer, images.grids)
+    publish_folder(work, out, kind=TOKEN_FOLDER)
+    return meta
 
 
-def describe(meta: Meta) -> str:
+def describe_tokens(meta: Meta) -> str:
     counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
     others = [name for name in meta.columns if name != LABEL]
     given = f", with {', '.join(others)}" if others else ""
-    drawn = f", of {', '.join(meta.stochastic)} drawn anew in each epoch" if meta.stochastic else ""
-    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}{drawn}"
+    anew = f", of {', '.join(meta.stochastic)} drawn anew in each epoch" if meta.stochastic else ""
+    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}{anew}"
 
 
 def finish_run(accelerator: Accelerator, config: EncodeConfig, meta: Meta, text: str, is_main: bool) -> Path:

@@ -46,7 +46,7 @@ from .images.stream_columns import (
 )
 from .images.streaming import divide_files
 from .images.tables import Sample, names_in
-from .prefetch import pin_memory, prefetch, to_device_async
+from .prefetch import move_batch_async, pin_memory, prefetch
 from .shuffling import splitmix64
 from .tokens.shards import MAX_SHARDS, pack_columns, read_shard_header, shard_names, write_shard
 
@@ -85,7 +85,7 @@ def check_stream_settings(config: EncodeConfig) -> None:
             raise UserError(f"attributes.{name}: a stream has one image a row, and no pairs; set data.streaming=false")
 
 
-def open_stream(
+def open_shards(
     config: EncodeConfig, tokenizer: Tokenizer, inherited: Inherited | None, group: ProcessGroup
 ) -> StreamedShards:
     """Divide the shards into splits, and read their columns, on all processes together. Raises `UserError`."""
@@ -100,7 +100,7 @@ def open_stream(
                 "data.streaming: images are not checked first; one that cannot be decoded ends the run when it is "
                 "reached, and data.on_error=skip then continues without it"
             )
-    inputs = name_files(division)
+    inputs = list_shards(division)
     attributes = group.on_main(lambda: choose_column_kinds(config.data, config.attributes, inputs))
     classes = names_in(inputs[0].path, config.data.label_column)
     scans = group.map(lambda shard: scan_shard(shard, config.data, attributes, classes), inputs)
@@ -115,7 +115,7 @@ def open_stream(
     return StreamedShards(config, division.facts, {each.name: each for each in inputs}, columns, ids, attributes, total)
 
 
-def name_files(division: Division) -> list[Input]:
+def list_shards(division: Division) -> list[Input]:
     """Return the shards of all splits, and the file that each becomes. Raises `UserError` for too many."""
     inputs = list[Input]()
     for split, part in (("train", "train"), ("validation", "validation"), ("test", "held_out")):
@@ -168,7 +168,6 @@ class StreamedShards:
         return {name: column.to_dict() for name, column in self.columns.items() if name != LABEL}
 
     def count_draws(self, shard: Input) -> int:
-        """Return how many rows each image has."""
         return 1 + self.config.augmentations * (shard.split == "train")
 
     def finish(self, work: Path) -> dict[str, list[int]]:
@@ -190,10 +189,10 @@ class StreamedShards:
         from tqdm import tqdm
 
         shards = [self.inputs[name] for name in names]
-        shown = None if show_progress else True
+        disable = None if show_progress else True
         chunks, bad = self._read_chunks(shards), list[BadImage]()
         with (
-            tqdm(desc="encoding", unit="image", disable=shown, leave=False) as bar,
+            tqdm(desc="encoding", unit="image", disable=disable, leave=False) as bar,
             closing(prefetch(lambda _: self._decode(next(chunks, None), tokenizer.device), count())) as batches,
         ):
             for shard in shards:
@@ -237,12 +236,11 @@ class StreamedShards:
         # Keyed by the shard's name and the row in it, whatever else is in the batch, and whichever process has it.
         seed = int(splitmix64(np.array([self.config.seed % 2**64 ^ shard.key], np.uint64))[0])
         rows, draws = start + np.array(good, np.int64), range(1, self.count_draws(shard))
-        drawn: tuple[Any, ...] = pixels, None, *(draw_changes(rows, draw, data.augment, seed) for draw in draws)
-        pixels, *changes = pin_memory(drawn) if device.type == "cuda" else drawn
+        batch: tuple[Any, ...] = pixels, None, *(draw_changes(rows, draw, data.augment, seed) for draw in draws)
+        pixels, *changes = pin_memory(batch) if device.type == "cuda" else batch
         return Batch(pixels, changes, self._pack(shard, [samples[k] for k in good]), bad)
 
     def _pack(self, shard: Input, samples: list[Sample]) -> dict[str, Tensor]:
-        """Return the columns of samples as they are stored. Raises `UserError`."""
         try:
             raw = {each.name: each.to_raw(samples, self.columns[each.name]) for each in self.attributes}
             if LABEL in self.columns:
@@ -253,11 +251,11 @@ class StreamedShards:
 
     @torch.inference_mode()
     def _encode_batch(self, batch: Batch, tokenizer: Tokenizer) -> list[Tensor]:
-        """Return the tokens int32 `(n, *grid.shape)` of each draw."""
+        """Return tokens int32 `(n, *grid.shape)` for each draw."""
         if not len(batch.pixels):
             empty = torch.empty(0, *tokenizer.grid.shape, dtype=torch.int32, device=tokenizer.device)
             return [empty] * len(batch.changes)
-        pixels, *changes = to_device_async((batch.pixels, *batch.changes), tokenizer.device)
+        pixels, *changes = move_batch_async((batch.pixels, *batch.changes), tokenizer.device)
         augment = self.config.data.augment
         return [tokenizer.encode(prepare_images(pixels, each, augment)).int() for each in changes]
 

@@ -33,15 +33,15 @@ from .images import TEST_DRAWS, ImageDataset, require_same_spec
 from .images.grids import class_grid
 from .images.origin import TOKENS_KEY, describe_source
 from .images.pictures import LATENT, write_picture
-from .images.splits import SPLITS, SplitFacts, read_splits
+from .images.splits import SPLITS, read_splits
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
 from .metrics.figures import DIVISION, format_report
 from .metrics.likelihood import evaluate_likelihood, evaluate_nats
 from .metrics.pairs import condition_picture
-from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
+from .metrics.quality import AT_A_TIME, LEAST, compare_samples, feature_space, fixed_permutation
 from .metrics.reconstruction import SOME, evaluate_reconstruction, images_at_a_time, reconstruction_picture
-from .metrics.samples import Samples
+from .metrics.samples import EvaluatedSamples
 from .options import UsesImages, find_division
 from .processes.group import ALONE, ProcessGroup
 from .processes.launch import join_group
@@ -56,8 +56,8 @@ Pictures = dict[str, np.ndarray]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
 IN_MEMORY = 1 << 30  # bytes of decoded images per split that every process keeps
 MOST_TRAINING = 100_000  # maximum number of training images to compare with
-SAME = 0.95  # least share of images that agree with those of a token dataset in this share of their tokens
-KNOWN = 1 << 28  # maximum number of pixel values (1 GiB) of training images in nearest-neighbour search
+AGREEMENT = 0.95  # least share of images that agree with those of a token dataset in this share of their tokens
+MAX_SEARCHED = 1 << 28  # maximum number of pixel values (1 GiB) of training images in nearest-neighbour search
 
 
 class EvaluateConfig(UsesImages, OutputConfig):
@@ -113,16 +113,16 @@ def run(config: EvaluateConfig) -> Figures:
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
     with join_group(config.device) as (group, device):
-        pipeline, inception, tokens = group.main_first(lambda: prepare(config, out, device))
+        pipeline, inception, tokens = group.main_first(lambda: load_inputs(config, out, device))
         card = config.pipeline if local and config.update_card else None
         with lock_output(out, group), lock_output(card, group, key="pipeline"):
-            figures, pictures = Evaluation(config, pipeline, group).measure(inception, tokens)
+            figures, pictures = Evaluation(config, pipeline, group).compute(inception, tokens)
             if group.is_main:
                 publish_results(pipeline, config, out, figures, pictures)
     return figures
 
 
-def prepare(
+def load_inputs(
     config: EvaluateConfig, out: Path, device: torch.device
 ) -> tuple[ImagePipeline, Inception | None, Mapping[str, TokenSplit]]:
     """Load the pipeline, the Inception network and the splits of the token dataset. Raises `UserError` for mistakes
@@ -141,7 +141,6 @@ def prepare(
 
 
 def make_output(config: EvaluateConfig, out: Path) -> Output:
-    """Return the output folder of the results."""
     return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
@@ -170,12 +169,6 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
     return {name: rows.of_columns(columns) for name, rows in data.splits.items()}
 
 
-def read_token_facts(tokens: str | None, pipeline: ImagePipeline) -> SplitFacts | None:
-    """Return how the images of a token dataset were divided, if it is known. tokens: as in `load_training_tokens`."""
-    source = tokens or pipeline.provenance.get(TOKENS_KEY)
-    return read_splits(Path(source) / SPLITS) if isinstance(source, str) else None
-
-
 def require_rows(tokens: Mapping[str, TokenSplit], split: str, images: ImageDataset) -> TokenSplit:
     """Return a split, which starts with the rows of `images`. Raises `UserError` if it is shorter."""
     rows = tokens.get(split)
@@ -190,7 +183,7 @@ def are_same_images(rows: TokenSplit, test: TokenSplit) -> bool:
     encode some of them otherwise."""
     chosen = slice(len(test))
     equal = (rows.rows(chosen) == test.rows(chosen)).flatten(1).float().mean(1)
-    return float((equal >= SAME).float().mean()) >= SAME
+    return float((equal >= AGREEMENT).float().mean()) >= AGREEMENT
 
 
 class Evaluation:
@@ -200,17 +193,18 @@ class Evaluation:
     def __init__(self, config: EvaluateConfig, pipeline: ImagePipeline, group: ProcessGroup) -> None:
         self.config, self.pipeline, self.group = config, pipeline, group
         self.images = config.load_images(pipeline, distributed=True, check=False)
-        self.token_facts = read_token_facts(config.tokens, pipeline)
+        tokens = config.tokens or pipeline.provenance.get(TOKENS_KEY)
+        self.token_facts = read_splits(Path(tokens) / SPLITS) if isinstance(tokens, str) else None
         check_classes(pipeline, self.images.train, self.images.held_out)
         most = max(LEAST, IN_MEMORY // math.prod(self.images.train.spec.shape))
-        chosen = shuffled(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values
+        chosen = fixed_permutation(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values
         self.train = self.images.train.preload(chosen, group)
         self.held_out = self.images.held_out
         if len(self.held_out) <= most:
             self.held_out = self.held_out.preload(torch.arange(len(self.held_out)), group)
         self.reconstruct = partial(reconstruct, pipeline)
 
-    def measure(self, inception: Inception | None, tokens: Mapping[str, TokenSplit]) -> tuple[Figures, Pictures]:
+    def compute(self, inception: Inception | None, tokens: Mapping[str, TokenSplit]) -> tuple[Figures, Pictures]:
         """Return all figures and pictures. tokens: the splits of a token dataset, if available."""
         config, pipeline, group = self.config, self.pipeline, self.group
         figures: Figures = {"num_images": len(self.held_out), "device": str(pipeline.device)}
@@ -223,7 +217,7 @@ class Evaluation:
                 raise UserError("tokens: the rows of its test split are not those of the held-out images")
             others = rows.given[: len(test)].without([LABEL])
             test = replace(test, given=test.given.with_rows(**others.rows))
-        figures |= self.likelihood(tokens.get("train"), test)
+        figures |= self.bits_per_token_and_dim(tokens.get("train"), test)
         if config.data.binarize is not None:
             figures |= self.nats_per_image(test)
         pictures = {
@@ -239,8 +233,8 @@ class Evaluation:
             figures |= {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
             if LABEL in given.rows and self.train.labels is not None and self.held_out.labels is not None:
                 figures |= self.class_agreement(samples, given.rows[LABEL])
-            found, shown = self.distances(samples)
-            figures, pictures = figures | found, pictures | shown
+            found, nearest = self.measure_distances(samples)
+            figures, pictures = figures | found, pictures | nearest
         if inception is not None:
             splits = replace(self.images, held_out=self.held_out)
             figures |= inception.figures(splits, self.reconstruct, samples, group)
@@ -269,7 +263,7 @@ class Evaluation:
             raise UserError(f"tokens: {note}; encode it again for the columns of these images, and give tokens=FOLDER")
         return {} if note is None else {DIVISION: hide_source(note, source)}
 
-    def likelihood(self, tokens: TokenSplit | None, test: TokenSplit) -> Figures:
+    def bits_per_token_and_dim(self, tokens: TokenSplit | None, test: TokenSplit) -> Figures:
         """Return bits per token and per dim of held-out images, whose tokens are `test`. tokens: those of training
         images, if available. Raises `UserError` if the prior is not causal."""
         pipeline, group = self.pipeline, self.group
@@ -298,12 +292,12 @@ class Evaluation:
             draws.append(replace(test, tokens=encode_all(self.pipeline, self.held_out, self.group, number).tokens))
         return evaluate_nats(self.pipeline.prior, draws, self.config.num_orders, self.group)
 
-    def class_agreement(self, samples: Samples, wanted: Tensor) -> Figures:
+    def class_agreement(self, samples: EvaluatedSamples, wanted: Tensor) -> Figures:
         """Return how often a 1-nearest-neighbour classifier on training pixels assigns a sample to the requested class,
         and the same for held-out images and their reconstructions."""
         assert self.train.labels is not None and self.held_out.labels is not None
-        some = shuffled(len(self.held_out))[:SOME]
-        seen = shuffled(len(self.train))[: max(1, KNOWN // math.prod(self.train.spec.shape))]
+        some = fixed_permutation(len(self.held_out))[:SOME]
+        seen = fixed_permutation(len(self.train))[: max(1, MAX_SEARCHED // math.prod(self.train.spec.shape))]
         known, labels = self.train.batch(seen), self.train.labels[seen]
 
         def share(parts: Sequence[T], images_of: Callable[[T], Tensor], wanted: Tensor) -> float:
@@ -320,7 +314,7 @@ class Evaluation:
             "class_agreement_known": len(seen),
         }
 
-    def distances(self, samples: Samples) -> tuple[Figures, Pictures]:
+    def measure_distances(self, samples: EvaluatedSamples) -> tuple[Figures, Pictures]:
         """Return the figures of samples in the features of a small classifier, and the picture `nearest`: rows of the
         samples most likely to be copies, each above a row of their nearest training images. Empty for too few
         images."""
@@ -329,11 +323,12 @@ class Evaluation:
             return {}, {}
         source = describe_source(self.config.data.source)
         space = feature_space(self.train, self.held_out, self.config.feature_steps, source, self.group)
-        drawn = samples.rows(space, count)
-        figures, order, nearest = compare(space, drawn, self.train, self.held_out, self.reconstruct, self.group)
-        columns = min(8, count)
-        shown = samples.select(order[:16].tolist())
-        rows = zip(shown.split(columns), self.train.batch(nearest[:16]).split(columns), strict=True)
+        features, columns = samples.rows(space, count), min(8, count)
+        figures, order, nearest = compare_samples(
+            space, features, self.train, self.held_out, self.reconstruct, self.group
+        )
+        copies, originals = samples.select(order[:16].tolist()), self.train.batch(nearest[:16])
+        rows = zip(copies.split(columns), originals.split(columns), strict=True)
         parts = [(part, name) for pair in rows for part, name in zip(pair, ("sample", "nearest"), strict=True)]
         names = [name for part, name in parts for _ in part]
         pixels = self.pipeline.spec.picture(torch.cat([part for part, _ in parts]))
@@ -350,7 +345,6 @@ def hide_source(note: str, source: str) -> str:
 def publish_results(
     pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: Pictures
 ) -> None:
-    """Print and write the results."""
     text = "\n".join([format_report(figures, exact=pipeline.prior.exact), *describe_cuts(pipeline.provenance)])
     with make_output(config, out).files() as folder:
         for name, picture in pictures.items():
@@ -375,7 +369,6 @@ def publish_results(
 
 
 def describe_cuts(provenance: dict[str, Any]) -> list[str]:
-    """Describe which stages a limit in minutes ended before their steps, a line each."""
     stages = [(name, provenance.get(name)) for name in STAGES]
     cuts = [(name, facts["steps"], facts["cut"]) for name, facts in stages if facts and facts.get("cut")]
     return [f"the {name} was {describe_cut(steps, cut)}" for name, steps, cut in cuts]
@@ -408,19 +401,14 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGrou
 
 
 def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
-    """Return reconstructions `(B, C, H, W)`, rounded to 8 bits if the images have 8."""
+    """Return reconstructions `(B, C, H, W)` on the CPU, rounded to 8 bits if the images have 8."""
     size = images_at_a_time(pipeline.spec)
     tokens = pipeline.encode(images, batch_size=size)
     decoded = pipeline.decode_batch(tokens, batch_size=size)
-    return round_to_8_bits(decoded) if pipeline.spec.is_bytes else decoded.cpu()
+    return to_float(to_uint8(decoded)).cpu() if pipeline.spec.is_bytes else decoded.cpu()
 
 
-def round_to_8_bits(images: Tensor) -> Tensor:
-    """Round images in [-1, 1] to 256 levels, like the real images they are compared with; returned on the CPU."""
-    return to_float(to_uint8(images)).cpu()
-
-
-def draw_samples(pipeline: ImagePipeline, given: Given, seed: int, group: ProcessGroup = ALONE) -> Samples:
+def draw_samples(pipeline: ImagePipeline, given: Given, seed: int, group: ProcessGroup = ALONE) -> EvaluatedSamples:
     """Draw a sample for each row of `given`. Sample k uses seed + k, for any number of processes."""
 
     def draw(start: int, end: int) -> Tensor:
@@ -428,14 +416,14 @@ def draw_samples(pipeline: ImagePipeline, given: Given, seed: int, group: Proces
         tokens = pipeline(end - start, condition=given[start:end], **options).tokens
         return pipeline.decode_batch(tokens, batch_size=64, progress=False)
 
-    return Samples(draw, len(given), group)
+    return EvaluatedSamples(draw, len(given), group)
 
 
 def choose_given(pipeline: ImagePipeline, tokens: Mapping[str, TokenSplit], train: ImageDataset, count: int) -> Given:
     """Return what `count` samples are given: what is known of random training images; each class in turn if these have
     no labels. Raises `UserError` if `tokens` lack the columns of these images."""
     given, turns = Given(pipeline.columns, {}, count), torch.arange(count)
-    chosen = shuffled(len(train))[turns % len(train)]
+    chosen = fixed_permutation(len(train))[turns % len(train)]
     if pipeline.prior.config.conditions:
         given = require_rows(tokens, "train", train).given[chosen].of_columns(pipeline.columns)
     if LABEL in pipeline.columns:

@@ -29,18 +29,18 @@ from tokenizer.files import FolderKind, atomic_folder, write_json, write_manifes
 from tokenizer.spec import to_float
 
 Format = Literal["onnx", "torch"]
-Part = Literal["encoder", "decoder"]
+ProgramPart = Literal["encoder", "decoder"]
 Run = Callable[[Tensor], Tensor]
 
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
-NAMES: dict[Part, tuple[str, str]] = {"encoder": ("images", "tokens"), "decoder": ("tokens", "images")}
+EXPORT_SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+IO_NAMES: dict[ProgramPart, tuple[str, str]] = {"encoder": ("images", "tokens"), "decoder": ("tokens", "images")}
 """The names of each part's input and output."""
 FACTS, FORMAT_VERSION = "export.json", 1
 EXPORT = FolderKind("an exported tokenizer", FACTS, lambda facts: facts.get("_class_name") == "ExportedTokenizer")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INSIDE = 1 << 30  # maximum bytes of weights inside an .onnx file; protobuf is limited to 2 GiB
 RANDOM = 8  # number of noise images for the check
-TOLERANCE = 1e-4  # for pixels in [-1, 1], where a grey level is 0.008
+PIXEL_TOLERANCE = 1e-4  # for pixels in [-1, 1], where a grey level is 0.008
 NEARBY = 2**-18  # perturbation of images, relative to their range, that reveals near-ties
 
 
@@ -59,25 +59,25 @@ class Checked(NamedTuple):
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, images: Tensor | None = None) -> Checked:
-    """Write `tokenizer` as `encoder.onnx` and `decoder.onnx` (or `.pt2`), check the files by running them, and return
-    the comparison. The folder is written atomically.
+    """Write `tokenizer` as `encoder.onnx` and `decoder.onnx` (or `.pt2`), atomically, check the files by running them,
+    and return the comparison.
 
     images: float `(B, C, H, W)` in [-1, 1], checked in addition to noise images. Raises `ExportError` if the tokenizer
     cannot be traced, a package is missing or a file gives other results; `PathError` if the folder holds something
     else; `ValueError` for images of another size or type.
     """
-    require_installed(format)
+    require_format(format)
     if tokenizer.spec.frames > 1:
         raise ExportError("a tokenizer of clips cannot be exported; export that of its frames, `tokenizer.tokenizer`")
     tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # do not move the caller's model
     example = make_noise(tokenizer.image_shape)  # not the user's images: a .pt2 file contains its example inputs
     with torch.no_grad():
-        examples: dict[Part, Tensor] = {"encoder": example, "decoder": tokenizer.encode(example)}
+        examples: dict[ProgramPart, Tensor] = {"encoder": example, "decoder": tokenizer.encode(example)}
     if images is not None:
         tokenizer.check_images(images)
     some = example if images is None else torch.cat([example, images.to(example)])
     with atomic_folder(folder, kind=EXPORT) as target:
-        paths = {part: target / f"{part}{SUFFIXES[format]}" for part in NAMES}
+        paths = {part: target / f"{part}{EXPORT_SUFFIXES[format]}" for part in IO_NAMES}
         for part, path in paths.items():
             write_program(trace_part(tokenizer, part, examples[part]), part, path)
         compared = compare_outputs(tokenizer, load_program(paths["encoder"]), load_program(paths["decoder"]), some)
@@ -86,16 +86,15 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, i
     return compared
 
 
-def require_installed(format: Format) -> None:
-    """Raise `ExportError` for an unknown format, or if a package that it needs is not installed."""
-    if format not in SUFFIXES:
-        raise ExportError(f"format should be {' or '.join(SUFFIXES)} (got {format!r})")
+def require_format(format: Format) -> None:
+    if format not in EXPORT_SUFFIXES:
+        raise ExportError(f"format should be {' or '.join(EXPORT_SUFFIXES)} (got {format!r})")
     if format == "onnx" and (missing := [package for package in ONNX_PACKAGES if find_spec(package) is None]):
         raise ExportError(f'not installed: {", ".join(missing)}; pip install "smalti[export]"')
 
 
 def make_noise(shape: tuple[int, ...]) -> Tensor:
-    """Return random 8-bit images, `(RANDOM, C, H, W)` in [-1, 1]."""
+    """Return images of 8-bit noise, `(RANDOM, C, H, W)` in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     return to_float(torch.randint(256, (RANDOM, *shape), generator=generator, dtype=torch.uint8))
 
@@ -110,11 +109,11 @@ def describe_export(tokenizer: Tokenizer, format: Format, compared: Checked) -> 
     }
     parts: dict[str, Any] = {
         part: {
-            "file": f"{part}{SUFFIXES[format]}",
+            "file": f"{part}{EXPORT_SUFFIXES[format]}",
             "takes": {"name": given, **forms[given]},
             "gives": {"name": made, **forms[made]},
         }
-        for part, (given, made) in NAMES.items()
+        for part, (given, made) in IO_NAMES.items()
     }
     return {
         "_class_name": "ExportedTokenizer",
@@ -126,7 +125,7 @@ def describe_export(tokenizer: Tokenizer, format: Format, compared: Checked) -> 
         "channels": channels,
         "grid": grid_to_dict(grid),
         **parts,
-        "checked": {**compared._asdict(), "tolerance": TOLERANCE},
+        "checked": {**compared._asdict(), "tolerance": PIXEL_TOLERANCE},
     }
 
 
@@ -137,7 +136,7 @@ class UncheckedGrid(TokenGrid):
     """A grid that does not check ids, since a check is data-dependent control flow."""
 
     def check(self, tokens: Tensor) -> None:
-        """Accept all tokens."""
+        pass
 
 
 class TraceableOps(TorchFunctionMode):
@@ -153,15 +152,15 @@ class TraceableOps(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def is_block(rows: Tensor, held: Any, dim: int = 0) -> bool:
+def is_block(rows: Tensor, size: Any, dim: int = 0) -> bool:
     """Return whether this call of `split` splits a dynamic number of rows into blocks."""
-    return dim == 0 and isinstance(held, int) and isinstance(rows.shape[0], torch.SymInt)
+    return dim == 0 and isinstance(size, int) and isinstance(rows.shape[0], torch.SymInt)
 
 
 class Program(nn.Module):
     """One part of a tokenizer as a module."""
 
-    def __init__(self, tokenizer: Tokenizer, part: Part) -> None:
+    def __init__(self, tokenizer: Tokenizer, part: ProgramPart) -> None:
         super().__init__()
         self.tokenizer, self.part = copy.deepcopy(tokenizer), part
         for module in self.tokenizer.modules():
@@ -174,7 +173,7 @@ class Program(nn.Module):
             return self.tokenizer.encode(given) if self.part == "encoder" else self.tokenizer.decode(given)
 
 
-def trace_part(tokenizer: Tokenizer, part: Part, example: Tensor) -> ExportedProgram:
+def trace_part(tokenizer: Tokenizer, part: ProgramPart, example: Tensor) -> ExportedProgram:
     """Trace a part on `example`, a batch of at least two inputs. Raises `ExportError` if the model cannot be traced."""
     try:
         with silence_exporters(), torch.no_grad():
@@ -182,7 +181,9 @@ def trace_part(tokenizer: Tokenizer, part: Part, example: Tensor) -> ExportedPro
                 Program(tokenizer, part).eval(), (example,), dynamic_shapes=({0: Dim.DYNAMIC},)
             )
             drop_unused(program)
-            drop_places(program)
+            for module in program.graph_module.modules():
+                for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+                    node.meta.pop("stack_trace", None)  # paths of this machine
             return program
     except Exception as error:  # the type depends on the model
         raise ExportError(f"the {part} of this {tokenizer.name} cannot be traced: {summarize_error(error)}") from error
@@ -202,13 +203,6 @@ def drop_unused(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def drop_places(program: ExportedProgram) -> None:
-    """Remove where each operation was traced, since the file names are paths on this machine."""
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            node.meta.pop("stack_trace", None)
-
-
 @contextmanager
 def silence_exporters() -> Iterator[None]:
     """Suppress the log messages and warnings of exporters."""
@@ -223,7 +217,6 @@ def silence_exporters() -> Iterator[None]:
 
 
 def summarize_error(error: BaseException) -> str:
-    """Return the root cause of an error in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -233,14 +226,14 @@ def summarize_error(error: BaseException) -> str:
 # Files
 
 
-def write_program(program: ExportedProgram, part: Part, path: Path) -> None:
+def write_program(program: ExportedProgram, part: ProgramPart, path: Path) -> None:
     """Write a `.pt2` archive, which `torch.export.load` reads and AOTInductor compiles; or an ONNX file whose first
     axes are called `batch`, with large weights beside it in `<name>.data`. Raises `ExportError`."""
     if path.suffix == ".pt2":
         with silence_exporters():
             torch.export.save(program, path)
         return
-    given, made = NAMES[part]
+    given, made = IO_NAMES[part]
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     try:
         with silence_exporters():
@@ -282,7 +275,7 @@ def compare_outputs(tokenizer: Tokenizer, encode: Run, decode: Run, images: Tens
     and in one batch.
 
     All tokens must be equal, except close calls, where the tokenizer itself returns another id if the image is
-    perturbed within float32 rounding. Pixels must agree to within `TOLERANCE`. Raises `ExportError` otherwise.
+    perturbed within float32 rounding. Pixels must agree to within `PIXEL_TOLERANCE`. Raises `ExportError` otherwise.
     """
     expected = tokenizer.encode(images)
     pixels = tokenizer.decode(expected)
@@ -300,7 +293,7 @@ def compare_outputs(tokenizer: Tokenizer, encode: Run, decode: Run, images: Tens
                 f"{wrong:,} of {expected.numel():,} ids of the exported encoder differ from the tokenizer's"
             )
         apart = float((decoded - pixels).abs().max())
-        if not apart <= TOLERANCE:  # also true for NaN
+        if not apart <= PIXEL_TOLERANCE:  # also true for NaN
             raise ExportError(f"pixels of the exported decoder differ from the tokenizer's by up to {apart:.2g} of 2")
         close, difference = max(close, int(differs.sum())), max(difference, apart)
     return Checked(len(images), expected.numel(), close, difference)

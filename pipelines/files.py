@@ -51,19 +51,18 @@ LOCK = ".lock"
 LEASE, HEARTBEAT = 120.0, 5.0
 """Seconds without a heartbeat after which a lock is taken over, and seconds between heartbeats."""
 MAX_LOCKED_NAME = 150  # bytes; the lock of a longer name is named after its hash
-MOMENT = 1.0  # seconds within which a lock is created or released
+MOMENT = 1.0  # seconds within which a lock is written or released
 STOPPED = 1  # exit code of a process whose lock was taken over
 
-Inputs = Iterable[Any]
-"""Inputs of a verb: paths; anything else (a Hub id, None) is ignored."""
 T = TypeVar("T")
 
 
 # Checks ------------------------------------------------------------------------------
 
 
-def require_apart(out: Path, inputs: Inputs) -> None:
-    """Raise `PathError` if `out` equals, lies in or contains one of the `inputs`."""
+def require_apart(out: Path, inputs: Iterable[Any]) -> None:
+    """Raise `PathError` if `out` equals, lies in or contains one of the `inputs`. Those that are no paths of this
+    machine, such as Hub ids and None, are ignored."""
     there = os.path.realpath(out)
     for source in inputs:
         if source is None or not os.path.exists(source):
@@ -127,7 +126,6 @@ class Output:
 
     @property
     def path(self) -> Path:
-        """The output path."""
         return Path(self.place)
 
     def check_file(self, suffixes: Collection[str] = ()) -> None:
@@ -139,7 +137,6 @@ class Output:
             require_writable(self.path, self.overwrite)
 
     def check_files(self, names: Iterable[str]) -> None:
-        """Check that files with these names can be written into this folder."""
         with self.errors():
             require_apart(self.path, self.inputs)
             require_writable_in(self.path, names, self.overwrite)
@@ -151,15 +148,15 @@ class Output:
             require_replaceable(self.path, kind)
 
     @contextmanager
-    def file(self, temporary: Path | None = None) -> Iterator[Path]:
+    def file(self) -> Iterator[Path]:
         """Yield a temporary path that becomes this file, see `atomic_file`."""
-        with self.errors(), atomic_file(self.path, overwrite=self.overwrite, temporary=temporary) as path:
+        with self.errors(), atomic_file(self.path, overwrite=self.overwrite) as path:
             yield path
 
     @contextmanager
-    def files(self, temporary: Path | None = None) -> Iterator[Path]:
+    def files(self) -> Iterator[Path]:
         """Yield a temporary folder whose files are moved into this one, see `atomic_files`."""
-        with self.errors(), atomic_files(self.path, overwrite=self.overwrite, temporary=temporary) as folder:
+        with self.errors(), atomic_files(self.path, overwrite=self.overwrite) as folder:
             yield folder
 
     @contextmanager
@@ -178,15 +175,14 @@ class Output:
 
 
 @contextmanager
-def atomic_file(target: Path | str, *, overwrite: bool = False, temporary: Path | None = None) -> Iterator[Path]:
+def atomic_file(target: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path that is flushed to the disk and renamed to `target` if the block ends without an error.
 
-    temporary: a path on the same file system; None: a path beside `target`. Raises `PathError`, before and after the
-    block, like `require_writable`."""
+    Raises `PathError`, before and after the block, like `require_writable`."""
     target = Path(target)
     require_writable(target, overwrite)
     make_folder(target.parent)
-    temporary = temporary or temporary_name(target, suffix=target.suffix)
+    temporary = temporary_name(target, suffix=target.suffix)
     try:
         yield temporary
         fsync(temporary)
@@ -198,18 +194,14 @@ def atomic_file(target: Path | str, *, overwrite: bool = False, temporary: Path 
 
 
 @contextmanager
-def atomic_files(target: Path | str, *, overwrite: bool = False, temporary: Path | None = None) -> Iterator[Path]:
+def atomic_files(target: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder whose files are renamed into `target` if the block ends without an error. Other files
-    there stay. A missing target is created in one rename.
-
-    temporary: a path on the same file system, removed first if a killed process left it. If a file may not be replaced,
-    raises a `PathError` that names it, before replacing any file.
-    """
+    there stay. A missing target is created in one rename. If a file may not be replaced, raises a `PathError` that
+    names it, before replacing any file."""
     target = Path(target)
     require_writable_in(target, (), overwrite)
     make_folder(target.parent)
-    temporary = temporary or temporary_name(target)
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -281,7 +273,6 @@ def lock_beside(out: Path | str) -> Path:
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file in a run folder is its lock, or a leftover of a lock."""
     return name == LOCK or name.startswith(f"{LOCK}.")
 
 
@@ -291,9 +282,7 @@ def _locked(place: Path, out: Path, key: str, group: ProcessGroup | None) -> Ite
 
         def acquire() -> None:
             try:
-                stack.enter_context(_folder_for_lock(place.parent))
-                lock = _acquire(place, out)
-                stack.callback(_release, lock)
+                stack.enter_context(_hold(place, out))
             except OSError as error:
                 raise UserError(f"{key}: {out} cannot be written ({error.strerror or error})") from error
 
@@ -302,12 +291,16 @@ def _locked(place: Path, out: Path, key: str, group: ProcessGroup | None) -> Ite
 
 
 @contextmanager
-def _folder_for_lock(folder: Path) -> Iterator[None]:
-    """Create a folder and its missing parents; after the block, remove those that are still empty."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+def _hold(place: Path, out: Path) -> Iterator[None]:
+    """Hold the lock `place` during the block. Folders that are created for it and are still empty are removed."""
+    missing = [path for path in (place.parent, *place.parent.parents) if not path.exists()]
     try:
-        make_folder(folder)
-        yield
+        lock = _acquire(place, out)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # otherwise the lock is stale once this process has ended
+                lock.release(force=True)
     finally:
         for path in missing:
             with suppress(OSError):
@@ -317,10 +310,9 @@ def _folder_for_lock(folder: Path) -> Iterator[None]:
 def _acquire(place: Path, out: Path) -> SoftFileLease:
     """Acquire the lock `place`. Raises `UserError` that names the holder, and `OSError`.
 
-    If the holder is a live process on this machine, raise at once. If it is remote or has missed heartbeats, wait: a
-    live holder sends a heartbeat within `HEARTBEAT` seconds; otherwise take over the lock after `LEASE` seconds.
+    A dead process of this machine is replaced at once, any other holder after `LEASE` seconds without a heartbeat.
     """
-    from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
+    from filelock import SoftFileLease, Timeout
 
     def stop(_: Any) -> None:
         """Exit at once: the main thread may be about to write, or be blocked where no exception reaches it."""
@@ -332,90 +324,38 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
 
     options: dict[str, Any] = {"lease_duration": LEASE, "heartbeat_interval": HEARTBEAT, "on_compromise": stop}
     lock = SoftFileLease(place, timeout=0, thread_local=False, **options)
-    began, waits = time.monotonic(), False
+    start, first = time.monotonic(), 0.0
     while True:
-        try:
-            make_folder(place.parent)  # a process that did not get the lock may have removed it
-            lock.acquire()
+        make_folder(place.parent)  # a process that did not get the lock may have removed it
+        with suppress(Timeout):
+            lock.acquire()  # removes a stale lock
             break
-        except LeaseSettingsMismatch as error:
-            raise UserError(f"{out}: {error}") from error
-        except Timeout:
-            if lock.owner is not None:
-                _wait_for_silence(lock, place, out)
-                break
-        waited = time.monotonic() - began  # another process is creating or releasing its lock
-        if waited > MOMENT and os.path.lexists(place):
-            if not _is_half_written(place):
-                raise UserError(f"{out}: {place} is not a lock file; move it elsewhere")
-            if waited > LEASE:
-                place.unlink(missing_ok=True)
-            elif not waits:
-                waits = _report_waiting(lock, out)
+        owner, heartbeat = lock.owner, _read_heartbeat(place)
+        if owner is None:  # just released, or not written yet
+            if heartbeat and time.monotonic() - start > MOMENT:
+                raise UserError(f"{out}: {place} names no holder; delete it if no process is writing here")
+        elif heartbeat:
+            host = quote(owner.hostname.partition("?")[0])[1:-1]  # the rest identifies the container
+            holder = f"process {owner.pid} on {host}"
+            recent = host == socket.gethostname() and abs(time.time() - heartbeat) < 3 * HEARTBEAT
+            if recent or (first and heartbeat != first):
+                raise UserError(f"{out}: {holder} is writing here; only one writer at a time, nothing was changed")
+            if not first:
+                wait = f"waiting up to {LEASE + HEARTBEAT:g} s for its heartbeat"
+                print(f"{out}: {holder} may be writing here; {wait}", file=sys.stderr, flush=True)
+                first = heartbeat
         time.sleep(0.05)
     with suppress(OSError):  # after power loss, an unflushed lock would be empty
         fsync(place)
     return lock
 
 
-def _is_half_written(place: Path) -> bool:
-    """Whether a lock is empty or truncated, because its process was killed or power was lost."""
-    if place.is_symlink() or not place.is_file():
-        return False
-    data = place.read_bytes()
-    whole = data.rstrip(b"\0")
-    return not whole or (whole.startswith(b"filelock/2\n") and not (whole.endswith(b"\n") and whole == data))
-
-
-def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
-    """Take over the lock after `LEASE` seconds without a heartbeat. Raises `UserError` if the holder is alive."""
-    from filelock import Timeout
-
-    def read_heartbeat() -> float:
-        try:
-            return os.lstat(place).st_mtime
-        except OSError:
-            return 0.0
-
-    first, (host, _) = read_heartbeat(), _describe_holder(lock)
-    if host == socket.gethostname() and abs(time.time() - first) < 3 * HEARTBEAT:
-        raise _locked_error(lock, out)
-    _report_waiting(lock, out)
-    pause = min(1.0, LEASE / 4)
-
-    def is_alive() -> bool:
-        return read_heartbeat() not in (first, 0.0)  # 0: just released or taken over
-
+def _read_heartbeat(place: Path) -> float:
+    """Return the time of the last heartbeat; 0 without a lock."""
     try:
-        lock.acquire(timeout=LEASE + 2 * pause + 1, poll_interval=pause, cancel_check=is_alive)
-    except Timeout:
-        raise _locked_error(lock, out) from None
-
-
-def _report_waiting(lock: SoftFileLease, out: Path) -> bool:
-    _, holder = _describe_holder(lock)
-    line = f"{out}: {holder} may be writing here; waiting up to {LEASE + HEARTBEAT:g} s for its heartbeat"
-    print(line, file=sys.stderr, flush=True)
-    return True
-
-
-def _locked_error(lock: SoftFileLease, out: Path) -> UserError:
-    _, holder = _describe_holder(lock)
-    return UserError(f"{out}: {holder} is writing here; only one writer at a time, nothing was changed")
-
-
-def _describe_holder(lock: SoftFileLease) -> tuple[str, str]:
-    """Return the host of the lock's holder, and `process 4242 on HOST`."""
-    if (owner := lock.owner) is None:
-        return "", "another process"
-    host = quote(owner.hostname.partition("?")[0])[1:-1]  # the rest identifies the container
-    return host, f"process {owner.pid} on {host}"
-
-
-def _release(lock: SoftFileLease) -> None:
-    """Release the lock. If the file system fails, the lock is stale once this process has ended."""
-    with suppress(OSError):
-        lock.release(force=True)
+        return os.lstat(place).st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 # JSON against a class -----------------------------------------------------------------------------
@@ -426,18 +366,6 @@ Number = Annotated[float, Strict()]
 """Integers are converted to float."""
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
-
-EXPECTED = {
-    "bool_type": "true or false",
-    "dataclass_type": "a mapping",
-    "dict_type": "a mapping",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "list_type": "a list",
-    "model_type": "a mapping",
-    "none_required": "null",
-    "string_type": "text",
-}
 
 
 class FieldError(ValueError):
@@ -461,19 +389,12 @@ def validate(cls: type[T], data: Any, path: Path) -> T:
 
 
 def _describe(detail: ErrorDetails) -> str:
-    """Return the field and its problem."""
-    kind, context = detail["type"], detail.get("ctx", {})
     names = [str(part) for part in detail["loc"]]
+    error = detail.get("ctx", {}).get("error")
     problem = f"{detail['msg']} (found {quote(detail['input'])})"
-    if kind == "missing":
+    if detail["type"] == "missing":
         problem = "missing"
-    elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        problem = "no such field"
-    elif kind in EXPECTED:
-        problem = f"should be {EXPECTED[kind]} (found {quote(detail['input'])})"
-    elif kind == "greater_than_equal":
-        problem = f"should be at least {context['ge']} (found {quote(detail['input'])})"
-    elif isinstance(error := context.get("error"), FieldError):
+    elif isinstance(error, FieldError):
         names, problem = [*names, error.field], error.problem
     elif error is not None:
         problem = str(error)

@@ -31,7 +31,7 @@ class OtherJobError(PathError):
 
 
 def work_folder(out: Path, verb: str) -> Path:
-    """Return the folder beside `out` that holds unfinished work."""
+    """Return the folder for unfinished work: `.NAME.VERB` beside `out`."""
     path = Path(os.path.realpath(out))
     return path.with_name(f".{path.name}.{verb}")
 
@@ -58,7 +58,9 @@ def begin_job(
         what = "a link" if folder.is_symlink() else "a file"
         raise PathError(f"{folder} cannot be written: it is {what}, not a folder")
     make_folder(folder)
-    remove_temporary(folder, lambda name: name == JOB or is_result(name))
+    for path in folder.iterdir():
+        if (match := TEMPORARY.fullmatch(path.name)) and (match["name"] == JOB or is_result(match["name"])):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     found, before = sorted(set(os.listdir(folder)) - {*LITTER}), read_job(folder, renamed)
     job = json.loads(json.dumps(job))
     if before is None and found:
@@ -77,13 +79,3 @@ def require_work_folder(folder: Path) -> None:
     """Raise `UserError` unless this process sees the folder that the main process created."""
     if not (folder / JOB).is_file():
         raise UserError(f"out: {folder} is not visible to every process; all processes must share the same disk")
-
-
-def remove_temporary(folder: Path, is_ours: Callable[[str], bool]) -> None:
-    """Delete partial files and folders of killed processes, if `is_ours` accepts their final names."""
-    for path in folder.iterdir():
-        if (match := TEMPORARY.fullmatch(path.name)) and is_ours(match["name"]):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()

@@ -14,11 +14,11 @@ from prior.given import Given
 
 T = TypeVar("T")
 Made = TypeVar("Made")
-AHEAD = 2  # two, so that a fast batch can compensate for a slow one
+PREFETCHED = 2  # so that a fast batch can compensate for a slow one
 
 
 def prefetch(
-    make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD, threads: int = 1
+    make: Callable[[T], Made], items: Iterable[T], ahead: int = PREFETCHED, threads: int = 1
 ) -> Generator[Made, None, None]:
     """Yield `make(item)` for each item in order, computed by threads up to `ahead` items in advance.
 
@@ -41,7 +41,7 @@ def pin_memory(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map_tensors(Tensor.pin_memory, part) for part in batch)
 
 
-def to_device_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+def move_batch_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
     """Start asynchronous copies of the batch to the device; work queued there later waits for them."""
     return tuple(map_tensors(lambda tensor: tensor.to(device, non_blocking=True), part) for part in batch)
 

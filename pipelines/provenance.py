@@ -26,12 +26,12 @@ TokenizerFolder = Annotated[str, IN_RUN]
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the training data of the pipeline named on the command line."""
+    """Return the training data of the pipeline on the command line."""
     return {"data": read_data_settings(find_file(str(resolve_shipped(str(given.get("pipeline") or ""))), PROVENANCE))}
 
 
 def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the training data of the tokenizer or pipeline named on the command line."""
+    """Return the training data of the tokenizer or pipeline on the command line."""
     return {"data": read_training_data(str(given.get("tokenizer") or ""))}
 
 
@@ -50,8 +50,10 @@ def read_training_facts(tokenizer: str) -> dict[str, Any]:
     in_pipeline = (pipeline / INDEX).is_file()  # a pipeline records them once for both models
     folder = str(pipeline) if in_pipeline else source
     path = find_file(folder, PROVENANCE)
-    named = {key: value for key, value in ({} if path is None else read_json(path)).items() if key == SPLITS_KEY}
-    return join_splits({"data": read_data_settings(path), **named}, find_file(folder, SPLITS) or Path(folder) / SPLITS)
+    recorded = {} if path is None else read_json(path)
+    facts = {"data": read_data_settings(path)}
+    facts |= {SPLITS_KEY: recorded[SPLITS_KEY]} if SPLITS_KEY in recorded else {}
+    return join_splits(facts, find_file(folder, SPLITS) or Path(folder) / SPLITS)
 
 
 def find_file(source: str, name: str) -> Path | None:

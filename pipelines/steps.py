@@ -32,7 +32,7 @@ Files = str | Path | Sequence[str | Path]
 """A preset or a YAML file, or several, of which later ones override earlier ones."""
 
 
-def list_files(config: Files) -> Sequence[str | Path]:
+def as_list(config: Files) -> Sequence[str | Path]:
     """Return the presets and files as a list. Raises `UserError` for anything else."""
     files = [config] if isinstance(config, str | Path) else config
     if not (isinstance(files, Sequence) and all(isinstance(file, str | Path) for file in files)):
@@ -44,27 +44,27 @@ def train_tokenizer(config: Files = (), **settings: Any) -> Path:
     """Train stage one. Returns the run folder, which `encode` takes as `tokenizer`; its `tokenizer/` is the model for
     `Tokenizer.from_pretrained`, its `metrics.jsonl` the record."""
     cls, defaults = stage_one.TrainTokenizerConfig, stage_one.defaults
-    return stage_one.run(build_config(cls, list_files(config), settings, defaults))
+    return stage_one.run(build_config(cls, as_list(config), settings, defaults))
 
 
 def encode(config: Files = (), **settings: Any) -> Path:
     """Encode images as tokens. Returns the folder of the token dataset, for `train_prior` and `load_tokens`."""
     cls, defaults = encoding.EncodeConfig, encoding.tokenizer_defaults
-    return encoding.run(build_config(cls, list_files(config), settings, defaults))
+    return encoding.run(build_config(cls, as_list(config), settings, defaults))
 
 
 def train_prior(config: Files = (), **settings: Any) -> Path:
     """Train stage two. Returns the run folder, which `ImagePipeline.from_pretrained` and the other steps load."""
     cls, defaults = stage_two.TrainPriorConfig, stage_two.defaults
-    return stage_two.run(build_config(cls, list_files(config), settings, defaults))
+    return stage_two.run(build_config(cls, as_list(config), settings, defaults))
 
 
 def generate(config: Files = (), **settings: Any) -> Path:
     """Draw samples into a grid, an `.npz` or a folder. Returns its path. For images in memory, call the pipeline."""
-    return generation.run(build_config(generation.GenerateConfig, list_files(config), settings))
+    return generation.run(build_config(generation.GenerateConfig, as_list(config), settings))
 
 
 def evaluate(config: Files = (), **settings: Any) -> dict[str, Any]:
     """Measure a pipeline on held-out images. Prints a table and returns the figures, as in `evaluation.json`."""
     cls, defaults = evaluation.EvaluateConfig, evaluation.defaults
-    return evaluation.run(build_config(cls, list_files(config), settings, defaults))
+    return evaluation.run(build_config(cls, as_list(config), settings, defaults))

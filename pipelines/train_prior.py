@@ -24,7 +24,7 @@ from tokenizer.config import Node
 from tokenizer.files import PipelineLoadError, read_json
 from tokenizer.model import CONFIG
 
-from .config import Config, RunSubfolder, UserError, run_command
+from .config import Config, RunSubfolder, UserError, run_command, user_errors
 from .config.importing import format_imports
 from .frequencies import Frequencies
 from .image_pipeline import ImagePipeline
@@ -147,7 +147,7 @@ class TrainPriorConfig(Config):
 
 
 class PriorTask(Task):
-    """Train a prior, the only player."""
+    """Train a prior."""
 
     shardable = True
     snapshots = {"pipeline": PIPELINE}
@@ -208,11 +208,9 @@ class PriorTask(Task):
         return tokens, given.without(draw_nulls(given.columns, indices, epochs, seed, *shares)), *wrong
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return all rows in random order, or in blocks if `blocks` is set."""
         return samples_of(self.rows, batch_size, seed, step, self.config.blocks)
 
-    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the objective, under the orders or masks that the prior draws for this step."""
+    def loss(self, group_name: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = self.model.training_inputs(batch[0], self.progress)
         loss, terms = self.nets["model"](*batch, inputs)
         return loss, terms
@@ -226,15 +224,11 @@ class PriorTask(Task):
         return {"samples": pipeline.sample_picture(group=group)}
 
     def require_causal(self, model: Prior) -> None:
-        """Raise `UserError` for a prior whose logits depend on tokens that it has yet to predict."""
         first = np.zeros(1, np.int64)
-        try:
+        with user_errors(NotCausalError, prefix="model: "):
             require_causal(model, self.train_split.rows(first), self.train_split.given[first])
-        except NotCausalError as error:
-            raise UserError(f"model: {error}") from error
 
     def evaluate(self, model: nn.Module, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
-        """Return bits per token on a split."""
         if self.is_checked:
             self.require_causal(cast(Prior, model))
         return {"bits_per_token": bits_per_token(model, self.eval_splits[split], self.evaluated[split], group=group)}
@@ -245,12 +239,10 @@ class PriorTask(Task):
         return None if bits is None or self.config.objective == "cca" else -bits
 
     def quality(self, evaluation: dict[str, float]) -> str:
-        """Describe the bits per token, an upper bound if the prior is not exact."""
         bits = evaluation.get("bits_per_token")
         return "" if bits is None else f"{'' if self.model.exact else 'at most '}{bits:.3f} bits per token"
 
     def outcome(self, run: Path) -> str:
-        """Name the pipeline's folder, and the command that generates images with it."""
         folder = quote(str(run / "pipeline"))
         return f"pipeline: {folder}; next: smalti generate{format_imports()} pipeline={folder}"
 
@@ -267,7 +259,6 @@ class PriorTask(Task):
         return pipeline
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """Save the pipeline's folder, with its provenance and a grid of samples on its card."""
         pipeline = self.pipeline(model)
         if self.init:
             facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.init}
@@ -288,12 +279,10 @@ def select_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSpli
 
 
 def choose_columns(columns: Mapping[str, Column], names: list[str] | None) -> dict[str, Column]:
-    """Return the class, if there is one, and the named columns; None: all. Raises `UserError` for an unknown name."""
+    """Return the class, if there is one, and the chosen columns; None: all. Raises `UserError` for an unknown name."""
     others = {name: column for name, column in columns.items() if name != LABEL}
-    try:
+    with user_errors(ValueError):
         chosen = others if names is None else {name: find_column(others, name, "attributes") for name in names}
-    except ValueError as error:
-        raise UserError(str(error)) from error
     return {**{name: column for name, column in columns.items() if name == LABEL}, **chosen}
 
 
@@ -304,14 +293,13 @@ def facts_of(grid: TokenGrid, columns: Mapping[str, Column]) -> dict[str, Any]:
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
-    """Build the prior of a validated `{kind: ...}` node for a dataset's grid and columns. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
     facts = facts_of(data.grid, data.columns)
     return Prior.create(node["kind"], **facts, tokenizer=data.tokenizer.fingerprint(), **choices)
 
 
-FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
-"""Settings of priors that affect training only."""
+TRAINING_ONLY = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
+"""Settings of priors that do not affect a trained one."""
 
 
 def start_from(prior: Prior, data: TokenDataset, source: str) -> tuple[str, tuple[str, ...]]:
@@ -336,7 +324,7 @@ def start_from(prior: Prior, data: TokenDataset, source: str) -> tuple[str, tupl
         )
     if theirs.name != prior.name:
         raise UserError(f"init: {source}: its prior has model.kind={theirs.name}, not {prior.name}; remove model.kind")
-    ignored = {*FREE, "num_classes", "conditions"}
+    ignored = {*TRAINING_ONLY, "num_classes", "conditions"}
     ignored |= set() if prior.config.conditions and theirs.config.conditions else {"condition_width"}
     if differing := [key for key in {**mine, **other} if key not in ignored and mine.get(key) != other.get(key)]:
         pairs = ", ".join(f"model.{key}: {other.get(key)!r} there, {mine.get(key)!r} here" for key in differing)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,6 @@ from .metrics.reconstruction import (
 from .processes.group import ALONE, ProcessGroup
 from .provenance import find_file, inherit, read_training_data, read_training_facts, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
-from .training.losses import LossConfig, combine_loss_weights
 from .training.optimizers import hidden_matrices
 from .training.schedule import TrainConfig
 from .training.stopping import describe_saved
@@ -62,6 +61,30 @@ LLOYD_STEPS = 2  # the first gains about .1 dB on digits, the second .02, furthe
 LLOYD_IMAGES, LLOYD_PIXELS = 2000, 1 << 26  # maximum that they take
 FEW, COPIES, DIGITS_COPIES = 2000, 32, 4  # `encode` in README: 32 copies of a thousand images; in `make demo`: 4
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenizer from
+
+
+class LossConfig(Config):
+    """Loss weights of a tokenizer."""
+
+    l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
+    l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
+    gradient: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean absolute error of differences between neighbouring pixels; suppresses false "
+        "texture in smooth areas",
+    )
+    nll: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the model's negative log likelihood, if it has one, in nats per pixel channel; 1 with "
+        "l1=0 and l2=0 gives the fewest bits per dim",
+    )
+    quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own losses, which include its beta")
+    perceptual: float = Field(
+        0.0, ge=0, description="weight of LPIPS, a distance between features of a pretrained network"
+    )
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the pretrained network of LPIPS")
 
 
 class TrainTokenizerConfig(Config):
@@ -94,7 +117,7 @@ class TrainTokenizerConfig(Config):
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
 
-class Stage(nn.Module):
+class TrainedModules(nn.Module):
     """The modules that are averaged and saved: the tokenizer, its critic, and counts of codebook use."""
 
     use: CodebookUse
@@ -109,7 +132,7 @@ class TokenizerTask(Task):
     """Train a tokenizer, if it has trainable parameters after `initialize`, and its critic, if any. Of clips, it is
     trained on single frames."""
 
-    model: Stage
+    model: TrainedModules
     snapshots = {"tokenizer": Tokenizer.folder_kind()}
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
@@ -121,7 +144,7 @@ class TokenizerTask(Task):
         require_two_levels(config.data, config.model["kind"], getattr(model, "levels", 0))
         if config.data.frames is not None:  # as `encode` will
             FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)
-        inherited = find_division(config)
+        inherited = read_division(config)
         self.images = load_images(config.data, inherited=inherited, distributed=True, stream=True, single_frames=True)
         self.divided = self.images.facts
         report_division(self.images)
@@ -139,10 +162,14 @@ class TokenizerTask(Task):
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
 
     def set_up(self, tokenizer: Tokenizer) -> None:
-        """Register `tokenizer` as a player, if it has trainable parameters, and its critic, if any."""
+        """Set what the trainer needs to train `tokenizer`, if it has trainable parameters, and its critic, if any."""
         config, self.tokenizer = self.config, tokenizer
         self.tokens_per_row = len(tokenizer.grid)
-        self.weights = combine_loss_weights(config.loss, tokenizer)
+        loss = config.loss
+        self.weights = {"l1": loss.l1, "l2": loss.l2, "gradient": loss.gradient} | {
+            name: weight * (loss.nll if name == "nll" else loss.quantizer)
+            for name, weight in tokenizer.loss_weights.items()
+        }
         parameters = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.nets: dict[str, nn.Module] = {"model": tokenizer} if parameters else {}
         self.param_groups = {"model": parameters} if parameters else {}
@@ -153,7 +180,7 @@ class TokenizerTask(Task):
             self.param_groups["critic"] = list(self.adversary.critic.parameters())
             self.rates, self.betas = {"critic": config.critic.lr}, {"critic": config.critic.betas}
         self.reconstructions: deque[Tensor] = deque()  # one per micro-batch, for the critic's loss
-        self.model = Stage(tokenizer, self.adversary.critic if self.adversary else None)
+        self.model = TrainedModules(tokenizer, self.adversary.critic if self.adversary else None)
 
     def new_tokenizer(self) -> Tokenizer:
         """Build the tokenizer, with weights from `init`, and initialize it from training images."""
@@ -167,13 +194,10 @@ class TokenizerTask(Task):
         return tokenizer
 
     def active_groups(self, step: int) -> list[str]:
-        """Return the tokenizer, and the critic from step `critic.start` on."""
-        return [
-            name for name in self.param_groups if name != "critic" or (self.adversary and self.adversary.plays(step))
-        ]
+        is_active = self.adversary is not None and self.adversary.is_active(step)
+        return [name for name in self.param_groups if name != "critic" or is_active]
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image indices and epochs; for a stream, positions in it."""
         return self.images.train.samples(batch_size, seed, step)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
@@ -184,11 +208,11 @@ class TokenizerTask(Task):
         """Return augmented images `(B, C, H, W)` in [-1, 1]."""
         return (self.images.train.prepare(*batch),)
 
-    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, group_name: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """For the tokenizer, return the weighted sum of pixel, quantizer, LPIPS and adversarial losses. For the critic,
         return its loss on the same images and the reconstructions from the tokenizer's turn."""
         (images,) = batch
-        if player == "critic":
+        if group_name == "critic":
             assert self.adversary is not None
             return self.adversary.critic_term(self.nets["critic"], images, self.reconstructions.popleft())
         output = self.nets["model"](images)
@@ -199,7 +223,7 @@ class TokenizerTask(Task):
         if self.adversary is not None:
             added, parts = self.adversary.tokenizer_term(output.images, loss, self.tokenizer.last_layer, step)
             loss, terms = loss + added, {**terms, **parts}
-            if self.adversary.plays(step):
+            if self.adversary.is_active(step):
                 self.reconstructions.append(output.images.detach())
         return loss, {**terms, **self.codebook_figures(output.tokens)}
 
@@ -269,11 +293,9 @@ class TokenizerTask(Task):
         return None if self.adversary or self.perceptual else evaluation.get("psnr")
 
     def quality(self, evaluation: dict[str, float]) -> str:
-        """Describe the PSNR of reconstructions."""
         return f"PSNR {evaluation['psnr']:.2f} dB" if "psnr" in evaluation else ""
 
     def outcome(self, run: Path) -> str:
-        """Name the tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
         data = self.config.data
         copies = DIGITS_COPIES if data.source == "digits" else COPIES if 0 < self.rows <= FEW else 0
@@ -281,7 +303,6 @@ class TokenizerTask(Task):
         return f"tokenizer: {folder}; next: smalti encode{format_imports()} tokenizer={folder} out={tokens}{more}"
 
     def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """Save the tokenizer's folder, with its provenance."""
         self.images.write_bad_images(run)
         data = self.images.train.config  # with the range of the values, if it was measured
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
@@ -289,13 +310,13 @@ class TokenizerTask(Task):
         save_tokenizer(model.tokenizer, run / "tokenizer", known)
 
 
-def find_division(config: TrainTokenizerConfig) -> Inherited | None:
+def read_division(config: TrainTokenizerConfig) -> Inherited | None:
     """Return how an earlier part of the run, or else the tokenizer `init`, divided the images. Raises `UserError`."""
     run = Path(config.out)
     if (run / CONFIG).is_file():
         saved = run / "tokenizer" / PROVENANCE
-        named = SPLITS_KEY in read_json(saved) if saved.is_file() else False
-        facts = join_splits({SPLITS_KEY: SPLITS} if named else {}, run / SPLITS)
+        has_division = SPLITS_KEY in read_json(saved) if saved.is_file() else False
+        facts = join_splits({SPLITS_KEY: SPLITS} if has_division else {}, run / SPLITS)
         return Inherited(SplitFacts.model_validate(facts[SPLITS_KEY]) if facts else "position")
     return inherit(config.data, read_training_facts(config.init)) if config.init else None
 
@@ -340,7 +361,6 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_networks(loss: LossConfig, channels: int) -> None:
-    """Raise `UserError` for losses by networks that were trained on pictures, if images have other channels."""
     if loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: LPIPS takes images with 1 or 3 channels (data.channels={channels})")
 
@@ -360,7 +380,6 @@ def model_config(
 def build_tokenizer(
     node: dict[str, Any], image_size: tuple[int, int], channels: int, data: DataConfig | None = None
 ) -> Tokenizer:
-    """Build the tokenizer of a validated `{kind: ...}` node. Raises `ConfigError`."""
     member: Any = Tokenizer.find(node["kind"])
     made: Tokenizer = member(model_config(node, image_size, channels, data))
     return made

@@ -11,7 +11,7 @@ from tokenizer import Tokenizer
 from tokenizer.spec import to_float
 
 from ..config import Config, run_command, user_errors
-from ..exports import EXPORT, SUFFIXES, ExportError, Format, export_tokenizer
+from ..exports import EXPORT, EXPORT_SUFFIXES, ExportError, Format, export_tokenizer
 from ..files import Output, lock_output
 from ..options import open_files, read_files, require_pictures
 from ..provenance import TokenizerFolder, find_protected_folder, tokenizer_folder
@@ -50,7 +50,7 @@ def run(config: ExportConfig) -> Path:
     same = f"all {compared.tokens:,} tokens agree"
     if compared.close_calls:
         same = f"all but {compared.close_calls} of {compared.tokens:,} tokens agree (rounding ties)"
-    suffix = SUFFIXES[config.format]
+    suffix = EXPORT_SUFFIXES[config.format]
     print(
         f"{config.out}: encoder{suffix} and decoder{suffix}; on {compared.images} images {same}, and pixels differ by "
         f"at most {compared.pixel_difference:.1g} of 2"

@@ -292,11 +292,11 @@ def measure_training(task: PlannedPrior | PlannedTokenizer, device: torch.device
 def compute_gradients(task: PlannedPrior | PlannedTokenizer, count: int) -> None:
     """Run all losses forward and backward on `count` images, at a late step, when a critic has its full weight."""
     batch, step = task.random_batch(count), sys.maxsize
-    for group in task.active_groups(step):
+    for group_name in task.active_groups(step):
         for name, parameters in task.param_groups.items():
             for parameter in parameters:
-                parameter.requires_grad_(name == group)
-        task.loss(group, batch, step)[0].backward()
+                parameter.requires_grad_(name == group_name)
+        task.loss(group_name, batch, step)[0].backward()
 
 
 def measure_peak_bytes(device: torch.device, call: Callable[[], None]) -> int:

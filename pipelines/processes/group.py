@@ -28,8 +28,8 @@ class ProcessGroup:
     in the same order.
 
     Every process gets results on its CPU. Tensors must not have a small unsigned type, which torch does not pickle;
-    arrays may. An error on one process is raised there; the others raise `ProcessFailed`, which names that process, or
-    `ReportedElsewhere` for a user's mistake found by the main process.
+    arrays may. An error on one process is raised there; the others raise `ProcessFailed`, or `ReportedElsewhere` for a
+    user's mistake found by the main process.
     """
 
     rank: int = 0
@@ -40,7 +40,6 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
@@ -62,7 +61,6 @@ class ProcessGroup:
         return found
 
     def total(self, counts: Tensor) -> Tensor:
-        """Sum integers over processes."""
         return torch.stack(self.gather(lambda: counts.cpu())).sum(0)
 
     def on_main(self, act: Callable[[], R]) -> R:

@@ -28,7 +28,6 @@ TIMEOUT = 7 * 86400.0  # seconds: shares of a long command end hours apart, and 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 LAUNCHERS = (PRECISION, "WORLD_SIZE", "RANK", "MASTER_ADDR")  # set by launchers for each process
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 FSDP2 = "use FSDP2, which shards weights, gradients and moments (--use_fsdp --fsdp_version 2)"
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed is not supported: {FSDP2}",
@@ -39,26 +38,17 @@ REFUSED = {
 would accept them silently and train differently."""
 
 
-def require_supported() -> None:
-    """Raise `UserError` if the launcher asks for an unsupported feature."""
-    for variable, problem in REFUSED.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
-            raise UserError(problem)
-    if os.environ.get(PRECISION, "").lower() == "fp8":
-        raise UserError("fp8 is not supported: use --mixed_precision bf16, or no")
-    if (steps := os.environ.get(ACCUMULATION, "1")) != "1":
-        raise UserError(
-            f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; use train.accumulate instead"
-        )
-
-
 def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = None) -> Accelerator:
     """Build the `Accelerator` that `accelerate launch` requested. timeout: seconds that processes wait for each other.
 
     mixed_precision: overrides the launcher's setting. Raises `UserError` for unsupported features, and if fewer
     processes started than were requested.
     """
-    require_supported()
+    for variable, problem in REFUSED.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise UserError(problem)
+    if (steps := os.environ.get(ACCUMULATION, "1")) != "1":
+        raise UserError(f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; use train.accumulate")
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
@@ -70,11 +60,8 @@ def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = No
     if mixed_precision and AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()  # an earlier run in this process used another precision
     accelerator = Accelerator(kwargs_handlers=[ddp, waiting], mixed_precision=mixed_precision)
-    if accelerator.device.type not in DEVICES:
-        raise UserError(
-            f"devices of type {accelerator.device.type} (a TPU is xla) are not supported: use a GPU, or the CPU with "
-            "ACCELERATE_USE_CPU=true"
-        )
+    if accelerator.device.type == "xla":
+        raise UserError("TPUs are not supported: use a GPU, or the CPU with ACCELERATE_USE_CPU=true")
     world = os.environ.get("WORLD_SIZE")
     # If accelerate's launcher starts one process although several were requested, it still sets an address.
     several = int(world) > 1 if world else {"MASTER_ADDR", PRECISION} <= set(os.environ)
@@ -89,7 +76,6 @@ def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = No
 
 
 def group_of(accelerator: Accelerator) -> ProcessGroup:
-    """Return the group of an accelerator's processes."""
     return ProcessGroup(accelerator.process_index, accelerator.num_processes)
 
 

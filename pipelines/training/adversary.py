@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 from tokenizer.spec import ImageSpec
 
-from ..config import Config, UserError
+from ..config import Config, user_errors
 from .augmentation import augment
 from .schedule import Decay
 
@@ -58,14 +58,12 @@ class CriticConfig(Config):
 
 
 class Adversary:
-    """The adversarial losses of tokenizer and critic. The tokenizer's loss calls the bare module `critic`; the critic's
-    loss may call it wrapped in DDP."""
+    """The adversarial losses of tokenizer and critic."""
 
     def __init__(self, config: CriticConfig, critic: PatchCritic) -> None:
         self.config, self.critic = config, critic
 
-    def plays(self, step: int) -> bool:
-        """Whether the critic trains in this step."""
+    def is_active(self, step: int) -> bool:
         return step >= self.config.start
 
     def share(self, step: int) -> float:
@@ -73,10 +71,6 @@ class Adversary:
         then rising linearly to 1 over `ramp` steps."""
         since = step - self.config.start - self.config.warmup
         return min(1.0, (since + 1) / max(1, self.config.ramp)) if since >= 0 else 0.0
-
-    def augment(self, images: Tensor) -> Tensor:
-        """Augment the critic's input `(B, C, H, W)`, in both losses."""
-        return augment(images, self.config.augment or ())
 
     def tokenizer_term(
         self, reconstruction: Tensor, other_losses: Tensor, last_layer: nn.Parameter, step: int
@@ -86,7 +80,8 @@ class Adversary:
         share = self.share(step)
         if share == 0:
             return other_losses.new_zeros(()), {}
-        adversarial = GENERATOR_LOSSES[self.config.loss](self.critic(self.augment(reconstruction)))
+        logits = self.critic(augment(reconstruction, self.config.augment or ()))
+        adversarial = GENERATOR_LOSSES[self.config.loss](logits)
         weight = other_losses.new_full((), self.config.weight * share)
         if self.config.adaptive:
             weight = weight * adaptive_weight(other_losses, adversarial, last_layer)
@@ -95,10 +90,11 @@ class Adversary:
     def critic_term(
         self, critic: nn.Module, images: Tensor, reconstructions: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the critic's loss on images `(B, C, H, W)` and their reconstructions, and scalars to log. A single
-        forward pass takes both, because DDP must not be called twice before a backward pass."""
+        """Return the critic's loss on images `(B, C, H, W)` and their reconstructions, and scalars to log. critic: the
+        module, perhaps wrapped in DDP. A single forward pass takes both kinds of images, because DDP must not be called
+        twice before a backward pass."""
         both = torch.cat([images.to(reconstructions.dtype), reconstructions])
-        real, fake = critic(self.augment(both)).float().chunk(2)
+        real, fake = critic(augment(both, self.config.augment or ())).float().chunk(2)
         loss = CRITIC_LOSSES[self.config.loss](real, fake)
         terms = {
             "critic": loss,
@@ -117,8 +113,6 @@ class Adversary:
 def make_adversary(config: CriticConfig, spec: ImageSpec) -> Adversary:
     """Build a critic of images and its losses. Raises `UserError` for images too small for it."""
     critic = PatchCritic(spec.channels, config.width, config.layers, config.norm)
-    try:
+    with user_errors(ValueError, prefix="critic.layers: "):
         critic.map_size(*spec.size)
-    except ValueError as error:
-        raise UserError(f"critic.layers: {error}") from error
     return Adversary(config, critic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,11 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     A block has parameters and submodules; a single layer is too small. Modules with statistics in buffers (a codebook,
     a batch norm) are excluded, because a second forward pass would change them.
     """
-    return list(_blocks(model))
+    blocks, kinds = list[nn.Module](), Counter(type(child) for child in model.children())
+    for child in model.children():
+        repeated = isinstance(model, nn.ModuleList) or (isinstance(model, nn.Sequential) and kinds[type(child)] > 1)
+        blocks += [child] if repeated and _is_block(child) else repeated_blocks(child)
+    return blocks
 
 
 def prepare_blocks(nets: Iterable[nn.Module], config: TrainConfig) -> None:
@@ -53,17 +57,6 @@ def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     again, and weights keep their names. Call this last."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost blocks below a module."""
-    kinds = Counter(type(child) for child in module.children())
-    for child in module.children():
-        repeated = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and kinds[type(child)] > 1)
-        if repeated and _is_block(child):
-            yield child
-        else:
-            yield from _blocks(child)
 
 
 def _is_block(module: nn.Module) -> bool:

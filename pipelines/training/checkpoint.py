@@ -32,7 +32,7 @@ from ..config import UserError, tell
 Tensors = dict[str, Tensor]
 FORMAT_VERSION = 1
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
-NAME = re.compile(r"step-\d{8,}")
+CHECKPOINT = re.compile(r"step-\d{8,}")
 LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.\w+)?")
 """Names of the partial checkpoints, snapshots, previews and other files that a killed process leaves."""
 
@@ -46,11 +46,10 @@ def list_checkpoints(run: Path) -> list[Path]:
         names = os.listdir(run / "state")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((run / "state" / name for name in names if NAME.fullmatch(name)), key=step_of)
+    return sorted((run / "state" / name for name in names if CHECKPOINT.fullmatch(name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -83,7 +82,7 @@ def remove_leftovers(run: Path) -> None:
 
 
 def collect_tensors(model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> Tensors:
-    """Return every tensor of a checkpoint by name: `model.*`, `average.*`, and `optimizer.<player>/<parameter>/*`.
+    """Return every tensor of a checkpoint by name: `model.*`, `average.*`, and `optimizer.<group>/<parameter>/*`.
 
     torch's `get_optimizer_state_dict` is unsuitable: to fill the state of parameters without a gradient, it takes a
     step with learning rate 0, which Adam would count.
@@ -91,15 +90,14 @@ def collect_tensors(model: nn.Module, average: nn.Module, optimizers: Mapping[st
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for player, optimizer in optimizers.items():
+    for group_name, optimizer in optimizers.items():
         for parameter, moments in optimizer.state.items():
             for key, value in moments.items():
-                tensors[f"optimizer.{player}/{names[parameter]}/{key}"] = value
+                tensors[f"optimizer.{group_name}/{names[parameter]}/{key}"] = value
     return tensors
 
 
 def copy_to_cpu(tensors: Tensors) -> Tensors:
-    """Copy tensors to the CPU, so that training cannot change them."""
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
@@ -183,8 +181,8 @@ def load_newest(
             if record.get("step") != step_of(checkpoint):
                 raise ValueError(f"{RECORD} does not belong to step {step_of(checkpoint)}")
             best = load_file(checkpoint / BEST) if main and record.get("best") else None
-            if best is not None:
-                require_same_shapes(best, average)
+            if best is not None and shapes_of(best) != shapes_of(average.state_dict()):
+                raise ValueError(f"{BEST} is not of this model")
             load_tensors(checkpoint / TENSORS, model, average, optimizers)
         # A damaged file may raise anything; torch's own error is not an `Exception`.
         except (Exception, dcp.CheckpointException) as caught:
@@ -201,17 +199,13 @@ def load_newest(
     return {}, None
 
 
-def require_same_shapes(tensors: Tensors, model: nn.Module) -> None:
-    """Raise `ValueError` unless names and shapes match the model's."""
-    found, expected = ({name: value.shape for name, value in each.items()} for each in (tensors, model.state_dict()))
-    if found != expected:
-        differing = min(name for name, _ in found.items() ^ expected.items())
-        raise ValueError(f"{BEST}: {differing} has shape {found.get(differing)}, expected {expected.get(differing)}")
+def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
     """Load the tensors of a checkpoint into the model, its average and the optimizers. Raises `ValueError` for a
-    missing or unexpected tensor or another shape, and torch's own errors for damaged files."""
+    missing or unexpected tensor, and torch's own errors for another shape and for damaged files."""
     reader = dcp.FileSystemReader(folder)
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = collect_tensors(model, average, {})
@@ -220,18 +214,15 @@ def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers:
     for key, stored in found.items():
         if not key.startswith("optimizer."):
             continue
-        player, name, entry = key.removeprefix("optimizer.").split("/")
+        group_name, name, entry = key.removeprefix("optimizer.").split("/")
         parameter = parameters[name]
         if stored.size == parameter.shape:
             tensors[key] = torch.empty_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
         else:  # a step count
             tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype, device=parameter.device)
-        moments[key] = optimizers[player], parameter, entry
+        moments[key] = optimizers[group_name], parameter, entry
     if differing := sorted(set(found) ^ set(tensors)):
         raise ValueError(f"{differing[0]} is {'not expected' if differing[0] in found else 'missing'}")
-    for key, value in tensors.items():
-        if found[key].size != value.shape:
-            raise ValueError(f"{key} has shape {list(found[key].size)}, expected {list(value.shape)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that each process reads alone
         dcp.load(tensors, storage_reader=reader, no_dist=True)

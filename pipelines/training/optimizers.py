@@ -24,7 +24,7 @@ from prior.layers import CausalConv2d
 
 from .schedule import TrainConfig
 
-MIN_SIDE = 16  # minimum rows and columns of a matrix for Muon
+MIN_MATRIX_SIDE = 16  # minimum rows and columns of a matrix for Muon
 MOMENTUM = 0.95
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5  # Newton-Schulz: Jordan's coefficients, iterations
 TINY = 1e-7  # the norm below which a matrix counts as zero
@@ -74,8 +74,8 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
     for name, layer in model.named_modules():
         weight, parts = getattr(layer, "weight", None), getattr(layer, "parts", 1)
         if isinstance(layer, LAYERS) and EXCLUDED.isdisjoint(name.split(".")) and isinstance(weight, nn.Parameter):
-            rows, columns = matrix_shape(weight)
-            if min(rows // parts, columns) >= MIN_SIDE:
+            rows, columns = shape_as_matrix(weight)
+            if min(rows // parts, columns) >= MIN_MATRIX_SIDE:
                 found[weight] = parts
     return found
 
@@ -91,18 +91,17 @@ def decaying_weights(model: nn.Module) -> set[nn.Parameter]:
     for name, module in model.named_modules():
         for key, weight in module.named_parameters(recurse=False):
             is_bias = "bias" in f"{name}.{key} {type(module).__name__}".lower()
-            if weight.ndim > 1 and min(matrix_shape(weight)) > 1 and not is_bias:
+            if weight.ndim > 1 and min(shape_as_matrix(weight)) > 1 and not is_bias:
                 found.add(weight)
     return found
 
 
-def matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Return the numbers of rows and columns of a weight flattened to a matrix."""
+def shape_as_matrix(weight: Tensor) -> tuple[int, int]:
+    """Return the numbers of rows and columns: (outputs, inputs x k x k) of a convolution."""
     return weight.shape[0], math.prod(weight.shape[1:])
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -143,7 +142,7 @@ class Muon(AdamW):
         directions = orthogonalize(matrices, group["parts"], like=weights[0]).to(ahead[0])
         if skip is not None:
             directions *= skip <= 0
-        rows, columns = matrix_shape(weights[0])
+        rows, columns = shape_as_matrix(weights[0])
         rate = group["lr"] * group["factor"] * math.sqrt(max(1.0, rows / group["parts"] / columns))
         for weight, direction in zip(weights, directions, strict=True):
             mine = local_shard(weight)
@@ -155,7 +154,7 @@ def group_by_shape(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     found: dict[tuple[int, int], list[nn.Parameter]] = {}
     for weight in weights:
         if weight.grad is not None:
-            found.setdefault(matrix_shape(weight), []).append(weight)
+            found.setdefault(shape_as_matrix(weight), []).append(weight)
     for group in found.values():
         count = max(1, MAX_NUMBERS // max(1, local_shard(group[0]).numel()))
         yield from (group[start : start + count] for start in range(0, len(group), count))
@@ -169,7 +168,7 @@ def orthogonalize(matrices: Tensor, parts: int, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return newton_schulz(matrices.unflatten(1, (parts, -1)).flatten(0, 1)).view_as(matrices)
-    shape = torch.Size([len(matrices), *matrix_shape(like)])
+    shape = torch.Size([len(matrices), *shape_as_matrix(like)])
     place: dict[str, Any] = {"device_mesh": like.device_mesh, "run_check": False}
     place |= {"shape": shape, "stride": (shape[1] * shape[2], shape[2], 1)}
     pieces = DTensor.from_local(matrices, placements=[Shard(1)], **place)

@@ -54,7 +54,7 @@ def announce_start(trainer: Trainer, changes: list[str], reason: str = "") -> No
 
 
 @contextmanager
-def progress_bar(trainer: Trainer) -> Iterator[Any]:
+def training_bar(trainer: Trainer) -> Iterator[Any]:
     """Show a progress bar if the main process has a terminal and something to train."""
     from tqdm import tqdm
 
@@ -156,7 +156,7 @@ def describe_end(trainer: Trainer, done: bool, was_finished: bool) -> str:
     return f"{trained}{quality and f', {quality}'}{nothing}; {task.outcome(trainer.run)}"
 
 
-def describe_figures(trainer: Trainer, done: bool) -> dict[str, Any]:
+def describe_snapshot(trainer: Trainer, done: bool) -> dict[str, Any]:
     """Return the figures of a snapshot's weights, the number of evaluated images per split and, at the end of a run,
     the step of the weights."""
     task = trainer.task

@@ -20,9 +20,9 @@ from ..images.splits import SPLITS, SplitFacts
 CONFIG = "config.json"
 END = ("train.steps", "train.minutes")
 RHYTHM = ("train.log_every", "train.preview_every", "train.evaluate_every", "train.save_every")
-FREE = {"out", "track", *END, *RHYTHM, "train.timeout", "train.checkpointing", "data.cache_mb"}
+MAY_CHANGE = {"out", "track", *END, *RHYTHM, "train.timeout", "train.checkpointing", "data.cache_mb"}
 """Settings that may change on resume. Only the end affects the weights, through the learning rate schedule."""
-LEFTOVER = re.compile(rf"\.tmp-({re.escape(CONFIG)}|{re.escape(SPLITS)})-[0-9a-f]{{8}}\.json")
+HALF_WRITTEN = re.compile(rf"\.tmp-({re.escape(CONFIG)}|{re.escape(SPLITS)})-[0-9a-f]{{8}}\.json")
 
 
 def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | None = None) -> list[str]:
@@ -44,7 +44,10 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
                 f"{suggest_remedy(run, config, changes)}. Differences:\n" + "\n".join(changes)
             )
         return [line for line in difference(old, new) if line.split(":")[0] in (*END, *RHYTHM)]
-    if run.is_dir() and (strange := [path.name for path in sorted(run.iterdir()) if not is_ours(path.name)]):
+    # A run that was killed at its start has left only these.
+    found = os.listdir(run) if run.is_dir() else []
+    ours = {name for name in found if name == SPLITS or is_lock(name) or HALF_WRITTEN.fullmatch(name)}
+    if strange := sorted(set(found) - ours):
         raise UserError(
             f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=; nothing was "
             "overwritten"
@@ -52,11 +55,6 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
     inputs = [config.data.path] if hasattr(config, "data") else [config.tokens]
     require_apart(run, [*inputs, config.init])
     return []
-
-
-def is_ours(name: str) -> bool:
-    """Return whether a run may create a file of this name before it writes its configuration."""
-    return name == SPLITS or is_lock(name) or LEFTOVER.fullmatch(name) is not None
 
 
 def read_config(run: Path, config: Any) -> dict[str, Any]:
@@ -78,16 +76,14 @@ def write_config(run: Path, config: Any, divided: SplitFacts | None = None) -> N
 
 
 def select_fixed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings that must not change on resume."""
     fixed: dict[str, Any] = {}
     for key, value in settings.items():
-        if prefix + key not in FREE:
+        if prefix + key not in MAY_CHANGE:
             fixed[key] = select_fixed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
     return fixed
 
 
 def suggest_remedy(run: Path, config: Any, changes: list[str]) -> str:
-    """Describe how to train with these changes."""
     snapshot = run / ("tokenizer" if hasattr(config, "data") else "pipeline")
     rebuilt = any(line.startswith(("model.", "data.image_size", "data.channels", "tokens", "init")) for line in changes)
     if rebuilt or not snapshot.is_dir():

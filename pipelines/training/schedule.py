@@ -13,9 +13,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a moment of Adam."""
 
 
-def restore_no(value: Any) -> Any:
-    """Restore a bare `no`, which YAML reads as false."""
-    return "no" if value is False else value
+RestoreNo = BeforeValidator(lambda value: "no" if value is False else value)  # YAML reads a bare `no` as false
 
 
 class TrainConfig(Config):
@@ -71,7 +69,7 @@ class TrainConfig(Config):
         description="recompute each block in the backward pass instead of storing its activations: saves memory, "
         "takes a quarter to a third more time, and gives the same losses",
     )
-    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, BeforeValidator(restore_no)] = Field(
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, RestoreNo] = Field(
         None,
         description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: bf16 if the GPU "
         "supports it, or the CPU has AMX or AVX512-BF16; null: the setting of `accelerate launch`",

@@ -23,28 +23,23 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def _read_variable(name: str, default: str = "false") -> str:
-    return os.environ.get(name, default).lower()
-
-
 def is_sharding(accelerator: Accelerator) -> bool:
     """Return whether to shard the weights. Raises `UserError` for unsupported requests: FSDP 1, a mixed precision other
     than bf16, and accelerate's own compilation and checkpointing."""
-    if _read_variable("ACCELERATE_USE_FSDP") != "true":
+    if not is_set("ACCELERATE_USE_FSDP"):
         return False
-    if _read_variable("FSDP_VERSION", "1") != "2":
+    if os.environ.get("FSDP_VERSION") != "2":
         raise UserError("FSDP 1 is not supported: use --fsdp_version 2, or fsdp_version: 2 in accelerate's settings")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"FSDP needs --mixed_precision no or bf16 (got {accelerator.mixed_precision})")
-    if _read_variable("FSDP_ACTIVATION_CHECKPOINTING") == "true":
+    if is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UserError("fsdp_activation_checkpointing: use train.checkpointing=true instead")
-    if _read_variable("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError("--dynamo_backend: with FSDP use train.compile=true instead")
     return torch.distributed.is_initialized()  # one process has nothing to shard
 
 
 def require_shardable(task: Task) -> None:
-    """Raise `UserError` unless the task trains a single network."""
     if not task.shardable:
         raise UserError(
             "FSDP supports only priors: a tokenizer, with its codebook and critic, is replicated; launch this verb "
@@ -69,9 +64,7 @@ def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module
     for model, method in ((task.model, "encode_given"), (average, "encode_given"), (average, "log_prob")):
         register_fsdp_forward_method(model, method)
     found = dict(task.model.named_parameters())
-    task.param_groups = {
-        player: [found[names[p]] for p in parameters] for player, parameters in task.param_groups.items()
-    }
+    task.param_groups = {key: [found[names[p]] for p in parameters] for key, parameters in task.param_groups.items()}
     if accelerator.mixed_precision == "bf16":
         precise = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
         task.model.forward, task.model.encode_given = precise(task.model.forward), precise(task.model.encode_given)
@@ -79,8 +72,12 @@ def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module
 
 
 def offloads_to_cpu() -> bool:
-    """Return whether to offload shards to main memory."""
-    return _read_variable("FSDP_OFFLOAD_PARAMS") == "true"
+    return is_set("FSDP_OFFLOAD_PARAMS")
+
+
+def is_set(variable: str, default: str = "false") -> bool:
+    """Return whether an environment variable of accelerate's launcher is true."""
+    return os.environ.get(variable, default).lower() == "true"
 
 
 def _make_options(accelerator: Accelerator) -> dict[str, Any]:
@@ -101,8 +98,7 @@ def _shard_blocks(model: nn.Module, options: dict[str, Any]) -> None:
     """Shard each block separately; weights outside blocks stay gathered until the backward pass."""
     from torch.distributed.fsdp import fully_shard
 
+    reshard = is_set("FSDP_RESHARD_AFTER_FORWARD", "true")
     for block in repeated_blocks(model):
-        fully_shard(
-            block, reshard_after_forward=_read_variable("FSDP_RESHARD_AFTER_FORWARD", "true") == "true", **options
-        )
+        fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, **options)

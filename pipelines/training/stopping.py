@@ -30,8 +30,7 @@ class Stop:
     def __init__(self, run: Path) -> None:
         self.run, self.parent = run, os.getppid()
         self.requested = False
-        self.interrupted: float | None = None
-        """Time of the first Ctrl-C, if any."""
+        self.interrupted: float | None = None  # time of the first Ctrl-C
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def is_requested(self) -> bool:
@@ -41,7 +40,6 @@ class Stop:
         return self.requested or orphaned
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Handle the first or second Ctrl-C."""
         if self.interrupted is None:
             self.requested, self.interrupted = True, time.monotonic()
             self.print_line("Ctrl-C: saving, then stopping; press Ctrl-C again to stop at once")

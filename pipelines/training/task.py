@@ -23,19 +23,19 @@ Split = Literal["validation", "held_out"]
 
 
 class Task:
-    """A model, its data and its losses. `nets` holds the modules that DDP wraps; the trainer replaces them with the
-    wrapped modules, which `loss` calls."""
+    """A model, its data and its losses."""
 
     model: nn.Module
     """The module that is saved, averaged and evaluated."""
     nets: dict[str, nn.Module]
+    """The modules that `loss` calls. The trainer wraps them in DDP."""
     param_groups: dict[str, list[nn.Parameter]]
-    """Parameters of each player, such as the tokenizer and its critic. Players take turns, each with its own optimizer.
-    Without param_groups, nothing is trained."""
+    """The parameters of the tokenizer and of its critic, for example. Each group has its own optimizer, and they take
+    turns. Without groups, nothing is trained."""
     rates: dict[str, float] = {}
-    """Learning rates of param_groups, relative to `train.lr`; default 1."""
+    """Learning rates by group, relative to `train.lr`; default 1."""
     betas: dict[str, tuple[float, float]] = {}
-    """AdamW's betas of param_groups; default `train.betas`."""
+    """AdamW's betas by group; default `train.betas`."""
     init: dict[str, Any] | None = None
     """`source` and `fingerprint` of the model that training starts from, if any; they must not change on resume."""
     notes: tuple[str, ...] = ()
@@ -48,8 +48,7 @@ class Task:
     """Size of the training set; 0 if unknown."""
     evaluated: dict[Split, int]
     """Number of images evaluated per split; `validation` is missing without such images."""
-    shardable: bool = False
-    """Whether FSDP can shard `model`: it must be the only trained network."""
+    shardable: bool = False  # whether FSDP can shard `model`: it must be the only trained network
     snapshots: dict[str, FolderKind] = {}
     """Folders that `save` writes into the run folder."""
     tokens_per_row: int
@@ -78,11 +77,11 @@ class Task:
         return "validation" if self.param_groups and "validation" in self.evaluated else "held_out"
 
     def active_groups(self, step: int) -> list[str]:
-        """Return the param_groups that take this step, in order; all by default."""
+        """Return the names of the groups that take this step, in order; all by default."""
         return list(self.param_groups)
 
-    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar that `player` minimises, and scalars to log."""
+    def loss(self, group_name: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar that the group of parameters minimises, and scalars to log."""
         raise NotImplementedError
 
     def matrices(self) -> dict[nn.Parameter, int]:
@@ -90,7 +89,7 @@ class Task:
         return hidden_matrices(self.model)
 
     def decaying(self) -> set[nn.Parameter]:
-        """Return the weights of all param_groups that decay."""
+        """Return the weights that decay."""
         return set().union(*(decaying_weights(net) for net in self.nets.values()))
 
     def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:

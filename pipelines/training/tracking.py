@@ -1,13 +1,12 @@
-"""Records of a run: `metrics.jsonl` and `previews/`, mirrored to trackers.
+"""Records of a run: `metrics.jsonl` and `previews/`, mirrored to W&B and TensorBoard.
 
-W&B and TensorBoard get the same calls. A tracker that raises is switched off with a warning; it never ends a run.
+A tracker that raises is switched off with a warning; it never ends a run.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import math
 import netrc
 import os
@@ -79,16 +78,15 @@ class Tracker:
     ) -> None:
         require_installed(config.trackers)
         self.run, self.config, self.active = Path(run), config, active
-        self._trackers: dict[str, Board] = {}
+        self._trackers: dict[str, WandbRun | TensorBoardRun] = {}
         if not active:
             return
         self._metrics = MetricsFile(self.run, resume_step)
         if resume_step <= 0:
             (self.run / STORED_ID).unlink(missing_ok=True)
-        mode, reason = wandb_mode(config.wandb if "wandb" in config.trackers else "disabled")
-        reason = reason if "wandb" in config.trackers else "not in track.trackers"
-        if mode == "disabled":
-            print(f"W&B: {mode} ({reason})", flush=True)
+        mode, reason = wandb_mode(config.wandb)
+        if "wandb" not in config.trackers or mode == "disabled":
+            print(f"W&B: disabled ({reason if 'wandb' in config.trackers else 'not in track.trackers'})", flush=True)
         else:
             known = stored_id(self.run / STORED_ID)
             run_id = known or uuid.uuid4().hex[:16]
@@ -105,14 +103,16 @@ class Tracker:
     @property
     def run_url(self) -> str | None:
         """The run's address at W&B; None if it is not online."""
-        return self._trackers["W&B"].url if "W&B" in self._trackers else None
+        wandb = self._trackers.get("W&B")
+        return wandb.url if isinstance(wandb, WandbRun) else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line with `step` and `values`; if the disk is full, retry with the next line."""
         if self.active:
             numbers = {name: v if isinstance(v, (int, float)) else float(v) for name, v in values.items()}
             self._metrics.append(step, numbers)
-            self._call_each(lambda tracker: tracker.log(step, numbers))
+            for label, tracker in list(self._trackers.items()):
+                self._call(label, partial(tracker.log, step, numbers))
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; warn and skip on a full disk."""
@@ -124,58 +124,47 @@ class Tracker:
             try:
                 save_picture(picture, path, overwrite=True)
             except (OSError, PathError) as error:
-                tell(f"warning: {path} was not written: {error}; {free_space(self.run)}")
-        self._call_each(lambda tracker: tracker.images(step, pictures))
+                tell(f"warning: {path} was not written: {error}")
+        for label, tracker in list(self._trackers.items()):
+            self._call(label, partial(tracker.images, step, pictures))
 
     def flush(self) -> None:
         """Write and sync all lines, including pending ones. Raises `OSError` (path, bytes needed and free) if the disk
         is full."""
         if self.active:
             self._metrics.flush()
-            self._call_each(lambda tracker: tracker.flush())
 
     def finish(
-        self,
-        step: int,
-        summary: dict[str, Any] | None = None,
-        rows: list[list[Any]] | None = None,
-        artifact_metadata: dict[str, float] | None = None,
+        self, step: int, summary: dict[str, Any], rows: list[list[Any]], artifact_metadata: dict[str, float]
     ) -> None:
-        """Send the outcome to W&B: `summary` to its table of runs, `rows` of (weights, split, figure, value) as the
+        """Log the outcome at W&B: `summary` in its table of runs, `rows` of (weights, split, figure, value) as the
         table `evaluation`; and, if `track.artifact` is set, the snapshot with `artifact_metadata`."""
-        if self.active and self.config.artifact and "W&B" not in self._trackers:
+        wandb, metadata = self._trackers.get("W&B"), {"step": step, **artifact_metadata}
+        if isinstance(wandb, WandbRun):
+            self._call("W&B", lambda: wandb.finish(step, summary, rows, metadata if self.config.artifact else None))
+        elif self.active and self.config.artifact:
             tell("warning: track.artifact: W&B is off, so no artifact was logged")
-        metadata = {"step": step, **(artifact_metadata or {})} if self.config.artifact else None
-        self._call_each(lambda tracker: tracker.finish(step, summary, rows or [], metadata))
 
     def close(self) -> None:
         """Close `metrics.jsonl` and all trackers. W&B gets a limited time to upload the rest."""
         if self.active:
             self._metrics.close()
-        for label, tracker in self._trackers.items():
-            self._attempt(label, tracker.close)
-        self._trackers.clear()
+        while self._trackers:
+            label, tracker = self._trackers.popitem()
+            self._call(label, tracker.close)
 
-    def _start(self, label: str, start: Callable[[], Board]) -> None:
-        self._attempt(label, lambda: self._trackers.update({label: start()}))
+    def _start(self, label: str, start: Callable[[], WandbRun | TensorBoardRun]) -> None:
+        self._call(label, lambda: self._trackers.update({label: start()}))
 
-    def _call_each(self, call: Callable[[Board], None]) -> None:
-        """Call each tracker; close and drop those that raise."""
-        for label, tracker in list(self._trackers.items()):
-            if not self._attempt(label, partial(call, tracker)):
-                del self._trackers[label]
-                with suppress(Exception):
-                    tracker.close()
-
-    def _attempt(self, label: str, call: Callable[[], None]) -> bool:
-        """Call into a tracker; if that raises, warn and return False."""
+    def _call(self, label: str, call: Callable[[], None]) -> None:
+        """Call into a tracker; if that raises, warn, and close and drop the tracker."""
         try:
             call()
-            return True
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            tell(f"warning: {label} is off: {reason}; {self._metrics.path} has every number")
-            return False
+            tell(f"warning: {label} is off: {summarize_error(error)}; {self._metrics.path} has every number")
+            if label in self._trackers:
+                with suppress(Exception):
+                    self._trackers.pop(label).close()
 
 
 class MetricsFile:
@@ -189,29 +178,26 @@ class MetricsFile:
             raise PathError(f"{self.path}: is a link; links are never written through")
         if self.path.exists():
             lines = self.path.read_bytes().split(b"\n")
-            earlier = [line + b"\n" for line in lines if resume_step > 0 and 0 <= step_of(line) <= resume_step]
+            earlier = [line + b"\n" for line in lines if resume_step > 0 and 0 <= read_step(line) <= resume_step]
             replace_file(self.path, b"".join(earlier))
-        self._file, self._unwritten, self._failed = self.path.open("ab", buffering=0), b"", False
+        self._file, self._unwritten = self.path.open("ab", buffering=0), b""
         fsync(run)
 
     def append(self, step: int, numbers: dict[str, int | float]) -> None:
         """Append a line; warn once if the disk is full."""
+        is_first = not self._unwritten
         self._unwritten += (json.dumps({"step": step, **numbers}) + "\n").encode()
         try:
             self._write()
-            self._failed = False
         except OSError as error:
-            if not self._failed:
+            if is_first:
                 tell(f"warning: {error}; these lines will be written once there is room")
-            self._failed = True
 
     def flush(self) -> None:
-        """Write pending lines, and fsync. Raises `OSError`."""
         self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Try once more to write pending lines."""
         try:
             self._write()
         except OSError as error:
@@ -219,43 +205,26 @@ class MetricsFile:
         self._file.close()
 
     def _write(self) -> None:
-        if not self._unwritten:
-            return
         size, needed = os.fstat(self._file.fileno()).st_size, len(self._unwritten)
         try:
-            if self._file.write(self._unwritten) < needed:
+            if needed and self._file.write(self._unwritten) < needed:
                 raise OSError(errno.ENOSPC, "partial write")
         except OSError as error:
             os.ftruncate(self._file.fileno(), size)  # drop the partial line
-            message = f"{self.path}: needs {needed:,} bytes, {free_space(self.path.parent)}"
-            raise OSError(error.errno, message) from error
+            free = shutil.disk_usage(self.path.parent).free
+            raise OSError(error.errno, f"{self.path}: needs {needed:,} bytes, {free:,} bytes are free") from error
         self._unwritten = b""
 
 
-class Board:
-    """Interface of a tracker; any method may raise anything."""
-
-    url: str | None = None
-
-    def log(self, step: int, numbers: dict[str, int | float]) -> None:
-        raise NotImplementedError
-
-    def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        """Log uint8 `(H, W)` or `(H, W, 3)` arrays."""
-        raise NotImplementedError
-
-    def flush(self) -> None:
-        """Write buffered data, if any."""
-
-    def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
-        """Log the outcome of the run, if the tracker supports it. metadata: describes the artifact; None: no
-        artifact."""
-
-    def close(self) -> None:
-        raise NotImplementedError
+def read_step(line: bytes) -> int:
+    """Return the step of a line of `metrics.jsonl`; -1 for a truncated one."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return -1
 
 
-class WandbRun(Board):
+class WandbRun:
     """A run of W&B, online or offline. Supports wandb 0.21 to 0.31.
 
     wandb cannot append to an offline folder: each command writes a folder of its own, with the same id. `wandb sync` of
@@ -289,12 +258,10 @@ class WandbRun(Board):
                 raise
             wandb.teardown()  # otherwise its service refuses the same id
             self._run, mode = wandb.init(mode="offline", **options), "offline"
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            tell(f"warning: W&B continues offline: {reason}; upload it later with: {sync_command(run, run_id)}")
+            later = f"upload it later with: {sync_command(run, run_id)}"
+            tell(f"warning: W&B continues offline: {summarize_error(error)}; {later}")
         self.online = mode == "online"
-        self.url = self._run.url if self.online else None
-        for handler in logging.getLogger("wandb").handlers:  # otherwise its debug log prints tracebacks on a full disk
-            handler.handleError = lambda record: None  # type: ignore[method-assign]
+        self.url: str | None = self._run.url if self.online else None
         replace_file(run / STORED_ID, json.dumps({"wandb": self._run.id}).encode())
 
     def log(self, step: int, numbers: dict[str, int | float]) -> None:
@@ -304,16 +271,18 @@ class WandbRun(Board):
         import wandb
 
         captions = {name: f"{CAPTIONS.get(name, name)}; step {step:,}" for name in pictures}
-        shown = {name: [wandb.Image(Image.fromarray(p), caption=captions[name])] for name, p in pictures.items()}
-        self._run.log(shown, step=step)
+        images = {name: [wandb.Image(Image.fromarray(p), caption=captions[name])] for name, p in pictures.items()}
+        self._run.log(images, step=step)
 
-    def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
+    def finish(
+        self, step: int, summary: dict[str, Any], rows: list[list[Any]], metadata: dict[str, Any] | None
+    ) -> None:
+        """Log the outcome. metadata: of the artifact to upload; None for no artifact."""
         import wandb
 
-        if summary is not None:
-            self._run.summary.update(summary)
-            table = wandb.Table(columns=["weights", "split", "figure", "value"], data=rows)
-            self._run.log({"evaluation": table}, step=step)
+        self._run.summary.update(summary)
+        table = wandb.Table(columns=["weights", "split", "figure", "value"], data=rows)
+        self._run.log({"evaluation": table}, step=step)
         if metadata is not None:
             folder = next((self.run / name for name in SNAPSHOTS if (self.run / name).is_dir()), None)
             if folder is None:
@@ -335,34 +304,31 @@ class WandbRun(Board):
             raise TimeoutError(f"upload incomplete after {FINISH_SECONDS} s; complete it with: {command}") from error
 
 
-class TensorBoardRun(Board):
+class TensorBoardRun:
     """Event files of a run. TensorBoard drops the events that earlier processes wrote after `resume_step`."""
 
     def __init__(self, folder: Path, run_config: dict[str, Any], resume_step: float) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         first = math.floor(resume_step) + 1 if resume_step > 0 else 0
-        self._writer = SummaryWriter(str(folder), purge_step=first, flush_secs=30)
+        self._writer = SummaryWriter(str(folder), purge_step=first)
         if resume_step <= 0:
             self._writer.add_text("config", "    " + write_yaml(run_config).replace("\n", "\n    "), 0)
 
     def log(self, step: int, numbers: dict[str, int | float]) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         for name, picture in pictures.items():
             self._writer.add_image(name, picture, step, dataformats="HWC" if picture.ndim == 3 else "HW")
-
-    def flush(self) -> None:
-        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
 
 def require_installed(trackers: tuple[str, ...]) -> None:
-    """Raise `UserError`, before training starts, for a tracker whose package is missing."""
     if "tensorboard" in trackers and find_spec("tensorboard") is None:
         raise UserError('track.trackers: tensorboard is not installed: pip install "smalti[trackers]"')
 
@@ -399,40 +365,19 @@ def find_api_key() -> str | None:
 
 def stored_id(path: Path) -> str | None:
     """Return the id of this run folder's W&B run; None if it has no id yet, or the file is damaged."""
-    if not path.exists():
-        return None
     try:
-        found = read_json(path)["wandb"]
-        if re.fullmatch(r"[\w-]{1,64}", found):
-            return str(found)
-    except (PipelineLoadError, KeyError, TypeError):
-        pass
-    tell(f"warning: {path} is damaged: W&B starts a new run")
-    return None
+        return str(read_json(path)["wandb"])
+    except (PipelineLoadError, KeyError):
+        return None
 
 
 def wandb_folder(run: Path) -> Path:
-    """Return the folder in which wandb creates `wandb/`: WANDB_DIR, or the run folder."""
     return Path(os.environ.get("WANDB_DIR") or run)
 
 
 def sync_command(run: Path, run_id: str) -> str:
-    """Return the command that uploads all offline folders of a run to W&B."""
     return f"wandb sync {quote(str(wandb_folder(run)))}/wandb/offline-run-*-{run_id}"
 
 
-def step_of(line: bytes) -> int:
-    """Return the step of a line of `metrics.jsonl`; -1 for a truncated or damaged one."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return -1
-    return step if isinstance(step, int) else -1
-
-
-def free_space(folder: Path) -> str:
-    """Describe the free space on a folder's disk."""
-    try:
-        return f"{shutil.disk_usage(folder).free:,} bytes are free"
-    except OSError as error:
-        return f"the disk is unavailable ({error.strerror})"
+def summarize_error(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

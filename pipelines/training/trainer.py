@@ -35,7 +35,7 @@ from ..config import UserError, tell
 from ..config.errors import Interrupted
 from ..config.schema import difference
 from ..files import lock_folder
-from ..prefetch import pin_memory, prefetch, to_device_async
+from ..prefetch import move_batch_async, pin_memory, prefetch
 from ..processes.group import ALONE, ProcessGroup
 from ..processes.launch import build_accelerator, choose_precision, group_of, leave_group_on_error, make_cpu_group
 from .blocks import prepare_blocks
@@ -51,7 +51,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .optimizers import make_optimizer
-from .reporting import Pace, announce_start, describe_end, describe_figures, progress_bar, show_report, summarize_run
+from .reporting import Pace, announce_start, describe_end, describe_snapshot, show_report, summarize_run, training_bar
 from .run_folder import END, check_run_folder, write_config
 from .schedule import learning_rate
 from .sharding import is_sharding, offloads_to_cpu, require_shardable, shard
@@ -138,13 +138,11 @@ class RunningMeans:
         """Sums and counts `(2, n)`, keyed by the names of n scalars."""
 
     def add(self, names: tuple[str, ...], values: Tensor, finite: Tensor) -> None:
-        """Add `values` `(n,)` if `finite`."""
         if names not in self.sums:
             self.sums[names] = values.new_zeros(2, len(names))
         self.sums[names] += torch.where(finite, torch.stack([values, torch.ones_like(values)]), 0.0)
 
     def read(self) -> dict[str, float]:
-        """Return the mean of each scalar, on the host."""
         totals: dict[str, list[float]] = {}
         for names, tensor in self.sums.items():
             for name, total, number in zip(names, *tensor.tolist(), strict=True):
@@ -153,21 +151,19 @@ class RunningMeans:
         return {name: total / number for name, (total, number) in totals.items() if number}
 
     def to_json(self) -> list[Any]:
-        """Return names, sums and counts as JSON."""
         return [[list(names), tensor.tolist()] for names, tensor in self.sums.items()]
 
     @classmethod
     def from_json(cls, saved: list[Any], device: torch.device) -> RunningMeans:
-        """Invert `to_json` exactly."""
-        found = cls()
-        found.sums = {
-            tuple(names): in_finest(torch.tensor(sums, dtype=torch.float64).to(device)) for names, sums in saved
-        }
-        return found
+        means = cls()
+        for names, sums in saved:
+            means.sums[tuple(names)] = in_finest(torch.tensor(sums, dtype=torch.float64).to(device))
+        return means
 
 
 class Trainer:
-    """A training run: the task's weights and their average, the optimizers and the progress.
+    """A training run: the task's weights and their average, the optimizers and the progress, from the newest checkpoint
+    if there is one.
 
     Under FSDP, each process holds shards of the weights, the average and the optimizers' moments.
     """
@@ -175,8 +171,7 @@ class Trainer:
     # Setting up
 
     def __init__(self, task: Task, config: Any, accelerator: Accelerator) -> None:
-        """Move the task to the device, and load the newest checkpoint, if any."""
-        self.task, self.settings, self.config, self.run = task, config, config.train, Path(config.out)
+        self.task, self.config, self.run = task, config.train, Path(config.out)
         self.accelerator, self.device, self.group = accelerator, accelerator.device, group_of(accelerator)
         self.main, self.sharded = accelerator.is_main_process, is_sharding(accelerator)
         self.hosts = make_cpu_group(accelerator, self.config.timeout)
@@ -191,27 +186,26 @@ class Trainer:
         matrices, decaying = task.matrices(), task.decaying()
         bf16 = self.device.type == "cuda" or accelerator.mixed_precision == "bf16"
         self.optimizers = {
-            player: make_optimizer(
-                parameters, matrices, decaying, self.config, task.betas.get(player, self.config.betas), bf16
+            name: make_optimizer(
+                parameters, matrices, decaying, self.config, task.betas.get(name, self.config.betas), bf16
             )
-            for player, parameters in task.param_groups.items()
+            for name, parameters in task.param_groups.items()
         }
         record = self.load()
-        self.group.on_main(self.prepare_run_folder)
+        self.group.on_main(partial(remove_leftovers, self.run))  # now that all checks have passed
+        self.group.on_main(partial(write_config, self.run, config, task.divided))
         self.step: int = record.get("step", 0)
         self.minutes: float = record.get("minutes", 0.0)
         self.scalars = RunningMeans.from_json(record.get("scalars", []), self.device)
-        self.skips = torch.tensor(
-            record.get("skips", [0, 0]), device=self.device
-        )  # skipped steps: in total, and in a row
+        # The numbers of skipped steps: in total, and in a row.
+        self.skips = torch.tensor(record.get("skips", [0, 0]), device=self.device)
         self.keep_total = torch.tensor([1, 0], device=self.device)
         self.last_terms: dict[str, tuple[tuple[str, ...], Tensor]] = {}
-        """Names and values of each player's scalars in the last step."""
+        """Names and values of the scalars of each parameter group in the last step."""
         self.evaluation: dict[str, float] = record.get("evaluation", {})
         self.reported: dict[str, float] = record.get("reported", {})  # held-out figures, at the end of the run
         self.best: dict[str, Any] = record.get("best", {})  # step, score and evaluation
-        self.finished = False
-        """Whether the delivered weights are those that `Task.finish` returned."""
+        self.finished = False  # whether the final weights are those that `Task.finish` returned
         self.finished_evaluation: dict[str, float] = {}  # of these, on validation images
         self.pending: list[str] = record.get("pending", [])  # due at the saved step, not done yet
         self.precision_before: str | None = record.get("precision")
@@ -233,8 +227,6 @@ class Trainer:
 
     def load(self) -> dict[str, Any]:
         """Load the newest checkpoint. Return its record, or {} if there is no checkpoint. Raises `UserError`."""
-        if any(init != self.task.init for init in self.group.gather(lambda: self.task.init)):
-            raise UserError("init: processes loaded different models; every machine must have the same model")
         # Only rank 0 lists the checkpoints, because a shared file system may show them late on other machines.
         checkpoints = self.group.on_main(lambda: list_checkpoints(self.run))
         objects = self.task.model, self.average, self.optimizers
@@ -258,11 +250,6 @@ class Trainer:
             )
         return record
 
-    def prepare_run_folder(self) -> None:
-        """Delete leftovers of killed processes and write the configuration, now that all checks have passed."""
-        remove_leftovers(self.run)
-        write_config(self.run, self.settings, self.task.divided)
-
     def record(self) -> dict[str, Any]:
         """Return the JSON part of a checkpoint."""
         return {
@@ -279,7 +266,6 @@ class Trainer:
         }
 
     def require_room(self) -> None:
-        """Raise `UserError` if the disk has no room for a checkpoint and a snapshot."""
         weights = sum(value.nbytes for value in self.task.model.state_dict().values())
         moments = sum(2 * p.nbytes for parameters in self.task.param_groups.values() for p in parameters)
         needed, free = int(SPARE * (4 * weights + moments)), shutil.disk_usage(self.run).free
@@ -291,7 +277,7 @@ class Trainer:
     def fit(self) -> None:
         """Train: evaluate, log, preview and save when due, then step, until `steps` or `minutes` is reached."""
         self.task.model.train()
-        with closing(self.batches()) as stream, progress_bar(self) as bar:
+        with closing(self.batches()) as stream, training_bar(self) as bar:
             pace, began, was_finished = Pace(), time.monotonic() - 60 * self.minutes, None
             while True:
                 self.agree_on_end()
@@ -315,7 +301,7 @@ class Trainer:
                 pace.announce_once(self, bar)
         self.finish_writing()
         if done:
-            self.tracker.finish(self.step, *summarize_run(self), artifact_metadata=self.reported)
+            self.tracker.finish(self.step, *summarize_run(self), self.reported)
         if self.main and not self.unsaved:
             print(f"{self.run}: {describe_end(self, done, bool(was_finished))}", flush=True)
 
@@ -331,7 +317,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Fraction of the schedule, at least 0: by steps, or by minutes in a run without `steps`."""
+        """Fraction of the schedule: by steps, or by minutes in a run without `steps`."""
         if not self.task.param_groups:  # nothing to train: evaluate, preview and save at step 0
             return 1.0
         if self.config.steps is not None:
@@ -340,7 +326,6 @@ class Trainer:
         return self.minutes / self.config.minutes
 
     def is_done(self) -> bool:
-        """Return whether the end is reached, by schedule or by the limit in minutes."""
         return self.progress >= 1 or self.minutes >= (self.config.minutes or math.inf)
 
     def is_finished(self) -> bool:
@@ -355,20 +340,15 @@ class Trainer:
         return {"minutes": self.config.minutes, "steps": self.config.steps}
 
     def due(self, done: bool) -> set[str]:
-        """Return which of log, evaluate, preview and save are due at this step. Right after resuming, return those that
-        the interrupted process left undone."""
+        """Return which of log, evaluate, preview and save are due at this step; right after resuming, those that the
+        interrupted process left undone."""
         if self.step == self.saved_step:
             left, self.pending = set(self.pending), []
             return left
-        config = self.config
-        every = {
-            "log": config.log_every,
-            "evaluate": config.evaluate_every,
-            "preview": config.preview_every,
-            "save": config.save_every,
-        }
-        due = {name for name, steps in every.items() if done or (self.step and self.step % steps == 0)}
-        return due | {"preview"} if self.step == 0 else due
+        names = ("log", "evaluate", "preview", "save")
+        if self.step == 0 and not done:
+            return {"preview"}
+        return {name for name in names if done or self.step % getattr(self.config, f"{name}_every") == 0}
 
     def batches(self) -> Generator[list[Any], None, None]:
         """Yield this process's micro-batches for each step, on its device, and prefetch those of later steps.
@@ -390,16 +370,16 @@ class Trainer:
         with closing(prefetch(make, count(self.step))) as stream:
             for micro in stream:
                 if self.device.type != "cpu":
-                    micro = [self.task.prepare(to_device_async(batch, self.device)) for batch in micro]
+                    micro = [self.task.prepare(move_batch_async(batch, self.device)) for batch in micro]
                 yield micro
 
     # A step
 
     def take_step(self, micro_batches: list[Any], lr: float) -> None:
-        """Take one optimizer step per player on these micro-batches, then update the average."""
+        """Take an optimizer step for each parameter group in turn, then update the average."""
         seed = (self.config.seed * 1_000_003 + self.group.rank) * 1_000_003 + self.step
         torch.manual_seed(seed % (1 << 63))
-        finite = [self.step_player(player, micro_batches, lr) for player in self.task.active_groups(self.step)]
+        finite = [self.step_param_group(name, micro_batches, lr) for name in self.task.active_groups(self.step)]
         all_finite = torch.stack(finite).all()
         self.skips = torch.where(all_finite, self.skips * self.keep_total, self.skips + 1)
         self.update_average()
@@ -407,16 +387,16 @@ class Trainer:
         if self.device.type == "cpu":  # reading a CPU tensor needs no synchronization
             self.check_skips()
 
-    def step_player(self, player: str, micro_batches: list[Any], lr: float) -> Tensor:
-        """Accumulate gradients over the micro-batches and step the player's optimizer. Skip the step if a scalar or the
+    def step_param_group(self, group_name: str, micro_batches: list[Any], lr: float) -> Tensor:
+        """Accumulate gradients over the micro-batches and step the group's optimizer. Skip the step if a scalar or the
         gradient norm is not finite on any process. Return whether all are finite, a bool on the device."""
-        optimizer = self.optimizers[player]
-        if len(self.task.param_groups) > 1:  # only this player gets gradients
+        optimizer = self.optimizers[group_name]
+        if len(self.task.param_groups) > 1:  # only this group gets gradients
             for name, parameters in self.task.param_groups.items():
                 for parameter in parameters:
-                    parameter.requires_grad_(name == player)
-        terms = self.accumulate(player, micro_batches)
-        norm = self.accelerator.clip_grad_norm_(self.task.param_groups[player], self.config.clip)
+                    parameter.requires_grad_(name == group_name)
+        terms = self.accumulate(group_name, micro_batches)
+        norm = self.accelerator.clip_grad_norm_(self.task.param_groups[group_name], self.config.clip)
         terms["gradient_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
         values = in_finest(torch.stack([value.to(self.device) for value in terms.values()]))
         if self.group.world > 1:  # a non-finite value on one process makes the mean non-finite
@@ -424,18 +404,18 @@ class Trainer:
             values /= self.group.world
         finite = torch.isfinite(values).all()
         for settings in optimizer.param_groups:
-            settings["lr"] = lr * self.task.rates.get(player, 1.0)
+            settings["lr"] = lr * self.task.rates.get(group_name, 1.0)
         # Fused AdamW and our Muon skip the step if this is not 0.
-        optimizer.found_inf = (~finite).float().to(self.task.param_groups[player][0].device)  # type: ignore[attr-defined]
+        optimizer.found_inf = (~finite).float().to(self.task.param_groups[group_name][0].device)  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()
-        prefix = "" if len(self.task.param_groups) == 1 else f"{player}/"
+        prefix = "" if len(self.task.param_groups) == 1 else f"{group_name}/"
         names = tuple(prefix + name for name in terms)
-        self.last_terms[player] = names, values
+        self.last_terms[group_name] = names, values
         self.scalars.add(names, values, finite)
         return finite
 
-    def accumulate(self, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
+    def accumulate(self, group_name: str, micro_batches: list[Any]) -> dict[str, Tensor]:
         """Accumulate gradients over the micro-batches (DDP reduces them after the last); return the mean of each logged
         scalar."""
         number, totals = len(micro_batches), dict[str, Tensor]()
@@ -444,7 +424,7 @@ class Trainer:
                 if index < number - 1 and not self.sharded:  # FSDP: unreduced gradients may not fit in memory
                     for net in self.task.nets.values():
                         stack.enter_context(self.accelerator.no_sync(net))
-                loss, terms = self.task.loss(player, batch, self.step)
+                loss, terms = self.task.loss(group_name, batch, self.step)
                 self.accelerator.backward(loss / number)
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().float() / number
@@ -479,7 +459,7 @@ class Trainer:
 
     def evaluate_and_save(self, due: set[str], progress: float, done: bool, bar: Any) -> None:
         """Evaluate, log, preview and save when due. At the end of a run, everything except the checkpoint uses the
-        delivered weights: the best ones, if they are known, as the task finishes them."""
+        final weights: the best ones, if they are known, as the task finishes them."""
         record: dict[str, float] = {}
         if due:
             self.check_skips()
@@ -488,9 +468,11 @@ class Trainer:
             show_report(self, record, bar)
         if "evaluate" in due:
             record |= self.evaluate()
-        with self.use_delivered_weights() if done and due else nullcontext():
+        with self.swap_in_final_weights() if done and due else nullcontext():
             if done and "evaluate" in due:
-                record |= self.evaluate_held_out()
+                known = self.task.watched == "held_out" and not self.finished  # of these weights on these images
+                self.reported = self.evaluation if known else self.evaluate_split("held_out")
+                record |= {f"held_out/{name}": value for name, value in self.reported.items()}
             if record:
                 self.tracker.log(self.step, record)
             if due & {"preview", "save"}:
@@ -517,16 +499,8 @@ class Trainer:
         keeps = self.config.keep_best and self.task.param_groups and split == "validation" and score is not None
         if keeps and score > self.best.get("score", -math.inf):
             self.best = {"step": self.step, "score": score, "evaluation": self.evaluation}
-            whole = self.collect_average()
-            self.best_weights = whole if self.main else None
+            self.best_weights = self.collect_average()
         return {f"{split}/{name}": value for name, value in self.evaluation.items()}
-
-    def evaluate_held_out(self) -> dict[str, float]:
-        """Evaluate the delivered weights on held-out images, or reuse the last evaluation if it was of these weights on
-        these images."""
-        known = self.task.watched == "held_out" and not self.finished
-        self.reported = self.evaluation if known else self.evaluate_split("held_out")
-        return {f"held_out/{name}": value for name, value in self.reported.items()}
 
     def evaluate_split(self, split: Split) -> dict[str, float]:
         """Evaluate a split and return its figures. On a GPU, use the mixed precision of training, which is several
@@ -549,7 +523,7 @@ class Trainer:
         return copy_to_cpu(self.average.state_dict()) if self.main else {}
 
     @contextmanager
-    def use_best_weights(self) -> Iterator[None]:
+    def swap_in_best_weights(self) -> Iterator[None]:
         """Inside the block, replace the averaged weights with the best ones, if any."""
         if not self.best or self.best["step"] == self.step:
             yield
@@ -567,25 +541,25 @@ class Trainer:
             self.average.load_state_dict(last)
 
     @contextmanager
-    def use_delivered_weights(self) -> Iterator[None]:
-        """Inside the block, replace the averaged weights with the best ones, if any, and let the task finish them,
-        unless it does not accept the result on validation images. No checkpoint holds finished weights."""
-        with self.use_best_weights():
+    def swap_in_final_weights(self) -> Iterator[None]:
+        """Inside the block, replace the averaged weights with those that the run delivers: the best ones, if any, as
+        the task finishes them, unless it does not accept the result on validation images."""
+        with self.swap_in_best_weights():
             weights = self.average.state_dict()
             changed = self.task.finish(self.average, self.group)
             before = {name: weights[name].clone() for name in changed}
             self.finished = bool(changed)
             try:
-                copy_into(weights, changed)
+                load_values(weights, changed)
                 if self.finished and self.task.watched == "validation":
                     self.finished_evaluation = self.evaluate_split("validation")
                     known = self.best["evaluation"] if self.best else self.evaluation
                     self.finished = self.task.accepts(self.finished_evaluation, known)
                     if not self.finished:
-                        copy_into(weights, before)
+                        load_values(weights, before)
                 yield
             finally:
-                copy_into(weights, before)
+                load_values(weights, before)
 
     @contextmanager
     def gather_average(self) -> Iterator[nn.Module | None]:
@@ -625,7 +599,7 @@ class Trainer:
         """Write the snapshot for users. If that fails, training continues, and the checkpoint records that the snapshot
         is pending."""
         self.unsaved = ""
-        facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)}
+        facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_snapshot(self, done)}
         if done and self.cut:
             facts["cut"] = self.cut
         if url := self.tracker.run_url:
@@ -646,17 +620,15 @@ class Trainer:
         self.saved_step = self.step
         if not self.pending:
             self.unsaved = ""
-        tensors = collect_tensors(self.task.model, self.average, self.optimizers)
-        error: OSError | None = None
+        tensors, may_save = collect_tensors(self.task.model, self.average, self.optimizers), True
         try:
             self.tracker.flush()  # the metrics up to this step must be on the disk first
             if not is_finite(tensors):
                 raise OSError("a weight is not finite")
-        except OSError as caught:
-            error = caught
-        if error is not None:
+        except OSError as error:
             self.warn_unsaved(self.step, error)
-        if not self.all_agree(error is None):
+            may_save = False
+        if not self.all_agree(may_save):
             return
         best = self.best_weights if self.main else None
         facts: dict[str, Any] = {"main": self.main, "sharded": self.sharded}
@@ -668,14 +640,12 @@ class Trainer:
             self.writing = self.writer.submit(self.write, self.step, write)
 
     def write(self, step: int, write: Callable[[], None]) -> None:
-        """Call `write`, which saves this step, and warn if it fails."""
         try:
             write()
         except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
             self.warn_unsaved(step, error)
 
     def finish_writing(self) -> None:
-        """Wait until the pending checkpoint is written."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
@@ -687,7 +657,6 @@ class Trainer:
             tell(f"warning: not saved: {self.unsaved}; older checkpoints are kept")
 
     def all_agree(self, value: bool) -> bool:
-        """Return whether `value` is true on all processes; a collective call."""
         if self.group.world == 1:
             return value
         total = torch.tensor(float(value))
@@ -695,12 +664,10 @@ class Trainer:
         return bool(total == self.group.world)
 
     def close(self) -> None:
-        """Finish pending writes and close the trackers."""
         self.writer.shutdown()
         self.tracker.close()
 
 
-def copy_into(weights: dict[str, Any], values: Tensors) -> None:
-    """Copy `values` into `weights` of the same names."""
+def load_values(weights: dict[str, Any], values: Tensors) -> None:
     for name, value in values.items():
         weights[name].copy_(value)

@@ -32,7 +32,10 @@ def transfer_weights(
             weight.copy_((state[name][rows] if name in tables else state[name]) if name in state else torch.tensor(0.0))
     for name in tables - set(found):  # MADE without classes has a single bias, which is then that of the null class
         found[name.removesuffix("own") + "shared"] += state[name][-1]
-    networks, others = find_networks(prior), find_networks(other)
+    networks, others = (
+        dict[str, nn.Module]() if each.condition_encoder is None else each.condition_encoder.networks()
+        for each in (prior, other)
+    )
     fitting = {name for name, column in new.items() if name in old and column.suits(old[name])}
     for name, network in networks.items():
         if name in fitting:
@@ -61,8 +64,3 @@ def find_class_tables(prior: Prior) -> set[str]:
         larger = type(prior)(prior.config.model_copy(update={"num_classes": prior.num_classes + 1}))
     sizes = {name: weight.shape for name, weight in larger.named_parameters()}
     return {name for name, weight in prior.named_parameters() if sizes[name] != weight.shape}
-
-
-def find_networks(prior: Prior) -> dict[str, nn.Module]:
-    """Return the network that encodes each column, by the column's name."""
-    return {} if prior.condition_encoder is None else prior.condition_encoder.networks()

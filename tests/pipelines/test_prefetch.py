@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 
-from pipelines.prefetch import AHEAD, pin_memory, prefetch, to_device_async
+from pipelines.prefetch import PREFETCHED, move_batch_async, pin_memory, prefetch
 from prior.given import Given
 
 
@@ -32,14 +32,14 @@ def test_two_items_are_made_ahead():
 
     def make(item):
         made.append(item)
-        if item == AHEAD:
+        if item == PREFETCHED:
             third.set()
 
     stream = prefetch(make, count())
     next(stream)
     assert third.wait(10)
     time.sleep(0.05)
-    assert made == list(range(AHEAD + 1))
+    assert made == list(range(PREFETCHED + 1))
     stream.close()
 
 
@@ -69,7 +69,7 @@ def test_an_error_is_raised_at_its_item_and_closing_ends_the_thread():
 
 def test_tensors_and_what_is_given_are_moved_to_the_device():
     given = Given({}, {"age": torch.zeros(3, 1)}, 3)
-    batch = to_device_async((torch.zeros(3, dtype=torch.uint8), given, "name"), torch.device("meta"))
+    batch = move_batch_async((torch.zeros(3, dtype=torch.uint8), given, "name"), torch.device("meta"))
     assert batch[0].device.type == "meta" and batch[0].dtype == torch.uint8 and batch[2] == "name"
     assert batch[1].rows["age"].device.type == "meta" and len(batch[1]) == 3
     if torch.cuda.is_available():

@@ -83,9 +83,9 @@ class TinyTask(Task):
         init: dict[str, Any] | None = None,
     ) -> None:
         """critic_start, late: first steps that train the critic and use the layer `late`. scores: validation errors to
-        report, by step. change_loss: changes the loss of a player at a step."""
+        report, by step. change_loss: changes the loss of a parameter group at a step."""
         self.critic_start, self.late, self.scores, self.init = critic_start, late, scores, init
-        self.change_loss = change_loss or (lambda player, step, loss, model: loss)
+        self.change_loss = change_loss or (lambda group_name, step, loss, model: loss)
         critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
         self.model = Both(net or Net(), critic)
         self.nets: dict[str, nn.Module] = {"model": self.model.net}
@@ -103,9 +103,9 @@ class TinyTask(Task):
     def active_groups(self, step: int) -> list[str]:
         return [name for name in self.param_groups if name != "critic" or step >= (self.critic_start or 0)]
 
-    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, group_name: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         ids, targets = batch
-        if player == "model":
+        if group_name == "model":
             found = self.nets["model"](ids, late=step >= self.late)
             loss = (found - targets).square().mean()
             terms = {"l1": (found - targets).abs().mean()}
@@ -116,7 +116,7 @@ class TinyTask(Task):
             logits = self.nets["critic"](torch.cat([targets, self.predictions.popleft()])[:, None]).squeeze(1)
             real = torch.arange(len(logits)) < len(targets)
             loss, terms = nn.functional.binary_cross_entropy_with_logits(logits, real.float()), {}
-        return self.change_loss(player, step, loss, self.model), terms
+        return self.change_loss(group_name, step, loss, self.model), terms
 
     def evaluate(self, model: nn.Module, split: Any, group: Any = ALONE) -> dict[str, float]:
         assert not model.training

@@ -275,6 +275,10 @@ def test_only_clips_of_the_size_are_compressed_or_resized_ones(tmp_path, capsys)
     assert np.array_equal(pipe.decompress((tmp_path / "it.smalti").read_bytes(), output_type="np")[0], few)
     main(["compress", *argv, f"images={tmp_path / 'large.gif'}", "resize=true", "overwrite=true"])
     assert len(pipe.decompress((tmp_path / "it.smalti").read_bytes())) == 1
+    (tmp_path / "both").mkdir()
+    for name in ("large.gif", "large.npy"):
+        (tmp_path / name).rename(tmp_path / "both" / name)
+    assert ".npy clips and others" in fails(capsys, "compress", *argv, f"images={tmp_path / 'both'}", "overwrite=true")
 
 
 def test_one_table_serves_both_ways_for_folders_and_longer_clips(folder, tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.anomaly.ground_truth import measure_defects, read_mask
+from pipelines.anomaly.ground_truth import evaluate_defects, read_mask
 from pipelines.images import DataConfig, load_images
 from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
@@ -138,7 +138,7 @@ def test_an_image_whose_mask_vanished_counts_as_an_image_only():
     masks[~anomalous], masks[-1], maps[-1] = False, False, 9
     names = ["good"] * 5 + ["odd"] * 7
     given = (chance.random(12), maps, masks, names, anomalous, [str(number) for number in range(12)])
-    (odd, both), (fewer, _) = (measure_defects(*(part[:count] for part in given)) for count in (12, 11))
+    (odd, both), (fewer, _) = (evaluate_defects(*(part[:count] for part in given)) for count in (12, 11))
     assert (odd["images"], fewer["images"]) == (7, 6) and {**both, "defect": "odd"} == odd
     assert (odd["pixel_auroc"], odd["pro"]) == (fewer["pixel_auroc"], fewer["pro"])
     assert odd["image_auroc"] != fewer["image_auroc"]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from datetime import timedelta
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-import accelerate
 import pytest
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 
 from pipelines.config import UserError
 from pipelines.processes import launch
@@ -66,26 +63,11 @@ def test_one_process_in_place_of_several_is_refused(one_process, monkeypatch):
                 assert TWO_PROCESSES in str(refused.value)
 
 
-def test_processes_that_share_a_command_may_end_hours_apart(one_process, monkeypatch):
-    """Those that encode for a day with a share of 5 % more or less do."""
-    limits = []
-
-    def recorded(**settings):
-        limits.extend(each.timeout for each in settings["kwargs_handlers"] if isinstance(each, InitProcessGroupKwargs))
-        return Accelerator(**settings)
-
-    monkeypatch.setattr(accelerate, "Accelerator", recorded)
-    monkeypatch.setenv("RANK", "0")
-    with join_group("cpu"):
-        assert len(limits) == 1 and limits[0] >= timedelta(days=1)
-
-
-@pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("error", [None, UserError("no")])
-def test_launched_processes_leave_their_group_once_also_after_a_refusal(monkeypatch, name, error):
+def test_launched_processes_leave_their_group_once_also_after_a_refusal(monkeypatch, error):
     end, facts = Mock(), {"process_index": 0, "num_processes": 1, "device": torch.device("cpu", 0)}
     monkeypatch.setattr(launch, "build_accelerator", lambda: SimpleNamespace(**facts, end_training=end))
-    monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("RANK", "0")
     with suppress(UserError), join_group("auto") as (group, device):
         assert (group, device) == (ALONE, torch.device("cpu")) and not end.called
         if error:

@@ -14,7 +14,7 @@ from pipelines.config.arguments import read_yaml_file
 from pipelines.config.command import parse
 from pipelines.config.schema import to_yaml
 from pipelines.processes import launch
-from pipelines.processes.launch import Precision, choose_precision, detect_cpu_bf16, recommend_bf16
+from pipelines.processes.launch import Precision, choose_precision, detect_cpu_bf16
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.training.checkpoint import read_newest_record
 
@@ -102,11 +102,6 @@ def test_a_launchers_precision_may_change_on_resume_with_a_line(tmp_path, monkey
             train_tiny(tmp_path / "run", save_every=2)
         assert capsys.readouterr().out.count("mixed precision: no -> bf16") == changes
     assert read_newest_record(tmp_path / "run")["precision"] == "bf16" and read_newest_record(tmp_path) == {}
-
-
-def test_float32_on_a_gpu_with_bf16_is_reported():
-    assert "train.mixed_precision=auto" in recommend_bf16("no", True)
-    assert not [pair for pair in (("bf16", True), ("no", False), ("bf16", False)) if recommend_bf16(*pair)]
 
 
 class Products(TorchFunctionMode):

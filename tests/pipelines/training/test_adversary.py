@@ -79,7 +79,7 @@ def test_two_processes_play_as_one_does(tmp_path):
 def test_the_weight_is_zero_until_the_warmup_is_over_and_then_grows(whole):
     critic = PatchCritic(1, 8, 2)
     adversary = Adversary(CriticConfig(start=10, warmup=5, ramp=4), critic)
-    assert [step for step in range(30) if adversary.plays(step)] == list(range(10, 30))
+    assert [step for step in range(30) if adversary.is_active(step)] == list(range(10, 30))
     shares = [adversary.share(step) for step in range(30)]
     assert shares[:15] == [0.0] * 15 and shares[15:18] == [0.25, 0.5, 0.75] and shares[18:] == [1.0] * 12
     for ramp in (0, 1):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from givens.token_datasets import make_split
-from launch import assert_equal_tensors, make_tokens, metrics, states, train_prior
-from one_process import one_process
+from launch import metrics, states
 from safetensors.torch import load_file
 from tiny_task import (
     TinyTask,
@@ -23,9 +19,7 @@ from tiny_task import (
     train_tiny,
 )
 
-from pipelines import ImagePipeline
-from pipelines.metrics.likelihood import bits_per_token
-from pipelines.tokens import TokenDataset, load_tokens
+from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -117,71 +111,10 @@ def test_otherwise_a_run_delivers_the_newest_weights(tmp_path, monkeypatch, why)
 # The two stages
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen random rows, which a prior can only memorise, so that validation gets worse."""
-    folder = tmp_path_factory.mktemp("few")
-    made = load_tokens(make_tokens(folder / "made", classes=0))
-    draw = torch.Generator().manual_seed(0)
-    splits = {
-        name: make_split(torch.randint(made.grid.vocab_size, (count, 7, 7), generator=draw))
-        for name, count in (("train", 16), ("validation", 64), ("test", 16))
-    }
-    TokenDataset(made.grid, {}, splits, made.tokenizer, {}).save(folder / "tokens")
-    return folder / "tokens"
-
-
-BY_HEART = {
-    "train__log_every": 2,
-    "train__evaluate_every": 2,
-    "train__save_every": 2,
-    "train__warmup_steps": 0,
-    "train__steps": 16,
-    "train__lr": 1e-2,
-    "train__ema_decay": 0.5,
-    "label_dropout": 0.0,
-}
-
-
-@pytest.fixture(scope="module")
-def by_heart(tmp_path_factory: pytest.TempPathFactory, few: Path) -> Path:
-    """A run that overfits."""
-    with one_process():
-        return train_prior(tmp_path_factory.mktemp("by_heart") / "run", few, **BY_HEART)
-
-
-def test_an_overfitting_run_delivers_earlier_weights(by_heart, few):
-    curve = {line["step"]: line["validation/bits_per_token"] for line in metrics(by_heart)}
-    best = min(curve, key=curve.__getitem__)
-    assert 0 < best < 16 and curve[16] > curve[best] + 0.1
-    pipe, data = ImagePipeline.from_pretrained(by_heart / "pipeline"), load_tokens(few)
-    facts = json.loads((by_heart / "pipeline" / "provenance.json").read_text())["prior"]
-    assert facts["best_step"] == best and facts["evaluation"]["validation_bits_per_token"] == curve[best]
-    assert bits_per_token(pipe.prior, data.splits["validation"]) == curve[best]
-    assert bits_per_token(pipe.prior, data.splits["test"]) == metrics(by_heart)[-1]["held_out/bits_per_token"]
-    saved = load_file(states(by_heart)[-1] / "best.safetensors")
-    assert_equal_tensors(saved, dict(sorted(pipe.prior.state_dict().items())))
-    card = (by_heart / "pipeline" / "README.md").read_text()
-    assert f"step {best}, best on validation images" in card and f"{curve[best]:.3f}" in card
-
-
-def test_without_validation_images_held_out_ones_are_evaluated_and_the_newest_weights_delivered(
-    tmp_path, tokens, capsys
-):
-    data = load_tokens(tokens)
-    splits = {name: data.splits[name] for name in ("train", "test")}
-    replace(data, splits=splits).save(tmp_path / "tokens")
-    whole = train_prior(tmp_path / "whole", tmp_path / "tokens", train__steps=4, train__evaluate_every=2)
-    assert "no validation images" in capsys.readouterr().out
-    for line in metrics(whole)[1::2]:
-        assert "held_out/bits_per_token" in line and "validation/bits_per_token" not in line
-    facts = json.loads((whole / "pipeline" / "provenance.json").read_text())["prior"]
-    assert facts["evaluation"] == {"bits_per_token": metrics(whole)[-1]["held_out/bits_per_token"]}
-    assert "best_step" not in facts and not list(whole.rglob("best.safetensors"))
-
-
-def test_a_tokenizer_with_a_critic_or_lpips_has_no_score():
-    figures = {"psnr": 20.0}
+def test_scores_rank_by_psnr_or_bits_unless_training_is_for_something_else():
     for adversary, perceptual, score in ((None, None, 20.0), (object(), None, None), (None, object(), None)):
         task: Any = SimpleNamespace(adversary=adversary, perceptual=perceptual)
-        assert TokenizerTask.score(task, figures) == score
+        assert TokenizerTask.score(task, {"psnr": 20.0}) == score
+    for objective, score in ((None, -2.0), ("cca", None)):
+        task = SimpleNamespace(config=SimpleNamespace(objective=objective))
+        assert PriorTask.score(task, {"bits_per_token": 2.0}) == score

@@ -23,7 +23,6 @@ from tiny_task import assert_same_run
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as recompute
 
 from pipelines.config import UserError
@@ -33,7 +32,6 @@ from pipelines.training import blocks, trainer
 from pipelines.training.blocks import checkpoint_blocks, compile_blocks, prepare_blocks, repeated_blocks
 from pipelines.training.schedule import TrainConfig
 from prior import Prior
-from tokenizer import TokenGrid
 from tokenizer.critic import PatchCritic
 
 BLOCKS = {
@@ -128,33 +126,6 @@ def test_checkpointing_changes_no_bit(name):
     assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
     if name in DROPOUT:
         assert not torch.equal(step(copy.deepcopy(model).eval())["loss"], expected["loss"])
-
-
-def stored_bytes(model: Any, tokens: torch.Tensor) -> int:
-    """Count the bytes that a forward pass stores, except weights."""
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def note(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), value)
-        return value
-
-    with saved_tensors_hooks(note, lambda value: value):
-        loss = model.loss_from_outputs(model(tokens), tokens)
-    return sum(size for size, _ in kept.values()) + 0 * int(loss.ndim)
-
-
-def test_checkpointing_stores_only_the_inputs_of_blocks():
-    """Each block costs one activation instead of about thirty."""
-    tokens, sizes, depth = torch.randint(64, (4, 8, 8)), [], 8
-    for checkpointed in (False, True):
-        model = Prior.create("gpt", grid=TokenGrid((8, 8), 64), dim=64, depth=depth, heads=2)
-        if checkpointed:
-            checkpoint_blocks(repeated_blocks(model))
-        sizes.append(stored_bytes(model, tokens))
-    activation = 4 * 4 * 64 * 64
-    assert sizes[1] < sizes[0] / 3 and sizes[1] <= activation * (depth + 8)
 
 
 def test_a_checkpointed_run_is_the_same_run(tmp_path, monkeypatch, tokens):

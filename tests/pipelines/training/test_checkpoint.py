@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,7 +33,6 @@ from tiny_task import (
     copy_run,
     read_checkpoint,
     train_tiny,
-    trainer_of,
 )
 
 from pipelines.config import UserError
@@ -194,17 +193,6 @@ def test_all_processes_load_the_same_checkpoint(tmp_path):
     assert_same_tensors(collect_tensors(*target), collect_tensors(*one))
 
 
-@pytest.mark.parametrize("main", [True, False])
-def test_only_the_main_process_reads_the_best_weights(tmp_path, main):
-    """Those of a large model, read by all processes of a machine, fill its memory."""
-    objects = make_objects(0)
-    best = dict(objects[1].state_dict())
-    write_checkpoint(tmp_path, 1, collect_tensors(*objects), {"best": {"step": 1}}, best, main=True, sharded=False)
-    with patch.object(checkpoint, "load_file", wraps=checkpoint.load_file) as load:
-        record, found = load_newest(list_checkpoints(tmp_path), *make_objects(5), main=main)
-    assert record["step"] == 1 and (found is not None, load.call_count) == (main, main)
-
-
 # Failing saves
 
 
@@ -262,15 +250,12 @@ def test_a_snapshot_that_could_not_be_saved_is_saved_by_the_same_command(tmp_pat
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.parametrize("where", ["weight", "average", "moment"])
-def test_non_finite_state_is_not_saved(tmp_path, monkeypatch, capsys, where):
+def test_non_finite_state_is_not_saved(tmp_path, monkeypatch, capsys):
     """It is an error only at the end of the run."""
     save = trainer.Trainer.save_checkpoint
 
     def save_spoiled(run: trainer.Trainer) -> None:
-        weight = run.task.model.net.table.weight
-        moments = run.optimizers["model"].state[weight]
-        spoiled = {"weight": weight, "average": run.average.net.table.weight, "moment": moments["exp_avg"]}[where]
+        spoiled = run.optimizers["model"].state[run.task.model.net.table.weight]["exp_avg"]
         before = spoiled.detach().clone()
         with torch.no_grad():
             spoiled.view(-1)[0] = math.nan if run.step in bad_steps else spoiled.view(-1)[0]
@@ -316,12 +301,6 @@ def test_training_continues_while_a_copy_is_written(tmp_path, finished, monkeypa
 
 def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    with trainer_of(tmp_path / "a") as made:
-        weights = sum(value.nbytes for value in made.task.model.state_dict().values())
-        moments = 2 * sum(parameter.nbytes for parameter in made.task.model.parameters())
-    need = int(1.2 * (4 * weights + moments))
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=need - 1))
-    with pytest.raises(UserError, match=f"{need:,} bytes"):
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(UserError, match="only 10,000 are free"):
         train_tiny(tmp_path / "run", steps=1)
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=need))
-    train_tiny(tmp_path / "run", steps=1)

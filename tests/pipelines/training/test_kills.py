@@ -1,6 +1,6 @@
 """Runs killed or interrupted at random moments end as uninterrupted ones, to the bit.
 
-By default one kill of several kinds of runs; the campaign is `python -m benchmarks.trust.faults`.
+By default one kill of two kinds of runs; the campaign is `python -m benchmarks.trust.faults`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def campaign(*counts: str, seconds: float = 280) -> list[tuple[str, ...]]:
 def test_a_killed_run_ends_as_an_uninterrupted_one():
     """With equal tensors, records, metrics, previews and names of files."""
     seed = os.environ.get("SMALTI_SEED", "0")
-    found = campaign("kills=3", "sharded=1", "steps=36", f"seed={seed}")
-    runs = ("tokenizer, 1 process", "prior, 1 process", "tokenizer, 2 processes", "prior, 2 processes, FSDP2")
+    found = campaign("kills=1", "sharded=1", "steps=20", f"seed={seed}")
+    runs = ("tokenizer, 1 process", "prior, 2 processes, FSDP2")
     assert [row[:3] for row in found] == [("kill -9", run, "1") for run in runs]
 
 

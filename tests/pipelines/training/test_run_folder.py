@@ -18,7 +18,6 @@ from unittest.mock import Mock
 
 import pytest
 from folders import contents, half_written
-from givens.images import write_pictures
 from launch import (
     metrics,
     prior_arguments,
@@ -41,7 +40,6 @@ from tiny_task import (
 
 from pipelines.config import UserError
 from pipelines.config.command import parse
-from pipelines.processes.group import ProcessGroup
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
 from pipelines.training import reporting
@@ -138,7 +136,7 @@ def test_a_folder_that_holds_only_a_half_written_configuration_can_be_used(tmp_p
 # The model that a run started from
 
 
-def test_a_run_resumes_only_with_the_model_it_started_from(tmp_path, monkeypatch):
+def test_a_run_resumes_only_with_the_model_it_started_from(tmp_path):
     first = partial(TinyTask, init={"source": "there", "fingerprint": "a"})
     other = partial(TinyTask, init={"source": "there", "fingerprint": "b"})
     with stopped_at(4):
@@ -149,16 +147,6 @@ def test_a_run_resumes_only_with_the_model_it_started_from(tmp_path, monkeypatch
     assert contents(tmp_path / "run") == before
     train_tiny(tmp_path / "run", first, init="there")
     assert metrics(tmp_path / "run")[-1]["step"] == 8
-    gather = ProcessGroup.gather
-
-    def gather_two(group: ProcessGroup, act: Any) -> list[Any]:
-        """Add a second process, which has loaded another model."""
-        found = gather(group, act)
-        return [*found, other().init] if found == [first().init] else found
-
-    monkeypatch.setattr(ProcessGroup, "gather", gather_two)
-    with pytest.raises(UserError, match="^init"):
-        train_tiny(tmp_path / "other", first, init="there")
 
 
 # The end of a run
@@ -205,10 +193,9 @@ def test_an_end_that_is_already_past_is_refused(run, end):
     assert_refused(run, "train.steps", str(run), **end)
 
 
-@pytest.mark.parametrize("minutes", [1e-9, 9.0])
-def test_a_run_with_all_its_steps_is_finished_whatever_the_limit_in_minutes(run, capsys, minutes):
+def test_a_run_with_all_its_steps_is_finished_whatever_the_limit_in_minutes(run, capsys):
     """Presets of 0.3 had limits."""
-    train_tiny(run, **EVERY, minutes=minutes)
+    train_tiny(run, **EVERY, minutes=1e-9)
     assert "already finished: 8 steps" in capsys.readouterr().out
 
 
@@ -272,7 +259,7 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> list[str]:
 # Output
 
 
-def test_a_run_names_its_result_and_the_next_command(tmp_path, tokens, capsys):
+def test_a_run_reports_its_result_and_the_next_command(tmp_path, tokens, capsys):
     """A finished run does so, too; a name with a space is quoted for a shell."""
     one, two = tmp_path / "my run", tmp_path / "prior"
     for begin in ("done", "already finished"):
@@ -282,22 +269,6 @@ def test_a_run_names_its_result_and_the_next_command(tmp_path, tokens, capsys):
         first, second = [line for line in capsys.readouterr().out.splitlines() if f": {begin}: 2 steps" in line]
         assert f"PSNR {psnr:.2f} dB" in first and f"smalti encode tokenizer='{one}/tokenizer'" in first
         assert f"{bits:.3f} bits per token" in second and f"smalti generate pipeline={two}/pipeline" in second
-    bound = {"kind": "masked", "dim": 16, "depth": 1, "heads": 2, "exact": False}
-    train_prior(tmp_path / "bound", tokens, model=bound, train__steps=1)
-    assert re.search(r"at most \d\.\d{3} bits", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("augmented", [True, False])
-def test_a_run_says_how_its_images_are_augmented_and_suggests_copies_of_few(tmp_path, capsys, augmented):
-    write_pictures(tmp_path / "images", 40)
-    data = {"source": str(tmp_path / "images"), "augment": {"flip": True, "zoom": 0.1}}
-    train_tokenizer(tmp_path / "run", data=data, augmented=augmented, train__steps=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert ("flip, zoom 0.1 (data.augment)" in "".join(lines)) == augmented
-    assert lines[-1].endswith(f"out={tmp_path}/run_tokens augmentations=32")
-    train_tokenizer(tmp_path / "plain", data={**data, "augment": {}}, augmented=augmented, train__steps=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert "data.augment" not in "".join(lines) and lines[-1].endswith(f"out={tmp_path}/plain_tokens")
 
 
 def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, capsys):
@@ -319,15 +290,13 @@ def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
-        ({"steps": 100}, ["step 2 of 100; about 10 minutes left"]),
-        ({"steps": 5}, ["step 2 of 5; about 18 seconds left"]),
         ({"steps": 10**4}, ["step 2 of 10,000; about 17 hours left"]),
         ({"steps": 100, "minutes": 0.5}, ["step 2 of 100; about 20 seconds left, until train.minutes=0.5"]),
         ({"steps": None, "minutes": 10.0}, ["step 2; about 10 minutes left, until train.minutes=10"]),
         ({"steps": 1}, []),
     ],
 )
-def test_a_run_says_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, capsys, end, expected):
+def test_a_run_reports_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, capsys, end, expected):
     """Each step takes six seconds but the first, which is not timed. One line, unless there is a bar."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -339,8 +308,7 @@ def test_a_run_says_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, ca
                 clock.now += seconds
                 trainer.step, trainer.minutes = trainer.step + 1, clock.now / 60
                 pace.announce_once(trainer, SimpleNamespace(disable=bar))
-            shown = capsys.readouterr().err.splitlines()
-            assert shown == (expected if bar and main else [])
+            assert capsys.readouterr().err.splitlines() == (expected if bar and main else [])
 
 
 def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):

@@ -75,30 +75,24 @@ class Runs:
 
 
 def basic(watch: Watch) -> None:
-    """Sharded, replicated and interrupted runs, by one process and by two; full disks."""
+    """Uninterrupted and interrupted runs, by one process and by two."""
     runs = Runs(watch)
     runs.run("sharded")
-    runs.run("replicated", sharded=False)
     runs.run("again", stop=10)
     with late_listing(2 if os.environ["RANK"] == "1" else 0):
         runs.run("again")
-    runs.run("damaged", stop=10)
-    if os.environ["RANK"] == "1":  # truncate the file with the second process's shards
-        os.truncate(states(watch.folder / "damaged")[-1] / "tensors" / "__1_0.distcp", 1000)
-    torch.distributed.barrier()
-    runs.run("damaged")
-    runs.run("two to one", stop=10)
     runs.run("one to two")
-    with full_disks():
-        runs.run("full")
     runs.run("best", {**RUN, "train__lr": 0.3, "train__muon_lr": 1.0, "train__warmup_steps": 12})
 
 
 def more(watch: Watch) -> None:
-    """Other priors and precisions, checkpointed blocks, and switches between sharded and replicated."""
+    """Other priors and precisions, full disks, and switches between sharded and replicated."""
     runs = Runs(watch)
+    with full_disks():
+        runs.run("full")
     for name in OTHERS:
         runs.run(name, with_prior(name))
+    runs.run("two to one", stop=10)
     runs.run("two to four", stop=10)
     runs.run("sharded to replicated", stop=10)
     runs.run("sharded to replicated", sharded=False)
@@ -197,13 +191,12 @@ def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], value, rtol=tolerance, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("other", ["alone", "replicated"])
-def test_sharded_weights_train_as_unsharded_ones(pair, alone, other):
+def test_sharded_weights_train_as_unsharded_ones(pair, alone):
     """Even by Muon, which needs whole matrices."""
     folder, _, printed = pair
-    assert_same_run(folder / "sharded", folder / other)
+    assert_same_run(folder / "sharded", alone)
     assert "/sharded: starting; 28,420 parameters, 72 training rows, 24 for validation, 2 processes on " in printed
-    assert printed.count("weights sharded") == 9 and printed.count(" 2 processes on ") == 10
+    assert printed.count("2 processes on cpu:0, no mixed precision, weights sharded") == 5
     assert losses(alone)[-1] < losses(alone)[0]
     momenta = [key for key in tensors(states(folder / "sharded")[-1]) if key.endswith("/momentum")]
     assert len(momenta) == 8  # four in each of two blocks
@@ -218,7 +211,6 @@ def test_every_process_holds_half_of_everything(pair):
         assert not one["replicated"] and not two["replicated"] and one["batch"] != two["batch"]
         for first, second in zip(one["shares"], two["shares"], strict=True):
             assert 0.4 < second <= first < 0.6 and first + second == pytest.approx(1)
-    assert all(one["replicated"] and set(one["shares"]) == {1} for one, _ in pair[1]["replicated"]["steps"])
 
 
 def test_both_evaluate_the_sharded_average_on_their_share_of_the_batches(pair):
@@ -245,29 +237,32 @@ def test_the_best_weights_are_delivered_unsharded(pair):
 # Checkpoints
 
 
-@pytest.mark.parametrize("name", ["again", "damaged"])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pair, name):
-    """Even if the second process does not see the newest checkpoints yet, or a shard of the newest is damaged."""
-    folder, found, printed = pair
-    assert exact(folder / name) == exact(folder / "sharded")
-    steps, whole, resumed = found[name]["steps"], found["sharded"]["steps"], 4 if name == "damaged" else 8
-    assert found[name]["errors"] == ["Enough: "] * 2 + [""] * 2
-    assert steps[:10] == whole[:10] and steps[10:] == whole[resumed:]
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pair):
+    """Even if the second process does not see the newest checkpoints yet."""
+    folder, found, _ = pair
+    assert exact(folder / "again") == exact(folder / "sharded")
+    steps, whole = found["again"]["steps"], found["sharded"]["steps"]
+    assert found["again"]["errors"] == ["Enough: "] * 2 + [""] * 2
+    assert steps[:10] == whole[:10] and steps[10:] == whole[8:]
     for part in ("state/step-00000012", "pipeline"):
-        assert_equal_tensors(tensors(folder / name / part), tensors(folder / "sharded" / part))
-    assert name != "damaged" or printed.count("step-00000008 is skipped") == 2  # once per process
+        assert_equal_tensors(tensors(folder / "again" / part), tensors(folder / "sharded" / part))
 
 
-def test_one_process_and_two_resume_each_others_runs(pair, alone):
-    folder = pair[0]
-    assert_same_run(folder / "one to two", alone)
+def test_two_processes_resume_the_run_of_one(pair, alone):
+    assert_same_run(pair[0] / "one to two", alone)
+
+
+@pytest.mark.slow
+def test_one_process_resumes_the_run_of_two(others, alone):
+    folder = others[0]
     assert states(folder / "two to one")[-1].name == "step-00000008"
     train_prior(folder / "two to one", folder / "tokens", **RUN)
     assert_same_run(folder / "two to one", alone)
 
 
-def test_a_full_disk_of_one_process_is_a_warning(pair):
-    folder, found, printed = pair
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_is_a_warning(others):
+    folder, found, printed = others
     warnings = [line for line in printed.splitlines() if line.startswith("warning: not saved")]
     assert len(warnings) == 2
     assert "step 4: " in warnings[0] and "process 0: [Errno 28] no room for a folder" in warnings[0]
@@ -336,7 +331,6 @@ def test_four_processes_resume_a_run_of_two(others, alone):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FSDP_VERSION": None}, "FSDP 1"),
         ({"FSDP_VERSION": "1"}, "FSDP 1"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.checkpointing=true"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "train.compile=true"),
@@ -344,8 +338,7 @@ def test_four_processes_resume_a_run_of_two(others, alone):
 )
 def test_unsupported_versions_and_options_are_refused(tmp_path, tokens, monkeypatch, variables, message):
     for name, value in {**FSDP, **variables}.items():
-        if value is not None:
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         train_prior(tmp_path / "run", tokens)
     assert not (tmp_path / "run").exists()

@@ -24,28 +24,25 @@ from launch import (
     states,
     tensors,
     tokenizer_arguments,
-    train_stage,
     two_processes,
     verb,
     wait_for,
 )
 from one_process import one_process
 from processes import kill, printed_in, start_file
-from tiny_task import assert_same_run
+from tiny_task import TinyTask, assert_same_run, train_tiny
 
 from pipelines import encode, generate
 from pipelines import train_tokenizer as train_tokenizer_verb
 from pipelines.config import run_command
 from pipelines.config.errors import Interrupted
-from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import stopping, trainer
 from pipelines.training.stopping import Stop, handle_signals
 from pipelines.training.trainer import Trainer
 
-EVERY = {"train__log_every": 2, "train__evaluate_every": 4, "train__preview_every": 6, "train__save_every": 5}
+EVERY = {"steps": 12, "log_every": 2, "evaluate_every": 4, "preview_every": 6, "save_every": 5}
 FIRST = "Ctrl-C: saving, then stopping; press Ctrl-C again to stop at once"
-TASKS: dict[str, Any] = {"train_tokenizer": TokenizerTask, "train_prior": PriorTask}
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +54,10 @@ def signals_as_before(one_process):
 
 
 @pytest.fixture(scope="module")
-def train(tokens) -> Any:
-    """Return a function `train(stage, folder)` that trains in this process."""
-    return lambda stage, out, **more: train_stage(stage, out, tokens, **{**EVERY, **more})
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, train) -> dict[str, Path]:
-    """Uninterrupted runs of both stages."""
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
     with one_process():
-        return {stage: train(stage, tmp_path_factory.mktemp("whole") / stage) for stage in TASKS}
+        return train_tiny(tmp_path_factory.mktemp("whole") / "run", **EVERY)
 
 
 @contextmanager
@@ -93,56 +84,52 @@ PHASES = {
     "the first step": (Trainer, "take_step", 1),
     "a step": (Trainer, "take_step", 7),
     "a step before an evaluation": (Trainer, "take_step", 4),
-    "the last evaluation": ("task", "evaluate", 3),
-    "the evaluation": ("task", "evaluate", 2),
-    "the preview": ("task", "preview", 2),
-    "the snapshot": ("task", "save", 2),
+    "the last evaluation": (TinyTask, "evaluate", 4),
+    "the evaluation": (TinyTask, "evaluate", 2),
+    "the preview": (TinyTask, "preview", 2),
+    "the snapshot": (TinyTask, "save", 2),
     "the checkpoint": (trainer, "write_checkpoint", 1),  # in the writing thread
 }
 
 
-@pytest.mark.sparse
-@pytest.mark.parametrize("stage", TASKS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_ctrl_c_saves_and_the_same_command_continues_to_the_bit(
-    tmp_path, train, whole, monkeypatch, capsys, stage, phase
-):
-    run, (owner, name, turn) = tmp_path / "run", PHASES[phase]
-    with monkeypatch.context() as patch:
-        on_call(patch, TASKS[stage] if owner == "task" else owner, name, turn)
-        with interrupted():
-            train(stage, run)
+def test_ctrl_c_saves_and_the_same_command_continues_to_the_bit(tmp_path, whole, monkeypatch, capsys, phase):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, interrupted():
+        on_call(patch, *PHASES[phase])
+        train_tiny(run, **EVERY)
     step = int(states(run)[-1].name[5:])
     printed = capsys.readouterr().out
     if phase == "the last evaluation":  # nothing is left to do, but the command ends as an interrupted one
         assert ": done: 12 steps" in printed
-        assert_same_run(run, whole[stage])
+        assert_same_run(run, whole)
         return
     assert step < 12 and max([0, *(line["step"] for line in metrics(run))]) <= step
     assert printed.endswith(f"{run}: stopped at step {step}; the same command continues\n")
-    train(stage, run)
+    train_tiny(run, **EVERY)
     assert f"continuing from step {step};" in capsys.readouterr().out or step == 0
-    assert_same_run(run, whole[stage])
+    assert_same_run(run, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_other_signals_save_and_end_the_command_with_success(tmp_path, train, whole, monkeypatch, capsys, number):
+def test_other_signals_save_and_end_the_command_with_success(tmp_path, whole, monkeypatch, capsys, number):
     before = signal.signal(number, lambda *_: pytest.fail("the run does not handle the signal"))
     with monkeypatch.context() as patch:
         on_call(patch, Trainer, "take_step", 7, number)
-        train("train_tokenizer", tmp_path / "run")  # raises nothing
+        train_tiny(tmp_path / "run", **EVERY)  # raises nothing
     signal.signal(number, before)
     assert "stopped at step 7" in capsys.readouterr().out
-    train("train_tokenizer", tmp_path / "run")
-    assert_same_run(tmp_path / "run", whole["train_tokenizer"])
+    train_tiny(tmp_path / "run", **EVERY)
+    assert_same_run(tmp_path / "run", whole)
 
 
-def test_leftovers_of_killed_processes_are_deleted_and_nothing_else(tmp_path, train, whole, monkeypatch):
-    run, stage = tmp_path / "run", "train_tokenizer"
+def test_leftovers_of_killed_processes_are_deleted_and_nothing_else(tmp_path, whole, monkeypatch):
+    run = tmp_path / "run"
     with monkeypatch.context() as patch:
         on_call(patch, Trainer, "take_step", 7, signal.SIGTERM)
-        train(stage, run)
-    targets = ("metrics.jsonl", "config.json", "trackers.json", "bad_images.jsonl", "previews/codebook-00000006.png")
+        train_tiny(run, **EVERY)
+    (run / "tokenizer").mkdir()
+    targets = ("metrics.jsonl", "config.json", "trackers.json", "bad_images.jsonl", "previews/shade-00000006.png")
     leftovers = [run / half_written(tmp_path / "other" / name).relative_to(tmp_path / "other") for name in targets]
     folders = ("state/.tmp-step-00000009-0123abcd", "state/.del-step-123456789-0123abcd", ".tmp-tokenizer-0123abcd")
     leftovers += [run / name / "config.json" for name in (*folders, ".del-tokenizer-0123abcd")]
@@ -150,31 +137,20 @@ def test_leftovers_of_killed_processes_are_deleted_and_nothing_else(tmp_path, tr
     for path in (*leftovers, *others):
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
-    train(stage, run)
+    train_tiny(run, **EVERY)
     assert not [path for path in leftovers if path.exists()]
     for path in others:
         path.unlink()
-    assert_same_run(run, whole[stage])
+    (run / "tokenizer").rmdir()
+    assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("before", [0, 5])
-def test_ctrl_c_before_training_ends_at_once_and_names_what_is_saved(
-    tmp_path, train, whole, monkeypatch, capsys, before
-):
-    run = tmp_path / "run"
-    if before:
-        with monkeypatch.context() as patch, interrupted():
-            on_call(patch, Trainer, "take_step", before)
-            train("train_tokenizer", run)
-    capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        on_call(patch, TokenizerTask, "new_tokenizer", 1)
-        train_tokenizer_verb.main(tokenizer_arguments(run, **EVERY))
+def test_ctrl_c_before_training_ends_at_once_and_says_what_is_saved(tmp_path, monkeypatch, capsys):
+    on_call(monkeypatch, TokenizerTask, "new_tokenizer", 1)
+    with pytest.raises(SystemExit) as caught:
+        train_tokenizer_verb.main(tokenizer_arguments(tmp_path / "run"))
     assert caught.value.code == 130
-    kept = f"step {before} is saved; the same command continues from there" if before else "nothing was saved yet"
-    assert capsys.readouterr().err.splitlines() == [f"error: interrupted; {kept}"]
-    train("train_tokenizer", run)
-    assert_same_run(run, whole["train_tokenizer"])
+    assert capsys.readouterr().err.splitlines() == ["error: interrupted; nothing was saved yet"]
 
 
 # The signals

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from launch import metrics, train_prior, train_tokenizer
-from packaging.version import Version
 from PIL import Image
 from servers.wandb_stand_ins import FakeWandb, WandbServer, wandb_records
 
@@ -89,15 +86,6 @@ def test_crashes_and_resumes_leave_each_step_once(tmp_path):
     assert steps_of(tmp_path) == []
 
 
-@pytest.mark.parametrize("resume_step", [2, 2.5])
-@pytest.mark.parametrize("bad", ["", "[" * 5000, "[1]", '{"step": 1, "lo', '{"step": NaN}', '{"step": "1"}'])
-def test_damaged_lines_are_removed_and_the_last_line_is_terminated(tmp_path, bad, resume_step):
-    first, last = '{"step": 1, "loss": 2}', '{"step": 2}'
-    (tmp_path / "metrics.jsonl").write_text(f"{first}\n{bad}\n{last}")
-    open_tracker(tmp_path, resume_step=resume_step).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == f"{first}\n{last}\n"
-
-
 def test_a_link_in_place_of_the_metrics_is_refused(tmp_path):
     (tmp_path / "theirs").write_text("")
     (tmp_path / "run").mkdir()
@@ -163,24 +151,17 @@ def test_the_mode_of_wandb_and_its_reason(tmp_path, monkeypatch):
     assert wandb_mode("offline") == ("offline", "track.wandb")
 
 
-@pytest.mark.parametrize(
-    ("config", "environment", "expected"),
-    [
-        ({}, {"WANDB_PROJECT": ""}, ("smalti", "run")),
-        ({}, {"WANDB_PROJECT": "theirs", "WANDB_NAME": "x"}, ("theirs", "x")),
-        ({"project": "mine", "name": "first"}, {"WANDB_PROJECT": "theirs", "WANDB_NAME": "x"}, ("mine", "first")),
-    ],
-)
-def test_project_and_name_come_from_the_configuration_then_the_environment(
-    tmp_path, monkeypatch, config, environment, expected
-):
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
+def test_project_and_name_come_from_the_configuration_then_the_environment(tmp_path, monkeypatch):
     wandb = FakeWandb(monkeypatch)
-    open_tracker(tmp_path / "run", wandb="offline", **config).close()
-    (options,) = wandb.starts
-    assert (options["project"], options["name"]) == expected
-    assert options["config"] == {"model": {"depth": 2}} and options["dir"] == str(tmp_path / "run")
+    open_tracker(tmp_path / "run", wandb="offline").close()
+    for variable in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.setenv(variable, "theirs")
+    open_tracker(tmp_path / "run", wandb="offline").close()
+    open_tracker(tmp_path / "run", wandb="offline", project="mine", name="first").close()
+    names = [(options["project"], options["name"]) for options in wandb.starts]
+    assert names == [("smalti", "run"), ("theirs", "theirs"), ("mine", "first")]
+    assert {options["reinit"] for options in wandb.starts} == {"create_new"}  # leaves the user's own run alone
+    assert wandb.starts[0]["config"] == {"model": {"depth": 2}} and wandb.starts[0]["dir"] == str(tmp_path / "run")
 
 
 def test_a_tracker_that_is_not_installed_is_refused_on_every_process(tmp_path, monkeypatch):
@@ -191,18 +172,15 @@ def test_a_tracker_that_is_not_installed_is_refused_on_every_process(tmp_path, m
     open_tracker(tmp_path, trackers=("wandb",)).close()
 
 
-def test_resumed_runs_share_their_id_and_new_ones_have_their_own(tmp_path, monkeypatch, capsys):
+def test_resumed_runs_share_their_id_and_new_ones_have_their_own(tmp_path, monkeypatch):
     wandb = FakeWandb(monkeypatch)
     for resume_step, mode in ((0, "offline"), (0.5, "offline"), (10, "disabled"), (20, "offline")):
         open_tracker(tmp_path, resume_step, wandb=mode).close()
     assert len({options["id"] for options in wandb.starts}) == 1 and len(wandb.starts) == 3
-    for damaged in ("{", "[]", "{}", '{"wandb": 3}', '{"wandb": "a/b"}'):
-        (tmp_path / "trackers.json").write_text(damaged)
-        open_tracker(tmp_path, 30, wandb="offline").close()
-        assert capsys.readouterr().err.count("trackers.json") == 1, damaged
-    open_tracker(tmp_path, 0, wandb="offline").close()
-    ids = [options["id"] for options in wandb.starts[2:]]
-    assert len(set(ids)) == len(ids) == 7
+    (tmp_path / "trackers.json").write_text("{")
+    for resume_step in (30, 0):
+        open_tracker(tmp_path, resume_step, wandb="offline").close()
+    assert len({options["id"] for options in wandb.starts}) == 3
 
 
 # Failing trackers
@@ -234,8 +212,8 @@ def use(tracker: Tracker) -> None:
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        *(("W&B", call) for call in ("init offline", "log", "images", "log_artifact", "finish")),
-        *(("TensorBoard", call) for call in ("__init__", "add_scalar", "add_image", "flush", "close")),
+        *(("W&B", call) for call in ("init offline", "log", "log_artifact", "finish")),
+        *(("TensorBoard", call) for call in ("__init__", "add_scalar", "close")),
     ],
 )
 def test_a_tracker_that_raises_is_switched_off(tmp_path, monkeypatch, capsys, name, call):
@@ -364,61 +342,3 @@ def test_an_online_run_is_linked_on_the_card_and_continues_after_a_resume(tmp_pa
     assert url.startswith(f"{server.url}/someone/") and url in (run / "pipeline" / "README.md").read_text()
     for path in run.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
-
-
-def test_an_offline_run_that_continues_is_one_run_after_a_sync(tmp_path, tokens, monkeypatch, capsys):
-    """wandb cannot append to a folder, so that each command has its own, unless it has nothing to do; `wandb sync` with
-    the printed command uploads all of them as one run."""
-    wandb, run = pytest.importorskip("wandb"), tmp_path / "run"
-    for steps in (3, 6, 6):
-        train_prior(run, tokens, track__wandb="offline", train__steps=steps)
-    wandb.teardown()
-    folders, name = sorted(run.glob("wandb/offline-run-*")), json.loads((run / "trackers.json").read_text())["wandb"]
-    assert len(folders) == 2 and all(folder.name.endswith(f"-{name}") for folder in folders)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("W&B: ")]
-    assert len(lines) == 2 and "continues" in lines[1] and "continues" not in lines[0]
-    for line in lines:
-        assert f"in {run}/wandb; track.wandb=disabled" in line and line.endswith(f"{run}/wandb/offline-run-*-{name}")
-    if Version(wandb.__version__) < Version("0.31"):
-        pytest.skip("the sync of older versions keeps the last folder only")
-    with WandbServer() as server:
-        environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "HOME": str(tmp_path)}
-        sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
-        subprocess.run(sync, env=environment, check=True, capture_output=True, timeout=120)
-        (history,) = server.history.values()
-    assert [line["_step"] for line in history if "learning_rate" in line] == steps_of(run)
-
-
-def test_a_wandb_run_that_the_user_has_open_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb = pytest.importorskip("wandb")
-    (tmp_path / "theirs").mkdir()
-    theirs = wandb.init(mode="offline", dir=str(tmp_path / "theirs"))
-    tracker = open_tracker(tmp_path / "run", wandb="offline")
-    tracker.log(3, {"loss": 1.0})
-    tracker.close()
-    theirs.log({"mine": 2.0}, step=5)
-    theirs.finish()
-    assert [step for step, _ in history_of(tmp_path / "run")] == [3]
-    assert [step for step, _ in history_of(tmp_path / "theirs")] == [5]
-
-
-def test_a_dying_server_costs_a_limited_time(tmp_path, monkeypatch, capsys):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 3)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        wandb.teardown()  # so that it reads the environment again
-        tracker = open_tracker(tmp_path, wandb="online")
-        assert (tracker.run_url or "").startswith(server.url)
-        tracker.log(1, {"loss": 1.0})
-        server.kill()
-        for step in range(2, 100):
-            tracker.log(step, {"loss": 1.0})
-        began = time.monotonic()
-        tracker.close()
-    wandb.teardown()
-    assert time.monotonic() - began < 20 and len(steps_of(tmp_path)) == 99
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert f"wandb sync {tmp_path}/wandb/run-" in warning
