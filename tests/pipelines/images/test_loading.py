@@ -65,7 +65,6 @@ def test_colour_images_that_become_grey_are_reported(tmp_path, capsys, shape, wa
         {"image_size": [28, 100_000]},
         {"held_out": "train"},
         {"crops_per_image": 3},
-        {"key": "name"},
     ],
 )
 def test_impossible_settings_are_refused(wrong):
