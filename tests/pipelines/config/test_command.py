@@ -482,7 +482,7 @@ def ended(error: BaseException, *argv: str) -> Any:
 @pytest.mark.parametrize(
     ("error", "code", "printed"),
     [
-        (UserError("one: a\ntwo: b"), 2, "error: one: a\nerror: two: b\n"),
+        (UserError("one: a", "two: b"), 2, "error: one: a\nerror: two: b\n"),
         (PathError("no such folder"), 2, "error: no such folder\n"),
         (PermissionError(errno.EACCES, "denied", "a/b"), 2, "error: a/b: denied\n"),
         (OSError(errno.ENOSPC, "No space left"), 1, "error: disk full: No space left\n"),

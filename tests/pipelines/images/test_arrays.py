@@ -250,11 +250,11 @@ def test_tokenizers_that_take_8_bits_say_so():
 def run(tmp_path_factory):
     """A folder of 6-channel uint16 arrays, and the runs of all stages on it."""
     root = tmp_path_factory.mktemp("arrays")
-    write_arrays(root / "images", blobs(100))
+    write_arrays(root / "images", blobs(200))
     common = ["train.batch_size=16", "train.mixed_precision=no"]
     data = [f"data.source={root / 'images'}", "data.channels=6", "data.image_size=16", "data.show=5,2,0"]
     sizes = ["model.kind=vqvae", "model.widths=[16]", "model.blocks=[1]", "model.quantizer.codes=32"]
-    train_tokenizer.main([f"out={root / 'tok'}", *data, *sizes, *common, "train.steps=100", "data.augment.flip=true"])
+    train_tokenizer.main([f"out={root / 'tok'}", *data, *sizes, *common, "train.steps=150", "data.augment.flip=true"])
     main(["encode", f"tokenizer={root / 'tok'}", f"out={root / 'tokens'}"])
     gpt = ["model.kind=gpt", "model.dim=32", "model.depth=1", "model.heads=2"]
     train_prior.main([f"out={root / 'prior'}", f"tokens={root / 'tokens'}", *gpt, *common, "train.steps=5"])
@@ -262,7 +262,7 @@ def run(tmp_path_factory):
 
 
 def test_all_stages_use_the_measured_range(run):
-    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(100)
+    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(200)
     assert pipe.spec.dtype == "uint16" and pipe.spec.shape == (6, 16, 16)
     assert arrays.min() <= pipe.spec.low < pipe.spec.high <= arrays.max()
     found = pipe.reconstruct(arrays, output_type="np")
@@ -272,7 +272,7 @@ def test_all_stages_use_the_measured_range(run):
     tokens = pipe.encode(arrays)
     assert torch.equal(pipe.encode(pipe.to_images(arrays)), tokens)
     assert np.array_equal(pipe.decode(tokens, output_type="np"), found)
-    assert pipe.log_prob(arrays).shape == pipe.anomaly_score(arrays, method="nll").shape == (100,)
+    assert pipe.log_prob(arrays).shape == pipe.anomaly_score(arrays, method="nll").shape == (200,)
     assert pipe.embed(arrays[:4]).shape[0] == 4
 
 
@@ -302,7 +302,7 @@ def test_generate_writes_the_declared_type(run):
 def test_evaluation_and_detection_run(run):
     pipeline = f"pipeline={run / 'prior'}"
     figures = evaluate.main([pipeline, "num_images=16", "feature_steps=0", f"out={run / 'evaluation'}"])
-    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(100)
+    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(200)
     data = load_images(data_of(run / "images", range=(pipe.spec.low, pipe.spec.high)))
     arrays = arrays[data.held_out.origin[1]]
     error = pipe.reconstruct(arrays, output_type="np").astype(float) - arrays
