@@ -176,6 +176,7 @@ def test_a_limit_takes_images_of_each_part_by_hash_wherever_they_lie(tmp_path):
     before = load_images(limit)
     limited = {name: set(bytes_of_each(part)) for name, part in before.by_name().items()}
     assert all(limited[name] <= set(part) and len(limited[name]) == min(20, len(part)) for name, part in parts.items())
+    assert limited["train"] != set(parts["train"][:20])  # classes keep their shares
     assert before.facts == load_images(settings).facts  # what is stored does not depend on it
     write_named(tmp_path / "a", "folder", [*range(3), *range(200, 290)])  # three that sort first
     after = load_images(limit, inherited=Inherited(before.facts))
