@@ -16,7 +16,7 @@ from prior.columns import LABEL, describe_columns, find_column
 from prior.given import Given
 
 from .columns import ColumnFormat, format_of, formats_of
-from .config import Config, UserError, is_first_process, tell
+from .config import Config, is_first_process, tell, user_errors
 from .config.table import count_of
 from .images.attributes import TABLES
 from .images.folder import match_names, read_sheet
@@ -70,7 +70,7 @@ class UsesCondition(Config):
         they choose the rows of a table with `file_name`, and the pictures in a folder. Warns about numbers outside
         those of the training data, which the pipeline limits. Raises `UserError`."""
         formats = formats_of(pipeline.columns, pipeline.condition_tokenizers)
-        try:
+        with user_errors(ValueError):
             written, counts = self.list_written(formats, names)
             count = next(iter(counts.values()), default) if count is None else count
             for key, number in counts.items():
@@ -85,8 +85,6 @@ class UsesCondition(Config):
                     tell(f"warning: condition: {name}: {line}")
                 raw[name] = rows.expand(count, *rows.shape[1:])
             return GivenKeys(pipeline.read_given(None, raw, count, limit=False), written)
-        except ValueError as error:
-            raise UserError(str(error)) from error
 
     def list_written(
         self, formats: dict[str, ColumnFormat[Any]], names: Sequence[str] | None
@@ -128,10 +126,8 @@ class ScoresWithCondition(UsesCondition, UsesTiles):
         """Read the condition of images, and print with which frequencies `marginal` weights classes. Raises
         `UserError`."""
         given = self.read_condition(pipeline, len(names), names).given
-        try:
+        with user_errors(ValueError):
             given = pipeline.read_given(condition=given, marginal=self.marginal)
-        except ValueError as error:
-            raise UserError(str(error)) from error
         if self.marginal is not None:
             tell(f"marginal: {pipeline.frequencies.describe(self.marginal, given.names)}")
         return given

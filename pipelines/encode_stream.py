@@ -26,9 +26,8 @@ from torch import Tensor
 from prior.columns import LABEL, Column
 from prior.given import Given
 from tokenizer import Tokenizer
-from tokenizer.files import one_line
 
-from .config import UserError, tell
+from .config import UserError, tell, user_errors
 from .files import Output
 from .images.augment import draw_changes
 from .images.checking import BadImage, check_bad, write_bad_images
@@ -92,7 +91,7 @@ def open_shards(
     division = divide_files(config.data, inherited)
     if group.is_main:
         if division.note:
-            tell(one_line(division.note))
+            tell(division.note)
         if division.facts is not None:
             print(division.facts.describe(), flush=True)
         if config.data.on_error == "fail":
@@ -231,7 +230,7 @@ class StreamedShards:
             if isinstance(image, str)
         ]
         if bad and data.on_error == "fail":
-            raise UserError(one_line(f"{bad[0].path}: {bad[0].reason} (data.on_error=skip skips such images)"))
+            raise UserError(f"{bad[0].path}: {bad[0].reason} (data.on_error=skip skips such images)")
         pixels = torch.from_numpy(np.stack([images[k] for k in good])) if good else torch.empty(0, *data.spec.shape)
         # Keyed by the shard's name and the row in it, whatever else is in the batch, and whichever process has it.
         seed = int(splitmix64(np.array([self.config.seed % 2**64 ^ shard.key], np.uint64))[0])
@@ -241,13 +240,11 @@ class StreamedShards:
         return Batch(pixels, changes, self._pack(shard, [samples[k] for k in good]), bad)
 
     def _pack(self, shard: Input, samples: list[Sample]) -> dict[str, Tensor]:
-        try:
+        with user_errors(ValueError, prefix=f"{shard.path}: "):
             raw = {each.name: each.to_raw(samples, self.columns[each.name]) for each in self.attributes}
             if LABEL in self.columns:
                 raw[LABEL] = torch.tensor([self.ids[sample["label"]] for sample in samples], dtype=torch.int64)
             return pack_columns(self.columns, Given(self.columns, raw, len(samples)), slice(None))
-        except ValueError as error:
-            raise UserError(one_line(f"{shard.path}: {error}")) from error
 
     @torch.inference_mode()
     def _encode_batch(self, batch: Batch, tokenizer: Tokenizer) -> list[Tensor]:

@@ -31,7 +31,7 @@ from tokenizer.files import fsync
 from tokenizer.spec import ImageSpec
 
 from .condition_keys import GivenKeys, SamplesWithCondition
-from .config import OutputConfig, UserError, run_command
+from .config import OutputConfig, UserError, run_command, user_errors
 from .config.importing import format_imports
 from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
@@ -148,7 +148,7 @@ class Request:
         """Draw the images with these numbers in one batch, an array (B, H, W, C), of clips (B, T, H, W, C). Raises
         `UserError` for a request that does not fit the prior."""
         given = self.given[list(numbers)].drop_null()
-        try:
+        with user_errors(ValueError, TypeError):
             sampler = self.sampler if self.sampler.can_guide(given.names) else self.sampler.unguided()
             found: np.ndarray = self.pipeline(
                 len(numbers),
@@ -160,8 +160,6 @@ class Request:
                 **vars(self.decoding),
                 **vars(sampler),
             ).images
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from error
         return found
 
     @cached_property
@@ -172,11 +170,9 @@ class Request:
     def describe_job(self, suffix: str) -> dict[str, Any]:
         """Return what the bytes of the result depend on, and the device. Raises `UserError`."""
         pipeline, prior, spec = self.pipeline, self.pipeline.prior, self.pipeline.spec
-        try:
+        with user_errors(ValueError, TypeError):
             batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from error
         null, others = prior.num_classes, {name: raw for name, raw in self.keys.rows().items() if name != LABEL}
         return {
             "verb": "generate",
@@ -206,10 +202,8 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     else:
         every = list(range(pipeline.prior.num_classes)) if chosen is None or chosen == [] else chosen
         several = every if isinstance(every, list) else [every]
-        try:
+        with user_errors(ValueError):
             labels = pipeline.read_given(several, count=len(several)).raw(LABEL) if several else torch.empty(0)
-        except ValueError as error:
-            raise UserError(str(error)) from error
         if len(labels):
             given = given.with_rows(label=labels[torch.arange(len(given)) % len(labels)]).drop_null()
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)

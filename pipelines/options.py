@@ -14,10 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec
 
-from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell
+from .config import Config, DefaultsFrom, UserError, choose_device, is_first_process, tell, user_errors
 from .config.table import count_of
 from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, load_images, require_same_spec, require_same_values
@@ -86,7 +85,7 @@ class UsesImages(UsesPipeline):
         if may_change and (part == "validation" or splits.is_carved):
             splits = replace(splits, note=f"{data.source} is divided as in 0.3, by position: {UNKNOWN}")
         if splits.note and is_first_process():
-            tell(one_line(splits.note))
+            tell(splits.note)
         return require_same_values(splits, pipeline.tokenizer)
 
 
@@ -105,10 +104,8 @@ class TileSettings(Config):
         if not self.tile and self.stride is not None:
             raise UserError("stride: needs tile=true")
         stride = max(1, min(spec.size) // 2) if self.stride is None else self.stride
-        try:
+        with user_errors(ValueError):
             return View.of(spec, stride if self.tile else None)
-        except ValueError as error:
-            raise UserError(str(error)) from error
 
 
 class UsesTiles(UsesImages, TileSettings):
@@ -144,7 +141,7 @@ class UsesTokenizer(Config):
         data = self.data.model_copy(update={"crop": None, "crops_per_image": 1}) if whole else self.data
         splits = load_images(data, inherited=inherited, single_frames=single, check=not whole)
         if splits.note and is_first_process():
-            tell(one_line(splits.note))
+            tell(splits.note)
         return tokenizer, require_same_values(splits, tokenizer, "tokenizer").held_out
 
 
@@ -224,7 +221,7 @@ def read_files(source: Source, rows: Sequence[int], spec: ImageSpec) -> Tensor:
     if bad:
         lines = [f"images: {line}{'' if 'pip install' in line else REMOVE}" for line in bad[:10]]
         more = [f"images: and {len(bad) - 10:,} more"] if len(bad) > 10 else []
-        raise UserError("\n".join([*lines, *more]))
+        raise UserError(*lines, *more)
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
 
 

@@ -11,10 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from tokenizer.files import one_line
-
 from ..condition_keys import FILE_NAME, read_rows
-from ..config import UserError
+from ..config import UserError, user_errors
 from ..images.formats import open_image
 from ..metrics.localization import auroc, auroc_by_object, join, label_regions, per_region_overlap
 
@@ -31,7 +29,7 @@ def find_masks(files: Sequence[Path], root: Path, folder: Path, anomalous: NDArr
         masks = [stem.with_name(f"{stem.name}{end}") for end in ("_mask.png", ".png")]
         mask = next((path for path in masks if path.is_file()), None) if defective else None
         if defective and mask is None:
-            raise UserError(one_line(f"ground_truth: {file} has no mask: neither {masks[0]} nor {masks[1].name}"))
+            raise UserError(f"ground_truth: {file} has no mask: neither {masks[0]} nor {masks[1].name}")
         found.append(mask)
     check_masks(files, found)
     return found
@@ -44,9 +42,9 @@ def read_mask_table(table: Path, files: Sequence[Path]) -> tuple[list[Path | Non
     try:
         rows = read_rows(table, [str(file) for file in files])
     except ValueError as error:
-        raise UserError(one_line(f"ground_truth: {str(error).removeprefix('conditions: ')}")) from error
+        raise UserError(f"ground_truth: {str(error).removeprefix('conditions: ')}") from error
     if absent := [name for name in (FILE_NAME, "mask") if name not in rows[0]]:
-        raise UserError(one_line(f"ground_truth: {table} has no column {absent[0]}; it has {', '.join(rows[0])}"))
+        raise UserError(f"ground_truth: {table} has no column {absent[0]}; it has {', '.join(rows[0])}")
     masks = [table.parent / row["mask"] if row["mask"] else None for row in rows]
     classes = [
         row.get("label") or ("good" if mask is None else "defect") for row, mask in zip(rows, masks, strict=True)
@@ -75,13 +73,11 @@ def read_mask(mask: Path | None, file: Path, size: Sequence[int]) -> NDArray[np.
 
 def open_mask(mask: Path, file: Path) -> Image.Image:
     """Read the mask of an image, upright. Raises `UserError` if one of them is damaged, or if their sizes differ."""
-    try:
+    with user_errors(Exception, prefix=f"ground_truth: {mask}: "):  # Pillow raises almost anything for damaged files
         image, marked = (ImageOps.exif_transpose(open_image(path)) for path in (file, mask))
         if marked.size != image.size:
             (width, height), other = marked.size, "{} x {}".format(*image.size)
             raise ValueError(f"the mask has {width} x {height} pixels, its image {other}")
-    except Exception as error:  # Pillow raises almost anything for damaged files
-        raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
     return marked
 
 

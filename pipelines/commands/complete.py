@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from prior import Prior
-from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, to_float, to_uint8
 
 from ..completion import (
@@ -126,10 +125,8 @@ def warn_about_resizing(names: list[str], spec: ImageSpec) -> None:
             other.append(f"{name} of {size[0]} x {size[1]}")
     if other:
         tell(
-            one_line(
-                f"warning: {len(other):,} of {count_of(len(names), 'image')} are not of the pipeline's {spec.width} x "
-                f"{spec.height} pixels, and are resized and cropped; the first is {other[0]}"
-            )
+            f"warning: {len(other):,} of {count_of(len(names), 'image')} are not of the pipeline's {spec.width} x "
+            f"{spec.height} pixels, and are resized and cropped; the first is {other[0]}"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tokenizer.files import one_line, write_json
+from tokenizer.files import write_json
 
 from ..anomaly.calibration import Calibration
 from ..anomaly.conformal import benjamini_hochberg
@@ -223,7 +223,7 @@ def find_all_masks(config: DetectConfig, names: Sequence[str], anomalous: NDArra
     for file, mask, defective in zip(files, masks, anomalous, strict=True):
         if defective != (mask is not None):
             found = "no mask" if defective else "a mask"
-            raise UserError(one_line(f"ground_truth: {file} has {found}; normal_labels says which labels are good"))
+            raise UserError(f"ground_truth: {file} has {found}; normal_labels says which labels are good")
     return masks
 
 

@@ -60,7 +60,7 @@ def read_arguments(words: CommandLine, cls: type[Config] = Config) -> tuple[list
         try:
             found.append(read())
         except UserError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
     return found, problems
 
 

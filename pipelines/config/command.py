@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from tokenizer.config import Data, Node, Settings, defaults_of, explain, find_mark, merge, show_value, with_defaults
-from tokenizer.files import PipelineLoadError, one_line
+from tokenizer.files import PipelineLoadError
 
 from .arguments import nest_settings, read_arguments, read_preset, sort_words, split_lists
 from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process, tell
@@ -97,7 +97,7 @@ def parse(
         page = verb_help_page(cls, verb, description, words.help, known, {*given, *further})
         print_and_exit(page, problems)
     if config is None or problems:
-        raise UserError("\n".join(map(one_line, problems)))
+        raise UserError(*problems)
     if words.dry_run:
         print_and_exit(to_yaml(config))
     return config
@@ -118,7 +118,7 @@ def build_config(
         return cls.model_validate(data)
     except ValidationError as error:
         lines = explain(cls, data, error, partial(suggest_keys, cls))
-        raise UserError("\n".join(map(one_line, lines))) from None  # hide pydantic's multi-line message
+        raise UserError(*lines) from None  # hide pydantic's multi-line message
 
 
 def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
@@ -135,9 +135,7 @@ def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
             ", ".join(f"{name}={show_value(value)}" for name, value in settings.items() if name != "kind")
             for settings in (node, reset)
         )
-        tell(
-            one_line(f"{key}: {node['kind']} with {kept or 'its defaults'}" + f"; it does not take {lost}" * bool(lost))
-        )
+        tell(f"{key}: {node['kind']} with {kept or 'its defaults'}" + f"; it does not take {lost}" * bool(lost))
     return split_lists(cls, data)
 
 

@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from tokenizer.files import FULL, PipelineLoadError, escape, one_line
+from tokenizer.files import FULL, PipelineLoadError, one_line
 
 CTRL_C, CLOSED_PIPE = 130, 141  # exit codes that shells report for SIGINT and SIGPIPE
 HEAD_START = 5.0  # seconds in which the main process prints its error and the launcher ends the others
 
 
 class UserError(Exception):
-    """A mistake by the user. Each line of the message is one problem; unprintable characters are escaped."""
+    """A mistake by the user. Each of the problems becomes one line of the message, without unprintable characters."""
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(escape(str(message), keep="\n"))
+    def __init__(self, *problems: object) -> None:
+        super().__init__("\n".join(one_line(str(problem)) for problem in problems))
 
 
 @contextmanager
@@ -52,11 +52,11 @@ def is_first_process() -> bool:
 
 
 def tell(line: str, stream: TextIO | None = None) -> None:
-    """Print a line, by default to stderr. Write errors such as a full disk are ignored, except a closed pipe, which
-    raises `BrokenPipeError`."""
+    """Print one line, see `one_line`, by default to stderr. Write errors such as a full disk are ignored, except a
+    closed pipe, which raises `BrokenPipeError`."""
     try:
         # In one write, so that lines of several processes do not mix.
-        print(f"{line}\n", end="", file=sys.stderr if stream is None else stream, flush=True)
+        print(f"{one_line(line)}\n", end="", file=sys.stderr if stream is None else stream, flush=True)
     except BrokenPipeError:
         raise
     except OSError:

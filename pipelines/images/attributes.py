@@ -22,11 +22,10 @@ from torch import Tensor
 
 from prior.columns import COLUMN_KINDS, Column, GridColumn, VectorColumn, find_column, names_problem
 from tokenizer import Tokenizer
-from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec
 
 from ..columns import FORMATS, guess_format, is_empty
-from ..config import Config, UserError, is_first_process, tell
+from ..config import Config, UserError, is_first_process, tell, user_errors
 from ..provenance import TokenizerFolder, tokenizer_folder
 from .checking import StackedCache, check_bad, decode_all
 from .clip_files import choose_file_kind
@@ -188,7 +187,7 @@ def load_attributes(
         if source.place:
             found[name] = locate_crops(splits, source.describe(name), augmentations, seed)
             continue
-        try:
+        with user_errors(ValueError, prefix=f"attributes.{name}: "):
             if source.images is not None:
                 cells = pair_images(Path(source.images).expanduser(), config, paths or [])
             elif source.frame is not None:
@@ -207,15 +206,13 @@ def load_attributes(
             loaded, raw = FORMATS[kind].from_cells(cells, sizes[0], source.encoder or "")
             found[name] = LoadedColumn(loaded, source.describe(name), dict(zip(splits, raw.split(sizes), strict=True)))
             report_kind(name, source, loaded)
-        except ValueError as error:
-            raise UserError(one_line(f"attributes.{name}: {error}")) from error
     return found
 
 
 def report_kind(name: str, source: AttributeSource, column: Column) -> None:
     if not (source.kind or source.encoder) and is_first_process():
         about = f"of kind {column.kind}, guessed from its values ({column.describe()})"
-        tell(one_line(f"attributes.{name}: {about}; attributes.{name}.kind=KIND chooses another"))
+        tell(f"attributes.{name}: {about}; attributes.{name}.kind=KIND chooses another")
 
 
 def locate_crops(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokenizer.files import PathError, one_line
+from tokenizer.files import PathError
 from tokenizer.spec import ImageSpec
 
 from ..config import UserError, is_first_process, tell
@@ -132,23 +132,21 @@ def check_bad(parts: list[tuple[list[BadImage], int]], config: DataConfig) -> No
         return
     counted = f"{len(bad)} of {found} images cannot be decoded"
     if len(bad) == found:  # nothing would be left
-        raise UserError(f"{counted}:{list_bad(bad)}")
+        raise UserError(f"{counted}:", *list_bad(bad))
     if config.on_error == "fail":
-        raise UserError(f"{counted} (data.on_error=skip skips them):{list_bad(bad)}")
+        raise UserError(f"{counted} (data.on_error=skip skips them):", *list_bad(bad))
     if len(bad) > config.max_bad_fraction * found:
-        raise UserError(
-            f"{counted}, more than data.max_bad_fraction={config.max_bad_fraction} allows (raise it to skip them all):"
-            f"{list_bad(bad)}"
-        )
+        allowed = f"data.max_bad_fraction={config.max_bad_fraction} allows (raise it to skip them all)"
+        raise UserError(f"{counted}, more than {allowed}:", *list_bad(bad))
     if any(len(images) == count for images, count in parts):
-        raise UserError(f"{counted}, which leaves no image to train on or to hold out:{list_bad(bad)}")
+        raise UserError(f"{counted}, which leaves no image to train on or to hold out:", *list_bad(bad))
     if is_first_process():
-        tell(one_line(f"warning: {counted} and are skipped; the first is {bad[0].path}: {bad[0].reason}"))
+        tell(f"warning: {counted} and are skipped; the first is {bad[0].path}: {bad[0].reason}")
 
 
-def list_bad(bad: list[BadImage]) -> str:
-    more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-    return "".join("\n  " + one_line(f"{image.path}: {image.reason}") for image in bad[:10]) + more
+def list_bad(bad: list[BadImage]) -> list[str]:
+    lines = [f"  {image.path}: {image.reason}" for image in bad[:10]]
+    return lines + [f"  and {len(bad) - 10} more"] * (len(bad) > 10)
 
 
 def write_bad_images(folder: Path, bad: Mapping[str, list[BadImage]]) -> None:

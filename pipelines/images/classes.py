@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.files import one_line, quote
+from tokenizer.files import quote
 
 from ..config import UserError, is_first_process, tell
 from .sources import Source
@@ -33,7 +33,7 @@ def number_labels(sources: list[Source]) -> tuple[dict[Source, NDArray[np.int64]
     for each in sources:
         for row, label in enumerate(each.labels or []):
             if not is_label(label) or label not in ids:
-                raise UserError(one_line(f"{each.name(row)}: {describe_label(label, names, some=bool(ids))}"))
+                raise UserError(f"{each.name(row)}: {describe_label(label, names, some=bool(ids))}")
     numbered = {
         each: None if each.labels is None else np.array([ids[label] for label in each.labels], np.int64)
         for each in sources
@@ -65,7 +65,7 @@ def warn_about_absent(names: list[str], trained: Collection[int]) -> None:
     absent = [name for number, name in enumerate(names) if number not in trained]
     if absent and is_first_process():
         some = f"{', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}"
-        tell(one_line(f"warning: {len(absent)} of {len(names)} classes have no training image: {some}"))
+        tell(f"warning: {len(absent)} of {len(names)} classes have no training image: {some}")
 
 
 def describe_label(label: Any, names: list[str] | None, some: bool) -> str:

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, to_float
 
 from ..config import UserError, is_first_process, tell
@@ -160,7 +159,7 @@ class ImageDataset:
 
     def _require_good(self, row: int, image: PixelArray | str) -> PixelArray:
         if isinstance(image, str):
-            raise UserError(one_line(f"{self._source.name(int(self._positions[row]))}: {image}{HINT}"))
+            raise UserError(f"{self._source.name(int(self._positions[row]))}: {image}{HINT}")
         return image
 
     # Other forms of the data set
@@ -247,12 +246,12 @@ def report_division(splits: Splits) -> None:
     if not is_first_process():
         return
     if splits.note:
-        tell(one_line(splits.note))
+        tell(splits.note)
     train = splits.train
     if splits.facts is not None:
         print(splits.facts.describe(), flush=True)
     elif splits.is_carved:
-        tell(one_line(f"{train.config.source} is divided as in 0.3, by position: added images would move others"))
+        tell(f"{train.config.source} is divided as in 0.3, by position: added images would move others")
     if train.labels is not None:
         warn_about_absent(train.class_names, {*train.labels.tolist()})
 

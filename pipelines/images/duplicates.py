@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.files import one_line
 from tokenizer.spec import to_float
 
 from ..config import is_first_process, tell
@@ -50,10 +49,8 @@ def warn_about_duplicates(splits: Splits) -> None:
     elif key is not None:
         remedy = f"data.{key} divides it, and data.group=COLUMN or REGEX of the whole does not"
     tell(
-        one_line(
-            f"warning: {len(rows)} of {count} held-out images have near duplicates in training, such as {pair}; if "
-            f"they show one object or clip, {remedy}"
-        )
+        f"warning: {len(rows)} of {count} held-out images have near duplicates in training, such as {pair}; if "
+        f"they show one object or clip, {remedy}"
     )
 
 

@@ -17,9 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizer.files import one_line
-
-from ..config import UserError, is_first_process, tell
+from ..config import UserError, is_first_process, tell, user_errors
 from .sources import IMAGE, LABEL, Source, SourceSplits, of_files
 
 if TYPE_CHECKING:
@@ -196,7 +194,7 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
         name, folders = next(iter(merged.items()))
         some = ", ".join(f"{name}/{part}".rstrip("/") for part in folders[:3]) + (", ..." if len(folders) > 3 else "")
         more = f"; and {len(merged) - 1:,} more such classes" if len(merged) > 1 else ""
-        tell(one_line(f"data.source: {folder}: only top-level folders are classes: {name!r} merges {some}{more}"))
+        tell(f"data.source: {folder}: only top-level folders are classes: {name!r} merges {some}{more}")
 
 
 # Sheets
@@ -235,7 +233,7 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
     rows, others, columns = dict[str, dict[str, Any]](), set[str](), dict[str, None]()
     label, group = config.label_column, config.group
     own = "file_name" if config.image_column == IMAGE else f"{config.image_column}_file_name"
-    try:
+    with user_errors(ValueError, prefix="data.source: "):
         for sheet, image, further, cells in read_sheet_rows(sheets, [f"{config.image_column}_file_name", own]):
             columns |= dict.fromkeys(cells)
             if image not in found:
@@ -246,8 +244,6 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
                 raise ValueError(f"{sheet}: {image} has two classes, {classes}")
             rows[image] = {name: cells.get(name) for name in (label, group) if name is not None}
             others |= further
-    except ValueError as error:
-        raise UserError(one_line(f"data.source: {error}")) from error
     paths = [path for key, path in found.items() if key in rows]
     missing = [path for key, path in found.items() if key not in rows and key not in others]
     if missing or not paths:
@@ -266,7 +262,7 @@ def sheet_source(folder: Path, config: DataConfig, find: Find) -> Source:
         if label != LABEL:
             raise UserError(f"data.label_column: {missing_label}")
         if is_first_process():
-            tell(one_line(f"data.label_column: {sheets[0]} has {missing_label}, so there are no classes"))
+            tell(f"data.label_column: {sheets[0]} has {missing_label}, so there are no classes")
     if group is not None and group in columns:
         objects = read_objects([cells[group] for cells in listed], paths.__getitem__, str(sheets[0]), group)
     return replace(of_files(paths, labels), objects=objects)
@@ -276,15 +272,16 @@ def read_objects(cells: list[Any], name: Callable[[int], str], table: str, colum
     """Return the objects in the column `data.group`, and print where they come from. name: that of a row. Raises
     `UserError` for an empty cell."""
     if (empty := next((row for row, cell in enumerate(cells) if cell in (None, "")), None)) is not None:
-        raise UserError(one_line(f"data.group: {name(empty)} has nothing in the column {column!r} of {table}"))
+        raise UserError(f"data.group: {name(empty)} has nothing in the column {column!r} of {table}")
     if is_first_process():
-        tell(one_line(f"data.group: the column {column!r} of {table} names the object of each image"))
+        tell(f"data.group: the column {column!r} of {table} names the object of each image")
     return [str(cell) for cell in cells]
 
 
 def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]]:
     """Yield the rows of a sheet. key: the setting that names it. Raises `UserError`."""
-    try:
+    kinds = OSError, ValueError, csv.Error, RecursionError  # most errors of pyarrow are ValueErrors
+    with user_errors(*kinds, prefix=f"{key}: {sheet} cannot be read: "):
         if sheet.suffix in (".csv", ".tsv"):
             with sheet.open(newline="", encoding="utf-8-sig") as file:
                 yield from csv.DictReader(file, delimiter="\t" if sheet.suffix == ".tsv" else ",")
@@ -299,8 +296,6 @@ def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]
 
             for batch in pq.ParquetFile(sheet).iter_batches(1024):
                 yield from batch.to_pylist()
-    except (OSError, ValueError, csv.Error, RecursionError) as error:  # most errors of pyarrow are ValueErrors
-        raise UserError(one_line(f"{key}: {sheet} cannot be read: {error}")) from error
 
 
 def parse_labels(labels: list[Any]) -> list[Any]:

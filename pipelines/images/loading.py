@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.files import one_line
 from tokenizer.spec import ValueType
 
 from ..config import UserError, is_first_process, tell
@@ -122,7 +121,7 @@ def settle_values(config: DataConfig, train: SplitPart) -> DataConfig:
             first = int(positions[0])
             reason = try_decode(source.payloads([first])[0], replace(config.spec, dtype=dtype))
             found = reason if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
-            raise UserError(one_line(f"data.range: it cannot be measured; the first is {source.name(first)}: {found}"))
+            raise UserError(f"data.range: it cannot be measured; the first is {source.name(first)}: {found}")
         config = config.model_copy(update={"dtype": dtype, "range": limits})
         if is_first_process():
             tell(f"data.range: {dtype} from {limits[0]:g} to {limits[1]:g}, measured on the training images")
@@ -154,4 +153,4 @@ def warn_about_range(config: DataConfig, source: Source, positions: NDArray[np.i
     if (mean := float(np.mean(shares))) > MOST_CLIPPED and is_first_process():
         worst = source.name(some[int(np.argmax(shares))])
         clips = f"data.range={spec.low:g},{spec.high:g} clips {mean:.1%} of the values, most in {worst}"
-        tell(one_line(f"warning: {clips}; data.range=null measures it"))
+        tell(f"warning: {clips}; data.range=null measures it")

@@ -11,7 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from tokenizer.base import PLAIN
 from tokenizer.spec import BYTES, ImageSpec, ValueType, spec_problems
 
-from ..config import Config, UserError
+from ..config import Config, UserError, user_errors
 from .augment import AugmentConfig
 from .binarize import Binarize
 from .folder import holds_files
@@ -229,10 +229,8 @@ def require_same_spec(
 
 
 def require_spec(spec: ImageSpec, images: ImageSpec, whose: str) -> None:
-    try:
+    with user_errors(ValueError, prefix="data."):
         spec.require(images, whose)
-    except ValueError as error:
-        raise UserError(f"data.{error}") from error
 
 
 def require_two_levels(config: DataConfig, kind: str, levels: int) -> None:

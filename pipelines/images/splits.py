@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from tokenizer.config import show_value
-from tokenizer.files import FormatError, check_format_version, one_line, quote, read_json
+from tokenizer.files import FormatError, check_format_version, quote, read_json
 from tokenizer.model import SPLITS
 
-from ..config import UserError, is_first_process, tell
+from ..config import UserError, is_first_process, tell, user_errors
 from ..files import validate
 from ..shuffling import Positions, splitmix64
 from .settings import UNIT_SETTINGS, DataConfig, Unit
@@ -278,15 +278,14 @@ def name_units(paths: list[str] | None, config: DataConfig) -> list[str]:
 def find_objects(names: list[str], pattern: str) -> list[str]:
     """Return the object in each image's path: the first group of the `pattern`, or the whole match without groups.
     Raises `UserError` for a path in which there is none."""
-    try:
+    prefix = f"data.group: invalid regular expression {quote(pattern)}: "
+    with user_errors(re.error, RecursionError, OverflowError, prefix=prefix):
         search, found = re.compile(pattern), list[str]()
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"data.group: invalid regular expression {quote(pattern)}: {error}") from error
     for name in names:
         match = search.search(name)
         text = match[min(1, search.groups)] if match else None
         if not text:
-            raise UserError(one_line(f"data.group: '{pattern}' finds no object in {name}"))
+            raise UserError(f"data.group: '{pattern}' finds no object in {name}")
         found.append(text)
     return found
 
@@ -567,7 +566,7 @@ def report_splits(names: Collection[str], config: DataConfig, found: str | None,
     rest = f"; not used: {', '.join(left)}" if left else ""
     remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)
-    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is held out{rest}{remedy}"))
+    tell(f"data.held_out: {config.source}: {why}{taken} is held out{rest}{remedy}")
 
 
 def validation_count(size: int, fraction: float | None) -> int:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from prior.columns import LABEL, MAX_NAMES, Column
-from tokenizer.files import one_line
 
 from ..columns import FORMATS, guess_format
-from ..config import UserError
+from ..config import UserError, user_errors
 from ..tokens.meta import label_column
 from .attributes import CELLS, AttributeSource, RawColumn, list_cells, report_kind
 from .classes import describe_label, is_label, number_labels, warn_about_absent
@@ -84,12 +83,10 @@ class StreamedColumn:
 def join_column(each: StreamedColumn, inputs: list[Input], scans: list[Scan]) -> Column:
     """Return a column of all shards, joined in their order. Raises `UserError`."""
     found = None
-    try:
+    with user_errors(ValueError, prefix=f"attributes.{each.name}: "):
         for shard, scan in zip(inputs, scans, strict=True):
             found = each.join(found, scan.summaries[each.name], shard)
         column = FORMATS[each.kind].make_column(found, each.source.encoder or "")
-    except ValueError as error:
-        raise UserError(one_line(f"attributes.{each.name}: {error}")) from error
     report_kind(each.name, each.source, column)
     return column
 
@@ -128,16 +125,14 @@ def scan_shard(shard: Input, data: DataConfig, attributes: list[StreamedColumn],
         for sample in samples:
             label, name = sample["label"], sample["name"]
             if label is not None and not is_label(label):
-                raise UserError(one_line(f"{name}: {describe_label(label, list(classes) or None, some=True)}"))
+                raise UserError(f"{name}: {describe_label(label, list(classes) or None, some=True)}")
             labels.setdefault(label, name)
         if len(labels) > MAX_NAMES:
             raise UserError(f"data.label_column: more than {MAX_NAMES:,} classes in {shard.path}")
         for each in attributes:
-            try:
+            with user_errors(ValueError, prefix=f"attributes.{each.name}: "):
                 found = each.summarize(samples, len(samples) * (shard.split == "train"))
                 summaries[each.name] = each.join(summaries.get(each.name), found, shard)
-            except ValueError as error:
-                raise UserError(one_line(f"attributes.{each.name}: {error}")) from error
     if not images:
         raise UserError(f"{shard.path}: no images")
     return Scan(images, labels, summaries)

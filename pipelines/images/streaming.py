@@ -18,8 +18,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.files import one_line
-
 from ..config import UserError, is_first_process, tell
 from .checking import BadImage, list_bad
 from .classes import WITHOUT
@@ -209,19 +207,17 @@ class StreamedImages(ImageDataset):
     def _skip(self, name: str, reason: str) -> None:
         """Count a bad image. Raises `UserError` if it may not be skipped, and for too many bad images."""
         if self.config.on_error == "fail":
-            raise UserError(one_line(f"{name}: {reason} (data.on_error=skip skips such images)"))
+            raise UserError(f"{name}: {reason} (data.on_error=skip skips such images)")
         if not self.bad:
-            tell(one_line(f"warning: {name}: {reason}; such images are skipped"))
+            tell(f"warning: {name}: {reason}; such images are skipped")
         if name not in self._bad_names:
             self._bad_names.add(name)
             self.bad.append(BadImage(name, self._seen - 1, reason))
         self._skipped += 1
         allowed = self.config.max_bad_fraction
         if self._skipped > allowed * max(FEW, self._seen) and allowed < 1:
-            raise UserError(
-                f"{self._skipped} of {self._seen} images so far cannot be decoded, more than "
-                f"data.max_bad_fraction={allowed} allows:{list_bad(self.bad)}"
-            )
+            counted = f"{self._skipped} of {self._seen} images so far cannot be decoded"
+            raise UserError(f"{counted}, more than data.max_bad_fraction={allowed} allows:", *list_bad(self.bad))
 
     def _access_error(self) -> UserError:
         return UserError(

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.files import one_line, quote
+from tokenizer.files import quote
 
-from ..config import UserError, is_first_process, tell
+from ..config import UserError, is_first_process, tell, user_errors
 from .folder import IMAGE_SUFFIXES, files_below, read_objects
 from .formats import MAX_FILE, Payload, read_image_file
 from .hub import describe_error, offline_if_unreachable
@@ -76,7 +76,7 @@ def find_tables(config: DataConfig) -> Any:
     except Exception as error:  # anything from a lost network to a broken file
         reason = describe_error(error)
         if not is_hub:
-            raise UserError(one_line(f"data.source: {source} cannot be read: {reason}")) from error
+            raise UserError(f"data.source: {source} cannot be read: {reason}") from error
         raise UserError(
             f"data.source={source}: no such folder ({path.absolute()}), and the Hub id '{source}' cannot be loaded: "
             f"{reason}"
@@ -137,7 +137,7 @@ def report_unused(root: Path, files: dict[str, list[str]]) -> None:
     if left and is_first_process():
         more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
         splits = f"not named after a split (splits: {', '.join(files)})"
-        tell(one_line(f"data.source: {root}: not used: {left[0].relative_to(root)}{more}, {splits}"))
+        tell(f"data.source: {root}: not used: {left[0].relative_to(root)}{more}, {splits}")
 
 
 @contextmanager
@@ -197,10 +197,9 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Source:
             identity=identify_rows(table, config.key, Identity("pixels", lambda: hash_arrays(arrays[image]))),
             **facts,
         )
-    try:
+    # pyarrow raises several types for a column that cannot be cast.
+    with user_errors(Exception, prefix=f"data.image_column: {image!r} does not hold images: "):
         images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow raises several types for a column that cannot be cast
-        raise UserError(one_line(f"data.image_column: {image!r} does not hold images: {error}")) from error
 
     def read(rows: Sequence[int]) -> list[Payload]:
         return [read_payload(value, config.source) for value in images[list(rows)][image]]
@@ -234,7 +233,7 @@ def copy_table(builder: Any, split: str, config: DataConfig) -> Any:
     except Exception as error:  # anything from a lost network to a full disk; `datasets` wraps our errors
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(one_line(f"data.source: {config.source} cannot be read: {describe_error(error)}")) from error
+        raise UserError(f"data.source: {config.source} cannot be read: {describe_error(error)}") from error
 
 
 def tar_labels(table: Any, config: DataConfig) -> list[Any] | None:
@@ -338,7 +337,7 @@ def read_parquet(
         needed = {"data.image_column": [image], "data.label_column": [label] if label not in (None, LABEL) else []}
         for setting, some in (needed | {"attributes": columns}).items():
             if absent := [name for name in some if name not in names]:
-                raise UserError(one_line(f"{setting}: {file} has no column {absent[0]!r}; there are {names}"))
+                raise UserError(f"{setting}: {file} has no column {absent[0]!r}; there are {names}")
         wanted = {*([image] if with_images else []), *(name for name in names if name == label), *columns}
         size = 64 if with_images else 1024
         batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=size, columns=sorted(wanted)))
@@ -377,7 +376,7 @@ def naming(file: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # every file system and pyarrow raise errors of their own types
-        raise UserError(one_line(f"{file}: cannot be read: {describe_error(error)}")) from error
+        raise UserError(f"{file}: cannot be read: {describe_error(error)}") from error
 
 
 def read_tar(
@@ -398,15 +397,15 @@ def read_tar(
         for name, parts in tar_samples(file, suffixes | sources, set() if with_images else suffixes - sources):
             found = sorted(suffixes & set(parts))
             if len(found) > 1:
-                raise UserError(one_line(f"{file}: {name} has {', '.join(found)}; data.image_column chooses one"))
+                raise UserError(f"{file}: {name} has {', '.join(found)}; data.image_column chooses one")
             if found:
                 number += 1
-                title, facts = one_line(f"{file}: {name}.{found[0]}"), read_facts(parts)
+                title, facts = f"{file}: {name}.{found[0]}", read_facts(parts)
                 yield make_sample(title, parts[found[0]], read_label(parts, facts, label), facts, columns)
     except UserError:
         raise
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
-        raise UserError(one_line(f"{file}: damaged tar file: {error}")) from error
+        raise UserError(f"{file}: damaged tar file: {error}") from error
     if not number:
         suffix = "" if image == IMAGE else f" with the suffix .{image} (data.image_column)"
         raise UserError(f"{file}: no images{suffix}")

@@ -20,7 +20,6 @@ from prior.arguments import check_count, to_tensor, whole_number
 from prior.columns import Column
 from prior.given import Given
 from tokenizer import Tokenizer
-from tokenizer.files import one_line
 from tokenizer.spec import ImageSpec, check_output_type, to_float
 
 from ..config import UserError
@@ -222,7 +221,7 @@ def read_whole(source: Source, rows: Sequence[int], names: Sequence[str], spec: 
     def read(number: int) -> Tensor:
         pixels = source.read(rows[number], spec)
         if isinstance(pixels, str):
-            raise UserError(one_line(f"{names[number]}: {pixels}{hint}"))
+            raise UserError(f"{names[number]}: {pixels}{hint}")
         return torch.from_numpy(np.array(pixels))  # Pillow's pixels are read-only
 
     return LazyImages(names, read)

@@ -92,7 +92,7 @@ class ProcessGroup:
     def _copy_error(self, error: Exception) -> Exception:
         """Return the error that the other processes raise; it holds only text, so it can be pickled."""
         if self.is_main and isinstance(error, MISTAKES):
-            return ReportedElsewhere(str(error))
+            return ReportedElsewhere(*str(error).splitlines())
         return ProcessFailed(f"process {self.rank} failed: {type(error).__name__}: {error}")
 
     def _exchange(self, mine: tuple[Any, Exception | None]) -> list[tuple[Any, Exception | None]]:

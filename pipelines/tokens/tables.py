@@ -15,7 +15,7 @@ from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import smallest_type
 
 from ..columns import format_of, ids_feature
-from ..config import UserError
+from ..config import UserError, user_errors
 from .meta import label_column
 from .shards import TokenSplit, chunks
 
@@ -94,10 +94,8 @@ def tokens_of(split: str, table: Any, column: str, grid: TokenGrid) -> Tensor:
             shape = "x".join(map(str, grid.shape))
             raise UserError(f"{split}: {column}: rows must be {shape} whole numbers, like the tokenizer's grid")
         ids = torch.from_numpy(found.astype(np.int64)).reshape(-1, *grid.shape)
-        try:
+        with user_errors(ValueError, prefix=f"{split}: {column}: "):
             grid.check(ids)
-        except ValueError as error:
-            raise UserError(f"{split}: {column}: {error}") from error
         parts.append(ids.to(smallest_type(grid.vocab_size)))
     return torch.cat(parts)
 
@@ -110,8 +108,6 @@ def values_of(split: str, table: Any, name: str, column: Column) -> Tensor:
     for row, value in enumerate(table.with_format(None)[name]):
         if isinstance(feature, datasets.ClassLabel):
             value = None if value is None or value < 0 else feature.int2str(value)
-        try:
+        with user_errors(ValueError, TypeError, prefix=f"{split}: {name}: row {row}: "):
             found.append(column.parse_one(value)[None])
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{split}: {name}: row {row}: {error}") from error
     return torch.cat(found)

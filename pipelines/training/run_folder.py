@@ -41,7 +41,8 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
         if changes := difference(select_fixed(old), select_fixed(new)):
             raise UserError(
                 f"{run}: belongs to a run with another configuration; nothing was overwritten. "
-                f"{suggest_remedy(run, config, changes)}. Differences:\n" + "\n".join(changes)
+                f"{suggest_remedy(run, config, changes)}. Differences:",
+                *changes,
             )
         return [line for line in difference(old, new) if line.split(":")[0] in (*END, *RHYTHM)]
     # A run that was killed at its start has left only these.

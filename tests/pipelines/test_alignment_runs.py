@@ -85,7 +85,6 @@ def test_a_pipeline_that_does_not_fit_is_refused_in_a_line(made, tmp_path):
     cases = {
         "another tokenizer": (other, {}),
         "model.dim: 32 there, 16 here": (tokens, {"model__dim": 16}),
-        "model.order: 'raster' there, 'snake' here": (tokens, {"model__order": "snake"}),
     }
     for message, (source, more) in cases.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -97,7 +96,6 @@ def test_a_pipeline_that_does_not_fit_is_refused_in_a_line(made, tmp_path):
 
 
 def untrained(folder, tokens, **more):
-    """Save a pipeline with an untrained prior."""
     task = PriorTask(parse(TrainPriorConfig, prior_arguments(folder, tokens, **more), verb="", description=None))
     task.pipeline(task.model).save_pretrained(folder)
     return folder

@@ -17,7 +17,7 @@ import torch
 import yaml
 from command import errors_of
 from folders import contents
-from givens.images import header_only, write_pictures
+from givens.images import png_of, write_pictures
 from givens.token_datasets import make_split
 from optional import needs_digits
 from PIL import Image
@@ -56,7 +56,7 @@ def world(tmp_path_factory):
     write_pictures(root / "corrupt" / "cat", 6)
     (root / "corrupt" / "cat" / "broken.png").write_bytes((root / "images" / "cat" / "0.png").read_bytes()[:60])
     write_pictures(root / "giant" / "cat", 6)
-    (root / "giant" / "cat" / "bomb.png").write_bytes(header_only(9_000, 9_000))
+    (root / "giant" / "cat" / "bomb.png").write_bytes(png_of(9_000, 9_000))
     (root / "mine").mkdir()
     (root / "mine" / "thesis.tex").write_text("years of work")
     return root

@@ -397,7 +397,7 @@ def ended(error: BaseException, *argv: str) -> Any:
 @pytest.mark.parametrize(
     ("error", "code", "printed"),
     [
-        (UserError("one: a\ntwo: b"), 2, "error: one: a\nerror: two: b\n"),
+        (UserError("one: a", "two: b"), 2, "error: one: a\nerror: two: b\n"),
         (PermissionError(errno.EACCES, "denied", "a/b"), 2, "error: a/b: denied\n"),
         (OSError(errno.ENOSPC, "No space left"), 1, "error: disk full: No space left\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; left x\n"),

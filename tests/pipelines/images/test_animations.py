@@ -42,8 +42,7 @@ def test_a_gif_of_many_colours_has_near_ones_and_does_not_flicker(tmp_path):
     assert np.array_equal(found[0, 8:], found[1, 8:]) and np.array_equal(found[1, 8:], found[3, 8:])
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(5, 8), (3, 201), (150, 131)])
+@pytest.mark.parametrize(("size", "channels"), [((3, 201), 1), ((150, 131), 3)])
 def test_an_mp4_is_read_again_at_any_size(tmp_path, size, channels):
     pytest.importorskip("av")
     clip = np.full((3, *size, channels), 200, np.uint8)

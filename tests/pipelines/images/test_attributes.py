@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from givens.images import ALL, encoded, noise, write_image, write_rows, write_tar
+from givens.images import ALL, encoded, identities, noise, write_image, write_rows, write_tar
 from givens.images import rows_of as write_tar_rows
 from processes import run_file
 
@@ -41,8 +41,8 @@ KINDS |= {"wind": "angle", "text": "vector"}
 GUESSED = [*KINDS][:-2]
 
 
-def picture(k: int, side: int = 12) -> np.ndarray:
-    return noise(side, side, seed=k)
+def picture(k: int) -> np.ndarray:
+    return noise(12, 12, seed=k)
 
 
 def outline(k: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def outline(k: int) -> np.ndarray:
     return noise(24, 24, seed=1000 + k)
 
 
-def write_table(path, columns=ROWS, bad=None):
+def write_table(path, bad):
     """Write a parquet file with images and columns. bad: number of an image that cannot be decoded."""
     import datasets
 
@@ -62,12 +62,11 @@ def write_table(path, columns=ROWS, bad=None):
         "outline": [cell(outline(k)) for k in range(COUNT)],
     }
     features = {key: datasets.Image() for key in pictures}
-    values = {key: pa.array(part) for key, part in columns.items()}
-    first = datasets.Dataset.from_dict(pictures, features=datasets.Features(features))
-    for key, part in values.items():
-        first = first.add_column(key, part)
+    table = datasets.Dataset.from_dict(pictures, features=datasets.Features(features))
+    for key, part in ROWS.items():
+        table = table.add_column(key, pa.array(part))
     path.parent.mkdir(parents=True, exist_ok=True)
-    first.to_parquet(str(path))
+    table.to_parquet(str(path))
     return path
 
 
@@ -80,10 +79,8 @@ def write_files(folder, pairs=None):
     return folder
 
 
-def rows_of(columns=ROWS, prefix=""):
-    return [
-        {"file_name": f"{prefix}{k:03}.png", **{key: part[k] for key, part in columns.items()}} for k in range(COUNT)
-    ]
+def rows_of(columns=ROWS):
+    return [{"file_name": f"{k:03}.png", **{key: part[k] for key, part in columns.items()}} for k in range(COUNT)]
 
 
 def pixels(path, side: int = 12, channels: int = 1) -> str:
@@ -103,9 +100,7 @@ def load(source, sources, table=None, **options):
 
 
 def numbers_of(images) -> list[int]:
-    """Which picture each image is."""
-    known = {picture(k).tobytes(): k for k in range(200)}
-    return [known[image.numpy().tobytes()] for image in images.pixels(range(len(images)))]
+    return identities(images.pixels(range(len(images))))
 
 
 def sources_of(tokenizer=None):
@@ -118,7 +113,7 @@ def sources_of(tokenizer=None):
 # The same rows from any origin
 
 
-def check_columns(parts, columns, outlines=True) -> None:
+def check_columns(parts, columns) -> None:
     """Compare columns with `ROWS`."""
     for split, images in parts.items():
         for row, k in enumerate(numbers_of(images)):
@@ -140,7 +135,7 @@ def check_columns(parts, columns, outlines=True) -> None:
         assert read_column(columns[name].column.to_dict()) == columns[name].column
 
 
-@pytest.mark.parametrize("origin", ["parquet", "metadata.csv", "metadata.jsonl", "metadata.parquet", "t.csv", "t.tsv"])
+@pytest.mark.parametrize("origin", ["parquet", "metadata.csv", "metadata.parquet", "t.jsonl", "t.tsv"])
 def test_the_same_rows_from_any_origin_are_the_same_columns(tmp_path, capsys, origin):
     sources, table = sources_of(pixels(tmp_path / "tokenizer", 24)), None
     if origin == "parquet":
@@ -319,13 +314,6 @@ def test_clips_are_held_out_whole_and_a_frame_is_given_the_one_before(tmp_path):
     assert DataConfig(**choose_data(config, sources).model_dump()).clips
 
 
-def test_folders_around_clips_are_classes(tmp_path):
-    for name in ("run", "walk"):
-        write_clips(tmp_path / name, 4, 3)
-    splits = load_images(DataConfig(source=str(tmp_path), image_size=12, clips=True))
-    assert splits.train.class_names == ["run", "walk"]
-
-
 # Text
 
 
@@ -374,11 +362,8 @@ def test_an_encoder_of_the_users_runs_only_if_its_module_was_imported(tmp_path, 
     [
         ("ages", [1.0] * 20, {}, "'ages'.*did you mean 'age'.*file_name, age"),
         ("age", ["x" if k == 7 else k for k in range(20)], {"kind": "number"}, "007.png.*expected numbers.*'x'"),
-        ("age", [1e300 if k == 7 else k for k in range(20)], {}, "007.png.*finite"),
         ("age", [[1e5] * (5 if k == 7 else 0) or None for k in range(20)], {"kind": "vector"}, "007.png.*65504"),
-        ("age", [{"a": 1}] * 20, {"kind": "class"}, "png.*a number or a short text"),
         ("age", [5] * 20, {"encoder": "ngrams:8"}, "png.*expected text"),
-        ("age", [5] * 20, {"tokenizer": "t"}, "tokenizer is for"),
     ],
 )
 def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, settings, words):
@@ -396,7 +381,6 @@ def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, sett
         (lambda rows: rows[1:], "no row for .*000.png"),
         (lambda rows: [*rows, {"file_name": "other.png", "x": 1}], "lists .*other.png"),
         (lambda rows: [*rows, rows[5]], "two rows .*005.png"),
-        (lambda rows: [{"name": row["file_name"], "x": 1} for row in rows], "no column file_name; it has name, x$"),
         (lambda rows: [{"name;x": "000.png;1"}], "no column file_name; it has name;x$"),  # another delimiter
     ],
 )
@@ -413,15 +397,12 @@ def test_a_table_has_one_row_for_each_image(tmp_path, change, words):
     ("row", "words"),
     [
         ({"file_name": None, "x": 1}, "a row has no file_name"),
-        ({"file_name": "../images", "x": 1}, "lists .*images"),
         (["000.png"], "cannot be read: a line is not a JSON object"),
-        ("{", "cannot be read"),
     ],
 )
 def test_a_table_and_a_sheet_of_the_folder_refuse_the_same_rows(tmp_path, row, words):
     source = write_files(tmp_path / "images")
-    line = row if row == "{" else json.dumps(row)
-    lines = "".join(f"{json.dumps(each)}\n" for each in rows_of({"x": [1] * 20})) + line
+    lines = "".join(f"{json.dumps(each)}\n" for each in [*rows_of({"x": [1] * 20}), row])
     (table := tmp_path / "t.jsonl").write_text(lines)
     with pytest.raises(UserError, match=f"^attributes.x: .*{words}|^table: .*{words}") as of_table:
         load(source, {"x": "x"}, table)
@@ -435,7 +416,6 @@ def test_a_table_and_a_sheet_of_the_folder_refuse_the_same_rows(tmp_path, row, w
     ("extra", "words"),
     [
         ("images/a.png", "pairs: no image with the stem 'a', which .*images has"),
-        ("pairs/a.png", "images: no image with the stem 'a'"),
         ("pairs/003.jpg", "003.jpg.*003.png"),
     ],
 )
@@ -448,34 +428,21 @@ def test_each_image_has_one_pair(tmp_path, extra, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "options", "words"),
+    ("settings", "table", "words"),
     [
-        ("label", {}, {}, "'label' cannot name a column"),
-        ("c", {"images": "nowhere", "tokenizer": "t"}, {}, "images: there is no folder nowhere"),
-        ("c", {"images": "{}/images", "tokenizer": "t"}, {}, "outside data.source"),
-        ("c", {}, {"table": "nowhere.csv"}, "table: there is no file nowhere.csv"),
+        ({"images": "nowhere", "tokenizer": "t"}, None, "images: there is no folder nowhere"),
+        ({"images": ".", "tokenizer": "t"}, None, "outside data.source"),
+        ({}, "nowhere.csv", "table: there is no file nowhere.csv"),
     ],
 )
-def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, options, words):
-    source = str(write_files(tmp_path / "images"))
-    (tmp_path / "t.csv").write_text("file_name\n")
-    place = {key: one.format(tmp_path) if isinstance(one, str) else one for key, one in settings.items()}
-    others = {key: one.format(tmp_path) if isinstance(one, str) else one for key, one in options.items()}
-    config = DataConfig(source=others.get("source", source), augment=AugmentConfig(flip=True))
+def test_mistakes_are_found_before_images_are_read(tmp_path, monkeypatch, settings, table, words):
+    monkeypatch.chdir(write_files(tmp_path / "images"))
     with pytest.raises(UserError, match=words):
-        check_sources(config, {name: AttributeSource(**place)}, others.get("table"), others.get("augmentations", 0))
+        check_sources(DataConfig(source="."), {"c": AttributeSource(**settings)}, table, 0)
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"column": "a", "frame": -1},
-        {"frame": 0, "tokenizer": "t"},
-        {"images": "a"},
-        {"kind": "grid"},
-        {"kind": "number", "tokenizer": "t"},
-        {"kind": "class", "encoder": "ngrams:8"},
-    ],
+    "settings", [{"column": "a", "frame": -1}, {"images": "a"}, {"kind": "class", "encoder": "ngrams:8"}]
 )
 def test_settings_that_contradict_each_other_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings)) + "|exclude|tokenizer: missing"):

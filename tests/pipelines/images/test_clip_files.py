@@ -144,8 +144,7 @@ def test_classes_come_from_the_folder_above_a_clip(tmp_path, kind):
     assert [name[0] for name in train.names(range(len(train)))] == ["ab"[label] for label in train.labels]
     single = load(tmp_path, single_frames=True).train
     assert [name[0] for name in single.names(range(len(single)))] == ["ab"[label] for label in single.labels]
-    unnamed = tmp_path / "a"
-    assert load(unnamed).train.labels is None
+    assert load(tmp_path / "a").train.labels is None
 
 
 def test_a_sheet_lists_clips(tmp_path):
@@ -296,25 +295,14 @@ def test_few_mp4_are_open_at_a_time(tmp_path, monkeypatch):
         gc.enable()
 
 
-def test_an_mp4_without_its_package_names_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "it.mp4").write_bytes(b"")
-    monkeypatch.setattr("pipelines.images.animations.find_spec", lambda name: None)
-    spec = ImageSpec(1, SIDE, SIDE, 4)
-    with pytest.raises(UserError, match=r'^images: [^\n]*it.mp4: MP4 needs [^\n]*pip install "smalti\[video\]"$'):
-        read_files(open_files([str(tmp_path)], spec), [0], spec)
-
-
 # More than 8 bits
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "float32"])
-@pytest.mark.parametrize("kind", ["folder", "tiff", "npy", "npz"])
+@pytest.mark.parametrize(("kind", "dtype"), [("folder", "uint16"), ("tiff", "float32"), ("npz", "uint16")])
 def test_deep_clips_keep_their_type_and_the_measured_range(tmp_path, kind, dtype):
     def make(length, seed):
         return blob(length, seed).astype(dtype) * np.array(200 if dtype == "uint16" else 0.5, dtype) + seed
 
-    if kind == "folder" and dtype == "float32":
-        pytest.skip("PNG holds no floats")
     known = write_clips(tmp_path, [2, 2, 2, 6, 6, 5, 9], kind, make)
     splits = load(tmp_path, on_error="skip", max_bad_fraction=0.5, validation_fraction=0)  # three are too short
     spec = splits.train.spec
@@ -354,17 +342,15 @@ def with_nan(length, seed):
     [
         (lambda path: write_clip(path, blob(3, 0), "gif"), "bad.gif: 3 frames, fewer than data.frames=4"),
         (lambda path: write_clip(path, blob(4, 0)[0], "npy"), r"bad.npy: shape \(16, 16\); a clip needs \(T, H, W\)"),
-        (lambda path: write_clip(path, np.zeros((4, 16, 16, 5), np.uint8), "npy"), "frame 0: shape .*data.channels=1"),
         (lambda path: write_clip(path, with_nan(8, 0), "npy"), r"bad.npy\[4:8\]: frame 5: 1 of 256 values are NaN"),
-        (lambda path: write_clip(path, np.zeros((4, 9, 9), np.int32), "npy"), "its values are int32; convert them"),
         (lambda path: np.save(f"{path}.npy", np.array([{}] * 4), allow_pickle=True), "bad.npy: .*object"),
         (lambda path: path.with_suffix(".gif").write_bytes(b"GIF89a"), "bad.gif: "),
     ],
 )
 def test_bad_clips_are_listed_with_the_reason(tmp_path, write, message):
-    arrays = "npy" in message or "shape" in message or "int32" in message
     dtype = np.float32 if "NaN" in message else np.uint8
-    write_clips(tmp_path / "good", [8] * 6, "npy" if arrays else "gif", lambda *args: blob(*args).astype(dtype))
+    kind = "npy" if "npy" in message else "gif"
+    write_clips(tmp_path / "good", [8] * 6, kind, lambda *args: blob(*args).astype(dtype))
     write(tmp_path / "good" / "bad")
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path / "good")
@@ -378,10 +364,6 @@ def test_frames_of_unequal_size_are_bad(tmp_path):
     Image.new("L", (20, 16)).save(tmp_path / "clip01" / "6.png")
     with pytest.raises(UserError, match=r"clip01\[4:8\]: frame 6: 20 x 16 pixels, unlike the first of its clip, 16 x"):
         load(tmp_path)
-    picture = Image.fromarray(blob(1, 0)[0])
-    picture.save(tmp_path / "clip01" / "6.png", save_all=True, append_images=[Image.new("L", (16, 16))])
-    with pytest.raises(UserError, match="frame 6: a file of several frames among single ones"):
-        load(tmp_path)
 
 
 def test_a_damaged_animation_is_bad_from_there_on(tmp_path):
@@ -392,28 +374,18 @@ def test_a_damaged_animation_is_bad_from_there_on(tmp_path):
         load(tmp_path)
 
 
-def test_what_holds_no_clips_is_refused(tmp_path, capsys):
+def test_what_holds_no_clips_is_refused(tmp_path):
     write_clip(tmp_path / "stills", blob(12, 0), "folder")
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "x.parquet").write_bytes(b"")
-    clip = write_clip(tmp_path / "one", blob(8, 0), "gif")
-    (tmp_path / "empty").mkdir()
-    for source, message in [
-        (tmp_path / "stills", "holds single images, not clips"),
-        (tmp_path / "tables", "read from a folder of files"),
-        (clip, "read from a folder of files"),
-        (tmp_path / "empty", "no images here"),
-    ]:
-        line = fails(capsys, "train_tokenizer", f"out={tmp_path / 'x'}", f"data.source={source}", "data.frames=4")
-        assert message in line
+    with pytest.raises(UserError, match="holds single images, not clips"):
+        load(tmp_path / "stills")
+    with pytest.raises(UserError, match="read from a folder of files"):
+        load(write_clip(tmp_path / "one", blob(8, 0), "gif"))
 
 
 def test_settings_that_are_for_images_are_refused():
-    for options, message in [({"streaming": True}, "not streamed"), ({"clips": True}, "whole clips are held out")]:
-        with pytest.raises(ValueError, match=message):
+    for options in ({"streaming": True}, {"clips": True}, {"crop": "random"}):
+        with pytest.raises(ValueError, match="not streamed|whole clips are held out|not cropped"):
             DataConfig(frames=4, **options)
-    with pytest.raises(ValueError, match="not cropped"):
-        DataConfig(frames=4, crop="random")
 
 
 # Files that a verb takes
@@ -441,16 +413,13 @@ VQVAE = ["model.kind=vqvae", "model.widths=[16]", "model.blocks=[1]", "model.qua
 GPT = ["model.kind=gpt", "model.dim=32", "model.depth=1", "model.heads=2", "train.steps=4"]
 
 
-@pytest.fixture(scope="module", params=["gif", "npy"])
-def run(request, tmp_path_factory):
-    """Clips (GIF of two classes, or float volumes), and the runs of all stages on windows of 4 frames."""
-    root = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Float volumes of two classes, and the runs of all stages on windows of 4 frames."""
+    root = tmp_path_factory.mktemp("clips")
     for number in range(30):
-        frames = blob(8 + number % 3, number)
-        if request.param == "npy":
-            write_clip(root / "clips" / f"{number:02d}", frames.astype(np.float32) / 100 - 1, "npy")
-        else:
-            write_clip(root / "clips" / "ab"[number % 2] / f"{number:02d}", frames, "gif")
+        frames = blob(8 + number % 3, number).astype(np.float32) / 100 - 1
+        write_clip(root / "clips" / "ab"[number % 2] / f"{number:02d}", frames, "npy")
     data = [f"data.source={root / 'clips'}", "data.frames=4", f"data.image_size={SIDE}"]
     train_tokenizer.main([f"out={root / 'tok'}", *data, *VQVAE, *SMALL])
     main(["encode", f"tokenizer={root / 'tok'}", f"out={root / 'tokens'}"])
@@ -488,22 +457,19 @@ def test_the_pipeline_samples_clips(run):
     out = pipe(2, seed=0, output_type="pt")
     assert out.images.shape == (2, 4, 1, SIDE, SIDE) and out.tokens.shape == (2, 4, 4, 4)
     values = pipe(2, seed=0, output_type="np").images
-    assert values.shape == (2, 4, SIDE, SIDE, 1)
-    assert values.dtype == (np.uint8 if pipe.spec.is_bytes else np.float32)
+    assert values.shape == (2, 4, SIDE, SIDE, 1) and values.dtype == np.float32
 
 
 def test_evaluation_and_inspection_run(run, capsys):
-    figures = evaluate.main([f"pipeline={run / 'prior'}", "num_images=12", "feature_steps=2", f"out={run / 'ev'}"])
-    picture = Image.open(run / "ev" / "samples.png")
-    assert picture.height < 3000, figures
+    evaluate.main([f"pipeline={run / 'prior'}", "num_images=12", "feature_steps=2", f"out={run / 'ev'}"])
+    assert Image.open(run / "ev" / "samples.png").height < 3000
     main(["inspect", f"tokenizer={run / 'tok'}", f"out={run / 'page.png'}"])
     assert "images of 1 x 16 x 16, 4 x 4 tokens" in capsys.readouterr().out
 
 
 def test_tokenizers_without_a_grid_are_refused_before_training(run, tmp_path, capsys):
     data = [f"data.source={run / 'clips'}", "data.frames=4", f"data.image_size={SIDE}", f"out={tmp_path / 'x'}"]
-    line = fails(capsys, "train_tokenizer", *data, "model.kind=titok", "model.factor=4")
-    assert "does not give a grid of two axes" in line
+    assert "does not give a grid of two axes" in fails(capsys, "train_tokenizer", *data, "model.kind=titok")
     assert "choose the tokenizer of a frame" in fails(capsys, "train_tokenizer", *data, "model.kind=frame_by_frame")
 
 

@@ -61,18 +61,7 @@ def test_other_images_have_none(tmp_path, capsys):
     assert not warned(capsys, write_views(tmp_path / "pairs", differs=ALIKE), group=PAIRS)[1]
 
 
-@pytest.mark.parametrize(
-    ("options", "remedy"),
-    [({"group": r"^(\d{3}_\d)"}, "data.group divides"), ({"held_out": "test"}, "test say little")],
-)
-def test_the_remedy_is_that_of_the_division(tmp_path, capsys, options, remedy):
-    root = write_views(tmp_path / "train", differs=ALIKE).parent if "held_out" in options else tmp_path
-    write_views(tmp_path / "test" if "held_out" in options else tmp_path, differs=ALIKE)
-    (line,) = warned(capsys, root, **options)[1]
-    assert remedy in line
-
-
-def test_it_is_said_once_and_only_by_the_first_process(tmp_path, capsys, monkeypatch):
+def test_it_is_said_once(tmp_path, capsys):
     write_views(tmp_path / "src")
     data = (f"data.source={tmp_path}/src", "data.image_size=12", "model.kind=pixels", "model.levels=4")
     main(["train_tokenizer", *data, "track.trackers=[]", "track.wandb=disabled", f"out={tmp_path}/t"])
@@ -80,5 +69,3 @@ def test_it_is_said_once_and_only_by_the_first_process(tmp_path, capsys, monkeyp
     main(["encode", f"tokenizer={tmp_path}/t", f"out={tmp_path}/tokens"])
     lines.append(capsys.readouterr().err)
     assert [text.count("near duplicates") for text in lines] == [1, 1]
-    monkeypatch.setenv("RANK", "1")
-    assert not warned(capsys, tmp_path / "src")[1]

@@ -41,32 +41,28 @@ def test_each_image_of_a_folder_is_in_one_split_with_the_class_of_its_folder(dat
     assert used <= set(together)
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "Val"), ("training", "testing")])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_folders_that_look_like_splits_are_not_classes(tmp_path, names, streaming):
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing")])
+def test_folders_that_look_like_splits_are_not_classes(tmp_path, names):
     """Otherwise test images would be trained on: capitalised names, and those of folders with classes."""
     classes = ["a", "b"] if names == ("training", "testing") else []
     for name in names:
         write_folder(tmp_path / name, count=3, classes=classes or [""])
     with pytest.raises(UserError, match=r"data\.split") as caught:
-        load_images(config(tmp_path, streaming=streaming))
+        load_images(config(tmp_path))
     assert all(name in str(caught.value) for name in names)
-    splits = load_images(config(tmp_path, split=names[0], held_out=names[1], streaming=streaming))
+    splits = load_images(config(tmp_path, split=names[0], held_out=names[1]))
     assert splits.train.class_names == splits.held_out.class_names == classes
     write_folder(tmp_path / "others", count=3, classes=("Bus", "Train"))
     assert load_images(config(tmp_path / "others")).train.class_names == ["Bus", "Train"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_nested_class_folders_are_merged_with_a_note(tmp_path, capsys, streaming):
+def test_nested_class_folders_are_merged_with_a_note(tmp_path, capsys):
     write_folder(tmp_path / "animals", count=5, classes=("cats", "dogs"))
     write_folder(tmp_path / "things", count=5, classes=("all",))
-    assert load_images(config(tmp_path, streaming=streaming)).train.class_names == ["animals", "things"]
+    assert load_images(config(tmp_path)).train.class_names == ["animals", "things"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"data.source: {tmp_path}: ")
     assert "'animals'" in line and "animals/cats, animals/dogs" in line and "things" not in line
-    load_images(config(tmp_path, streaming=streaming, label_column=None))
-    assert capsys.readouterr().err == ""
 
 
 def test_a_link_to_a_folder_is_refused(tmp_path):

@@ -24,37 +24,14 @@ from pipelines.images.sources import of_files
 from tokenizer.spec import ImageSpec
 
 
-def decode(data, channels=1, size=(12, 12)):
-    """The pixels of an encoded image; a message is an error."""
-    pixels = try_decode(data, ImageSpec(channels, *size))
+def decode(data, channels=1):
+    """The pixels of an encoded image of 12 x 12 pixels; a message is an error."""
+    pixels = try_decode(data, ImageSpec(channels, 12, 12))
     assert not isinstance(pixels, str), pixels
     return pixels
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "WEBP", "JPEG", "TIFF", "PPM"])
-def test_every_format_is_read_in_grey_and_colour(format):
-    smooth = np.linspace(0, 255, 144).reshape(12, 12).astype(np.uint8)
-    options = {"lossless": True} if format == "WEBP" else {"quality": 100} if format == "JPEG" else {}
-    for channels in (1, 3):
-        pixels = decode(encoded(smooth, format, **options), channels)
-        assert pixels.shape == (channels, 12, 12)
-        assert np.abs(pixels.astype(int) - smooth).max() <= (3 if format == "JPEG" else 0)
-
-
 GREY = np.arange(144, dtype=np.uint8).reshape(12, 12)
-
-
-@pytest.mark.parametrize(
-    ("image", "options", "reason"),
-    [
-        (GREY, {"save_all": True, "append_images": [Image.fromarray(GREY)]}, "separate file"),
-        (GREY.astype(np.float32), {}, "convert it to PNG"),
-        (GREY.astype(np.int32), {}, "convert it to PNG"),
-        (GREY.astype(np.uint16), {"tiffinfo": {262: 0}}, "convert it to PNG"),  # 0 is white
-    ],
-)
-def test_a_tiff_of_several_pages_or_without_a_known_white_is_refused_with_a_remedy(image, options, reason):
-    assert reason in try_decode(encoded(image, "TIFF", **options), ImageSpec(1, 12, 12))
 
 
 def test_every_suffix_of_a_training_image_is_decoded_and_uploads_may_be_web_formats():
@@ -65,10 +42,6 @@ def test_every_suffix_of_a_training_image_is_decoded_and_uploads_may_be_web_form
         assert isinstance(try_decode(data, ImageSpec(1, 12, 12), WEB_FORMATS), str) == (format in ("TIFF", "PPM"))
 
 
-WIDE = [1023, 65_535]
-"""Values of white in a PGM or PPM of more than 8 bits."""
-
-
 def ppm(magic: str, pixels: np.ndarray, white: int) -> bytes:
     """A PPM (P3, P6) or PGM (P2, P5), plain or in bytes."""
     head = f"{magic}\n# a comment\n{pixels.shape[1]} {pixels.shape[0]}\n{white}\n".encode()
@@ -76,7 +49,7 @@ def ppm(magic: str, pixels: np.ndarray, white: int) -> bytes:
     return head + (plain if magic in ("P2", "P3") else pixels.astype(">u2" if white > 255 else "u1").tobytes())
 
 
-@pytest.mark.parametrize("white", [100, 255, *WIDE])
+@pytest.mark.parametrize("white", [100, 1023])
 @pytest.mark.parametrize("magic", ["P2", "P3", "P5", "P6"])
 def test_white_of_a_ppm_is_white_and_its_greys_are_in_proportion(magic, white):
     channels = 3 if magic in ("P3", "P6") else 1
@@ -85,8 +58,7 @@ def test_white_of_a_ppm_is_white_and_its_greys_are_in_proportion(magic, white):
     assert np.abs(found.transpose(1, 2, 0) - pixels / white * 255).max() <= 0.51  # rounded twice, through 16 bits
 
 
-@pytest.mark.parametrize("magic", ["P2", "P5"])
-@pytest.mark.parametrize("white", WIDE)
+@pytest.mark.parametrize(("magic", "white"), [("P2", 1023), ("P5", 65_535)])
 def test_a_pgm_of_more_than_eight_bits_is_read_as_sixteen_bits_like_a_png(magic, white):
     pixels = np.random.default_rng(0).integers(0, white + 1, (12, 12))
     data, spec = ppm(magic, pixels, white), ImageSpec(1, 12, 12, dtype="uint16", high=65_535)
@@ -97,8 +69,6 @@ def test_a_pgm_of_more_than_eight_bits_is_read_as_sixteen_bits_like_a_png(magic,
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"Pf\n2 2\n-1.0\n" + bytes(16), "convert it to PNG"),  # floats
-        (b"P7\nWIDTH 2\nHEIGHT 2\n", "not an image in one of the formats"),
         (ppm("P6", noise(12, 12, 3), 255)[:-1], "truncated"),
         (ppm("P5", noise(12, 12), 255)[:9], "header"),
         (b"P5\n70000 2\n255\n", "the limit is"),
@@ -107,31 +77,6 @@ def test_a_pgm_of_more_than_eight_bits_is_read_as_sixteen_bits_like_a_png(magic,
 def test_a_damaged_or_unusual_ppm_is_refused_in_one_line(data, reason):
     found = try_decode(data, ImageSpec(3, 12, 12))
     assert isinstance(found, str) and reason in found and "\n" not in found
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "quantized"])
-def test_transparency_is_composited_on_white(mode):
-    colour = (10, 20, 30) if mode in ("RGBA", "P", "quantized") else (40,)
-    if mode == "P":
-        image = Image.new("P", (12, 12), 1)
-        image.putpalette([0, 0, 0, *colour])
-        image.paste(0, (0, 0, 6, 12))
-        image.info["transparency"] = 0
-    else:
-        image = Image.new("LA" if mode == "LA" else "RGBA", (12, 12), (*colour, 255))
-        image.paste((*colour, 0), (0, 0, 6, 12))
-        image = image.quantize(2, method=Image.Quantize.FASTOCTREE) if mode == "quantized" else image
-    for pixels in (decode(encoded(image), 3), decode_image(image, ImageSpec(3, 12, 12))):
-        assert (pixels[:, :, :6] == 255).all()
-        assert np.abs(pixels[:, 5, 9].astype(int) - (colour if len(colour) == 3 else colour * 3)).max() < 10
-
-
-def test_images_are_resized_to_cover_the_shape_and_cropped_at_the_centre():
-    wide = np.zeros((20, 60), dtype=np.uint8)
-    wide[:, 20:40] = 255
-    assert (decode(encoded(wide))[0, :, 1:-1] > 235).all()
-    checks = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255
-    assert np.abs(decode(encoded(checks), size=(8, 8)).astype(int) - 127).max() < 20  # antialiased
 
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]

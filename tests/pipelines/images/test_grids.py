@@ -51,17 +51,10 @@ def test_each_image_has_its_name_if_a_column_mixes_classes():
         assert np.array_equal(grid[y - BAND : y, x : x + CELL], draw_name(name, CELL))
 
 
-@pytest.mark.parametrize(("names", "columns"), [(None, 4), (["a", "b", "a", "b"], 2), (["a"] * 4, 4)])
+@pytest.mark.parametrize(("names", "columns"), [(None, 4), (["a", "b", "a", "b"], 2)])
 def test_no_names_without_captions(names, columns):
     places = positions(class_grid(grey_images(4), names, captions=False), 4)
     assert places[0] == (PADDING, PADDING) and len({x for _, x in places}) == columns
-
-
-def test_small_images_are_enlarged_until_names_fit_and_long_names_are_cut():
-    for side, name, width in ((28, "cat", 56), (28, "ankle boot", 84), (28, "x" * 60, 112), (128, "x" * 60, 128)):
-        assert class_grid(np.zeros((1, side, side, 1), np.uint8), [name]).shape[1] == width + 2 * PADDING, name
-    band = draw_name("x" * 60, 56)
-    assert band.shape == (BAND, 56, 3) and (band[:, [0, -1]] == 255).all() and (band < 128).any()
 
 
 # Letters
@@ -84,17 +77,15 @@ def draws_missing_glyph(name):
     return any(bytes(font.getmask(letter)) == box for letter in text)
 
 
-@pytest.mark.parametrize("name", ["кошка", "Münzen", "ankle boot", "Ελληνικά", "cafe\u0301"])
+@pytest.mark.parametrize("name", ["кошка", "Ελληνικά", "cafe\u0301"])
 def test_latin_greek_and_cyrillic_names_are_drawn_with_their_letters(name, fonts):
     assert choose_font(name)[0] == unicodedata.normalize("NFC", name) and not draws_missing_glyph(name)
 
 
-def test_a_letter_without_a_glyph_becomes_a_question_mark(fonts):
+def test_other_scripts_are_drawn_in_an_installed_font_or_as_question_marks(fonts):
     assert choose_font("космос 宇宙")[0] == "космос ??" and not draws_missing_glyph("космос 宇宙")
-
-
-def test_other_scripts_are_drawn_in_an_installed_font(fonts):
     fonts.append(find_font("cat"))
+    choose_font.cache_clear()
     text, font = choose_font("宇宙")
     assert text == "宇宙" and Path(font.path) == fonts[0]
     assert find_font("\U000fffff") is None  # matplotlib's font of boxes for every code point does not count

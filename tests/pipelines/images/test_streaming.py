@@ -43,8 +43,7 @@ def take(train: Any, batches: int, size: int = 4, first: int = 0, part: slice = 
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "world"), [("tar", 1), ("parquet", 2), ("tar", 3)])
 def test_processes_together_see_every_image_once_an_epoch(tmp_path, monkeypatch, kind, world):
     """With eight shards, a multiple of two processes but not of three."""
     write_shards(tmp_path, kind, rows_of(48), 8)
@@ -78,7 +77,7 @@ def test_a_stream_has_no_random_access(tmp_path):
     write_shards(tmp_path, "parquet", rows_of(40), 4)
     train = stream(tmp_path).train
     take(train, 2)
-    for act in (lambda: train.pixels([3]), lambda: train.batch([9, 8]), lambda: len(train), lambda: train.names([0])):
+    for act in (lambda: train.pixels([3]), lambda: len(train), lambda: train.names([0])):
         with pytest.raises(UserError, match="^data.streaming: .*data.streaming=false"):
             act()
     assert len(take(train, 1, first=2)) == 4

@@ -77,7 +77,6 @@ def folder(tmp_path):
         ("view", None),
         ("view", torch.full((6,), 2, dtype=torch.int32)),
         ("age", torch.zeros(6)),
-        ("text", torch.zeros(6, 5)),
         ("outline", torch.tensor(1, dtype=torch.uint16)),
     ],
 )
@@ -96,9 +95,7 @@ NUMBER = {"kind": "number", "mean": [0.0], "std": [1.0], "low": [0.0], "high": [
 HOSTILE = {
     "many": {f"c{k}": NUMBER for k in range(1000)},
     "another column's name": {"tokens": NUMBER},
-    "std 0": {"age": {**NUMBER, "std": [0.0]}},
     "a name that moves the cursor": {"age": {"kind": "class", "names": ["a", "\x1b[2J"]}},
-    "source": {"age": {**NUMBER, "source": "years"}},
 }
 
 

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from folders import contents
-from givens.images import KINDS, encoded, noise, rows_of, write_shards
+from givens.images import encoded, noise, rows_of, write_parquet, write_shards
 from launch import losses, train_prior, train_tokenizer
 from processes import kill, start_ranks
 from ranks import Several
+from safetensors.torch import load_file
 from small import make_tokenizer
 
 from pipelines import columns, encode, encode_stream
@@ -140,9 +141,7 @@ def test_rows_are_those_of_a_copy(tokenizer, source, tmp_path):
     found = {name: split.tokens.long() for name, split in streamed.splits.items()}
     assert torch.equal(found["test"], expected[60:])
     seen = [k for name in ("train", "validation") for k in which(found[name], expected)]
-    assert sorted(seen) == list(range(60)) and [k for k in seen if k not in which(found["validation"], expected)] == (
-        which(found["train"], expected)
-    )
+    assert sorted(seen) == list(range(60))
     for name in ("train", "validation", "test"):
         numbers, given = which(found[name], expected), streamed.splits[name].given[:]
         assert given.raw("label").tolist() == [k % 3 for k in numbers]
@@ -172,21 +171,18 @@ def which(tokens: torch.Tensor, expected: torch.Tensor) -> list[int]:
     return [known[tuple(row.flatten().tolist())] for row in tokens]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_shards_of_both_kinds_give_the_images_and_classes(tokenizer, tmp_path, kind):
-    write_shards(tmp_path / "data", kind, rows_of(60), 5)
+def test_shards_of_tar_give_the_images_and_classes(tokenizer, tmp_path):
+    write_shards(tmp_path / "data", "tar", rows_of(60), 5)
     data = encoded_stream(tokenizer, tmp_path / "tokens", tmp_path / "data")
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 36, "validation": 12, "test": 12}
     assert data.class_names == ["0", "1", "2"] and data.source["splits"]["unit"] == "shard"
     splits = load_images(config(tokenizer, "", tmp_path / "data").data, inherited=None)  # up to 2,000 of each
     model = Tokenizer.from_pretrained(tokenizer)
     for name, part in {"train": splits.train, "validation": splits.validation, "test": splits.held_out}.items():
-        tokens = model.encode(part.batch(np.arange(len(part))))
-        pairs = sorted(zip(tokens.flatten(1).tolist(), part.labels.tolist(), strict=True))
-        split = data.splits[name]
-        assert pairs == sorted(
-            zip(split.tokens.long().flatten(1).tolist(), split.given.raw("label").tolist(), strict=True)
-        )
+        tokens, split = model.encode(part.batch(np.arange(len(part)))), data.splits[name]
+        one, other = (tokens, part.labels), (split.tokens.long(), split.given.raw("label"))
+        one, other = (sorted(torch.column_stack([ids.flatten(1), of]).tolist()) for ids, of in (one, other))
+        assert one == other
 
 
 def test_augmentations_depend_on_shard_row_and_draw_alone(tokenizer, source, tmp_path, capsys):
@@ -215,20 +211,15 @@ def test_added_shards_and_bad_images_change_no_augmentation(tokenizer, tmp_path)
     found = {}
     for name in ("before", "after"):
         data = encoded_stream(tokenizer, tmp_path / name, tmp_path / "data", **options)
-        parts = [path for path in sorted((tmp_path / name).glob("train*"))]
         found[name] = {
             tuple(row.flatten().tolist()): other.flatten().tolist()
-            for path in parts
-            for row, other in zip(*torch.chunk(tokens_of(path), 2), strict=True)
+            for path in sorted((tmp_path / name).glob("train*"))
+            for row, other in zip(*load_file(path)["tokens"].long().chunk(2), strict=True)
         }
-        broken = [
-            (key, b"no image" if number == 1 else data, label) for number, (key, data, label) in enumerate(rows[:5])
-        ]
-        write_shards(tmp_path / "new", "parquet", broken, 1)
-        (tmp_path / "new" / "train-00000-of-00001.parquet").rename(tmp_path / "data" / "train-00000-of-00004.parquet")
-        write_shards(tmp_path / "more", "parquet", rows[30:], 1)
-        (tmp_path / "more" / "train-00000-of-00001.parquet").rename(tmp_path / "data" / "train-0-first.parquet")
         assert data.augmentations == 1
+        broken = [rows[0], (rows[1][0], b"no image", rows[1][2]), *rows[2:5]]
+        write_parquet(tmp_path / "data" / "train-00000-of-00004.parquet", broken)
+        write_parquet(tmp_path / "data" / "train-0-first.parquet", rows[30:])
     common = found["before"].keys() & found["after"].keys()
     assert len(common) >= 14 and all(found["before"][key] == found["after"][key] for key in common)
 
@@ -304,7 +295,7 @@ def test_finished_files_are_skipped(tokenizer, source, tmp_path, monkeypatch, ca
 
 def test_killed_processes_are_continued_by_one(tokenizer, tmp_path, capsys):
     """Killed with signal 9 as soon as two files are finished."""
-    write_shards(tmp_path / "data", "parquet", rows_of(180) * 4, 12)
+    write_shards(tmp_path / "data", "parquet", rows_of(180) * 2, 12)
     argv = [f"tokenizer={tokenizer}", f"data.source={tmp_path / 'data'}", "data.image_size=12", "data.streaming=true"]
     argv += ["batch_size=2", "data.augment.shift=2", "augmentations=1"]
     work = work_folder(tmp_path / "parts", "encode")
@@ -333,9 +324,8 @@ def with_bad_images(folder: Path, kind: str, bad: Sequence[int], shards: int = 6
     return write_shards(folder, kind, rows, shards)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_images_are_left_out_and_listed(tokenizer, tmp_path, monkeypatch, capsys, kind):
-    source = with_bad_images(tmp_path / "data", kind, [0, 13, 14, *range(20, 30)])  # all of the third shard
+def test_bad_images_are_left_out_and_listed(tokenizer, tmp_path, monkeypatch, capsys):
+    source = with_bad_images(tmp_path / "data", "tar", [0, 13, 14, *range(20, 30)])  # all of the third shard
     data = {"on_error": "skip", "max_bad_fraction": 0.5, **AUGMENT, "validation_fraction": 0}
     options = {"data": data, "augmentations": 1, "batch_size": 3}
     run(config(tokenizer, tmp_path / "tokens", source, **options))
@@ -346,10 +336,7 @@ def test_bad_images_are_left_out_and_listed(tokenizer, tmp_path, monkeypatch, ca
     assert found.splits["train"].given.raw("label")[:9].tolist() == [k % 3 for k in range(1, 10)]
     lines = [json.loads(line) for line in (tmp_path / "tokens" / "bad_images.jsonl").read_text().splitlines()]
     assert [(line["split"], line["row"]) for line in lines] == [("train", k % 10) for k in (0, 13, 14, *range(20, 30))]
-    assert (
-        lines[0]["path"].startswith(f"{source}/train-00000-of-00006.{kind}: ") and "not an image" in lines[0]["reason"]
-    )
-    verify.main([f"folder={tmp_path / 'tokens'}"])
+    assert lines[0]["path"].startswith(f"{source}/train-00000-of-00006.tar: ") and "not an image" in lines[0]["reason"]
     run_together(monkeypatch, 2, config(tokenizer, tmp_path / "two", source, **options))
     assert contents(tmp_path / "two") == contents(tmp_path / "tokens")
     with pytest.raises(
@@ -364,26 +351,13 @@ def test_a_bad_image_ends_the_run_late_and_skipping_continues_it(tokenizer, tmp_
     data = {"validation_fraction": 0}
     with pytest.raises(UserError) as caught:
         run(config(tokenizer, tmp_path / "tokens", source, data=data))
-    assert str(caught.value) == (
-        f"{source}/train-00003-of-00006.parquet: row 3: not an image in one of the formats PNG, JPEG, WEBP, BMP, GIF, "
-        "TIFF, PPM (data.on_error=skip skips such images)"
-    )
-    assert "images are not checked first" in capsys.readouterr().err
+    assert str(caught.value).startswith(f"{source}/train-00003-of-00006.parquet: row 3: not an image ")
     assert len(list(work_folder(tmp_path / "tokens", "encode").glob("[tv]*.safetensors"))) == 3
     skip = {**data, "on_error": "skip", "max_bad_fraction": 0.1}
     run(config(tokenizer, tmp_path / "tokens", source, data=skip))
-    printed = capsys.readouterr()
-    assert "continuing, 3 of 7 shards are done" in printed.out and "images are not checked first" not in printed.err
+    assert "continuing, 3 of 7 shards are done" in capsys.readouterr().out
     run(config(tokenizer, tmp_path / "whole", source, data=skip))
     assert tensors(tmp_path / "tokens") == tensors(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("bad", [range(60), range(70)])
-def test_a_split_without_a_good_image_is_refused(tokenizer, tmp_path, bad):
-    source = with_bad_images(tmp_path / "data", "tar", bad)
-    with pytest.raises(UserError, match="60 of 70 images cannot be decoded, which leaves no image to train on"):
-        run(config(tokenizer, tmp_path / "t", source, data={"on_error": "skip", "max_bad_fraction": 1.0}))
-    assert not (tmp_path / "t").exists()
 
 
 # Refusals
@@ -392,22 +366,11 @@ def test_a_split_without_a_good_image_is_refused(tokenizer, tmp_path, bad):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"rows_per_shard": 7},
-            "rows_per_shard: with data.streaming, each shard becomes one file of as many rows; set ",
-        ),
-        ({"data": {"limit": 9}}, "data.limit: with data.streaming, whole shards are encoded; set it to null (got 9)"),
-        ({"data": {"crop": "random"}}, "data.crop: needs random access; data.streaming=false copies the images"),
-        ({"data": {"clips": True}}, "data.clips: needs a folder of images"),
-        ({"augmentations": 1}, "augmentations: needs a setting of data.augment"),
-        (
-            {"attributes": {"age": {"tokenizer": "TOKENIZER"}}},
-            "attributes.age: a stream has one image a row, and no pairs",
-        ),
-        ({"attributes": {"age": {"frame": -1, "tokenizer": "x"}}}, "attributes.age: needs a folder of images as data."),
+        ({"rows_per_shard": 7}, "rows_per_shard: with data.streaming"),
+        ({"data": {"limit": 9}}, "data.limit: with data.streaming"),
+        ({"attributes": {"age": {"tokenizer": "TOKENIZER"}}}, "attributes.age: a stream has one image a row"),
         ({"attributes": {"size": {}}}, "attributes: {source}/train-0000"),
         ({"attributes": {"text": {"kind": "number"}}}, "attributes.text: {source}/"),
-        ({"data": {"label_column": "kind"}}, "data.label_column: {source}/train-0000"),
         ({"data": {"image_column": "picture"}}, "data.image_column: {source}/train-0000"),
     ],
 )
@@ -422,21 +385,10 @@ def test_what_a_stream_cannot_follow_is_refused_before_the_work(tokenizer, sourc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"label_type": datasets.ClassLabel(names=["dog", "cat", "eel"])},
-            "data.label_column: {path} and the first shard",
-        ),
-        (
-            {"age_type": datasets.List(datasets.Value("float64")), "age": [[1.0, 2.0]]},
-            "attributes.age: {path}: 2 numbers, unl",
-        ),
-        (
-            {"age_type": datasets.Value("string"), "age": ["old"]},
-            "attributes.age: {path}: row 0: expected numbers (got 'old')",
-        ),
-        ({"label": [-1]}, "{path}: row 0: invalid label -1: must be 0 to 2"),
+        ({"label_type": datasets.ClassLabel(names=["dog", "cat", "eel"])}, "data.label_column: {path} and the first"),
+        ({"age_type": datasets.List(datasets.Value("float64")), "age": [[1.0, 2.0]]}, "attributes.age: {path}: 2 num"),
+        ({"age_type": datasets.Value("string"), "age": ["old"]}, "attributes.age: {path}: row 0: expected numbers"),
         ({"label": [None]}, "{path}: row 0: no class, unlike other images"),
-        ("empty", "{path}: no images"),
         ("damaged", "{path}: cannot be read"),
     ],
 )
@@ -444,9 +396,7 @@ def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, changes, message
     for number in range(7):
         write_columns(tmp_path / "data" / f"train-{number}.parquet", [number])
     path = tmp_path / "data" / "train-5.parquet"
-    if changes == "empty":
-        write_columns(path, [])
-    elif changes == "damaged":
+    if changes == "damaged":
         whole = path.read_bytes()
         path.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
     else:
@@ -457,25 +407,21 @@ def test_shards_unlike_the_first_are_named(tokenizer, tmp_path, changes, message
     assert str(caught.value).startswith(message.replace("{path}", str(path))) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("labelled", ["train", "test"])
-def test_either_all_shards_have_labels_or_none(tokenizer, tmp_path, labelled):
+def test_either_all_shards_have_labels_or_none(tokenizer, tmp_path):
     for split in ("train", "test"):
-        write_shards(tmp_path / "data", "tar", rows_of(9, 3 if split == labelled else 0), 3, split=split)
+        write_shards(tmp_path / "data", "tar", rows_of(9, 3 if split == "test" else 0), 3, split=split)
     with pytest.raises(UserError, match=r"^data.label_column: some splits have labels and others do not"):
         run(config(tokenizer, tmp_path / "t", tmp_path / "data"))
     data = encoded_stream(tokenizer, tmp_path / "t", tmp_path / "data", data={"label_column": None})
     assert data.class_names == []
-    with pytest.raises(UserError, match=r"^data.label_column: no image of .* has a 'kind'"):
-        run(config(tokenizer, tmp_path / "u", tmp_path / "data", data={"label_column": "kind"}))
 
 
 # Both stages
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_held_out_as_in_the_training_of_its_tokenizer(tmp_path, capsys, kind):
+def test_a_stream_is_held_out_as_in_the_training_of_its_tokenizer(tmp_path, capsys):
     """With all settings of its images, and also after shards were added."""
-    write_shards(tmp_path / "data", kind, rows_of(120), 12)
+    write_shards(tmp_path / "data", "parquet", rows_of(120), 12)
     settings = {"data__source": str(tmp_path / "data"), "data__image_size": 12, "data__streaming": True}
     model = train_tokenizer(tmp_path / "run", **settings, data__limit=None, data__shuffle_window=20, train__steps=2)
     held_out = json.loads((model / "splits.json").read_text())
@@ -489,7 +435,7 @@ def test_a_stream_is_held_out_as_in_the_training_of_its_tokenizer(tmp_path, caps
     run_folder = train_prior(tmp_path / "prior", tmp_path / "tokens", train__steps=2)
     assert len(losses(run_folder)) == 2
     assert json.loads((run_folder / "pipeline" / "splits.json").read_text()) == held_out
-    for path in write_shards(tmp_path / "more", kind, rows_of(120), 12).iterdir():
+    for path in write_shards(tmp_path / "more", "parquet", rows_of(120), 12).iterdir():
         path.rename(tmp_path / "data" / path.name.replace("train-", "train-more-"))
     encode.main([f"tokenizer={model}", f"out={tmp_path / 'grown'}"])
     assert "has changed since training: 24 shards instead of 12" in capsys.readouterr().err
@@ -506,9 +452,3 @@ def tensors(folder: Path) -> dict[str, str]:
     """The contents of the files of tokens and of their descriptions, which have no settings of the run."""
     names = ("job.json", "manifest.json", "meta.json")
     return {name: each for name, each in contents(folder).items() if name not in names}
-
-
-def tokens_of(path: Path) -> torch.Tensor:
-    from safetensors.torch import load_file
-
-    return load_file(path)["tokens"].long()

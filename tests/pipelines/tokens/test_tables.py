@@ -71,9 +71,7 @@ def test_mapped_tables_become_a_token_dataset_on_which_a_prior_trains(tmp_path: 
 
 @pytest.mark.sparse
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("vqvae", "uint8"), ("titok", "uint8"), ("fsq", "uint16"), ("frame_by_frame", "uint8")]
-)
+@pytest.mark.parametrize(("kind", "dtype"), [("titok", "uint8"), ("fsq", "uint16"), ("frame_by_frame", "uint8")])
 def test_tables_have_typed_columns(labelled: bool, kind: str, dtype: str) -> None:
     """Round trips of rows are tested in test_dataset.py."""
     wide = {"quantizer": {"kind": "fsq", "levels": (48, 48)}}
@@ -115,10 +113,7 @@ def test_tables_that_do_not_fit_the_tokenizer_are_refused_in_a_line() -> None:
         "label: .*a, b, c.*cat, dog, eel": table.cast_column("label", datasets.ClassLabel(names=["a", "b", "c"])),
         "train: label: .*row 2": missing,
     }
-    for ids in ([[1, 2]] * 6, [[1, 2], [3]] * 3, [[0.5] * 4] * 6):
-        short = datasets.Dataset.from_dict({"tokens": ids, "label": table["label"][:]}).cast_column("label", label)
-        assert re.match("train: tokens: .*2x2", refusal(short))
+    short = datasets.Dataset.from_dict({"tokens": [[1, 2]] * 6, "label": table["label"][:]})
+    assert re.match("train: tokens: .*2x2", refusal(short.cast_column("label", label)))
     for pattern, wrong in cases.items():
         assert re.match(pattern, refusal(wrong)) and "\n" not in refusal(wrong), pattern
-    with pytest.raises(UserError, match="Dataset"):
-        TokenDataset.from_datasets(table, make_dataset().tokenizer)
