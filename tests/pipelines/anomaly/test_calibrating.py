@@ -189,6 +189,15 @@ def test_every_object_is_scored_by_what_was_fitted_without_its_fold(folded):
             np.testing.assert_allclose(fold.scores[method], np.sort(scores), atol=1.01 * each.tie)
 
 
+def test_what_is_fitted_depends_on_the_other_folds_only(folded):
+    pipe, images, names = folded
+    part = divide_objects(np.unique(names, return_inverse=True)[1], 24, 0, 5)[2]
+    other = images.index_copy(0, torch.tensor(part.scoring), uniform(len(part.scoring)))
+    two = calibrate(ImagePipeline(pipe.tokenizer, pipe.prior), other, groups=names, folds=5)
+    one, two = ([fold.fitted.model_dump_json() for fold in each.folds] for each in (pipe.calibration, two))
+    assert [a == b for a, b in zip(one, two, strict=True)] == [False, False, True, False, False]
+
+
 def test_p_values_of_folds_pool_the_ranks_and_scores_are_means(folded, tmp_path):
     pipe, _, _ = folded
     pipe.save_pretrained(tmp_path / "pipe")
