@@ -99,11 +99,6 @@ def test_a_mistake_is_an_exception_with_the_lines_of_the_command(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_configuration_is_a_preset_or_a_file():
-    with pytest.raises(UserError, match="^config: expected a preset"):
-        steps.train_prior({"train": {"steps": 4}})
-
-
 @needs_digits
 @pytest.mark.usefixtures("one_process")
 def test_the_five_steps_from_images_to_figures(tmp_path, monkeypatch):
@@ -123,5 +118,3 @@ def test_the_five_steps_from_images_to_figures(tmp_path, monkeypatch):
     assert figures["num_images"] > 0 and {key: saved[key] for key in figures} == json.loads(json.dumps(figures))
     again = partial(steps.train_prior, "gpt_digits", tokens=tokens, out="two", model={"dim": 16, "depth": 1})
     assert again(train=few) == two.relative_to(tmp_path)  # complete: nothing is trained again
-    with pytest.raises(UserError, match="train.batch_size"):
-        again(train={**few, "batch_size": 5})

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -53,19 +52,6 @@ def test_help_is_the_docstring_and_a_mistake_is_one_line(monkeypatch, capsys):
     for argument in ("threads", "thread=1", "threads=two"):
         with pytest.raises(SystemExit, match="^thread"):
             main(argument)
-
-
-def test_the_demo_begins_with_an_estimate_of_its_time():
-    """In proportion to the steps of its presets, and to the time of a step on this machine."""
-    first = (ROOT / "Makefile").read_text().partition("$(DONE)/vqvae_digits: ")[2].splitlines()[1]
-    assert "-m benchmarks.speed.demo" in first
-    (line,) = run("speed.demo", "threads=1").splitlines()
-    minutes = int(re.match(r"make demo: about (\d+) minutes? on this machine, 1 thread: ", line)[1])
-    stages = re.findall(r"([\d,]+) steps of ([\d.]+)", line)
-    training = sum(int(steps.replace(",", "")) * float(seconds) for steps, seconds in stages)
-    assert minutes == pytest.approx(training / 60 * 1.6, abs=1 + training / 600)
-    for preset, (steps, _) in zip(("tokenizer/vqvae_digits", "prior/gpt_digits"), stages, strict=True):
-        assert f"steps: {steps.replace(',', '')}" in (ROOT / "configs" / f"{preset}.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -145,23 +131,6 @@ def test_tokenizers_are_trained_for_equal_time_once(tmp_path):
         assert rows[name][3].startswith(f"{(first['psnr'] + second['psnr']) / 2:.2f} +- ")
     assert (tmp_path / "digits" / "rate_distortion.png").is_file()
     assert run(*command, "seeds=2").splitlines()[-8:] == printed.splitlines()[-8:]
-
-
-def test_a_row_that_fails_does_not_end_the_gpu_table(monkeypatch, capsys):
-    """Such as compiled ones without a compiler; the row has the error."""
-    from benchmarks.speed import gpu
-
-    card = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    sizes, failed = SimpleNamespace(write_data=lambda folder: None), []
-    training = [("one", lambda: sys.exit("no GPU")), ("two", lambda: "| two | 3 |")]
-    sampling = [("gpt", "4", lambda: [1 / 0]), ("gpt", "8", lambda: ["5"])]
-    for name, rows in (("training_rows", training), ("sampling_rows", sampling), ("model_config", None)):
-        monkeypatch.setattr(gpu, name, lambda *_, rows=rows: rows)
-    monkeypatch.setattr(gpu, "prior_arguments", lambda *_: [])
-    tables = "\n".join(gpu.measure_parts(card, sizes, ["training", "sampling"], 1, failed))
-    assert failed == ["one", "gpt"] and "failed: SystemExit: no GPU" in tables
-    assert "failed: ZeroDivisionError: division by zero" in tables
-    assert "| two | 3 |" in tables and "| gpt | 8 | 5 |" in tables
 
 
 @pytest.mark.slow

@@ -10,25 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 VIEWS = {
-    "_unsafe_view",
-    "alias",
-    "as_strided",
-    "detach",
-    "expand",
-    "narrow",
-    "permute",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-    "t",
-    "transpose",
-    "unbind",
-    "unfold",
-    "unsqueeze",
-    "view",
-    "view_as_complex",
+    *("_unsafe_view", "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split"),
+    *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as_complex"),
 }
 
 
