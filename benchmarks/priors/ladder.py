@@ -95,10 +95,10 @@ def time_uncached(prior: Any, labels: Any) -> tuple[float, bool]:
     return seconds_of([lambda: prior.sample(len(labels), labels, cache=False)], 1)[0], False
 
 
-def time_sampling(pipe: Any) -> dict[str, Any]:
-    """Measure the seconds for 64 samples, and the passes per image."""
+def measure_speed(pipe: Any, split: Any) -> dict[str, Any]:
+    """Measure the seconds for 64 samples, the passes per image, and the gain of mixed orders."""
     prior, labels = pipe.prior, torch.arange(TIMED) % pipe.prior.num_classes
-    figures: dict[str, Any] = {"passes": pipe.sampler.steps}
+    figures: dict[str, Any] = {"passes": pipe.sampler.steps, "mixture_gain": measure_mixture_gain(pipe, split)}
     if pipe.sampler.steps:  # a masked prior: every pass is a full one
         (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels, steps=pipe.sampler.steps)], 3)
         return figures
@@ -149,10 +149,6 @@ def measure_once(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
     return cache_json(run / "ladder.json", lambda: measure(pipe, data, rows, run))
 
 
-def measure_speed(pipe: Any, data: Any) -> dict[str, Any]:
-    return {**time_sampling(pipe), "mixture_gain": measure_mixture_gain(pipe, data.splits["test"])}
-
-
 def build_marginal(data: Any) -> Any:
     """Build the baseline: counted token frequencies, independent per position."""
     prior = Prior.create("marginal", grid=data.grid, num_classes=data.num_classes)
@@ -175,12 +171,6 @@ def draw_samples(kinds: list[str], out: Path) -> Path:
     return out / "samples.png"
 
 
-def format_passes(f: dict[str, Any], name: str, tokens: int) -> str:
-    if name not in f:
-        return ""
-    return f"{f[name]:.2f}, {f[f'{name}_passes']:.1f} ({f[f'{name}_passes'] / tokens:.1%})"
-
-
 def format_row(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: int | None, tokens: int) -> str:
     bound = "" if runs[0]["exact"] else "<= "
     nats = [run["bits"] * tokens * math.log(2) for run in runs]
@@ -197,12 +187,12 @@ def format_row(name: str, runs: list[dict[str, Any]], seconds: float | None, ste
 
 
 def format_speed_row(name: str, f: dict[str, Any], tokens: int) -> str:
-    rough = "~" if f.get("extrapolated") else ""
+    rough, passes = "~" if f.get("extrapolated") else "", f.get("parallel_passes", 0)
     cells = [
         name,
         f"{f['cached']:.2f}" + (f" ({f['passes']} passes)" if f["passes"] else ""),
         f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
-        format_passes(f, "parallel", tokens),
+        f"{f['parallel']:.2f}, {passes:.1f} ({passes / tokens:.1%})" if passes else "",
         f"{f['mixture_gain']:+.4f}" if f["mixture_gain"] is not None else "",
     ]
     return table_row(cells)
@@ -212,7 +202,9 @@ def print_speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
     print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
     print(table_head("prior", "cached", "uncached", "parallel: s, passes", "four orders mixed"))
     for kind, pipe in pipes.items():
-        found = cache_json(out / kind / "seed0" / "speed.json", lambda pipe=pipe: measure_speed(pipe, data))
+        found = cache_json(
+            out / kind / "seed0" / "speed.json", lambda pipe=pipe: measure_speed(pipe, data.splits["test"])
+        )
         print(format_speed_row(kind, found, len(data.grid)), flush=True)
 
 

@@ -1,9 +1,7 @@
-"""Set-up of the GPU tests, which `make gpu` runs. Without a GPU they run on the CPU, to test the tests; `SMALTI_DEVICE`
-selects the device."""
+"""Set-up of the GPU tests, which `make gpu` runs. Without a GPU they run on the CPU, to test the tests."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -17,7 +15,7 @@ from prior.cuda_graph import release_graph
 @pytest.fixture
 def device() -> torch.device:
     """The device under test."""
-    return torch.device(os.environ.get("SMALTI_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -36,11 +34,11 @@ BITS = {"bits_per_dim", "bits_per_dim_error", "prior_bits_per_dim", "pixel_bits_
 CLASSES = {"class_agreement", "real_class_agreement", "reconstruction_class_agreement"}
 
 
-def save_pipeline(root, config, tokenizer="vqvae", prior="marginal", num_classes=2, **facts):
-    """Save a small untrained pipeline for these images, with provenance `facts`."""
+def save_pipeline(root, config, kinds=("vqvae", "marginal"), num_classes=2, **facts):
+    """Save a small untrained pipeline for these images, with provenance `facts`. kinds: of tokenizer and prior."""
     channels, height, width = config.spec.shape
-    settings = {"num_classes": num_classes, **({"exact": False} if prior == "masked" else {})}
-    pipe = make_pipeline(tokenizer, prior, channels, size=(height, width), labels=[], **settings)
+    settings = {"num_classes": num_classes, **({"exact": False} if kinds[1] == "masked" else {})}
+    pipe = make_pipeline(*kinds, channels, size=(height, width), labels=[], **settings)
     pipe.provenance = {"data": config.model_dump(mode="json"), **facts}
     pipe.save_pretrained(root / "pipeline")
     return pipe
@@ -65,7 +63,7 @@ def test_all_figures_are_written_printed_and_on_the_card(
     tmp_path, capsys, tokenizer, prior, shape, channels, num_classes
 ):
     config = write_set(tmp_path / "images", shape, channels)
-    pipe = save_pipeline(tmp_path, config, tokenizer, prior, num_classes)
+    pipe = save_pipeline(tmp_path, config, (tokenizer, prior), num_classes)
     figures, text, card = evaluate(tmp_path, "num_images=30")
     assert text.strip() in capsys.readouterr().out
     optional = (BITS if tokenizer == "pixels" else set()) | (CLASSES if num_classes else set())
@@ -76,15 +74,12 @@ def test_all_figures_are_written_printed_and_on_the_card(
     for row in format_rows(figures, exact=pipe.prior.exact):
         assert all(part in text for part in (row.title, row.value, row.beside))
         assert row.title in card and f"| {row.value} | {row.beside} |" in card
-    bound = "at most " if prior == "masked" else ""
-    assert f"{bound}{figures['bits_per_token']:.3f}" in text
-    with Image.open(tmp_path / "evaluation" / "nearest.png") as picture:
-        assert picture.width > picture.height > 0
+    assert (tmp_path / "evaluation" / "nearest.png").is_file()
 
 
 def test_bits_per_dim_is_the_pipelines(tmp_path):
     config = write_set(tmp_path / "images")
-    pipe = save_pipeline(tmp_path, config, "pixels", "made", 2)
+    pipe = save_pipeline(tmp_path, config, ("pixels", "made"))
     held_out = load_images(config).held_out
     bits = pipe.bits_per_dim(held_out.batch(range(len(held_out))), held_out.labels.tolist()).double()
     figures, _, _ = evaluate(tmp_path, "num_images=0")
@@ -149,13 +144,9 @@ def test_position_frequencies_are_those_of_the_token_dataset_that_the_prior_was_
 
     sampled = pytest.approx(bits_of_frequencies(grid, train, test, 2), rel=1e-6), len(train), None
     assert bits() == sampled  # there is no such dataset: training images are encoded
-    monkeypatch.setattr("pipelines.evaluate.MOST_TRAINING", 20)
-    assert bits()[1] == 20
     TokenDataset(grid, train.given.columns, {"train": few, "test": test}, pipe.tokenizer, {}).save(tokens)
     assert bits() == (pytest.approx(bits_of_frequencies(grid, few, test, 2), rel=1e-6), 9, None)
-    other = copy.deepcopy(pipe.tokenizer)
-    with torch.no_grad():
-        next(other.parameters()).add_(1)
+    other = make_pipeline("vqvae", size=config.spec.shape[1:], sizes={"widths": [8]}).tokenizer
     TokenDataset(grid, train.given.columns, {"train": few, "test": test}, other, {}).save(tmp_path / "other")
     with pytest.raises(SystemExit):
         bits(f"tokens={tmp_path / 'other'}")
@@ -282,14 +273,11 @@ def test_conditions_of_other_images_are_those_of_a_permutation_without_fixed_poi
 
 def test_tune_and_probe_take_priors_with_columns(tmp_path):
     """`tune` draws samples with the columns of the training tokens; `probe` gives the prior none."""
-    images = write_set(tmp_path / "images", per_class=80).model_copy(update={"validation_fraction": 0.3})
+    images = write_set(tmp_path / "images", per_class=45).model_copy(update={"validation_fraction": 0.3})
     save_with_columns(tmp_path, images)
     tune = ["tune", f"pipeline={tmp_path}/pipeline", "num_samples=50", "feature_steps=1", "store=false"]
     main(tune)
     assert "guidance" in (tmp_path / "tuning" / "tuning.json").read_text()
-    (tmp_path / "tokens").rename(tmp_path / "elsewhere")
-    with pytest.raises(SystemExit):
-        main(tune)
     pytest.importorskip("sklearn")
     main(["probe", f"pipeline={tmp_path}/pipeline", "num_train=40", "num_test=20"])
     assert "prior.0" in (tmp_path / "probe" / "probe.json").read_text()
@@ -297,21 +285,18 @@ def test_tune_and_probe_take_priors_with_columns(tmp_path):
 
 def test_missing_columns_are_one_line_of_error(tmp_path, capsys):
     _, data = save_with_columns(tmp_path, write_set(tmp_path / "images"))
-    test, plain = data.splits["test"], data.of_columns({"label": data.columns["label"]})
-    mixed = replace(test, tokens=test.tokens.flip(0))
-    short = TokenSplit(test.tokens[:-1], test.given[:-1])
+    test = data.splits["test"]
+    mixed, short = replace(test, tokens=test.tokens.flip(0)), TokenSplit(test.tokens[:-1], test.given[:-1])
     (tmp_path / "tokens").rename(tmp_path / "elsewhere")
-    for given, message in (
-        (None, "tokens: give the token dataset with the columns view, tags, age, text, outline"),
-        (plain, "tokens: .* has no class column 'view' with the prior's meaning"),
-        (replace(data, splits={**data.splits, "test": mixed}), "the rows of its test split are not those"),
-        (replace(data, splits={**data.splits, "test": short}), "tokens: has columns of .* test images, but there are"),
+    for given, word in (
+        (None, "give the token dataset with the columns view"),
+        (data.of_columns({"label": data.columns["label"]}), "has no class column 'view'"),
+        (replace(data, splits={**data.splits, "test": mixed}), "rows of its test split"),
+        (replace(data, splits={**data.splits, "test": short}), "has columns of"),
     ):
-        options = []
         if given is not None:
             given.save(tmp_path / "given")
-            options = [f"tokens={tmp_path / 'given'}"]
         with pytest.raises(SystemExit):
-            evaluate(tmp_path, "num_images=0", *options)
+            evaluate(tmp_path, "num_images=0", *([f"tokens={tmp_path / 'given'}"] if given else []))
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert re.search(message, line)
+        assert "tokens: " in line and word in line

@@ -10,6 +10,7 @@ dVAE; initial and revived codes, which both choose at random.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -38,19 +39,17 @@ def copy_codes(codes: Tensor, mine: Quantizer, other: torch.nn.Module) -> None:
     mine.started.fill_(1)
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    """Assert equality up to rounding."""
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+assert_same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
-def backward(quantizer: Quantizer, z_q: Tensor, losses: dict[str, Tensor]) -> None:
-    """Differentiate the weighted losses, and a sum of outputs whose gradient differs by element."""
-    total = sum(weight * losses[name] for name, weight in quantizer.loss_weights.items())
-    ((z_q * weights_like(z_q)).sum() + total).backward()
+def weighted(quantizer: Quantizer, losses: dict[str, Tensor]) -> Tensor | int:
+    return sum(weight * losses[name] for name, weight in quantizer.loss_weights.items())
 
 
-def weights_like(z: Tensor) -> Tensor:
-    return torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+def backward(z_q: Tensor, loss: Tensor | int) -> None:
+    """Differentiate the loss, and a sum of outputs whose gradient differs by element."""
+    weights = torch.randn(z_q.shape, generator=torch.Generator().manual_seed(1))
+    ((z_q * weights).sum() + loss).backward()
 
 
 @pytest.mark.parametrize("rotation", [False, True])
@@ -79,8 +78,8 @@ def test_a_codebook(kind, normalize, rotation):
         assert_same(z_q, z_q_other)
         for loss in losses.values():
             assert_same(loss, loss_other)
-        backward(mine, z_q, losses)
-        ((z_q_other * weights_like(z)).sum() + loss_other).backward()
+        backward(z_q, weighted(mine, losses))
+        backward(z_q_other, loss_other)
         assert_same(z.grad, z_other.grad)
         if kind == "ema":
             assert_same(mine.counts, other._codebook.cluster_size[0])
@@ -113,8 +112,8 @@ def test_residual_codebooks(kind):
     assert torch.equal(torch.stack(tokens.chunk(depth, 1), -1).flatten(1, 2), tokens_other)
     assert_same(z_q, z_q_other)
     assert_same(losses["commitment"], losses_other.mean())
-    backward(mine, z_q, losses)
-    ((z_q_other * weights_like(z) / depth).sum() + losses_other.mean()).backward()
+    backward(z_q, weighted(mine, losses))
+    backward(z_q_other / depth, losses_other.mean())
     assert_same(z.grad, z_other.grad)
     for codes, a, b in levels:
         assert_same(a.table(), b.codebook)
@@ -134,8 +133,8 @@ def test_fsq(levels):
     z_q_other, tokens_other = other(3 * z_other)
     assert not losses and torch.equal(tokens, tokens_other.long())
     assert_same(z_q, z_q_other)
-    backward(mine, z_q, losses)
-    (z_q_other * weights_like(z)).sum().backward()
+    backward(z_q, 0)
+    backward(z_q_other, 0)
     assert_same(z.grad, z_other.grad)
     every = torch.arange(math.prod(levels)).reshape(1, 1, -1)
     assert_same(mine.lookup(every), other.indices_to_codes(every))
@@ -161,6 +160,6 @@ def test_bits(name, temperature, scale):
     torch.testing.assert_close(losses["commitment"], parts.commitment / scale**2, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses["entropy"], parts.per_sample_entropy, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(losses["diversity"], bits * math.log(2) - parts.batch_entropy, rtol=1e-3, atol=1e-4)
-    backward(mine, z_q, losses)
-    ((z_q_other * weights_like(z)).sum() + loss_other).backward()
+    backward(z_q, weighted(mine, losses))
+    backward(z_q_other, loss_other)
     torch.testing.assert_close(z.grad, z_other.grad, rtol=1e-3, atol=1e-4)

@@ -33,25 +33,11 @@ def test_the_false_alarm_rate_is_as_requested_for_scores_of_any_scale(scale, sam
         normal, tie = round_scores(scores[:100])
         below.append((p_values_of(scores[100:] + noise, normal, tie) <= 0.05).mean())
         above.append((scores[100:] + noise > threshold(normal, tie, 0.05)).mean())
-        assert (
-            p_values_of(scores[:100], normal, tie) >= (1 + np.sum(scores[:100] >= scores[:100, None], 1)) / 101
-        ).all()
     assert below == above
     if same:
         assert np.mean(below) < 0.02
     else:
         assert np.mean(below) == pytest.approx(5 / 101, abs=0.004)  # a calibration has a deviation of .02
-
-
-def test_p_values_are_counts_and_agree_with_the_threshold():
-    """With integers, many of which are equal or exactly a tie apart."""
-    chance = np.random.default_rng(0)
-    for count in (19, 40, 199):
-        normal, scores = (chance.integers(0, 30, size).astype(float) for size in (count, 100))
-        p = p_values_of(scores, normal, 1.0)
-        np.testing.assert_array_equal(p, (1 + (normal + 1 >= scores[:, None]).sum(1)) / (count + 1))
-        for share in (0.05, 0.1, 1 / 3):
-            np.testing.assert_array_equal(scores > threshold(normal, 1.0, share), p <= share)
 
 
 @pytest.mark.parametrize("digits", [None, 1], ids=["continuous", "tied"])
@@ -77,18 +63,15 @@ def test_a_confidence_is_the_share_of_calibrations_below_the_rate(confidence, di
 @pytest.mark.parametrize("confidence", [None, 0.01, 0.5, 0.95, 0.999])
 def test_least_scores_is_the_smallest_number_with_a_threshold(confidence):
     """The first n for which 1 / (n + 1) <= share or, with a confidence, (1 - share)^n <= 1 - confidence."""
-    for share in (0.001, 0.01, 1 / 30, 0.05, 0.07, 0.1, 1 / 7, 0.25, 1 / 3, 0.5, 0.75, 0.99):
+
+    def enough(count, share):
+        by_chance = 1 / (count + 1) <= share * (1 + 1e-9)
+        return by_chance if confidence is None else (1 - share) ** count <= (1 - confidence) * (1 + 1e-9)
+
+    for share in (0.001, 1 / 30, 0.05, 0.07, 1 / 7, 1 / 3, 0.5, 0.99):
         least = least_scores(share, confidence)
-
-        def enough(count, share=share):
-            by_chance = 1 / (count + 1) <= share * (1 + 1e-9)
-            return by_chance if confidence is None else (1 - share) ** count <= (1 - confidence) * (1 + 1e-9)
-
-        assert enough(least) and (least == 1 or not enough(least - 1))
+        assert enough(least, share) and (least == 1 or not enough(least - 1, share))
         threshold(np.arange(least, dtype=float), 0, share, confidence)
-        if least > 1:
-            with pytest.raises(ValueError):
-                threshold(np.arange(least - 1, dtype=float), 0, share, confidence)
 
 
 def test_the_false_discovery_rate_holds_with_many_ties():
@@ -125,7 +108,6 @@ def test_pooled_ranks_count_the_normal_scores_of_each_fold_under_its_own_referen
         (0.05, 20, 8, 0.6),
         (0.05, 24, 8, 0.1741),
         (0.05, 50, 50, 0.1),
-        (0.1, 1000, 5, 0.2080),
         (0.5, 20, 5, 1.0),
     ],
 )
@@ -160,9 +142,7 @@ def test_promises_hold_over_many_calibrations():
     """Of objects of several images. Two halves keep alpha on average; folds keep their bound, and in practice alpha
     with less spread between calibrations."""
     rates = {folds: np.array([flag_new_objects(folds, seed) for seed in range(100)]) for folds in (1, 5)}
-    for folds, found in rates.items():
-        print(f"folds={folds}: mean {found.mean():.4f}, deviation {found.std():.4f}, 5 to 95 % of calibrations "
-              f"{np.quantile(found, 0.05):.3f} to {np.quantile(found, 0.95):.3f}")  # fmt: skip
+
     error = {folds: found.std() / math.sqrt(100) for folds, found in rates.items()}
     exact = math.floor(0.05 * 26) / 26  # of 25 scored objects: p <= .05 for the highest alone
     assert abs(rates[1].mean() - exact) < 4 * error[1] and rates[1].mean() < 0.05 + 3 * error[1]

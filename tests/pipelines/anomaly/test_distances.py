@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.anomaly.distances import RIDGE, Distance, round_digits, to_nearest
+from pipelines.anomaly.distances import RIDGE, Distance, to_nearest
 
 
 def test_a_distance_from_the_mean_is_mahalanobis():
@@ -39,9 +39,3 @@ def test_few_or_equal_rows_give_stable_distances():
         for neighbours in (0, 5):
             flat = Distance.fit(equal, neighbours)
             assert np.isfinite(flat.of(equal)).all() and (flat.of(equal + 1) > flat.of(equal)).all()
-
-
-def test_rounding_is_idempotent():
-    values = np.random.default_rng(0).normal(size=(30, 5)) * 10.0 ** np.arange(-2, 3)
-    np.testing.assert_array_equal(round_digits(round_digits(values)), round_digits(values))
-    np.testing.assert_allclose(round_digits(values), values, rtol=5e-6)

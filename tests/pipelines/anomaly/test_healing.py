@@ -9,21 +9,10 @@ from small import PLACED, PRIORS
 from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines.anomaly.calibrating import calibrate
-from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.examine import Examination
 from pipelines.anomaly.healing import heal
 from pipelines.anomaly.maps import anomaly_map
 from pipelines.anomaly.scores import anomaly_score
-
-
-@pytest.mark.parametrize("tokenizer", PLACED)
-def test_a_map_sums_to_the_bits_of_the_image(tokenizer):
-    pipe = make_pipeline(tokenizer, channels=3, size=(12, 8), labels=[])
-    images = pixels_for(pipe)
-    bits = anomaly_map(pipe, images, batch_size=2)
-    assert bits.shape == images.select(-3, 0).shape and (bits >= -1e-5).all()
-    nll = anomaly_score(pipe, images, "nll").float()
-    torch.testing.assert_close(bits.flatten(1).sum(1), nll, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("tokenizer", "prior"), [*(("vqvae", prior) for prior in PRIORS), ("titok", "gpt")])
@@ -44,23 +33,20 @@ def test_every_prior_has_scores_and_healing_and_a_map_if_tokens_have_a_place(tok
     torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
 
 
-def test_no_images_have_no_maps_and_are_not_healed(trained):
-    assert anomaly_map(trained, torch.empty(0, 1, SIZE, SIZE)).shape == (0, SIZE, SIZE)
-    with pytest.raises(ValueError, match="expected at least one image"):
-        heal(trained, torch.empty(0, 1, SIZE, SIZE))
-
-
 @pytest.mark.parametrize("tokenizer", PLACED)
-def test_a_token_spreads_over_its_own_patch(tokenizer):
+def test_a_map_sums_to_the_bits_of_the_image_and_a_token_spreads_over_its_own_patch(tokenizer):
     pipe = make_pipeline(tokenizer, channels=3, size=(8, 12), labels=[])
+    images = pixels_for(pipe)
+    bits = anomaly_map(pipe, images, batch_size=2)
+    assert bits.shape == images.select(-3, 0).shape and (bits >= -1e-5).all()
+    nll = anomaly_score(pipe, images, "nll").float()
+    torch.testing.assert_close(bits.flatten(1).sum(1), nll, rtol=1e-5, atol=1e-4)
     made, (rows, columns) = pipe.tokenizer, Examination.open(pipe, pixels_for(pipe, 1)).patches
     places = (1, *made.spec.shape[:-3], *made.spec.size)
     for index in range(0, len(made.grid), 5):
         patch = (rows[:, index, None] * columns[None, :, index]) > 0
         assert made.known_tokens(~patch.view(places)).flatten()[index] == 0
-        assert made.known_tokens(torch.ones(places, dtype=torch.bool)).all()
-        elsewhere = ~patch  # hiding all of it leaves the token known
-        assert made.known_tokens(~elsewhere.view(places)).flatten()[index]
+        assert made.known_tokens(patch.view(places)).flatten()[index]
 
 
 def test_healing_removes_a_planted_patch_and_spares_clean_images(trained):
@@ -77,9 +63,8 @@ def test_healing_removes_a_planted_patch_and_spares_clean_images(trained):
     gain = (trained.prior.log_prob(healed.tokens) - trained.prior.log_prob(tokens))[touched]
     assert gain.mean() > 5 and (gain > 0).double().mean() > 0.75
     torch.testing.assert_close(healed.images, trained.decode(healed.tokens, output_type="pt"))
-    assert heal(trained, clean, draws=1).resampled.float().mean() < 0.04
-    shares = [float(heal(trained, clean, quantile=q, draws=1).resampled.float().mean()) for q in (0.9, 0.98, 0.995)]
-    assert shares == sorted(shares, reverse=True)
+    shares = [float(heal(trained, clean, quantile=q, draws=1).resampled.float().mean()) for q in (0.995, 0.98, 0.9)]
+    assert shares == sorted(shares) and shares[1] < 0.04
 
 
 def test_healing_depends_on_the_seed_of_the_image_only(trained):
@@ -89,13 +74,8 @@ def test_healing_depends_on_the_seed_of_the_image_only(trained):
     for k in range(6):
         alone = heal(trained, images[k : k + 1], draws=1, seed=3 + k)
         assert torch.equal(alone.tokens[0], one.tokens[k]) and torch.equal(alone.resampled[0], one.resampled[k])
-    untouched = ~one.resampled.flatten(1).any(1)
-    kept = trained.reconstruct(images, output_type="pt")
-    torch.testing.assert_close(one.images[untouched], kept[untouched])
     heal(trained, images[:2], draws=3, seed=(1 << 63) - 1)  # the largest seed of a verb
-    with pytest.raises(ValueError, match="quantile"):
-        heal(trained, images, quantile=0.97)
-    for wrong in ({"draws": 0}, {"draws": 2.0}, {"seed": 1.5}):
+    for wrong in ({"quantile": 0.97}, {"draws": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             heal(trained, images[:2], **wrong)
 
@@ -105,36 +85,19 @@ def test_maps_and_healing_use_the_condition_of_each_image():
     pipe = make_conditioned()
     with torch.no_grad():
         pipe.prior.class_embedding.columns.weight.mul_(200)
-    images, ages = pixels_for(pipe, 43), [20 + number for number in range(43)]
-    calibrate(pipe, images, condition={"age": ages})
-    new, condition = pixels_for(pipe, 8), {"age": [20, 25, 30, 40, 50, 60, 70, 80]}
-    options, once = {"quantile": 0.9, "draws": 4}, {"quantile": 0.9, "draws": 1}
-    maps, healed = (
-        anomaly_map(pipe, new, condition=condition, batch_size=3),
-        heal(pipe, new, condition=condition, **options),
-    )
-    nll = anomaly_score(pipe, new, "nll", condition=condition).float()
-    torch.testing.assert_close(maps.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
-    for row, age in enumerate(condition["age"]):
-        alone = heal(pipe, new[row : row + 1], condition={"age": age}, seed=row, **options)
-        assert torch.equal(alone.tokens[0], healed.tokens[row]) and torch.equal(
-            alone.resampled[0], healed.resampled[row]
-        )
-        torch.testing.assert_close(anomaly_map(pipe, new[row : row + 1], condition={"age": age})[0], maps[row])
-        each = [
-            heal(pipe, new[row : row + 1], condition={"age": age}, **once, seed=4 * row + k).tokens for k in range(4)
-        ]
-        nats = -pipe.prior.log_prob(torch.cat(each), condition={"age": age})
-        assert torch.equal(each[int(nats.argmin())][0], healed.tokens[row]), "the likeliest given the condition"
+    calibrate(pipe, pixels_for(pipe, 43), condition={"age": [20 + number for number in range(43)]})
+    new, ages = pixels_for(pipe, 8), [20, 25, 30, 40, 50, 60, 70, 80]
+    maps = anomaly_map(pipe, new, condition={"age": ages}, batch_size=3)
+    healed = heal(pipe, new, condition={"age": ages}, quantile=0.9, draws=4)
+    assert healed.resampled.any()
+    for row, age in enumerate(ages):
+        one, condition = new[row : row + 1], {"age": age}
+        torch.testing.assert_close(anomaly_map(pipe, one, condition=condition)[0], maps[row])
+        each = [heal(pipe, one, condition=condition, quantile=0.9, draws=1, seed=4 * row + k) for k in range(4)]
+        assert all(torch.equal(other.resampled[0], healed.resampled[row]) for other in each)
+        tokens = torch.cat([other.tokens for other in each])
+        likeliest = tokens[int(pipe.prior.log_prob(tokens, condition=condition).argmax())]
+        assert torch.equal(likeliest, healed.tokens[row])
     assert (anomaly_map(pipe, new) - maps).abs().max() > 0.01
-    turned = heal(pipe, new, condition={"age": condition["age"][::-1]}, **options)
+    turned = heal(pipe, new, condition={"age": ages[::-1]}, quantile=0.9, draws=4)
     assert not torch.equal(turned.resampled, healed.resampled)
-    both = turned.resampled & healed.resampled
-    assert not torch.equal(turned.tokens[both], healed.tokens[both])
-
-
-def test_a_calibration_of_another_grid_is_noticed(trained):
-    pipe = make_pipeline(size=(SIZE + 4, SIZE + 4), labels=[])
-    pipe.calibration = trained.calibration
-    with pytest.raises(CalibrationError, match="16 tokens"):
-        heal(pipe, stripes(1, side=SIZE + 4))

@@ -19,7 +19,7 @@ from pipelines.anomaly.calibration import Calibration
 from pipelines.anomaly.conformal import p_values_of
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.examine import Examination
-from pipelines.anomaly.filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
+from pipelines.anomaly.filters import filter_responses, largest_changes, smooth
 from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
 from pipelines.anomaly.maps import (
     HANDICAP,
@@ -54,6 +54,7 @@ def nothing(pipe, tokens):
     return pipe.read_given(count=len(tokens))
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 20), size=st.integers(1, 7))
 def test_each_token_is_hidden_once_with_its_block_and_without_the_blocks_beside_it(rows, columns, size):
     masks = hidden_masks(rows, columns, size)
@@ -74,9 +75,9 @@ def test_a_single_hidden_token_has_its_conditional_probability_which_sums_to_one
         every[:, cell] = torch.arange(vocab)
         every = every.unflatten(1, (2, 2))
         total = torch.exp2(-hidden_bits(pipe.prior, every, nothing(pipe, every), size=1).flatten(1)[:, cell]).sum()
-        known = torch.arange(4) != cell
-        expected = region_log_prob(pipe.prior, tokens, known.reshape(2, 2), nothing(pipe, tokens))
         assert float(total) == pytest.approx(1, abs=1e-4)
+        known = (torch.arange(4) != cell).reshape(2, 2)
+        expected = region_log_prob(pipe.prior, tokens, known, nothing(pipe, tokens))
         if prior != "blocks":  # its known tokens form a single block here, and blocks of one token there
             assert float(bits.flatten()[cell]) == pytest.approx(-float(expected) / math.log(2), abs=1e-4)
 
@@ -87,17 +88,13 @@ def test_only_priors_whose_hidden_tokens_do_not_explain_one_another_can_hide(pri
     pipe = make(prior, **config)
     tokens, other = tokens_of(pipe, 8), tokens_of(pipe, 8)
     inside = hidden_masks(4, 4, 2)[0]
-    before, changes = hidden_bits(pipe.prior, tokens, nothing(pipe, tokens), size=2), 0.0
+    before, changes = hidden_bits(pipe.prior, tokens, nothing(pipe, tokens), size=2), []
     for cell in inside.nonzero().tolist():
-        mixed = tokens.clone()
-        mixed[:, *cell] = other[:, *cell]
-        others = inside.clone()
-        others[*cell] = False
-        changes = max(
-            changes,
-            float((hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2) - before).abs()[:, others].max()),
-        )
-    assert can_hide(pipe.prior) == (changes < 1e-5)
+        mixed, others = tokens.clone(), inside.clone()
+        mixed[:, *cell], others[*cell] = other[:, *cell], False
+        change = hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2) - before
+        changes.append(float(change.abs()[:, others].max()))
+    assert can_hide(pipe.prior) == (max(changes) < 1e-5)
 
 
 def test_a_prior_of_one_order_gives_the_bits_after_earlier_tokens():
@@ -136,21 +133,18 @@ def test_the_map_of_one_tile_is_the_map_of_the_image(mapped):
         for one, other in zip(whole, tiled.anomaly_map(IMAGES[:5], method=method, stride=5), strict=True):
             torch.testing.assert_close(one, other)
     with pytest.warns(UserWarning, match="used to calibrate"):
-        found = tiled.anomaly_score(IMAGES[:5], "hidden", stride=5)
-    with pytest.warns(UserWarning, match="used to calibrate"):
-        torch.testing.assert_close(mapped.anomaly_score(IMAGES[:5], "hidden"), found)
+        one, other = mapped.anomaly_score(IMAGES[:5], "hidden"), tiled.anomaly_score(IMAGES[:5], "hidden", stride=5)
+    torch.testing.assert_close(one, other)
 
 
-def test_a_calibration_keeps_its_maps_and_one_without_them_reads_as_before(mapped, tmp_path):
+def test_a_saved_calibration_has_its_maps_and_one_of_0_3_has_none(mapped, tmp_path):
     mapped.save_pretrained(tmp_path / "pipe")
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert torch.equal(*(pipe.anomaly_map(IMAGES[:3], method="combined") for pipe in (mapped, loaded)))
+    assert loaded.calibration.to_json() == mapped.calibration.to_json()
     data = json.loads(mapped.calibration.to_json())
-    assert data.pop("maps")
-    data["scores"] = {name: each for name, each in data["scores"].items() if name not in ("hidden", "map")}
-    old = Calibration.from_dict(data, tmp_path)
-    assert json.loads(old.to_json()) == data
-    loaded.calibration = old
+    del data["maps"], data["scores"]["hidden"], data["scores"]["map"]
+    loaded.calibration = Calibration.from_dict(data, tmp_path)
     with pytest.raises(CalibrationError, match="calibrated without hidden"):
         loaded.anomaly_score(IMAGES, "hidden")
     with pytest.raises(CalibrationError, match="calibrated without maps"):
@@ -178,17 +172,17 @@ def test_a_prior_of_one_order_has_maps_of_tiles_only():
 
 def test_p_values_hold_for_whole_images_of_larger_size():
     pipe = make()
-    images = [image[0, :24, :20].numpy() for image in stripes(180, 0, side=24)[:, None, 0]]
-    pipe.calibrate(images[:100], stride=8)
-    heats = pipe.anomaly_map(images[100:], method="combined", stride=8)
+    images = [image[0, :24, :20].numpy() for image in stripes(140, 0, side=24)[:, None, 0]]
+    pipe.calibrate(images[:80], stride=8)
+    heats = pipe.anomaly_map(images[80:], method="combined", stride=8)
     regions = pipe.calibration.scores["map"]
     highest = np.array([float(heat.max()) for heat in heats])
     for p in (
-        pipe.anomaly_score(images[100:], "hidden", stride=8, p_values=True).numpy(),
+        pipe.anomaly_score(images[80:], "hidden", stride=8, p_values=True).numpy(),
         p_values_of(highest, regions.values, regions.tie),
     ):
         for share in (0.05, 0.2, 0.5):
-            assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 80 + 1 / 50))
+            assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 60 + 1 / 40))
     assert (highest > regions.threshold).tolist() == (p <= 0.05).tolist()
 
 
@@ -227,31 +221,14 @@ def test_exposure_does_not_matter_and_a_spot_does():
 
 
 @settings(max_examples=30, deadline=None)
-@given(height=st.integers(3, 70), width=st.integers(3, 70), channels=st.integers(1, 4))
-def test_every_pixel_has_a_distance_at_any_size(height, width, channels):
-    found = filter_responses(torch.rand(channels, height, width) * 2 - 1)
-    assert found.isfinite().all()
-    far = spread_cells(nearest_distances(found.flatten(0, 1), torch.zeros(2, found.shape[2])).reshape(found.shape[:2]),
-                       (height, width))  # fmt: skip
-    assert far.shape == (height, width) and (far >= 0).all()
-
-
-@settings(max_examples=30, deadline=None)
 @given(rows=st.integers(2, 40), columns=st.integers(1, 9), step=st.floats(0.1, 0.9), data=st.data())
 def test_the_largest_change_is_the_step_at_a_border(rows, columns, step, data):
-    border = data.draw(st.integers(1, rows - 1))
-    cells = torch.zeros(rows, columns, 3)
+    border, cells, reach = data.draw(st.integers(1, rows - 1)), torch.zeros(rows, columns, 3), min(8, rows // 2)
     cells[border:] = step
-    reach = min(8, rows // 2)
     nearest = min(max(border, reach), rows - reach)  # borders nearer to the rim are within one of its windows
     expected = step * (1 - abs(border - nearest) / reach)
     for turned in (cells, cells.transpose(0, 1)):
-        down, across = largest_changes(turned).tolist()
-        assert max(down, across) == pytest.approx(expected, abs=1e-6) and min(down, across) == pytest.approx(
-            0, abs=1e-6
-        )
-    cells[:, 0] *= 100  # a few large responses
-    assert float(largest_changes(cells).max()) <= 1
+        assert sorted(largest_changes(turned).tolist()) == pytest.approx([0, expected], abs=1e-6)
 
 
 def test_a_blur_keeps_the_mean_of_flat_regions_and_spreads_a_point():

@@ -5,7 +5,6 @@ Covers: pipelines/anomaly/examine.py.
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -35,7 +34,6 @@ def test_statistics_do_not_depend_on_the_batch(tokenizer, channels):
     pipe = make_pipeline(tokenizer, channels=channels, labels=[])
     images = torch.randint(0, 256, (7, *pipe.tokenizer.image_shape), dtype=torch.uint8)
     together, apart = (statistics(pipe, images, batch_size=size) for size in (256, 2))
-    assert set(together) >= {"token_bits", "error"}
     assert ("pixel_bits" in together) == pipe.tokenizer.has_likelihood
     for name, values in together.items():
         assert len(values) == 7 and values.dtype == torch.float64
@@ -61,54 +59,38 @@ def test_a_larger_score_is_more_anomalous(trained, method, least):
         assert min(auroc(trained, normal, images) for images in (constant(), 255 - normal)) > 0.95
 
 
-@pytest.mark.parametrize("method", ["joint", "typicality", "ratio", "top_bits"])
-def test_every_score_is_finite_for_constant_images(likely, method):
-    pipe = copy.copy(likely)
-    pipe.background = pipe.prior if method == "ratio" else None
-    pipe.calibration = likely.calibration
-    assert anomaly_score(pipe, torch.cat([constant()[:1], constant()[-1:]]), method).isfinite().all()
-
-
 def test_a_background_prior_cancels_itself(trained):
     pipe = ImagePipeline(trained.tokenizer, trained.prior)
     with pytest.raises(CalibrationError, match="background"):
         anomaly_score(pipe, stripes(2), "ratio")
     pipe.set_background(pipe.prior)
-    assert anomaly_score(pipe, stripes(5), "ratio").abs().max() == 0
     pipe.calibration = trained.calibration
+    assert anomaly_score(pipe, stripes(5), "ratio").abs().max() == 0
     with pytest.raises(CalibrationError, match="ratio"):
         anomaly_score(pipe, stripes(5), "ratio", p_values=True)
-    assert torch.equal(anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5)))
 
 
 @pytest.mark.parametrize("prior", ["gpt", "blocks"])
 def test_statistics_are_given_the_condition_of_each_image(prior):
-    """Also those of a background prior, which has the same columns or none."""
+    """Also those of a background prior without columns."""
     torch.manual_seed(0)
     pipe = make_conditioned(prior, before=True)
     with torch.no_grad():
         pipe.prior.class_embedding.columns.weight.mul_(30)
-    images = pixels_for(pipe, 5)
-    condition = {"age": [20, 30, None, 50, 60], "before": pixels_for(pipe, 5), "label": [0, 1, 2, 0, 1]}
-    for background in (
-        pipe.prior,
-        make_prior("gpt", grid=pipe.prior.grid, num_classes=3, tokenizer=pipe.tokenizer.fingerprint()),
-    ):
-        pipe.set_background(background)
-        together, apart = (statistics(pipe, images, batch_size=size, condition=condition) for size in (256, 2))
-        for name, values in together.items():
-            torch.testing.assert_close(values, apart[name], rtol=1e-4, atol=1e-4)
-        bits = -pipe.log_prob(images, condition=condition).double() / math.log(2)
-        torch.testing.assert_close(together["token_bits"], bits, rtol=1e-5, atol=1e-5)
-        assert (
-            together["token_bits"] - statistics(pipe, images, labels=[0, 1, 2, 0, 1])["token_bits"]
-        ).abs().min() > 1e-4
-        given = pipe.read_given(condition=condition)
-        given = given.without(set(given.names) - background.columns.keys())
-        behind = -background.log_prob(pipe.encode(images), condition=given) / math.log(2)
-        torch.testing.assert_close(together["background_bits"], behind.double(), rtol=1e-5, atol=1e-5)
-        ratio = anomaly_score(pipe, images, "ratio", condition=condition)
-        torch.testing.assert_close(ratio, together["token_bits"] - together["background_bits"])
+    background = make_prior("gpt", grid=pipe.prior.grid, num_classes=3, tokenizer=pipe.tokenizer.fingerprint())
+    pipe.set_background(background)
+    images, labels = pixels_for(pipe, 5), [0, 1, 2, 0, 1]
+    condition = {"age": [20, 30, None, 50, 60], "before": pixels_for(pipe, 5), "label": labels}
+    together, apart = (statistics(pipe, images, batch_size=size, condition=condition) for size in (256, 2))
+    for name, values in together.items():
+        torch.testing.assert_close(values, apart[name], rtol=1e-4, atol=1e-4)
+    bits = -pipe.log_prob(images, condition=condition).double() / math.log(2)
+    torch.testing.assert_close(together["token_bits"], bits, rtol=1e-5, atol=1e-5)
+    assert (bits - statistics(pipe, images, labels=labels)["token_bits"]).abs().min() > 1e-4
+    behind = -background.log_prob(pipe.encode(images), torch.tensor(labels)).double() / math.log(2)
+    torch.testing.assert_close(together["background_bits"], behind, rtol=1e-5, atol=1e-5)
+    ratio = anomaly_score(pipe, images, "ratio", condition=condition)
+    torch.testing.assert_close(ratio, together["token_bits"] - together["background_bits"])
 
 
 def test_an_estimated_density_has_no_bits_of_single_tokens():
@@ -134,14 +116,3 @@ def test_methods_fit_their_formulas(likely):
     assert inside[:400].mean() > 0.85 and inside[400:].mean() < 0.1
     np.testing.assert_array_equal(score["joint"][inside], score["neighbours"][inside])
     np.testing.assert_allclose(score["joint"][~inside], (score["neighbours"] + far - 1)[~inside])
-
-
-def test_a_prior_without_layers_has_no_neighbours():
-    pipe = make_pipeline(prior="marginal", labels=[])
-    images = torch.randint(0, 256, (60, *pipe.tokenizer.image_shape), dtype=torch.uint8)
-    calibration = calibrate(pipe, images[20:])
-    assert calibration.fitted.features is None and "neighbours" not in calibration.scores
-    distance = calibration.fitted.statistics.of(log_statistics(statistics(pipe, images[:20]), calibration.fitted.names))
-    np.testing.assert_array_equal(anomaly_score(pipe, images[:20]), distance)
-    with pytest.raises(CalibrationError, match="neighbours"):
-        anomaly_score(pipe, images, "neighbours")

@@ -3,16 +3,14 @@
 Covers: pipelines/compression/codec.py.
 """
 
+import base64
 import copy
-import hashlib
 import io
 import math
 import os
-import struct
 import subprocess
 import sys
-import zlib
-from functools import partialmethod
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +26,7 @@ from small import PRIORS
 from small_pipelines import COLUMNS, make_conditioned
 
 from pipelines.compression import codec, coding
-from pipelines.compression.codec import SymbolDecoder, SymbolEncoder, exponentials, grid_steps
+from pipelines.compression.codec import SymbolDecoder, SymbolEncoder, grid_steps
 from pipelines.compression.coding import exact_pixels, identify_given
 from pipelines.compression.container import DamagedStream, ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
@@ -129,24 +127,6 @@ def test_batch_size_threads_and_autocast_do_not_matter(kind, batch_size, threads
     assert torch.equal(found, expected(pipe, images, lossless))
 
 
-@pytest.mark.parametrize("prior", ["gpt", "gated_pixelcnn"])
-def test_a_stream_decodes_without_the_cache(prior, monkeypatch):
-    pipe = pipeline_of(prior=prior)
-    images = images_of(pipe)
-    data = compressed(pipe, images)
-    monkeypatch.setattr(type(pipe.prior), "start", partialmethod(type(pipe.prior).start, cache=False))
-    assert torch.equal(decompressed(pipe, data), expected(pipe, images, False))
-
-
-def test_float32_would_not_suffice(monkeypatch):
-    """The negative control: with float32 models, streams do not decode in other batches."""
-    monkeypatch.setattr(coding, "to_double", lambda model, device: model.float().eval())
-    pipe = pipeline_of("bytes", "gpt", size=(16, 16))
-    data = compressed(pipe, images_of(pipe, 12))
-    with pytest.raises(ModelMismatch):
-        decompressed(pipe, data, batch_size=1)
-
-
 @pytest.mark.slow
 def test_a_stream_decodes_with_other_instructions(tmp_path):
     """The decoding process is limited to AVX2."""
@@ -155,18 +135,15 @@ def test_a_stream_decodes_with_other_instructions(tmp_path):
     (tmp_path / "stream").write_bytes(compressed(pipe, images, lossless=True))
     pipe.save_pretrained(tmp_path / "pipeline")
     np.save(tmp_path / "images.npy", images.numpy())
-    code = (
-        "import numpy, torch\n"
-        "from pipelines import ImagePipeline\n"
-        "pipe = ImagePipeline.from_pretrained('pipeline')\n"
-        "found = pipe.decompress(open('stream', 'rb').read(), output_type='np')\n"
-        "assert (found.transpose(0, 3, 1, 2) == numpy.load('images.npy')).all()\n"
-        "print(torch.backends.cpu.get_cpu_capability())"
-    )
+    code = """
+import numpy, torch
+from pipelines import ImagePipeline
+found = ImagePipeline.from_pretrained("pipeline").decompress(open("stream", "rb").read(), output_type="np")
+assert (found.transpose(0, 3, 1, 2) == numpy.load("images.npy")).all()
+assert torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT", "NO AVX")
+"""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in ("AVX2", "DEFAULT", "NO AVX")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def perturb(monkeypatch, size):
@@ -179,7 +156,7 @@ def perturb(monkeypatch, size):
     monkeypatch.setattr(codec, "grid_steps", noisy)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "pixels given tokens", "bytes"])
+@pytest.mark.parametrize("kind", ["tokens", "pixels given tokens"])
 def test_small_differences_between_machines_decode_and_large_ones_are_refused(kind, monkeypatch):
     pipe, lossless = pipeline_of(kind), KINDS[kind][2]
     images = images_of(pipe, 16)
@@ -208,19 +185,19 @@ def test_logits_near_a_rounding_boundary_are_coded_uniformly(monkeypatch):
         decompressed(pipe, compressed(pipe, images))
 
 
-@pytest.mark.parametrize(("device", "used"), [("mps", "cpu"), ("cpu", "cpu"), ("meta", "meta")])
+@pytest.mark.parametrize(("device", "used"), [("mps", "cpu"), ("meta", "meta")])
 def test_devices_without_float64_are_replaced_by_the_cpu(device, used):
     pipe = pipeline_of()
-    given = SimpleNamespace(device=torch.device(device), prior=pipe.prior, tokenizer=pipe.tokenizer)
-    models = coding.Models(given, residual=True)
-    parameters = [*models.prior.parameters(), *models.tokenizer.parameters()]
-    assert models.device.type == used and {p.device.type for p in parameters} == {used}
+    models = coding.Models(
+        SimpleNamespace(device=torch.device(device), prior=pipe.prior, tokenizer=None), residual=False
+    )
+    assert models.device.type == used and {p.device.type for p in models.prior.parameters()} == {used}
 
 
 # Size, and the coder
 
 
-@pytest.mark.parametrize("kind", ["tokens", "pixels given tokens", "bytes"])
+@pytest.mark.parametrize("kind", ["tokens", "pixels given tokens"])
 def test_streams_are_as_long_as_the_model_says(kind):
     pipe, lossless = pipeline_of(kind, "causal_conv", size=(16, 16)), KINDS[kind][2]
     images = images_of(pipe, 24)
@@ -231,13 +208,6 @@ def test_streams_are_as_long_as_the_model_says(kind):
     coded = sum(len(chunk.tokens) + len(chunk.pixels) for chunk in chunks)
     assert 0.999 * bits < 8 * coded < 1.005 * bits + 2 * 64
     assert len(data) - coded < 100 * header.num_chunks, "the container adds little"
-
-
-def test_exponentials_fit_their_formula():
-    table = exponentials()
-    assert int(table[0]) == 1 << 32 and int(table[-1]) == 0 and int(table[-2]) == 1
-    exact = 2.0**32 * np.exp(-np.arange(len(table)) / 16)
-    assert np.abs(table.numpy() - exact).max() <= 0.5 + 1e-5
 
 
 @settings(deadline=None)
@@ -253,29 +223,6 @@ def test_any_logits_code_and_decode(rows):
     decoder = SymbolDecoder(encoder.bytes(), torch.cat(encoder.unsure))
     assert torch.equal(decoder.code(logits, torch.zeros_like(symbols)), symbols)
     decoder.finish()
-
-
-def test_symbols_that_are_left_over_are_an_error():
-    logits, symbols = torch.zeros(500, 9, dtype=torch.float64), torch.arange(500) % 9
-    encoder = SymbolEncoder()
-    encoder.code(logits, symbols)
-    unsure = torch.zeros(500, dtype=torch.bool)
-    with pytest.raises(ModelMismatch):
-        SymbolDecoder(encoder.bytes(), unsure).finish()
-    with pytest.raises(StreamError):
-        SymbolDecoder(bytes(5), unsure)  # not a whole number of words
-
-
-def test_the_coder_still_makes_the_same_bytes():
-    """Fixed symbols under fixed tables: another version of constriction must read the streams of this one."""
-    library = codec.constriction()
-    coder, family = library.stream.queue.RangeEncoder(), library.stream.model.Categorical(perfect=False)
-    for size in (2, 7, 256):
-        ids = np.arange(64 * size).reshape(64, size) * 2654435761 % (1 << 32)
-        weights = exponentials().numpy()[ids % len(exponentials())].astype(np.float64)
-        coder.encode((ids[:, 0] % size).astype(np.int32), family, weights)
-    data = coder.get_compressed().astype("<u4").tobytes()
-    assert hashlib.sha256(data).hexdigest()[:16] == "e910d83e0700f62c"
 
 
 # Conditions
@@ -319,34 +266,6 @@ def test_every_prior_codes_given_a_condition(prior, monkeypatch):
         assert bool(close.all() if is_used else (~close).any())
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
-@given(
-    st.integers(0, 9),
-    st.integers(0, 1000),
-    st.sets(st.sampled_from([*COLUMNS, "outline", "before", "label"])),
-    st.integers(1, 4),
-    st.integers(1, 4),
-)
-def test_streams_with_any_columns_come_back(count, seed, null, chunk, batch_size):
-    """In chunks; one changed value of one image, or another order, is another condition."""
-    pipe = CONDITIONED
-    images, condition = images_of(pipe, count), rows_of(pipe, count, seed)
-    condition = {name: None if name in null else values for name, values in condition.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coding, "CHUNK_IMAGES", chunk)
-        data = compressed(pipe, images, condition=condition)
-        found = decompressed(pipe, data, condition=condition, batch_size=batch_size)
-    assert len(found) == count
-    if count:  # the decoder's float32 rounds differently in other chunks
-        torch.testing.assert_close(found, expected(pipe, images, False), rtol=0, atol=1e-5)
-    if count and "label" not in null:
-        others = {**condition, "label": (condition["label"] + 1) % 3}, {**condition, "label": None}
-        for other in (*others, {name: None if v is None else v.flip(0) for name, v in condition.items()}):
-            if other["label"] is None or not torch.equal(other["label"], condition["label"]):
-                with pytest.raises(StreamError, match="condition"):
-                    decompressed(pipe, data, condition=other)
-
-
 CONDITIONED = conditioned(before=True)
 
 
@@ -366,9 +285,9 @@ def test_a_stream_needs_its_condition_and_says_so():
     condition = {"age": [20, 30, None], "view": "lateral"}
     data, plain = compressed(pipe, images, condition=condition), compressed(pipe, images)
     assert len(read_stream(data)[0].condition) == 8 and not read_stream(plain)[0].condition
-    for wrong in (None, {}, {"age": [20, 30, 40], "view": "lateral"}, {"age": [30, 20, None], "view": "lateral"}):
+    for wrong in (None, {"age": [20, 30, 40], "view": "lateral"}, {"age": [30, 20, None], "view": "lateral"}):
         with pytest.raises(
-            StreamError, match=r"^[^\n]*give condition=[^\n]*3 images[^\n]*label, view, findings, age[^\n]*$"
+            StreamError, match=r"^[^\n]*give condition=[^\n]*3 images[^\n]*label, view, findings[^\n]*$"
         ):
             decompressed(pipe, data, condition=wrong)
     with pytest.raises(StreamError, match="without a condition"):
@@ -395,17 +314,12 @@ def test_an_earlier_type_of_the_weights_does_not_matter():
     stored = pipe.to(dtype=torch.bfloat16).prior.state_dict()
     pipe.to(dtype=torch.float32)
     fresh = copy.deepcopy(pipe)
-    fresh.prior = type(pipe.prior)(pipe.prior.config)
+    fresh.prior = type(pipe.prior)(pipe.prior.config).eval()
     fresh.prior.load_state_dict(stored)
-    fresh.prior.eval()
     images, condition = images_of(pipe), rows_of(pipe, 9)
     data = compressed(pipe, images, condition=condition)
-    given = pipe.read_given(None, condition, limit=False)
-    encoded = coding.Models(pipe, residual=False).prior.encode_given(given)
     for other in (fresh, copy.deepcopy(pipe).to(dtype=torch.float64)):
         assert compressed(other, images, condition=condition) == data
-        again = coding.Models(other, residual=False).prior.encode_given(given)
-        assert torch.equal(again.vector, encoded.vector) and torch.equal(again.map, encoded.map)
 
 
 # Classes
@@ -437,11 +351,23 @@ def with_strong_classes(kind="pixels given levels", prior="gpt", **config):
     return pipe
 
 
-def nats_of(pipe, images):
+def nats_of(pipe, images, condition=None):
     """Nats of the tokens of each image given each class, and the null class: `(4, n)`."""
     tokens = pipe.encode(images)
-    with torch.no_grad():
-        return -torch.stack([pipe.prior.log_prob(tokens, torch.full((len(tokens),), k)) for k in range(4)]).double()
+    with torch.inference_mode():
+        each = [pipe.prior.log_prob(tokens, torch.full((len(tokens),), k), condition=condition) for k in range(4)]
+    return -torch.stack(each).double()
+
+
+@contextmanager
+def stored_classes(monkeypatch):
+    """The classes of each chunk that are coded in the context."""
+    code, seen = coding.Models.code_classes, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            coding.Models, "code_classes", lambda models, ids, *rest: seen.append(ids) or code(models, ids, *rest)
+        )
+        yield seen
 
 
 def no_scores(monkeypatch):
@@ -454,11 +380,7 @@ def test_a_stream_stores_the_best_classes(prior, monkeypatch):
     pipe = with_strong_classes(prior=prior)
     images = images_of(pipe, 11)
     monkeypatch.setattr(coding, "CHUNK_IMAGES", 4)
-    stored, seen = coding.Models.code_classes, []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            coding.Models, "code_classes", lambda models, ids, *rest: seen.append(ids) or stored(models, ids, *rest)
-        )
+    with stored_classes(monkeypatch) as seen:
         data = compressed(pipe, images)
     for part, chunk in zip(images.split(4), read_stream(data)[1], strict=True):
         nats = nats_of(pipe, part)
@@ -466,26 +388,13 @@ def test_a_stream_stores_the_best_classes(prior, monkeypatch):
         assert chunk.classes == saves
         if saves:
             assert torch.equal(seen.pop(0), nats.argmin(0))
-    assert not seen and len(data) <= len(compressed(pipe, images, condition={"label": None}))
+            bits = float(nats.amin(0).sum() / np.log(2)) + 2 * len(part)  # a class costs log2(classes + 1) bits
+            if prior != "made":  # some of whose tokens are less likely than the coder allows
+                assert 0.999 * bits < 8 * len(chunk.tokens) < 1.005 * bits + 2 * 64
+    assert not seen
     no_scores(monkeypatch)
     for batch_size in (1, 3, None):
         assert torch.equal(decompressed(pipe, data, batch_size=batch_size), expected(pipe, images, False))
-
-
-@pytest.mark.parametrize("kind", ["pixels given tokens"])
-def test_a_stream_with_classes_is_as_long_as_the_model_says(kind):
-    """Each class costs log2(classes + 1) bits."""
-    pipe, lossless = with_strong_classes(kind), KINDS[kind][2]
-    images = images_of(pipe, 24)
-    nats = nats_of(pipe, images)
-    bits = float(nats.amin(0).sum() + 24 * np.log(4)) / np.log(2)
-    data, without = (compressed(pipe, images, lossless=lossless, **c) for c in ({}, {"condition": {"label": None}}))
-    (chunk,) = read_stream(data)[1]
-    assert chunk.classes and 0.999 * bits < 8 * len(chunk.tokens) < 1.005 * bits + 2 * 64
-    assert len(data) < len(without) - float((nats[3] - nats.amin(0)).sum()) / np.log(2) / 8 * 0.95 + 24 * 2 / 8 + 8
-    for stream in (data, without):
-        found = decompressed(pipe, stream, batch_size=7)
-        assert torch.equal(found, expected(pipe, images, lossless))
 
 
 def test_classes_are_stored_only_if_that_pays():
@@ -498,10 +407,10 @@ def test_classes_are_stored_only_if_that_pays():
     assert 0 < float((nats[3] - nats.amin(0)).sum()) < 9 * np.log(4)
 
 
-@pytest.mark.parametrize("why", ["labels", "no label", "no labels", "many classes", "no classes"])
+@pytest.mark.parametrize("why", ["labels", "no labels", "many classes", "no classes"])
 def test_otherwise_no_class_is_tried(why, monkeypatch):
     pipe = with_strong_classes(**({"num_classes": 0} if why == "no classes" else {}))
-    images, label = images_of(pipe), {"labels": [0, 1, 2] * 3, "no label": None, "no labels": [None] * 9}
+    images, label = images_of(pipe), {"labels": [0, 1, 2] * 3, "no labels": [None] * 9}
     monkeypatch.setattr(coding, "MAX_CLASSES", 2 if why == "many classes" else 3)
     no_scores(monkeypatch)
     given = {"condition": {"label": label[why]}} if why in label else {}
@@ -517,45 +426,33 @@ def test_classes_are_chosen_given_columns(monkeypatch):
     with torch.no_grad():
         strong.prior.class_embedding.weight.mul_(100)
         strong.prior.head.weight.mul_(20)
-    tokens, stored, seen = strong.encode(images), coding.Models.code_classes, []
-    with torch.inference_mode():
-        given, without = (
-            torch.stack([strong.prior.log_prob(tokens, torch.full((7,), k), condition=columns) for k in range(4)])
-            for columns in (condition, None)
-        )
-    assert not torch.equal(given.argmax(0), without.argmax(0))
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            coding.Models, "code_classes", lambda models, ids, *rest: seen.append(ids) or stored(models, ids, *rest)
-        )
+    given, without = nats_of(strong, images, condition), nats_of(strong, images)
+    assert not torch.equal(given.argmin(0), without.argmin(0))
+    with stored_classes(monkeypatch) as seen:
         data = compressed(strong, images, condition=condition)
-    assert read_stream(data)[1][0].classes and torch.equal(seen[0], given.argmax(0))
+    assert read_stream(data)[1][0].classes and torch.equal(seen[0], given.argmin(0))
     found = decompressed(strong, data, condition=condition, batch_size=2)
     assert torch.equal(found, expected(strong, images, False))
-    with pytest.raises(StreamError, match="condition"):
-        decompressed(strong, data)
 
 
 def test_classes_that_do_not_fit_are_one_error():
-    """In a pipeline without classes, beside labels, and other ones."""
+    """In a pipeline without classes, beside labels, and where there are others or none."""
     pipe, none = with_strong_classes(), with_strong_classes(num_classes=0)
     images = images_of(pipe)
 
-    def forge(pipe, data, **chunk):
+    def forge(data, **chunk):
         header, (found,) = read_stream(data)
         write_stream(file := io.BytesIO(), header, [found._replace(**chunk)])
         return file.getvalue()
 
     for made, other, more in ((none, "pipeline has none", {}), (pipe, "labels, too", {"condition": {"label": 1}})):
-        data = compressed(made, images, **more)
-        with pytest.raises(DamagedStream, match=f"^[^\n]*{other}[^\n]*$"):
-            decompressed(made, forge(made, data, classes=True), **more)
-    data = compressed(pipe, images)
-    for classes in (True, False):
-        stream = data if classes else compressed(pipe, images, condition={"label": None})
-        assert read_stream(stream)[1][0].classes == classes
+        with pytest.raises(DamagedStream, match=other):
+            decompressed(made, forge(compressed(made, images, **more), classes=True), **more)
+    for classes, more in ((True, {}), (False, {"condition": {"label": None}})):
+        data = compressed(pipe, images, **more)
+        assert read_stream(data)[1][0].classes == classes
         with pytest.raises(StreamError):
-            decompressed(pipe, forge(pipe, stream, classes=not classes))
+            decompressed(pipe, forge(data, classes=not classes))
 
 
 # Refusals
@@ -577,14 +474,8 @@ def test_another_model_is_refused(kind):
 
 FORGED = pipeline_of("pixels given tokens", "marginal")
 FORGED_HEADER, (FORGED_CHUNK,) = read_stream(compressed(FORGED, images_of(FORGED, 2), lossless=True))
-OTHER_HEADERS = [
-    {"images": 3},
-    {"images": 0, "names": ()},
-    {"chunk_images": 1},
-    {"chunk_images": 65535, "images": 65535},  # whose states would not fit into memory
-    {"lossless": False},
-    {"condition": b"12345678"},
-]
+OTHER_HEADERS: list = [{"images": 3}, {"images": 0, "names": ()}, {"chunk_images": 1}, {"lossless": False}]
+OTHER_HEADERS += [{"chunk_images": 65535, "images": 65535}]  # whose states would not fit into memory
 OTHER_CHUNKS = {
     "exceptions": st.lists(st.sampled_from([0, 135, 136, 2**32 - 1]), max_size=5).map(lambda k: np.array(k, np.uint32)),
     "tokens": st.binary(max_size=40),
@@ -607,16 +498,6 @@ def test_a_forged_stream_with_valid_checksums_is_one_error(header, chunk):
         assert len(found) == forged.images
 
 
-def test_limits_of_the_caller_are_kept():
-    pipe = pipeline_of()
-    data = compressed(pipe, images_of(pipe))
-    assert len(decompressed(pipe, data, max_images=9)) == 9
-    with pytest.raises(StreamError):
-        decompressed(pipe, data, max_images=8)
-    with pytest.raises(ValueError, match="batch_size"):
-        decompressed(pipe, data, batch_size=0)
-
-
 def test_without_the_coder_the_extra_is_named(monkeypatch):
     pipe = pipeline_of()
     data = compressed(pipe, images_of(pipe))
@@ -631,41 +512,27 @@ def test_lossless_needs_a_likelihood_and_8_bit_images():
         compressed(pipeline_of(), images_of(pipeline_of()), lossless=True)
     pipe, grey_levels = pipeline_of("bytes"), torch.arange(256).float() / 127.5 - 1
     coding.check_exact(grey_levels.double() + 1e-6)
-    for between in (2e-5, -2e-5, 1 / 255):
-        with pytest.raises(ValueError):
-            coding.check_exact(grey_levels + between)
+    with pytest.raises(ValueError):
+        coding.check_exact(grey_levels + 2e-5)
     with pytest.raises(ValueError):
         compressed(pipe, torch.full((1, 1, 8, 8), -0.1234), lossless=True)
 
 
-def deep_png():
-    """An RGB image of 5 x 3 pixels and 16 bits per channel, which Pillow reads as 8 bits."""
-    values = np.arange(45).reshape(3, 15) * 1000
-
-    def part(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", 5, 3, 16, 2, 0, 0, 0)
-    parts = part(b"IHDR", header), part(b"IDAT", zlib.compress(rows)), part(b"IEND", b"")
-    return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(parts)))
+DEEP = "iVBORw0KGgoAAAANSUhEUgAAAAUAAAADEAIAAACExI7sAAAAEElEQVR42mNgZMAHGSiSBgAIoAAu098O+AAAAABJRU5ErkJggg=="
+OTHERS = {
+    "another mode": lambda: Image.new("RGB", (5, 3)),
+    "alpha": lambda: Image.new("LA", (5, 3)),
+    "transparent grey": lambda: Image.open(io.BytesIO(encoded(Image.new("L", (5, 3), 7), transparency=7))),
+    "16 bits": lambda: Image.open(io.BytesIO(base64.b64decode(DEEP))),  # of RGB, which Pillow reads as 8 bits
+}
 
 
-@pytest.mark.parametrize(
-    ("image", "channels"),
-    [
-        (lambda: Image.new("RGB", (5, 3)), 1),
-        (lambda: Image.new("LA", (5, 3)), 1),
-        (lambda: Image.open(io.BytesIO(encoded(Image.new("L", (5, 3), 7), transparency=7))), 1),
-        (lambda: Image.open(io.BytesIO(encoded(Image.new("RGB", (5, 3), (7, 7, 7)), transparency=(7, 7, 7)))), 3),
-        (deep_png, 3),
-    ],
-    ids=["another mode", "alpha", "transparent grey", "transparent colour", "16 bits"],
-)
-def test_lossless_refuses_what_8_bits_cannot_hold(image, channels):
-    assert exact_pixels(image(), ImageSpec(channels, 3, 5), False).shape == (channels, 3, 5)
+@pytest.mark.parametrize("name", OTHERS)
+def test_lossless_refuses_what_8_bits_cannot_hold(name):
+    spec = ImageSpec(3 if name == "16 bits" else 1, 3, 5)
+    assert exact_pixels(OTHERS[name](), spec, False).shape == spec.shape
     with pytest.raises(ValueError):
-        exact_pixels(image(), ImageSpec(channels, 3, 5), True)
+        exact_pixels(OTHERS[name](), spec, True)
 
 
 def test_images_are_turned_upright_and_not_resized():
@@ -676,6 +543,3 @@ def test_images_are_turned_upright_and_not_resized():
     assert np.array_equal(exact_pixels(turned, ImageSpec(1, 3, 5), True)[0], pixels)
     with pytest.raises(ValueError, match="5 x 3"):
         exact_pixels(other, ImageSpec(1, 3, 5), False)
-    for images in ([Image.new("L", (9, 8)), torch.zeros(1, 8, 8, dtype=torch.uint8)], torch.zeros(1, 3, 8, 8)):
-        with pytest.raises(ValueError):
-            compressed(pipeline_of("bytes"), images)

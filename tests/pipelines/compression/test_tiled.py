@@ -29,7 +29,7 @@ def noise(channels, *sizes):
     return [torch.randint(0, 256, (channels, *size), dtype=torch.uint8) for size in sizes]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.lists(st.tuples(st.integers(8, 30), st.integers(8, 30)), min_size=1, max_size=4))
 def test_images_of_any_size_come_back(sizes):
     images = noise(3, *sizes)
@@ -45,31 +45,9 @@ def test_the_tokens_are_those_of_tiles_side_by_side():
     torch.testing.assert_close(found, torch.cat([parts[0], parts[1][..., :4], parts[2]], 2))
 
 
-def test_an_rgb_image_alone_is_lossless_with_a_likelihood():
-    pipe = pipeline_of("pixels given tokens", channels=3)
-    (image,) = noise(3, (8, 8))
-    for tile in (False, True):
-        stream = pipe.compress(image[None], lossless=True, tile=tile, progress=False)
-        assert (pipe.decompress(stream, output_type="np", progress=False)[0] == image.movedim(0, -1).numpy()).all()
-
-
-def test_tiles_have_the_condition_of_their_image_and_their_own_place():
-    torch.manual_seed(0)
-    pipe = make_conditioned(columns={**AGE, **PLACED}, outline=False)
-    images = [Image.fromarray(image[0].numpy()) for image in noise(1, (8, 30), (20, 12))]
-    stream = pipe.compress(images, tile=True, condition={"age": [-2.0, 3.0]}, progress=False)
-    found = pipe.decompress(stream, condition={"age": [-2.0, 3.0]}, progress=False)
-    assert [image.size for image in found] == [(30, 8), (12, 20)]
-    with pytest.raises(StreamError, match="another condition"):
-        pipe.decompress(stream, condition={"age": 3.0})
-    with pytest.raises(ValueError, match="where: is the place of each tile"):
-        pipe.compress(images, tile=True, condition={"where": [0.5, 0.5]})
-
-
-def changed(data, **fields):
+def forge(data, **fields):
     header, chunks = read_stream(data)
-    forged = header._replace(**fields)
-    write_stream(file := io.BytesIO(), forged, chunks)
+    write_stream(file := io.BytesIO(), header._replace(**fields), chunks)
     return file.getvalue()
 
 
@@ -84,17 +62,14 @@ def test_damage_is_one_error():
     sizes = data.index(pack_section(np.array([9, 12], "<u2").tobytes()))
     for forged in ((7, 12), (9, 0), (65535, 8), (16384, 16384), (9, 12, 9, 12), ()):
         wrong = data[:sizes] + pack_section(np.array(forged, "<u2").tobytes()) + data[sizes + 12 :]
-        with pytest.raises(DamagedStream) as caught:
+        with pytest.raises(DamagedStream):
             LOSSY.decompress(wrong)
-        assert "\n" not in str(caught.value)
-    for image in ((1, 4, 8), (3, 8, 8)):
-        with pytest.raises(DamagedStream, match="another size"):
-            LOSSY.decompress(changed(data, image=image, sizes=((8, 8),)))
-    fields = data[12:28] + bytes(6) + data[34:49]
+    with pytest.raises(DamagedStream, match="another size"):
+        LOSSY.decompress(forge(data, image=(1, 4, 8), sizes=((8, 8),)))
     with pytest.raises(DamagedStream, match="no pixels"):
-        read_stream(data[:8] + pack_section(fields) + data[53:])
+        read_stream(data[:8] + pack_section(data[12:28] + bytes(6) + data[34:49]) + data[53:])
     with pytest.raises(StreamError):  # more tiles than are there
-        LOSSY.decompress(changed(data, sizes=((9, 17),)), progress=False)
+        LOSSY.decompress(forge(data, sizes=((9, 17),)), progress=False)
     with pytest.raises(StreamError, match="limit is 0"):
         LOSSY.decompress(data, max_images=0)
 
@@ -108,9 +83,7 @@ def test_the_verbs(tmp_path, capsys):
     argv = [f"pipeline={tmp_path}/pipeline", "device=cpu"]
     own = [*argv, "lossless=true", f"images={tmp_path}/images", f"out={tmp_path}/a.smalti"]
     assert "tile=true" in fails(capsys, "compress", *own)
-    assert "tile: keeps the size" in fails(capsys, "compress", *own, "tile=true", "resize=true")
     compress_verb([*own, "tile=true"])
-    assert "3 images" in capsys.readouterr().out
     decompress_verb([*argv, f"stream={tmp_path}/a.smalti", f"out={tmp_path}/again"])
     for number, image in enumerate(images):
         assert (np.asarray(Image.open(tmp_path / "again" / f"{number}.png")) == image.movedim(0, -1).numpy()).all()
@@ -118,8 +91,7 @@ def test_the_verbs(tmp_path, capsys):
     assert "smaller than a tile" in fails(capsys, "compress", *own, "tile=true", "overwrite=true")
 
 
-def test_each_tile_has_its_class():
-    """Without labels; columns are those of its image."""
+def test_a_tile_has_the_columns_of_its_image_its_own_place_and_without_a_label_its_own_class():
     torch.manual_seed(0)
     pipe = make_conditioned(columns={**AGE, **PLACED}, outline=False)
     with torch.no_grad():
@@ -133,3 +105,7 @@ def test_each_tile_has_its_class():
     assert not read_stream(plain)[1][0].classes and len(stream) < len(plain)
     again = pipe.decompress(plain, output_type="pt", progress=False, batch_size=2, **age)
     assert all(map(torch.equal, found, again))
+    with pytest.raises(StreamError, match="another condition"):
+        pipe.decompress(stream, condition={"age": 3.0})
+    with pytest.raises(ValueError, match="where: is the place of each tile"):
+        pipe.compress(images, tile=True, condition={"where": [0.5, 0.5]})

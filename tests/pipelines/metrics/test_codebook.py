@@ -3,8 +3,6 @@
 import pytest
 import torch
 from ranks import of_ranks
-from safetensors.torch import load_file, save_file
-from small import make_tokenizer
 
 from pipelines.metrics.codebook import CodebookUse
 
@@ -43,26 +41,6 @@ def test_a_code_is_dead_once_it_is_used_less_than_a_20th_of_the_mean():
     assert expected == [0]
     use.count(torch.zeros(1, 4, 8, dtype=torch.long))
     assert not use.dead().any()
-
-
-def test_a_saved_state_continues_exactly(tmp_path):
-    batches, whole, first, second = random_batches(24, 2), *(CodebookUse(24, (15, 15)) for _ in range(3))
-    for number, tokens in enumerate(batches):
-        whole.count(tokens)
-        (first if number < 17 else second).count(tokens)
-        if number == 16:
-            save_file(first.state_dict(), tmp_path / "use.safetensors")
-            second.load_state_dict(load_file(tmp_path / "use.safetensors"))
-    assert torch.equal(second.uses, whole.uses)
-
-
-@pytest.mark.parametrize(("vocab", "levels", "steps"), [(2, 1, 0), (3, 64, 2)])
-def test_any_codebook_has_a_picture(vocab, levels, steps):
-    use, model = CodebookUse(vocab, (6,) * levels), make_tokenizer("pixels")
-    model.levels = levels
-    for _ in range(steps):
-        use.count(torch.randint(vocab, (2, levels * 2, 3)))
-    assert use.picture(model).min() < 60
 
 
 def test_two_processes_count_what_one_does():

@@ -7,8 +7,7 @@ import torch
 
 from pipelines.metrics import samples as module
 from pipelines.metrics.samples import EvaluatedSamples
-from pipelines.processes.group import ProcessGroup
-from tokenizer.spec import to_float, to_uint8
+from tokenizer.spec import to_float
 
 
 def numbered(start: int, end: int) -> torch.Tensor:
@@ -32,15 +31,3 @@ def test_each_sample_is_made_once_and_found_by_its_number():
     for count in (23, 20, 13, 3):
         rows = made.rows(lambda images: images[:, 0, :, 0], count)
         assert torch.equal(rows, numbered(0, count)[:, 0, :, 0])
-
-
-def test_a_process_stores_only_its_own_parts():
-    """The second process of two stores the second part as bytes."""
-
-    class Second(ProcessGroup):
-        def gather(self, act):
-            return [act()]
-
-    made = EvaluatedSamples(numbered, 23, Second(1, 2))
-    ((part, images),) = made._mine.items()
-    assert part == 10 and torch.equal(images, to_uint8(numbered(10, 20)))
