@@ -259,7 +259,10 @@ def test_a_run_saves_once_and_ends_when_its_launcher_is_killed(tmp_path, start_s
     wait_until(lambda: is_training(run), output)
     (worker,) = psutil.Process(launcher.pid).children()
     launcher.kill()
-    assert not psutil.wait_procs([worker], timeout=40)[1], printed_in(output)
+    running = psutil.wait_procs([worker], timeout=40)[1]
+    for process in running:
+        process.kill()
+    assert not running, printed_in(output)
     assert_saved_once(run, printed_in(output))
 
 
