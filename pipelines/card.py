@@ -16,7 +16,7 @@ from tokenizer import Tokenizer
 
 from .columns import ColumnFormat, formats_of
 from .images.origin import describe_for_card, shareable
-from .metrics.figures import DIVISION, Row, format_rows
+from .metrics.figures import DIVISION, FormattedFigure, format_rows
 from .training.schedule import describe_cut
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def format_conditions(columns: Sequence[ColumnFormat[Any]]) -> list[str]:
     return ["## Conditions", "", about, "", *head, *lines, ""]
 
 
-def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[Row]:
+def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[FormattedFigure]:
     """Return the figures of `smalti evaluate`, or those of training if it did not run."""
     if evaluation := facts.get("evaluation"):
         return format_rows(evaluation, exact=exact)
@@ -128,7 +128,7 @@ def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[Row]:
     return found
 
 
-def format_measurements(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+def format_measurements(facts: dict[str, Any], rows: Sequence[FormattedFigure]) -> list[str]:
     lines = [
         f"| {to_cell(row.title)}{ARROWS[row.figure.better]} | {to_cell(row.value)} | {to_cell(row.beside)} |"
         for row in rows
@@ -189,7 +189,7 @@ def format_run_links(facts: dict[str, Any]) -> list[str]:
 
 
 def make_metadata(
-    tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], rows: Sequence[Row], has_grid: bool
+    tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], rows: Sequence[FormattedFigure], has_grid: bool
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
@@ -223,7 +223,7 @@ def is_on_hub(source: str) -> bool:
     return bool(re.fullmatch(HUB_DATASET, source))
 
 
-def make_results(prior: Prior, facts: dict[str, Any], rows: Sequence[Row]) -> list[EvalResult]:
+def make_results(prior: Prior, facts: dict[str, Any], rows: Sequence[FormattedFigure]) -> list[EvalResult]:
     """Return the figures that belong to a task of the Hub, for a `model-index`."""
     from huggingface_hub import EvalResult
 

@@ -39,9 +39,9 @@ from .metrics.fid import Inception, load_inception
 from .metrics.figures import DIVISION, format_report
 from .metrics.likelihood import evaluate_likelihood, evaluate_nats
 from .metrics.pairs import condition_picture
-from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
+from .metrics.quality import AT_A_TIME, LEAST, compare_samples, feature_space, fixed_permutation
 from .metrics.reconstruction import SOME, evaluate_reconstruction, images_at_a_time, reconstruction_picture
-from .metrics.samples import Samples
+from .metrics.samples import EvaluatedSamples
 from .options import UsesImages, find_division
 from .processes.group import ALONE, ProcessGroup
 from .processes.launch import join_group
@@ -197,7 +197,7 @@ class Evaluation:
         self.token_facts = read_splits(Path(tokens) / SPLITS) if isinstance(tokens, str) else None
         check_classes(pipeline, self.images.train, self.images.held_out)
         most = max(LEAST, IN_MEMORY // math.prod(self.images.train.spec.shape))
-        chosen = shuffled(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values
+        chosen = fixed_permutation(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values
         self.train = self.images.train.preload(chosen, group)
         self.held_out = self.images.held_out
         if len(self.held_out) <= most:
@@ -233,7 +233,7 @@ class Evaluation:
             figures |= {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
             if LABEL in given.rows and self.train.labels is not None and self.held_out.labels is not None:
                 figures |= self.class_agreement(samples, given.rows[LABEL])
-            found, nearest = self.compare_samples(samples)
+            found, nearest = self.measure_distances(samples)
             figures, pictures = figures | found, pictures | nearest
         if inception is not None:
             splits = replace(self.images, held_out=self.held_out)
@@ -292,12 +292,12 @@ class Evaluation:
             draws.append(replace(test, tokens=encode_all(self.pipeline, self.held_out, self.group, number).tokens))
         return evaluate_nats(self.pipeline.prior, draws, self.config.num_orders, self.group)
 
-    def class_agreement(self, samples: Samples, wanted: Tensor) -> Figures:
+    def class_agreement(self, samples: EvaluatedSamples, wanted: Tensor) -> Figures:
         """Return how often a 1-nearest-neighbour classifier on training pixels assigns a sample to the requested class,
         and the same for held-out images and their reconstructions."""
         assert self.train.labels is not None and self.held_out.labels is not None
-        some = shuffled(len(self.held_out))[:SOME]
-        seen = shuffled(len(self.train))[: max(1, MAX_SEARCHED // math.prod(self.train.spec.shape))]
+        some = fixed_permutation(len(self.held_out))[:SOME]
+        seen = fixed_permutation(len(self.train))[: max(1, MAX_SEARCHED // math.prod(self.train.spec.shape))]
         known, labels = self.train.batch(seen), self.train.labels[seen]
 
         def share(parts: Sequence[T], images_of: Callable[[T], Tensor], wanted: Tensor) -> float:
@@ -314,7 +314,7 @@ class Evaluation:
             "class_agreement_known": len(seen),
         }
 
-    def compare_samples(self, samples: Samples) -> tuple[Figures, Pictures]:
+    def measure_distances(self, samples: EvaluatedSamples) -> tuple[Figures, Pictures]:
         """Return the figures of samples in the features of a small classifier, and the picture `nearest`: rows of the
         samples most likely to be copies, each above a row of their nearest training images. Empty for too few
         images."""
@@ -324,7 +324,9 @@ class Evaluation:
         source = describe_source(self.config.data.source)
         space = feature_space(self.train, self.held_out, self.config.feature_steps, source, self.group)
         features, columns = samples.rows(space, count), min(8, count)
-        figures, order, nearest = compare(space, features, self.train, self.held_out, self.reconstruct, self.group)
+        figures, order, nearest = compare_samples(
+            space, features, self.train, self.held_out, self.reconstruct, self.group
+        )
         copies, originals = samples.select(order[:16].tolist()), self.train.batch(nearest[:16])
         rows = zip(copies.split(columns), originals.split(columns), strict=True)
         parts = [(part, name) for pair in rows for part, name in zip(pair, ("sample", "nearest"), strict=True)]
@@ -406,7 +408,7 @@ def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
     return to_float(to_uint8(decoded)).cpu() if pipeline.spec.is_bytes else decoded.cpu()
 
 
-def draw_samples(pipeline: ImagePipeline, given: Given, seed: int, group: ProcessGroup = ALONE) -> Samples:
+def draw_samples(pipeline: ImagePipeline, given: Given, seed: int, group: ProcessGroup = ALONE) -> EvaluatedSamples:
     """Draw a sample for each row of `given`. Sample k uses seed + k, for any number of processes."""
 
     def draw(start: int, end: int) -> Tensor:
@@ -414,14 +416,14 @@ def draw_samples(pipeline: ImagePipeline, given: Given, seed: int, group: Proces
         tokens = pipeline(end - start, condition=given[start:end], **options).tokens
         return pipeline.decode_batch(tokens, batch_size=64, progress=False)
 
-    return Samples(draw, len(given), group)
+    return EvaluatedSamples(draw, len(given), group)
 
 
 def choose_given(pipeline: ImagePipeline, tokens: Mapping[str, TokenSplit], train: ImageDataset, count: int) -> Given:
     """Return what `count` samples are given: what is known of random training images; each class in turn if these have
     no labels. Raises `UserError` if `tokens` lack the columns of these images."""
     given, turns = Given(pipeline.columns, {}, count), torch.arange(count)
-    chosen = shuffled(len(train))[turns % len(train)]
+    chosen = fixed_permutation(len(train))[turns % len(train)]
     if pipeline.prior.config.conditions:
         given = require_rows(tokens, "train", train).given[chosen].of_columns(pipeline.columns)
     if LABEL in pipeline.columns:

@@ -74,7 +74,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, i
     with torch.no_grad():
         examples: dict[ProgramPart, Tensor] = {"encoder": example, "decoder": tokenizer.encode(example)}
     if images is not None:
-        tokenizer.check_images(images)
+        tokenizer.spec.check(images)
     some = example if images is None else torch.cat([example, images.to(example)])
     with atomic_folder(folder, kind=EXPORT) as target:
         paths = {part: target / f"{part}{EXPORT_SUFFIXES[format]}" for part in IO_NAMES}

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Strict, TypeAdapter, ValidationError
 
+from tokenizer.config import describe_problems
 from tokenizer.files import (
     FULL,
     MANIFEST,
@@ -43,7 +44,6 @@ from .config import UserError
 
 if TYPE_CHECKING:
     from filelock import SoftFileLease
-    from pydantic_core import ErrorDetails
 
     from .processes.group import ProcessGroup
 
@@ -383,19 +383,10 @@ def validate(cls: type[T], data: Any, path: Path) -> T:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise FormatError(f"{path}: {_describe(first)}") from error
+        names, cause = [str(part) for part in first["loc"]], first.get("ctx", {}).get("error")
+        if isinstance(cause, FieldError):
+            names.append(cause.field)
+            first["ctx"]["error"] = cause.problem
+        raise FormatError(f"{path}: {describe_problems('.'.join(names), [first]).removeprefix(': ')}") from error
     except UnicodeEncodeError as error:  # a `FieldError` with a lone surrogate, which pydantic cannot print
         raise FormatError(f"{path}: {error.object}") from error
-
-
-def _describe(detail: ErrorDetails) -> str:
-    names = [str(part) for part in detail["loc"]]
-    error = detail.get("ctx", {}).get("error")
-    problem = f"{detail['msg']} (found {quote(detail['input'])})"
-    if detail["type"] == "missing":
-        problem = "missing"
-    elif isinstance(error, FieldError):
-        names, problem = [*names, error.field], error.problem
-    elif error is not None:
-        problem = str(error)
-    return f"{'.'.join(names)}: {problem}" if names else problem

@@ -36,7 +36,7 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from tokenizer.spec import ImageSpec, check_output_type, select_shown, to_uint8
 
 from . import completion, representation, saving
-from .anomaly import calibrating, healing, scores
+from .anomaly import calibrating, healing, maps, scores
 from .anomaly.calibration import Calibration
 from .columns import format_of
 from .compression.coding import compress, decompress, exact_pixels, has_no_label, sizes_of, whole_image, write_tiles
@@ -524,7 +524,7 @@ class ImagePipeline:
 
     calibrate = serialized(calibrating.calibrate)
     anomaly_score = serialized(scores.anomaly_score)
-    anomaly_map = serialized(healing.anomaly_map)
+    anomaly_map = serialized(maps.anomaly_map)
     heal = serialized(healing.heal)
 
     # Images as vectors

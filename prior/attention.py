@@ -107,5 +107,4 @@ class Rotations(Constants):
 
 
 def coordinates(shape: tuple[int, ...]) -> Tensor:
-    """Return the coordinates `(N, axes)` of a grid's cells, raster order."""
     return torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in shape)).reshape(-1, len(shape))

@@ -208,7 +208,6 @@ class Prior(PretrainedModel, family="prior"):
         return 1
 
     def likelihood_pass(self, tokens: Tensor) -> None:
-        """Run one of the passes of `log_prob`, to measure its cost."""
         self.log_prob(tokens)
 
     def token_log_probs(
@@ -376,7 +375,7 @@ class Prior(PretrainedModel, family="prior"):
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The modules whose outputs `features` returns, in the order of calls; a module that is called twice is listed
-        twice. Empty for a model without layers."""
+        twice. Empty for a model without features."""
         return []
 
     @property
@@ -427,42 +426,33 @@ class Prior(PretrainedModel, family="prior"):
         release_graph()  # the graph reads weights at their old addresses
         return super()._apply(fn, recurse)
 
-    def start(self, encoded: Encoded, order: Order = None) -> Any:
+    def start(self, encoded: Encoded, order: Order = None, *, cache: bool = True) -> Any:
         """Start decoding the rows of `encoded`; return the state that `next_logits` advances. order: must come from
-        `check_order`, because a check syncs with the GPU, which a CUDA graph cannot capture."""
+        `check_order`, because a check syncs with the GPU, which a CUDA graph cannot capture. cache: False recomputes
+        the whole grid at each step, which is correct by construction."""
         partition = None if order is None else self.to_partition(order)
         with torch.no_grad():
-            cache = self.make_cache(encoded, partition)
-        if isinstance(self.output_head, Softmax) or isinstance(cache, UncachedState):
-            return cache
-        return PositionSteps(self.output_head, cache, self.config.takes_blocks)
+            state = self.make_cache(encoded, partition) if cache else None
+        if state is None:
+            inputs = {} if partition is None else self.order_inputs(partition)
+            tokens = torch.zeros(len(encoded), len(self.grid), dtype=torch.long, device=self.device)
+            return UncachedState(self, tokens, encoded, *self.to_partition(partition), inputs)
+        if isinstance(self.output_head, Softmax) or isinstance(state, UncachedState):
+            return state
+        return PositionSteps(self.output_head, state, self.config.takes_blocks)
 
     def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor:
         """Return logits `(B, n, vocab_size)` of the next block, in order, given the `tokens` `(B, m)` of the last
         block; None at the first block."""
-        if isinstance(state, UncachedState):
-            return self.next_logits_uncached(state, tokens)
-        if self.config.takes_blocks or isinstance(state, PositionSteps):
+        if self.config.takes_blocks or isinstance(state, (UncachedState, PositionSteps)):
             return state.step(tokens)
         return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Any:
         """Create the cache of a model's fast path, for what is given and a partition (None means the model's own). The
         cache's `step` maps the ids of the last positions to the outputs at the next ones (see `PositionSteps`); without
-        a head it maps `(B,)` ids to logits `(B, vocab_size)`. By default there is no fast path."""
-        return self.start_uncached(encoded, partition)
-
-    def start_uncached(self, encoded: Encoded, order: Order = None) -> UncachedState:
-        """Start decoding without a cache: every step recomputes the whole grid, which is correct by construction."""
-        partition = self.to_partition(order)
-        tokens = torch.zeros(len(encoded), len(self.grid), dtype=torch.long, device=self.device)
-        inputs = {} if order is None else self.order_inputs(partition)
-        return UncachedState(tokens, encoded, *partition, inputs)
-
-    def next_logits_uncached(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
-        at = state.advance(tokens)
-        logits = self(state.tokens.unflatten(1, self.grid.shape), state.encoded, **state.inputs)
-        return logits.take_along_dim(at[..., None], 1)
+        a head it maps `(B,)` ids to logits `(B, vocab_size)`. Returns None (the default) if there is no fast path."""
+        return None
 
     # Sampling
 

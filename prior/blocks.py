@@ -47,8 +47,7 @@ class Layer(ResidualBranches):
         super().__init__(config, q=nn.Linear(dim, dim, bias=False), kv=FusedLinear(dim, dim, parts=2, bias=False))
 
     def keys_values(self, rows: Tensor, rotations: Tensor) -> Tensor:
-        """Return keys and values `(2, B, m, heads, width)` of rows `(B, m, dim)` with rotations
-        `([B,] m, width / 2, 2)`."""
+        """Return keys, values `(2, B, m, heads, width)`. rows: `(B, m, dim)`; rotations: `([B,] m, width / 2, 2)`."""
         k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.kv(self.attention_norm(rows)).chunk(2, -1))
         return torch.stack([rotate(unit(k), rotations.unsqueeze(-3)).to(v.dtype), v])
 
@@ -127,7 +126,6 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def position_embeddings(self) -> Tensor:
-        """`(P, dim)`: the sum of each position's embeddings along the axes."""
         axes = zip(self.axis_embeddings, self.cells[1:].t(), strict=True)
         return torch.stack([table[at] for table, at in axes]).sum(0)
 

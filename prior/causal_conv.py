@@ -98,7 +98,6 @@ class CausalConv(Prior, name="causal_conv"):
         return (behind > 0) & (behind <= self.reach)
 
     def positions(self) -> Tensor:
-        """Return each target's embeddings summed over axes, `(N, dim)` in decoding order."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
     def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:

@@ -51,7 +51,6 @@ def with_random_weights(prior: Prior) -> Prior:
 
 
 def example_columns(grid: TokenGrid) -> dict[str, Column]:
-    """Return columns to check a prior with: a number, and a grid of twice the size."""
     number = NumberColumn(mean=[3.0], std=[2.0], low=[-3.0], high=[9.0])
     return {"number": number, "grid": GridColumn(grid=TokenGrid(tuple(2 * side for side in grid.shape), 3))}
 

@@ -79,8 +79,7 @@ class Column(ModelConfig):
         return self.parse_several([one.tolist() if hasattr(one, "tolist") else one for one in value])
 
     def is_of_one_image(self, value: Any) -> bool:
-        """Return whether `value` belongs to one image; otherwise it is a list with a value per image. A list belongs to
-        one image if it is nested `axes` deep, and holds no None, which would be an image without a value."""
+        """Return whether `value` is that of one image, not a list with one per image, where None means no value."""
         depth = count_axes(value)
         return not depth or (depth == self.axes and not any(one is None for one in value))
 

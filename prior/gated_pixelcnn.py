@@ -36,7 +36,6 @@ class GatedPixelCNNConfig(RowsConfig):
 
 
 def gate(x: Tensor) -> Tensor:
-    """Return tanh of the first half of the channels times sigmoid of the second."""
     a, b = x.chunk(2, -1)
     return a.tanh() * b.sigmoid()
 
@@ -105,11 +104,10 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The layers; `arrange_features` selects the horizontal map, which depends on the vertical map."""
         return list(self.layers)
 
     def arrange_features(self, output: Any) -> Tensor:
-        return super().arrange_features(output[1])
+        return super().arrange_features(output[1])  # the horizontal map, which depends on the vertical one
 
     def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         return Cache(self, encoded)

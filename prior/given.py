@@ -105,7 +105,6 @@ class Given:
         return replace(self, rows=rows, count=len(some), weights=weights)
 
     def repeat(self, times: int) -> Given:
-        """Repeat each image `times` in a row."""
         return self[torch.arange(self.count).repeat_interleave(times)]
 
     def expand(self, count: int) -> Given:

@@ -40,9 +40,8 @@ class Head(Registered, nn.Module, family="prior.heads"):
         return None
 
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """Return logits `(..., vocab_size)` of the next id at positions whose first `ids` `(..., l)` are known, l >= 0.
-
-        outputs: `(..., size)`, the network's outputs at these positions."""
+        """Return logits `(..., vocab_size)` of the next id at positions with `outputs` `(..., size)` of the network,
+        whose first `ids` `(..., l)` are known, l >= 0."""
         raise NotImplementedError
 
     def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
@@ -343,5 +342,4 @@ class Logistic(Head, name="logistic"):
         return torch.where(ids == 0, upper, torch.where(ids == self.vocab_size - 1, lower, inside))
 
     def intensities(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Convert ids to intensities in [-1, 1]."""
         return ids.to(dtype) * (2 * self.h) - 1

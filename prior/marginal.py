@@ -5,6 +5,8 @@ Initialised in closed form from counts with add-one smoothing (Laplace), once pe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,10 +68,12 @@ class Marginal(Prior, name="marginal"):
         totals = counts.sum(-1, keepdim=True) + self.grid.vocab_size
         counts.add_(1).div_(totals).log_()
 
-    def start(self, encoded: Encoded, order: Order = None) -> list[Tensor]:
+    def start(self, encoded: Encoded, order: Order = None, *, cache: bool = True) -> Any:
         """Return the blocks' logits, each `(B, n, vocab_size)`, the last block first."""
+        if not cache:
+            return super().start(encoded, order, cache=False)
         empty = torch.empty(len(encoded), 0, device=self.device)
         return list(self(empty, encoded)[:, self.order].split(self.blocks, 1))[::-1]
 
-    def next_logits(self, state: list[Tensor], tokens: Tensor | None) -> Tensor:
-        return state.pop()
+    def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor:
+        return state.pop() if isinstance(state, list) else super().next_logits(state, tokens)

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -185,7 +185,6 @@ class Masked(Prior, name="masked"):
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
     def rows_per_pass(self) -> int:
-        """Return how many rows to process together."""
         return max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // len(self.grid))
 
     # Training
@@ -292,15 +291,10 @@ class Masked(Prior, name="masked"):
         masked = options.masked_before_steps(torch.tensor([len(self.grid)], device="cpu"))[:, 0]
         return Partition(order, tuple(size for size in (masked[:-1] - masked[1:]).tolist() if size))
 
-    def start(self, encoded: Encoded, order: Order = None) -> UncachedState:
-        """Start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached, because all
-        tokens see each other."""
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> MaskedState:
+        """Start with all tokens masked; nothing can be cached, because all tokens see each other."""
         tokens = torch.full((len(encoded), len(self.grid)), self.mask, device=self.device)
-        return UncachedState(tokens, encoded, *self.to_partition(order))
-
-    def next_logits(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
-        at = state.advance(tokens)
-        return self.predict(state.tokens, state.encoded, (torch.arange(len(at), device=at.device)[:, None], at))
+        return MaskedState(self, tokens, encoded, *self.to_partition(partition))
 
     def draw(self, batch: SampleBatch, options: MaskedOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
         """Draw one block per pass, or in `steps`. (`parallel` is no faster, because each of its passes runs the network
@@ -341,6 +335,15 @@ class Masked(Prior, name="masked"):
             ids = torch.where((ids == self.mask) & (ranks < (size - masked[step + 1])[:, None]), sampled, ids)
             monitor.report(batch, ids, ids != self.mask)
         monitor.finish(batch, ids)
+
+
+class MaskedState(UncachedState):
+    """Decoding by passes over the known tokens, each of which computes the logits of one block alone."""
+
+    def step(self, tokens: Tensor | None) -> Tensor:
+        at = self.advance(tokens)
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        return cast(Masked, self.prior).predict(self.tokens, self.encoded, (rows, at))
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:

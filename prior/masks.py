@@ -44,12 +44,10 @@ def window_problem(window: Sides, dilations: Sequence[int], shape: Sides) -> str
 
 
 def tile_sides(axes: int) -> Sides:
-    """Return the sides of a tile on a grid of two or three axes."""
     return (1,) * (axes - len(TILE)) + TILE
 
 
 def covers(window: Sides, dilation: int, shape: Sides) -> bool:
-    """Return whether every window covers the whole grid."""
     return dilation == 1 and all(reach >= size - 1 for reach, size in zip(window, shape, strict=True))
 
 

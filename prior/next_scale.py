@@ -103,7 +103,6 @@ class NextScale(Prior, name="next_scale"):
 
     @property
     def position_rotations(self) -> Tensor:
-        """The rotations of queries and keys, which are the same: `(N, 2, width / 2, 2)`."""
         return self.rotations.table[:, None].expand(-1, 2, -1, -1)
 
     def scale_inputs(self, canvas: Tensor | None, k: int, count: int) -> Tensor:

@@ -51,7 +51,6 @@ class PixelCNNPPConfig(RowsConfig):
 
 
 def concat_elu(x: Tensor) -> Tensor:
-    """Apply ELU to the channels and to their negatives: `(..., dim)` to `(..., 2 * dim)`."""
     return F.elu_(torch.cat([x, -x], -1))
 
 

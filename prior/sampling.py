@@ -71,7 +71,6 @@ class SampleBatch:
         return replace(self, tokens=tokens, known=known, order=order, blocks=blocks, own_order=own)
 
     def to_raster(self, values: Tensor) -> Tensor:
-        """Rearrange `values` `(B, N)` from decoding order to raster order."""
         return torch.empty_like(values).scatter_(1, self.order.expand(values.shape), values)
 
     def partition(self, options: SamplingOptions) -> Partition | None:
@@ -277,6 +276,7 @@ def show_progress(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str =
 class UncachedState:
     """The state of uncached decoding: tokens so far `(B, N)`, raster order. inputs: other inputs of `forward`."""
 
+    prior: Prior
     tokens: Tensor
     encoded: Encoded
     order: Tensor
@@ -293,6 +293,12 @@ class UncachedState:
         begin, self.rank = self.rank, self.rank + self.blocks[self.block]
         self.block += 1
         return order[:, begin : self.rank]
+
+    def step(self, tokens: Tensor | None) -> Tensor:
+        """Return logits of the next block, from one pass over the whole grid; see `Prior.next_logits`."""
+        at = self.advance(tokens)
+        logits = self.prior(self.tokens.unflatten(1, self.prior.grid.shape), self.encoded, **self.inputs)
+        return logits.take_along_dim(at[..., None], 1)
 
 
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
@@ -338,10 +344,7 @@ def draw_blocks(
         cuts = [(begin, end) for begin, end in cuts if begin <= last]
         skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
     encoded, partition = encode_rows(prior, batch, options), batch.partition(options)
-    start, next_logits = (
-        (prior.start, prior.next_logits) if cache else (prior.start_uncached, prior.next_logits_uncached)
-    )
-    state: Any = start(encoded, partition)
+    state = prior.start(encoded, partition, cache=cache)
     noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
     sampled, tokens = batch.tokens.clone(), None
     steps = cuts if monitor is None else monitor.iterate(cuts)
@@ -349,7 +352,7 @@ def draw_blocks(
         if begin in skipped and isinstance(state, UncachedState):  # a cache would need the block's keys and values
             state.advance(tokens)
         else:
-            logits = options.guide(at_least_float32(next_logits(state, tokens)), scale)
+            logits = options.guide(at_least_float32(prior.next_logits(state, tokens)), scale)
             chosen = options.choose(logits, noise.of_ranks(begin, end))
             if some_known:
                 chosen = torch.where(batch.known[:, begin:end], sampled[:, begin:end], chosen)

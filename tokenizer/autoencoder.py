@@ -14,14 +14,13 @@ from .config import ModelConfig, Node
 from .likelihoods import Likelihood, to_values
 from .precision import at_least_float32, full_float32
 from .quantizers import Quantizer
+from .quantizers.base import QuantizerNode
 from .quantizers.ema import EMAConfig
 
 
 class DecoderConfig(TokenizerConfig):
     likelihood: Annotated[ModelConfig | None, Node("tokenizer.likelihoods:Likelihood")] = Field(
-        None,
-        description="distribution over a pixel's 256 values, required for bits per dim and lossless compression; null: "
-        "the decoder predicts a single value",
+        None, description="distribution of a pixel's 256 values, for bits per dim and lossless compression; null: none"
     )
 
     def check(self) -> Iterator[str]:
@@ -31,9 +30,7 @@ class DecoderConfig(TokenizerConfig):
 
 
 class AutoencoderConfig(DecoderConfig):
-    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description="maps vectors to ids"
-    )
+    quantizer: QuantizerNode = Field(EMAConfig(), description="maps vectors to ids")
 
 
 class Autoencoder(Tokenizer):
@@ -63,20 +60,24 @@ class Autoencoder(Tokenizer):
     @torch.no_grad()
     @full_float32()
     def encode(self, images: Tensor) -> Tensor:
-        self.check_images(images)
+        self.spec.check(images)
         return self.quantizer.encode(self._embed(images))
 
     @torch.no_grad()
     @full_float32()
     def embed(self, images: Tensor) -> Tensor:
         """Return the vectors `(B, quantizer.dim, h, w)` that `encode` quantizes."""
-        self.check_images(images)
+        self.spec.check(images)
         return self._embed(images)
 
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
-        self.grid.check(tokens)
+        self.check_tokens(tokens)
         return self._image(self._decode_tokens(tokens)).clamp(-1, 1)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise `ValueError` for tokens that cannot be decoded."""
+        self.grid.check(tokens)
 
     @full_float32()
     def decode_scales(self, tokens: Tensor, count: int) -> Tensor:
@@ -86,7 +87,7 @@ class Autoencoder(Tokenizer):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Return reconstruction, tokens and losses; clamp images only in eval mode."""
-        self.check_images(images)
+        self.spec.check(images)
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
         return self._reconstruction(images, z_q, tokens, losses)
 
@@ -134,10 +135,8 @@ class Autoencoder(Tokenizer):
         return self._decode_vectors(self.quantizer.lookup_checked(tokens.long()))
 
     def _decode_vectors(self, z_q: Tensor) -> Tensor:
-        """Return the decoder's output in float32 or float64: images, or the likelihood's parameters."""
-        dtype = next(self.decoder.parameters()).dtype
-        out = self.decoder(z_q.to(dtype))
-        return at_least_float32(out)
+        """Return images, or the likelihood's parameters, in float32 or float64."""
+        return at_least_float32(self.decoder(z_q.to(next(self.decoder.parameters()).dtype)))
 
     def _image(self, outputs: Tensor) -> Tensor:
         return (outputs if self.likelihood is None else self.likelihood.mean(outputs)).float()

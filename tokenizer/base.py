@@ -30,7 +30,6 @@ from .spec import BYTES, ImageSpec, ValueType, spec_problems
 
 
 def smallest_type(vocab_size: int) -> torch.dtype:
-    """Return the smallest unsigned integer type for ids below `vocab_size`."""
     return torch.uint8 if vocab_size <= 1 << 8 else torch.uint16 if vocab_size <= 1 << 16 else torch.uint32
 
 
@@ -160,7 +159,6 @@ class TokenizerConfig(ModelConfig):
         return ImageSpec(self.channels, height, width, dtype=self.dtype, low=low, high=high, show=self.show)
 
     def check_picture(self, what: str) -> Iterator[str]:
-        """Yield a problem unless the images have 8 bits, and 1 or 3 channels."""
         if not (spec := self.spec).is_picture:
             got = spec.describe_values() if self.channels in (1, 3) else f"{self.channels} channels"
             yield f"channels: {what} takes 8-bit images with 1 or 3 channels (got {got})"
@@ -197,7 +195,6 @@ class OuterConfig(TokenizerConfig):
 
     @classmethod
     def inner_facts(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the facts of the inner tokenizer's images, given settings that may be invalid."""
         return {name: values[name] for name in FACTS if name in values}
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,12 +260,15 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`. Raises a `ConfigError` that lists settings on which the two differ."""
-        mine, theirs = self.config.to_dict(), other.config.to_dict()
-        differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-        if differing:
-            pairs = ", ".join(f"{key} {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
-            raise ConfigError(f"{self.name}: cannot start from a tokenizer with another configuration: {pairs}")
+        self.require_equal(self.config.to_dict(), other.config.to_dict())
         self.load_state_dict(other.state_dict())
+
+    def require_equal(self, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+        """Raise a `ConfigError` that lists the settings on which a tokenizer to start from differs."""
+        differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if differing:
+            pairs = ", ".join(f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+            raise ConfigError(f"{self.name}: cannot start from a tokenizer with another configuration: {pairs}")
 
     @property
     def has_likelihood(self) -> bool:
@@ -335,9 +335,6 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)
         return patches.all(dim=4).all(dim=2).repeat(1, self.levels, 1)
-
-    def check_images(self, images: Tensor) -> None:
-        self.spec.check(images)
 
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:

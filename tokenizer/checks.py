@@ -19,8 +19,7 @@ BATCH = 16
 
 
 def describe_hidden_methods(model: nn.Module, family: type[nn.Module]) -> str | None:
-    """Describe the attributes of `model` that hide a method of its `family`, such as a layer called `start` in a prior.
-    Return None if there are none."""
+    """Describe attributes of `model` that hide a method of its `family`, such as a layer called `start`."""
     names = sorted({*vars(model), *model._modules, *model._parameters, *model._buffers})
     hidden = [name for name in names if inspect.isfunction(getattr(family, name, None))]
     methods = ", ".join(f"self.{name} hides the method {family.__name__}.{name}()" for name in hidden)
@@ -134,7 +133,6 @@ def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
 
 
 def check_losses(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
-    """Raise `ValueError` for losses that are not finite scalars, or have no weight."""
     wrong = [name for name, loss in losses.items() if loss.ndim or not bool(loss.isfinite())]
     expect(not wrong, f"losses that are not finite scalars: {', '.join(wrong)}")
     absent = [name for name in losses if name not in weights]
@@ -153,6 +151,5 @@ def problem_of(check: Callable[[], Any]) -> str | None:
 
 
 def expect(holds: bool, problem: str) -> None:
-    """Raise `ValueError` with `problem` unless `holds`."""
     if not holds:
         raise ValueError(problem)

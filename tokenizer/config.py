@@ -76,7 +76,6 @@ class Settings(BaseModel):
 
     @classmethod
     def nested(cls, name: str, value: Data) -> type[Settings] | None:
-        """Return the configuration class for `value` in the field `name`, or None."""
         field = cls.model_fields[name]
         if node := find_mark(field, Node):
             kind = value.get("kind")
@@ -90,7 +89,6 @@ def find_mark(field: FieldInfo, mark: type[T]) -> T | None:
 
 
 def type_options(hint: Any) -> list[Any]:
-    """Return the types that an annotation allows, flattening unions."""
     if get_origin(hint) is Annotated:
         return type_options(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
@@ -121,7 +119,6 @@ class Node:
         return list(self.only) or self.load().available()
 
     def find_member(self, node: Data) -> Any:
-        """Return the class of the node's kind. Raises `ValidationError`."""
         kind, family = node.get("kind"), self.load()
         if self.only and kind not in self.only:
             raise make_validation_error(("kind", f"must be {' or '.join(self.only)} (got {quote(kind)})"))
@@ -165,8 +162,7 @@ class Node:
 
 
 def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
-    """Map each `kind` that a field allows to its configuration class; a field that is not a node has the single key
-    ""."""
+    """Map each allowed `kind` to its configuration class; "" is the only key of a field that is not a node."""
     if node := find_mark(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
     models = [hint for hint in type_options(field.annotation) if is_settings(hint)]
@@ -174,7 +170,6 @@ def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
 
 
 def mapped_model(field: FieldInfo) -> type[Settings] | None:
-    """Return the configuration class of the values of a field `dict[str, Settings]`, or None."""
     values = [get_args(hint)[1] for hint in type_options(field.annotation) if get_origin(hint) is dict]
     return next((hint for hint in values if is_settings(hint)), None)
 
@@ -223,8 +218,7 @@ class Choices(Settings):
 
 @cache
 def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
-    """Derive the settings that a preset may contain: a model's configuration without facts, and with nested
-    configurations as nodes. doc: the model's docstring."""
+    """Derive what a preset may set: a configuration without facts, with nested ones as nodes. doc: the model's."""
     fields: Data = {"kind": (Literal[config.kind], config.kind)}
     for name, field in config.model_fields.items():
         hint: Any = field.annotation
@@ -265,8 +259,7 @@ def with_defaults(cls: type[Settings], data: Data) -> Data:
 
 
 def merge(old: Data, new: Data) -> Data:
-    """Merge `new` into `old`, mappings key by key. A node whose `kind` changes is replaced. A string in place of a node
-    is read as its kind."""
+    """Merge `new` into `old`, mappings key by key; a node whose `kind` changes is replaced."""
     if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
         old = {}
     nodes = [key for key, value in old.items() if isinstance(value, dict) and "kind" in value]
@@ -293,6 +286,7 @@ TYPES = {
     "string_type": "text",
     "tuple_type": "a list",
     "list_type": "a list",
+    "dataclass_type": "a mapping of keys",
     "dict_type": "a mapping of keys",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
@@ -305,8 +299,7 @@ def explain(
     error: ValidationError,
     search: Callable[[str, Any], list[str]] | None = None,
 ) -> list[str]:
-    """Describe pydantic's errors about `data`, one line per key, for at most 20 keys. search: returns the lines for an
-    unknown key outside models."""
+    """Describe pydantic's errors about `data`, one line a key. search: describes an unknown key outside models."""
     details: dict[str, list[ErrorDetails]] = {}
     owners: dict[str, type[Any]] = {}
     for detail in error.errors(include_url=False):
@@ -326,8 +319,7 @@ def explain(
 
 
 def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[Any]]:
-    """Convert pydantic's `location` to a dotted key and the configuration class that owns it, dropping union branches
-    and list positions."""
+    """Convert pydantic's `location` to a dotted key, without union branches and list positions, and its owner."""
     keys: list[str] = []
     owner: type[Any] = cls
     model: type[Any] | None = cls
@@ -362,8 +354,7 @@ def describe_unknown_key(model: type[Any], key: str) -> str:
 
 
 def describe_problems(key: str, details: list[ErrorDetails]) -> str:
-    """Describe the problems of one key. If all branches of a union failed, omit type errors where other errors
-    exist."""
+    """Describe the problems of one key; if all branches of a union failed, other errors before those of type."""
     details = [detail for detail in details if detail["type"] != "too_short"] or details  # too_short says least
     problems = [describe_problem(detail) for detail in details if detail["type"] not in TYPES]
     if problems:
@@ -381,6 +372,8 @@ def describe_problem(detail: ErrorDetails) -> str:
         return str(detail["ctx"]["error"])
     if kind == "problem":  # from `make_validation_error`
         return detail["msg"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return "unknown key"
     if kind == "missing" and isinstance(detail["loc"][-1], str):
         return "missing"
     if kind in ("missing", "too_short", "too_long"):  # from a list
@@ -389,7 +382,6 @@ def describe_problem(detail: ErrorDetails) -> str:
 
 
 def make_validation_error(*problems: Sequence[str]) -> ValidationError:
-    """Build one error from several problems, each a dotted key and a sentence."""
     details = [
         InitErrorDetails(
             type=PydanticCustomError("problem", "{problem}", {"problem": problem}),

@@ -82,7 +82,6 @@ class PatchCritic(nn.Module):
         return side
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the logits for this image size. Raises `ValueError` if it is too small."""
         if min(height, width) < self.smallest:
             raise ValueError(
                 f"a critic with {len(self.strides) - 2} layers needs at least {self.smallest} pixels per side "
@@ -118,7 +117,6 @@ def hinge_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """-E[D(G(z))]."""
     return -fake.mean()
 
 
@@ -128,7 +126,6 @@ def non_saturating_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def non_saturating_generator_loss(fake: Tensor) -> Tensor:
-    """-E[log s(D(G(z)))]."""
     return F.softplus(-fake).mean()
 
 

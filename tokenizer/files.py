@@ -129,7 +129,6 @@ def stat_file(path: Path | str) -> os.stat_result:
 
 
 def is_file(path: Path | str) -> bool:
-    """Return whether `path` is a regular file. Raises `UnreadableError` if that is unknown."""
     try:
         stat_file(path)
     except UnreadableError:
@@ -160,7 +159,6 @@ def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
 
 
 def check_format_version(data: dict[str, Any], expected: int, path: Path) -> None:
-    """Raise `FormatError` unless `format_version` in `data`, the content of `path`, is `expected`."""
     found = data.get("format_version")
     if type(found) is not int or found != expected:
         newer = "; a newer Smalti is needed" if type(found) is int and found > expected else ""
@@ -210,8 +208,7 @@ def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> di
 
 
 def find_local_folder(path: Path) -> bool:
-    """Return whether `path` is a folder, waiting briefly if it is being replaced. Raises `PathError` if a process was
-    killed while replacing it."""
+    """Return whether `path` is a folder; wait while it is being replaced. Raises `PathError` if that never ended."""
     for _ in range(20):
         if os.path.isdir(path):  # unlike `stat`, accepts null characters
             return True
@@ -222,13 +219,11 @@ def find_local_folder(path: Path) -> bool:
 
 
 def folders_aside(path: Path) -> list[Path]:
-    """Return the folders that an interrupted replacement of `path` moved aside."""
     return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`, which reads files of `folder`; retry if a run replaces the folder in the meantime. Raises
-    `UnreadableError` if it is replaced during every attempt."""
+    """Return `read()`, which reads files of `folder`; retry a few times if a run replaces the folder meanwhile."""
     for _ in range(READS):
         find_local_folder(folder)
         before = _identity(folder)
@@ -310,7 +305,6 @@ class FolderKind:
     may_hold: Callable[[str], bool] | None = None
 
     def find_problem(self, folder: Path, names: list[str]) -> str | None:
-        """Return why `folder`, which holds the files `names`, may not be replaced, or None."""
         try:
             if self.marker and not self.is_ours(read_json(folder / self.marker)):
                 return f"it holds {summarize(names)}, and its {self.marker} is not that of {self.title}"
@@ -368,7 +362,6 @@ def list_contents(folder: Path) -> list[str]:
 
 
 def summarize(names: list[str]) -> str:
-    """Return the first name and the number of further names."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{quote(names[0])}{more}"
 
@@ -450,7 +443,6 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
 
 
 def _suggest_folder(path: Path) -> str:
-    """Suggest the folder beside a missing `path` with the most similar name, or return ""."""
     folders = [other.name for other in path.parent.glob("*/")]
     near = difflib.get_close_matches(path.name, folders, 1, 0.75)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -509,7 +501,6 @@ def push_folder(
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of a Hub client's error message."""
     if type(error).__name__ == "LocalEntryNotFoundError":  # its message has several lines of advice for programmers
         return "it is not in the cache, and the Hub was not reached"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -85,7 +85,7 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         return made.train(tokenizer.training)
 
     def encode(self, images: Tensor) -> Tensor:
-        self.check_images(images)
+        self.spec.check(images)
         return self.join(self.tokenizer.encode(images.flatten(0, 1)))
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruct clips; the losses are those of all frames."""
-        self.check_images(images)
+        self.spec.check(images)
         frames, tokens, losses = self.tokenizer(images.flatten(0, 1))
         return Reconstruction(self.join(frames), self.join(tokens), losses)
 
     def initialize(self, images: Tensor) -> None:
-        self.check_images(images)
+        self.spec.check(images)
         self.tokenizer.initialize(images.flatten(0, 1))
 
     def join(self, frames: Tensor) -> Tensor:

@@ -33,14 +33,10 @@ class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
     beta: float = Field(
         0.02,
         ge=0,
-        description="weight of the KL in nats per pixel channel; use 1 with a likelihood, and twice the final squared "
-        "error with l2",
+        description="weight of the KL in nats per pixel channel: 1 with a likelihood, else twice the final l2",
     )
     free_bits: float = Field(
-        0.0,
-        ge=0,
-        description="KL per latent dimension (nats, averaged over a batch) that is not penalised, which prevents "
-        "collapsed dimensions (Kingma et al. 2016)",
+        0.0, ge=0, description="nats per latent dimension that cost nothing, against collapse (Kingma et al. 2016)"
     )
     bins: int = Field(16, ge=2, le=4096, description="ids per dimension, equally probable under N(0, 1)")
 
@@ -58,9 +54,8 @@ class KLVAE(Autoencoder, name="klvae"):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Return the reconstruction, the tokens of the means, and the loss `kl` (and `nll` with a likelihood) in nats
-        per pixel channel. Training decodes a sample, drawn by torch's global generator; eval mode, the binned mean."""
-        self.check_images(images)
+        """Training decodes a sample of the posterior, drawn by torch's global generator; eval mode the binned mean."""
+        self.spec.check(images)
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
         z = sample_gaussian(mean, log_variance) if self.training else z_q
@@ -72,8 +67,7 @@ class KLVAE(Autoencoder, name="klvae"):
         return mean, log_variance.clamp(*LOG_VARIANCES)
 
     def kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Return KL(q || N(0, 1)), a scalar in nats per pixel channel: the sum over dimensions of the batch's means,
-        each at least `free_bits`."""
+        """Return KL(q || N(0, 1)) in nats per pixel channel; each dimension costs at least `free_bits`."""
         each = gaussian_kl(mean, log_variance).mean((0, 2, 3)).clamp(min=self.config.free_bits)
         return each.sum() / (self.config.channels * self.config.factor**2)
 
@@ -133,7 +127,6 @@ class Bins(Quantizer):
         return Quantized(straight_through(z, self.lookup_checked(tokens)), tokens, {})
 
     def _ids(self, rows: Tensor) -> Tensor:
-        """Return the bins of `rows` (dim, n): the number of edges at or below each value."""
         return torch.searchsorted(self.edges, rows.contiguous(), right=True)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:

@@ -28,10 +28,7 @@ LAST, LAST_OF_LIKELIHOOD = 8, 32
 class ConvolutionsConfig(TokenizerConfig):
     factor: Literal[2, 4, 8, 16] = Field(4, description="image pixels per token along each side")
     widths: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
-        (128,),
-        min_length=1,
-        description="channels at each resolution, finest first; each additional resolution halves the patch of the "
-        "first layer",
+        (128,), min_length=1, description="channels at each resolution, finest first; each more halves the patch"
     )
     blocks: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
         (2,), min_length=1, description="residual blocks at each resolution; a single number applies to all"
@@ -39,14 +36,14 @@ class ConvolutionsConfig(TokenizerConfig):
     attention: bool = Field(False, description="self-attention at the token resolution")
     upsampling: Literal["nearest", "subpixel"] = Field(
         "subpixel",
-        description="how the decoder upsamples: `subpixel` shuffles channels into pixels (Shi et al. 2016), with "
-        "narrow convolutions at each resolution; `nearest` repeats pixels and predicts each patch with one convolution",
+        description="`subpixel` shuffles channels into pixels (Shi et al. 2016), with narrow convolutions at "
+        "each resolution; `nearest` repeats pixels and predicts each patch with one convolution",
     )
     tail: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
         None,
-        description="with `subpixel`, channels at each resolution inside a patch, coarsest first; null: 96 at 1/8 of "
-        "the image's resolution, 48 at 1/4, 24 at 1/2, and 8 at full resolution (32 with more than 3 outputs per "
-        "pixel)",
+        description="with `subpixel`, channels at each resolution inside a patch, coarsest first; null: 96 "
+        "at 1/8 of the image's resolution, 48 at 1/4, 24 at 1/2, 8 at the whole (32 with more than 3 outputs "
+        "per pixel)",
     )
 
     @property
@@ -251,8 +248,7 @@ def default_tail(outputs: int, patch: int) -> tuple[int, ...]:
 
 
 def upsampling_tail(outputs: int, width: int, tail: tuple[int, ...]) -> list[nn.Module]:
-    """Build layers from `(B, width, h, w)` to `(B, outputs, H, W)` that double the sides `len(tail)` times, with narrow
-    convolutions at each resolution, and only one at the image's, where they cost most."""
+    """Build layers that double the sides of `(B, width, h, w)` `len(tail)` times, with narrow convolutions."""
     layers: list[nn.Module] = []
     for index, narrow in enumerate(tail):
         layers += [Shuffle(width, narrow), *([NarrowBlock(narrow)] if index < len(tail) - 1 else []), nn.SiLU()]

@@ -65,12 +65,7 @@ def to_values(images: Tensor) -> Tensor:
 
 
 def to_intensities(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Invert `to_values`."""
     return values.to(dtype) / 127.5 - 1
-
-
-class CategoricalConfig(ModelConfig):
-    """No settings."""
 
 
 class Categorical(Likelihood, name="categorical"):
@@ -79,14 +74,13 @@ class Categorical(Likelihood, name="categorical"):
     Channels are independent given the tokens.
     """
 
-    Config = CategoricalConfig
+    Config = ModelConfig
 
-    def __init__(self, config: CategoricalConfig, channels: int) -> None:
+    def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__(config, channels)
         self.num_parameters = channels * LEVELS
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Return the expected image, `(B, C, H, W)` in [-1, 1]."""
         shares = parameters.float().unflatten(1, (self.channels, LEVELS)).softmax(2)
         intensities = to_intensities(torch.arange(LEVELS, device=parameters.device), shares.dtype)
         with torch.autocast(parameters.device.type, enabled=False):  # autocast would compute the mean in bfloat16

@@ -333,7 +333,6 @@ model = {Family}.from_pretrained("this folder or Hub id")
 
 
 def weights_name(variant: str | None) -> str:
-    """Return the file name of the weights. Raises `ValueError` for an unknown variant."""
     if variant is None:
         return WEIGHTS
     if variant not in VARIANTS:
@@ -342,7 +341,6 @@ def weights_name(variant: str | None) -> str:
 
 
 def weights_names(variant: str | None = None) -> list[str]:
-    """Return the possible file names of the weights; None allows any variant."""
     return [weights_name(None), *map(weights_name, VARIANTS)] if variant is None else [weights_name(variant)]
 
 

@@ -42,7 +42,7 @@ class Palette(Tokenizer, name="palette"):
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Fit the palette to `images` `(B, C, H, W)`. Raises `ConfigError` if they have too few colours."""
-        self.check_images(images)
+        self.spec.check(images)
         points, counts = distinct_colors(images)
         if len(points) < self.config.colors:
             raise ConfigError(
@@ -53,14 +53,12 @@ class Palette(Tokenizer, name="palette"):
         self.table.copy_(colors[colors.sum(1).argsort(stable=True)])
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the ids of the nearest colours, `(B, H, W)`. Raises `ValueError` for images of another size."""
-        self.check_images(images)
+        self.spec.check(images)
         with full_float32(), torch.autocast(images.device.type, enabled=False):  # to distinguish similar colours
             ids = nearest_codes(rows_of(images.float()), self.table.float())
         return ids.reshape(images.shape[0], *self.grid.shape)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Look up the colours, `(B, C, H, W)`. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return F.embedding(tokens.long(), self.table).movedim(-1, 1).float().clamp(-1, 1)
 
@@ -70,8 +68,7 @@ class Palette(Tokenizer, name="palette"):
 
 
 def lattice(count: int, channels: int) -> Tensor:
-    """Return `count` distinct colours `(count, channels)` in [-1, 1], chosen evenly from the smallest regular grid with
-    enough points."""
+    """Return distinct colours `(count, channels)` in [-1, 1], evenly from the smallest regular grid that has enough."""
     side = next(side for side in range(2, count + 1) if side**channels >= count)
     axes = torch.linspace(-1, 1, side).expand(channels, side)
     points = torch.cartesian_prod(*axes).reshape(-1, channels)

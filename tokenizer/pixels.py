@@ -19,19 +19,11 @@ MAX_IDS = 1 << 16
 
 class PixelsConfig(TokenizerConfig):
     levels: int = Field(
-        256,
-        ge=2,
-        le=256,
-        description="number of intensities per channel; 256 represents 8-bit images exactly, 2 thresholds them at mid "
-        "grey",
+        256, ge=2, le=256, description="intensities per channel; 256: exact 8-bit images, 2: a threshold at mid grey"
     )
 
     patch: int = Field(
-        1,
-        ge=1,
-        le=4,
-        description="side of the squares of grey pixels that share an id, of which there are levels^(patch x patch): "
-        "black and white images with patch=2 have a quarter of the tokens, with 16 ids",
+        1, ge=1, le=4, description="side of the squares of grey pixels that share one of levels^(patch x patch) ids"
     )
 
     @property
@@ -49,7 +41,6 @@ class PixelsConfig(TokenizerConfig):
             yield f"patch: {self.levels} levels in {self.patch} x {self.patch} pixels are more than {MAX_IDS:,} ids"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON values, without `patch` if an id is one pixel."""
         found = super().to_dict()
         if self.patch == 1:
             del found["patch"]
@@ -80,7 +71,7 @@ class Pixels(Tokenizer, name="pixels"):
 
     def encode(self, images: Tensor) -> Tensor:
         """Return ids `(B, *grid.shape)`, rounding half up. Raises `ValueError` for images of another size."""
-        self.check_images(images)
+        self.spec.check(images)
         levels = self._nearest(images.float())
         if self.config.patch == 1:
             return levels.transpose(1, 2).flatten(1, 2)
@@ -103,14 +94,12 @@ class Pixels(Tokenizer, name="pixels"):
         return self.config.levels == 256
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Return -log(number of 8-bit values that share the level), `(B, C, H, W)` nats; -inf where the image has
-        another level."""
+        """Return -log(number of 8-bit values that share the level), or -inf where the image has another level."""
         levels = self._to_levels(tokens.long())
         inside = -in_finest(self.sizes).log()[levels]
         return torch.where(self._nearest(images.float()) == levels, inside, -torch.inf).float()
 
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """Return log p of all values, `(B, 256, H, W)` nats; -inf for values of other levels."""
         ids = self._to_levels(tokens.long())[:, channel, None]
         every = self._nearest(torch.arange(256, device=ids.device) / 127.5 - 1)[None, :, None, None]
         return torch.where(every == ids, -in_finest(self.sizes).log()[ids], -torch.inf)
@@ -130,7 +119,6 @@ class Pixels(Tokenizer, name="pixels"):
         return squares.transpose(2, 3).flatten(3)
 
     def _place_values(self, like: Tensor) -> Tensor:
-        """Return what each pixel's level counts in an id, `(patch * patch,)` int64."""
         return self.config.levels ** torch.arange(self.config.patch**2, device=like.device)
 
     def _to_levels(self, tokens: Tensor) -> Tensor:

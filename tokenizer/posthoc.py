@@ -29,12 +29,7 @@ class PosthocConfig(OuterConfig):
     inner = "vae"
     default = "klvae"
 
-    bins: int = Field(
-        16,
-        ge=2,
-        le=4096,
-        description="ids per latent dimension, equally probable over the training images; overrides the VAE's setting",
-    )
+    bins: int = Field(16, ge=2, le=4096, description="ids per latent dimension, equally probable over training images")
     vae: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer", only=("klvae",))] = Field(
         None, description="the VAE; null: default sizes"
     )
@@ -57,28 +52,20 @@ class Posthoc(Tokenizer, name="posthoc"):
         self.register_buffer("started", torch.zeros((), dtype=torch.long))  # 1 if the VAE is trained
 
     def start_from(self, other: Tokenizer) -> None:
-        """Copy the weights of `other`, a trained `klvae` or `posthoc` tokenizer. Raises `ConfigError` for another kind
-        or other sizes."""
+        """Copy the weights of `other`, a trained `klvae` or `posthoc` tokenizer of the same sizes."""
         vae = other.vae if isinstance(other, Posthoc) else other
         if not isinstance(vae, KLVAE):
             raise ConfigError(f"posthoc: needs a trained {KLVAE.name} to start from, got a {other.name!r} tokenizer")
-        theirs, ours = vae.config.to_dict(), self.vae.config.to_dict()
-        differing = [
-            f"vae.{name} is {theirs.get(name)} there, {ours.get(name)} here"
-            for name in SIZES
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differing:
-            raise ConfigError(f"posthoc: the {KLVAE.name} to start from has other sizes: {', '.join(differing)}")
+        both = (self.vae.config.to_dict(), vae.config.to_dict())
+        self.require_equal(*({f"vae.{name}": settings.get(name) for name in SIZES} for settings in both))
         bins = {f"quantizer.{key}": value for key, value in self.vae.quantizer.state_dict().items()}
         self.vae.load_state_dict({**vae.state_dict(), **bins})
         self.started.fill_(1)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Fit the bins to posterior samples of `images` `(B, C, H, W)`, with a fixed seed. Raises `ConfigError` if the
-        VAE is untrained or there are more bins than latent vectors."""
-        self.check_images(images)
+        """Fit the bins to posterior samples of `images`, with a fixed seed. Raises `ConfigError`."""
+        self.spec.check(images)
         if not self.started:
             raise ConfigError(
                 f"posthoc: the VAE is untrained; set init=FOLDER to the folder of a trained {KLVAE.name} tokenizer"

@@ -36,7 +36,6 @@ def full_float32() -> Iterator[None]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert `x` to float32, unless it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -44,7 +43,6 @@ WITHOUT_FLOAT64 = {"mps"}  # Apple's GPUs
 
 
 def finest(device: torch.device) -> torch.dtype:
-    """Return the most precise type of `device`: float64, or float32 on an Apple GPU."""
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
@@ -54,8 +52,7 @@ def in_finest(x: Tensor) -> Tensor:
 
 
 class Constants(nn.Module):
-    """A module whose buffers keep 32 bits or more, whatever the type of the weights: years, for example, need more than
-    bfloat16."""
+    """A module whose buffers keep 32 bits or more, whatever the type of the weights: years need more than bfloat16."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = dict(self.named_buffers(recurse=False))

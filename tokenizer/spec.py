@@ -198,7 +198,6 @@ def spec_problems(
 
 
 def check_output_type(output_type: str, *others: str) -> None:
-    """Raise `ValueError` for an unknown output type. others: further valid types."""
     allowed = [*OUTPUT_TYPES, *others]
     if output_type not in allowed:
         *most, last = map(repr, allowed)
@@ -227,7 +226,6 @@ def select_shown(images: Tensor, show: Sequence[int] | None = None) -> Tensor:
 
 
 def draw_pictures(pixels: NDArray[np.uint8]) -> Any:
-    """Return uint8 pixels (..., H, W, 1 or 3) as nested lists of PIL images."""
     from PIL import Image
 
     if pixels.ndim > 3:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from .autoencoder import Autoencoder
 from .files import ConfigError
 from .layers import Unshuffle
-from .precision import full_float32
 from .vit import Block, ViTConfig
 
 Keep = Literal["uniform", "powers"]
@@ -42,8 +41,8 @@ class TiTokConfig(ViTConfig):
     registers: int = Field(16, ge=1, le=4096, description="number of tokens per image; at most one per pixel")
     keep: Keep | None = Field(
         None,
-        description="in training the decoder sees only the first k registers of an image; uniform: k is any of 1 to "
-        "registers; powers: k is 1, 2, 4, ... or registers; null: it sees all, and prefixes cannot be decoded",
+        description="in training the decoder sees the first k registers of an image; uniform: k is any of 1 "
+        "to registers; powers: 1, 2, 4, ... or registers; null: all, and prefixes cannot be decoded",
     )
 
     def check(self) -> Iterator[str]:
@@ -77,22 +76,13 @@ class TiTok(Autoencoder, name="titok"):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Center each register's output on its mean over `images` `(B, C, H, W)`, unless the tokenizer is trained.
-        Raises `ValueError` for images of another size."""
-        self.check_images(images)
+        """Center each register's output on its mean over `images`, unless the tokenizer is trained."""
+        self.spec.check(images)
         if not bool(self.encoder.center.any()):
             parts = [self._embed(part.to(self.device)).float().sum(0) for part in images.split(IMAGES_AT_A_TIME)]
             self.encoder.center.copy_(torch.stack(parts).sum(0).t() / len(images))
 
-    @full_float32()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Return images clamped to [-1, 1]. tokens: `(B, *grid.shape)`, or with `keep` the first k, `(B, k)`. Raises
-        `ValueError` for ids out of range or another number of tokens."""
-        self.check_tokens(tokens)
-        return self._image(self._decode_tokens(tokens)).clamp(-1, 1)
-
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise `ValueError` unless `tokens` holds all tokens of each image, or with `keep` a prefix."""
         most = len(self.grid)
         count = tokens.shape[1] if tokens.ndim == 2 else most
         if count != most and not (self.prefixes and 1 <= count <= most):
@@ -151,8 +141,7 @@ class PatchDecoder(Tower):
         return self.attend(rows).unflatten(1, self.sides).movedim(-1, 1)
 
     def mask_rest(self, rows: Tensor, keep: Keep) -> Tensor:
-        """Pad `(B, k, dim)` to `(B, K, dim)` with the mask vector. In training, mask all but a random prefix of each
-        image, drawn from torch's global generator."""
+        """Pad to `(B, K, dim)` with the mask vector; in training, mask all but a random prefix of each image."""
         count, registers = rows.shape[1], len(self.positions)
         mask = self.mask.to(rows.dtype)
         if count < registers:

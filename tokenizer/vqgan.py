@@ -16,22 +16,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .config import ModelConfig, Node
 from .layers import Upsample, norm, one_head_attention
+from .quantizers.base import QuantizerNode
 from .quantizers.vq import VQConfig
 
+Width = Annotated[int, Field(ge=1, le=4096)]
 LevelNumbers = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class LevelsConfig(AutoencoderConfig):
-    widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+    widths: tuple[Width, ...] = Field(
         (128, 128, 256, 256, 512),
         min_length=1,
-        description="channels at each level, finest first; each additional level halves the token grid's sides",
+        description="channels at each level, finest first; each further one halves the sides",
     )
-    stem: int | None = Field(
-        None, ge=1, le=4096, description="channels of the encoder's first convolution; null: as at the finest level"
-    )
+    stem: int | None = Field(None, ge=1, le=4096, description="channels of the first convolution; null: widths[0]")
     groups: int = Field(32, ge=1, le=4096, description="groups of each group normalisation")
 
     @property
@@ -57,25 +56,16 @@ class LevelsConfig(AutoencoderConfig):
 class NetworkConfig(LevelsConfig):
     """Sizes of the networks; the defaults match the paper's ImageNet model with 16x16 ids."""
 
-    blocks: int = Field(
-        2, ge=1, le=64, description="residual blocks at each level of the encoder; the decoder has one more"
-    )
+    blocks: int = Field(2, ge=1, le=64, description="residual blocks at each encoder level; the decoder has one more")
     encoder_attention: LevelNumbers | None = Field(
-        (-1,),
-        description="encoder levels with self-attention after every block (0 is the finest, -1 the coarsest); null: "
-        "none",
+        (-1,), description="encoder levels with self-attention after every block (0 is the finest, -1 the coarsest)"
     )
     decoder_attention: LevelNumbers | None = Field(
-        (-1,),
-        description="decoder levels with self-attention after every block, numbered like the encoder's; null: none",
+        (-1,), description="decoder levels with self-attention after every block, numbered like the encoder's"
     )
     mid_attention: bool = Field(True, description="self-attention between the two blocks at the token resolution")
-    z_channels: int = Field(
-        256, ge=1, le=4096, description="channels between the network and the projection to the quantizer"
-    )
-    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        VQConfig(codes=1024, dim=256), description="maps vectors to ids"
-    )
+    z_channels: int = Field(256, ge=1, le=4096, description="channels between the network and the quantizer's layers")
+    quantizer: QuantizerNode = Field(VQConfig(codes=1024, dim=256), description="maps vectors to ids")
 
     def check(self) -> Iterator[str]:
         yield from super().check()
@@ -86,11 +76,7 @@ class NetworkConfig(LevelsConfig):
 
 
 class VQGANConfig(NetworkConfig):
-    unit_codes: bool = Field(
-        False,
-        description="scale codes to length 1 before the decoder, whatever quantizer.normalize is (transformers' "
-        "JanusVQVAE)",
-    )
+    unit_codes: bool = Field(False, description="decode codes of length 1, as transformers' JanusVQVAE does")
 
 
 class VQGAN(Autoencoder, name="vqgan"):
@@ -219,7 +205,6 @@ class Downsample(nn.Sequential):
 
 
 def middle(width: int, attention: bool, groups: int) -> nn.Sequential:
-    """Build the middle layers at the token resolution: block, attention, block."""
     between = Attention(width, groups) if attention else nn.Identity()
     return nn.Sequential(Block(width, width, groups), between, Block(width, width, groups))
 

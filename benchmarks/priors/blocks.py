@@ -18,24 +18,30 @@ exactly (on 500 images).
 
 Samples of the first seed: `samples` images without guidance. agreement: share that a small classifier of decoded
 training tokens assigns to the requested class; Frechet: distance between its features of samples and of as many decoded
-training images; judge: bits per token of the samples under another `gpt` (seed 9), which favours samples of a `gpt`.
-The last row is for decoded held-out images.
+training images; other gpt: bits per token of the samples under a second `gpt` (seed 9), which favours samples of its
+kind. The last row is for decoded held-out images.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from benchmarks.support.options import ROOT, read_options, use_threads
 from benchmarks.support.runs import train_once
-from benchmarks.support.tables import table_head, table_row, with_interval, write_json
+from benchmarks.support.tables import cache_json, table_head, table_row, with_interval
 from benchmarks.support.timing import seconds_of
+from pipelines import ImagePipeline
+from pipelines.metrics.frechet import frechet_distance
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.metrics.quality import train_classifier
+from pipelines.tokens import load_tokens
 
-JUDGE, TIMED, EXACT_ROWS, TRAINING, CLASSIFIER_STEPS = 9, 64, 500, 10_000, 1500
+OTHER_SEED, TIMED, EXACT_ROWS, TRAINING, CLASSIFIER_STEPS = 9, 64, 500, 10_000, 1500
 OPTIONS = {
     "tokens": str,
     "config": "configs/prior/gpt_fashion_mnist.yaml",
@@ -50,7 +56,6 @@ OPTIONS = {
 
 
 def train(kind: str, order: str, seed: int, options: SimpleNamespace) -> Path:
-    """Train a prior, unless it is already trained; return the folder of the run."""
     name = kind if kind != "blocks" else f"blocks-{order.replace(':', '-').replace('/', '_')}"
     run = Path(options.out) / name / f"seed{seed}"
     more = [f"tokens={options.tokens}", f"model.kind={kind}", f"model.order={order}", f"train.seed={seed}"]
@@ -59,14 +64,6 @@ def train(kind: str, order: str, seed: int, options: SimpleNamespace) -> Path:
     more += options.changes
     train_once("train_prior", ROOT / options.config, options.steps, run, *more, never=("preview", "save"))
     return run
-
-
-def cache_json(path: Path, measure: Any) -> dict[str, Any]:
-    """Return the result of `measure()`, cached in `path`."""
-    if not path.is_file():
-        print(f"measuring {path.parent}", file=sys.stderr, flush=True)
-        write_json(measure(), path)
-    return json.loads(path.read_text())
 
 
 class Pictures:
@@ -81,52 +78,36 @@ class Pictures:
         return len(self.images)
 
     def batch(self, rows: Any) -> Any:
-        import torch
-
         return self.images[torch.as_tensor(rows)]
 
 
 class SampleMetrics:
     """Metrics of samples: a classifier of decoded training tokens, its features, and another prior."""
 
-    def __init__(self, pipe: Any, judge: Any, data: Any, samples: int) -> None:
-        from pipelines.metrics.quality import train_classifier
-
+    def __init__(self, pipe: Any, other_gpt: Any, data: Any, samples: int) -> None:
         pictures: Any = Pictures(pipe, data.splits["train"], TRAINING, data.class_names)
-        self.net, self.judge, self.samples = train_classifier(pictures, CLASSIFIER_STEPS), judge, samples
+        self.net, self.other_gpt, self.samples = train_classifier(pictures, CLASSIFIER_STEPS), other_gpt, samples
         self.known = self.features(pictures.images[:samples])
 
     def features(self, images: Any) -> Any:
-        """Return the classifier's features `(n, d)`."""
-        import torch
-
         with torch.inference_mode():
             return torch.cat([self.net.features(part) for part in images.split(500)])
 
     def __call__(self, pipe: Any, tokens: Any, labels: Any) -> dict[str, float]:
         """Measure tokens `(n, *grid.shape)` with labels `(n,)`."""
-        import math
-
-        import torch
-
-        from pipelines.metrics.frechet import frechet_distance
-
         images = pipe.decode(tokens, output_type="pt")
         with torch.inference_mode():
             found = torch.cat([self.net(part).argmax(1) for part in images.split(500)])
             parts = zip(tokens.split(250), labels.split(250), strict=True)
-            nats = torch.cat([self.judge.log_prob(part, ids) for part, ids in parts])
+            nats = torch.cat([self.other_gpt.log_prob(part, ids) for part, ids in parts])
         return {
             "agreement": float((found == labels).double().mean()),
             "frechet": frechet_distance(self.features(images), self.known),
-            "judge": -float(nats.double().mean()) / len(self.judge.grid) / math.log(2),
+            "other_gpt": -float(nats.double().mean()) / len(self.other_gpt.grid) / math.log(2),
         }
 
 
 def sample_tokens(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
-    """Sample tokens, classes in turn; return tokens and labels."""
-    import torch
-
     labels = torch.arange(count) % max(1, pipe.prior.num_classes)
     return pipe(
         count, labels.tolist(), seed=0, guidance_scale=1.0, output_type="pt", progress=False, **how
@@ -134,9 +115,6 @@ def sample_tokens(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
 
 
 def time_sampling(pipe: Any, **how: Any) -> dict[str, Any]:
-    """Measure the seconds for 64 images, and the passes per image."""
-    import torch
-
     labels, rows = torch.arange(TIMED) % max(1, pipe.prior.num_classes), list[int]()
     hook = pipe.prior.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     (seconds,) = seconds_of([lambda: pipe.prior.sample(TIMED, labels, **how)], 3)
@@ -146,9 +124,6 @@ def time_sampling(pipe: Any, **how: Any) -> dict[str, Any]:
 
 def measure_prior(run: Path, data: Any, metrics: SampleMetrics | None) -> dict[str, Any]:
     """Measure bits and passes of a run; with `metrics` also samples and speed."""
-    from pipelines import ImagePipeline
-    from pipelines.metrics.likelihood import bits_per_token
-
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     split = data.splits["test"]
     found = cache_json(run / "bits.json", lambda: {"bits": bits_per_token(pipe.prior, split)})
@@ -163,16 +138,10 @@ def measure_masked(
     run: Path, data: Any, metrics: SampleMetrics | None, steps: int, order: str
 ) -> dict[str, dict[str, Any]]:
     """Measure a masked prior twice: by confidence in `steps` steps, and exactly along an order."""
-    from pipelines import ImagePipeline
-
     pipe, split = ImagePipeline.from_pretrained(run / "pipeline"), data.splits["test"]
     pipe.prior.exact = True
 
     def exact() -> dict[str, float]:
-        import math
-
-        import torch
-
         parts = torch.arange(min(EXACT_ROWS, len(split))).split(50)
         with torch.inference_mode():
             each = [pipe.prior.log_prob(split.rows(at), condition=split.given[at], order=order) for at in parts]
@@ -202,23 +171,20 @@ def format_row(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]
     else:
         cells += ["no density" if "passes" in first else "", ""]
     cells += [f"{first['seconds']:.2f}" if "seconds" in first else ""]
-    cells += [f"{100 * first['agreement']:.1f} %", f"{first['frechet']:.2f}", f"{first['judge']:.2f}"]
+    cells += [f"{100 * first['agreement']:.1f} %", f"{first['frechet']:.2f}", f"{first['other_gpt']:.2f}"]
     return table_row(cells)
 
 
 def main() -> None:
     options = read_options(__doc__, OPTIONS, dotted=True)
     use_threads(options.threads)
-    from pipelines import ImagePipeline
-    from pipelines.tokens import load_tokens
-
     data, seeds = load_tokens(options.tokens), range(1, options.seeds + 1)
     orders = [order for order in options.orders.split(",") if order]
     kinds = {"gpt": ("gpt", "raster"), **{order: ("blocks", order) for order in orders}}
     runs = {name: [train(*what, seed, options) for seed in seeds] for name, what in kinds.items()}
     masked = [train("masked", "raster", seed, options) for seed in seeds] if options.masked else []
-    judge = ImagePipeline.from_pretrained(train("gpt", "raster", JUDGE, options) / "pipeline")
-    metrics = SampleMetrics(judge, judge.prior, data, options.samples)
+    other_gpt = ImagePipeline.from_pretrained(train("gpt", "raster", OTHER_SEED, options) / "pipeline")
+    metrics = SampleMetrics(other_gpt, other_gpt.prior, data, options.samples)
     rows = {
         name: [measure_prior(run, data, None if at else metrics) for at, run in enumerate(each)]
         for name, each in runs.items()
@@ -233,11 +199,13 @@ def main() -> None:
         ]
         rows |= {name: [each[name] for each in found] for name in found[0]}
     print(f"{len(data.grid)} tokens of {data.grid.vocab_size} ids, {options.steps} steps, {options.seeds} seed(s)\n")
-    print(table_head("order", "passes", "bits/token", "price", "s, 64 images", "agreement", "Frechet", "judge, bits"))
+    print(
+        table_head("order", "passes", "bits/token", "price", "s, 64 images", "agreement", "Frechet", "other gpt, bits")
+    )
     for name, each in rows.items():
         print(format_row(name, each, rows["gpt"]), flush=True)
     test = data.splits["test"]
-    real = metrics(judge, test.tokens[: options.samples].long(), test.given.raw("label")[: options.samples])
+    real = metrics(other_gpt, test.tokens[: options.samples].long(), test.given.raw("label")[: options.samples])
     print(format_row("held-out images", [real], rows["gpt"]))
 
 

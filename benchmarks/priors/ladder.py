@@ -23,17 +23,25 @@ images), and their share of the tokens. Four orders mixed: the reduction in bits
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
 from benchmarks.support.options import ROOT, choose, read_options, use_threads
 from benchmarks.support.runs import smalti, train_once
-from benchmarks.support.tables import table_head, table_row, with_interval, write_json
-from benchmarks.support.timing import prior_presets, prior_seconds, seconds_of, steps_within
+from benchmarks.support.tables import cache_json, table_head, table_row, with_interval
+from benchmarks.support.timing import prior_presets, seconds_of, step_seconds, steps_within
+from pipelines import ImagePipeline
+from pipelines.images.pictures import save_picture
+from pipelines.metrics.agreement import nearest_label
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.tokens import load_tokens
+from prior import Prior
 
 NEIGHBOURS, SAMPLES, TIMED, SLOW = 20_000, 1000, 64, 60.0
 TOKENIZER_STEPS, MIXED_ROWS = 1500, 2000
@@ -65,16 +73,12 @@ def make_tokens(data: str, source: str | None, variants: int, out: Path) -> Path
 
 def time_steps(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float]:
     """Return the CPU seconds of a training step of each preset, timed in one pass and cached in `path`."""
-    if not path.is_file():
-        print(f"timing a step of {', '.join(presets)}", file=sys.stderr, flush=True)
-        fixed = [f"tokens={tokens}", f"out={path.parent}", "track.wandb=disabled"]
-        arguments = {kind: ["--config", str(preset), *fixed] for kind, preset in presets.items()}
-        write_json(prior_seconds(arguments), path)
-    return json.loads(path.read_text())
+    fixed = [f"tokens={tokens}", f"out={path.parent}", "track.wandb=disabled"]
+    arguments = {kind: ["--config", str(preset), *fixed] for kind, preset in presets.items()}
+    return cache_json(path, lambda: step_seconds(arguments, of_prior=True))
 
 
 def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
-    """Train a preset; return the folder of its pipeline."""
     more = (f"tokens={tokens}", f"train.seed={seed}")
     train_once("train_prior", preset, steps, run, *more, never=("preview", "save"))
     return run / "pipeline"
@@ -82,8 +86,6 @@ def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
 
 def time_uncached(prior: Any, labels: Any) -> tuple[float, bool]:
     """Return the seconds to sample with one full pass per token, and whether they are extrapolated."""
-    import torch
-
     tokens = torch.zeros(len(labels), *prior.grid.shape, dtype=torch.long)
     encoded = prior.encode_given(prior.read_given(labels, None, len(labels)))
     with torch.inference_mode():
@@ -95,8 +97,6 @@ def time_uncached(prior: Any, labels: Any) -> tuple[float, bool]:
 
 def time_sampling(pipe: Any) -> dict[str, Any]:
     """Measure the seconds for 64 samples, and the passes per image."""
-    import torch
-
     prior, labels = pipe.prior, torch.arange(TIMED) % pipe.prior.num_classes
     figures: dict[str, Any] = {"passes": pipe.sampler.steps}
     if pipe.sampler.steps:  # a masked prior: every pass is a full one
@@ -112,17 +112,8 @@ def time_sampling(pipe: Any) -> dict[str, Any]:
     return figures
 
 
-def measure_likelihood(pipe: Any, split: Any, rows: int) -> dict[str, Any]:
-    """Measure held-out bits per token in the prior's own order. rows: number of evenly spaced images, 0 for all."""
-    from pipelines.metrics.likelihood import bits_per_token
-
-    return {"bits": bits_per_token(pipe.prior, split, rows or None), "exact": pipe.prior.exact}
-
-
 def measure_mixture_gain(pipe: Any, split: Any) -> float | None:
     """Measure the reduction in bits per token by mixing four orders; None unless the prior supports any order."""
-    from pipelines.metrics.likelihood import bits_per_token
-
     if not (pipe.prior.any_order and pipe.prior.exact):
         return None
     one, four = (bits_per_token(pipe.prior, split, MIXED_ROWS, num_orders=count) for count in (1, 4))
@@ -131,10 +122,6 @@ def measure_mixture_gain(pipe: Any, split: Any) -> float | None:
 
 def measure_agreement(pipe: Any, data: Any) -> dict[str, float]:
     """Measure the class agreement of samples, and of decoded held-out tokens."""
-    import torch
-
-    from pipelines.metrics.agreement import nearest_label
-
     train, test = data.splits["train"], data.splits["test"]
     known = pipe.decode(train.tokens[:NEIGHBOURS].long(), output_type="pt")
     real = pipe.decode(test.tokens[:SAMPLES].long(), output_type="pt")
@@ -148,31 +135,26 @@ def measure_agreement(pipe: Any, data: Any) -> dict[str, float]:
 
 
 def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
-    """Measure likelihood and agreement of a pipeline, cached in `run`, and save a grid of samples."""
-    from pipelines.images.pictures import save_picture
-
-    path = run / "ladder.json"
-    if not path.is_file():
-        figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
-        figures |= measure_likelihood(pipe, data.splits["test"], rows) | measure_agreement(pipe, data)
-        save_picture(pipe.sample_picture(), run / "samples.png", overwrite=True)
-        write_json(figures, path)
-    return json.loads(path.read_text())
+    """Measure a pipeline, and save samples in `run`. rows: held-out images for bits per token, 0 for all."""
+    save_picture(pipe.sample_picture(), run / "samples.png", overwrite=True)
+    return {
+        "parameters": sum(p.numel() for p in pipe.prior.parameters()),
+        "bits": bits_per_token(pipe.prior, data.splits["test"], rows or None),
+        "exact": pipe.prior.exact,
+        **measure_agreement(pipe, data),
+    }
 
 
-def measure_speed(pipe: Any, data: Any, run: Path) -> dict[str, Any]:
-    """Measure sampling speed and the gain of mixing orders, cached in `run`."""
-    path = run / "speed.json"
-    if not path.is_file():
-        write_json({**time_sampling(pipe), "mixture_gain": measure_mixture_gain(pipe, data.splits["test"])}, path)
-    return json.loads(path.read_text())
+def measure_once(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
+    return cache_json(run / "ladder.json", lambda: measure(pipe, data, rows, run))
+
+
+def measure_speed(pipe: Any, data: Any) -> dict[str, Any]:
+    return {**time_sampling(pipe), "mixture_gain": measure_mixture_gain(pipe, data.splits["test"])}
 
 
 def build_marginal(data: Any) -> Any:
     """Build the baseline: counted token frequencies, independent per position."""
-    from pipelines import ImagePipeline
-    from prior import Prior
-
     prior = Prior.create("marginal", grid=data.grid, num_classes=data.num_classes)
     prior.initialize(data.splits["train"].tokens, data.splits["train"].given)
     return ImagePipeline(data.tokenizer, prior, labels=data.class_names)
@@ -180,8 +162,6 @@ def build_marginal(data: Any) -> Any:
 
 def draw_samples(kinds: list[str], out: Path) -> Path:
     """Draw two rows of samples of each prior, one class per column."""
-    from PIL import Image, ImageDraw, ImageFont
-
     grids = [Image.open(out / kind / "seed0" / "samples.png").convert("RGB") for kind in kinds]
     width, height, title, columns = grids[0].width, grids[0].height // 4, 22, 2
     rows = -(-len(grids) // columns)
@@ -196,16 +176,12 @@ def draw_samples(kinds: list[str], out: Path) -> Path:
 
 
 def format_passes(f: dict[str, Any], name: str, tokens: int) -> str:
-    """Format seconds and passes per image of parallel sampling."""
     if name not in f:
         return ""
     return f"{f[name]:.2f}, {f[f'{name}_passes']:.1f} ({f[f'{name}_passes'] / tokens:.1%})"
 
 
 def format_row(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: int | None, tokens: int) -> str:
-    """Format a row of the table. runs: the figures of each seed."""
-    import math
-
     bound = "" if runs[0]["exact"] else "<= "
     nats = [run["bits"] * tokens * math.log(2) for run in runs]
     cells = [
@@ -221,7 +197,6 @@ def format_row(name: str, runs: list[dict[str, Any]], seconds: float | None, ste
 
 
 def format_speed_row(name: str, f: dict[str, Any], tokens: int) -> str:
-    """Format a row of the table of sampling speed."""
     rough = "~" if f.get("extrapolated") else ""
     cells = [
         name,
@@ -234,31 +209,28 @@ def format_speed_row(name: str, f: dict[str, Any], tokens: int) -> str:
 
 
 def print_speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
-    """Print the table of sampling speed."""
     print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
     print(table_head("prior", "cached", "uncached", "parallel: s, passes", "four orders mixed"))
     for kind, pipe in pipes.items():
-        found = measure_speed(pipe, data, out / kind / "seed0")
+        found = cache_json(out / kind / "seed0" / "speed.json", lambda pipe=pipe: measure_speed(pipe, data))
         print(format_speed_row(kind, found, len(data.grid)), flush=True)
 
 
 def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNamespace, out: Path) -> None:
     """Time, train and measure, and print the tables."""
-    from pipelines import ImagePipeline
-
     minutes, seeds, rows = options.minutes, options.seeds, options.rows
     seconds = time_steps(presets, tokens, out / "steps.json")
     only = choose(",".join(presets) if options.only is None else options.only, list(seconds))
     steps = {kind: steps_within(minutes, seconds[kind]) for kind in only}
     pipes, found = {"marginal": build_marginal(data)}, {}
     (out / "marginal" / "seed0").mkdir(parents=True, exist_ok=True)
-    found["marginal"] = [measure(pipes["marginal"], data, rows, out / "marginal" / "seed0")]
+    found["marginal"] = [measure_once(pipes["marginal"], data, rows, out / "marginal" / "seed0")]
     for seed in range(seeds):
         for kind in only:
             run = out / kind / f"seed{seed}"
             pipe = ImagePipeline.from_pretrained(train(presets[kind], tokens, steps[kind], seed, run))
             pipes.setdefault(kind, pipe)
-            found.setdefault(kind, []).append(measure(pipe, data, rows, run))
+            found.setdefault(kind, []).append(measure_once(pipe, data, rows, run))
             print(format_row(kind, found[kind][-1:], seconds[kind], steps[kind], len(data.grid)), flush=True)
     shape = "x".join(map(str, data.grid.shape))
     of = f"{len(data.splits['train']):,} training rows of {shape} ids of {data.grid.vocab_size}"
@@ -278,8 +250,6 @@ def main() -> None:
     presets = prior_presets(options.data)
     out = Path(options.out).absolute() / options.data
     use_threads(options.threads)
-    from pipelines.tokens import load_tokens
-
     tokens = make_tokens(options.data, options.source, options.augmentations, out)
     compare(load_tokens(str(tokens)), tokens, presets, options, out)
 

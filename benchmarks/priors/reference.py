@@ -32,6 +32,9 @@ from benchmarks.support.options import ROOT, choose, read_options, use_threads
 from benchmarks.support.runs import smalti
 from benchmarks.support.tables import table_head, table_row, with_interval, write_json
 from benchmarks.support.timing import prior_presets
+from pipelines.images.pictures import save_picture
+from pipelines.metrics.charts import GREY, INK, render
+from pipelines.tokens.meta import read_meta
 
 OPTIONS = {
     "data": "mnist_drawn",
@@ -71,7 +74,6 @@ REFERENCES = {
 
 
 def name_tokens(preset: Path, out: Path) -> Path:
-    """Return the folder of the tokens on which a preset is trained."""
     return out / Path(yaml.safe_load(preset.read_text())["tokens"]).name
 
 
@@ -102,23 +104,18 @@ def train(preset: Path, tokens: Path, seed: int, run: Path, minutes: float) -> N
 
 
 def describe_machine() -> str:
-    """Return the processor, and the number of threads used."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, {os.environ['OMP_NUM_THREADS']} thread(s)"
 
 
-def read_lines(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics; empty without a run."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def read_run(run: Path, reference: Reference, scale: float) -> dict[str, Any]:
     """Return the curve of a run, hours and validation figures, and what `smalti evaluate` measured; empty without a
     run. scale: the figure of one bit per token."""
-    lines = [line for line in read_lines(run) if BITS in line]
+    path = run / "metrics.jsonl"
+    every = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = [line for line in every if BITS in line]
     if not lines:
         return {}
     found: dict[str, Any] = {
@@ -159,9 +156,6 @@ def format_row(kind: str, reference: Reference, runs: list[dict[str, Any]], none
 
 def draw_curves(found: dict[str, list[dict[str, Any]]], reference: Reference, title: str, path: Path) -> Path:
     """Plot validation figures against hours, the test figure as a diamond, and published figures as lines."""
-    from pipelines.images.pictures import save_picture
-    from pipelines.metrics.charts import GREY, INK, render
-
     figures = [*reference.published.values(), *(min(run["figures"]) for runs in found.values() for run in runs)]
     worst, best = max(figures), min(figures)
     margin = max(0.4 * (worst - best), 0.05 * best)
@@ -189,8 +183,6 @@ def draw_curves(found: dict[str, list[dict[str, Any]]], reference: Reference, ti
 
 def compare(options: SimpleNamespace, out: Path) -> None:
     """Train what is missing, print the table, and draw the curves."""
-    from pipelines.tokens.meta import read_meta
-
     reference, presets = REFERENCES[options.data], prior_presets(options.data, "squares")
     only = choose(options.only, list(presets))
     if options.train:

@@ -33,6 +33,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from benchmarks.support.card import MATRIX, Card, describe_software, find_card
 from benchmarks.support.card_sampling import CODING_HEAD, SAMPLING_HEAD, coding_rows, sampling_rows
 from benchmarks.support.card_training import (
@@ -82,7 +84,6 @@ def training_rows(card: Card, sizes: Sizes, folder: Path, repeats: int) -> Itera
 
 def measure_parts(card: Card, sizes: Sizes, only: list[str], repeats: int, failed: list[str]) -> Iterator[str]:
     """The lines of all tables. failed: receives the names of rows that could not be measured."""
-    import torch
 
     def attempt(name: str, head: Sequence[str], measure: Callable[[], str]) -> str:
         """Return a row, or one with the error, as the others are worth measuring without it."""
@@ -119,7 +120,6 @@ def measure_parts(card: Card, sizes: Sizes, only: list[str], repeats: int, faile
 
 
 def describe_setup(card: Card) -> str:
-    """The card, software, date and command of the measurements."""
     peak = "unknown" if card.published is None else f"{card.published / 1e12:.0f} TFLOP/s published"
     return (
         f"{card.name}; {describe_software()}; {datetime.date.today()}; bf16 peak {peak}, {card.measured / 1e12:.1f} "
@@ -151,14 +151,7 @@ def run(options: SimpleNamespace) -> tuple[str, list[str]]:
 def main() -> None:
     options = read_options(
         __doc__,
-        {
-            "device": "cuda",
-            "tiny": False,
-            "repeats": 10,
-            "only": ",".join(PARTS),
-            "out": "build/gpu.md",
-            "docs": None,
-        },
+        {"device": "cuda", "tiny": False, "repeats": 10, "only": ",".join(PARTS), "out": "build/gpu.md", "docs": None},
     )
     require_packages("transformers", "diffusers")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"

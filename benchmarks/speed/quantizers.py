@@ -17,11 +17,15 @@ warm-up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from benchmarks.support.options import read_options, require_packages, use_threads
 from benchmarks.support.tables import table_head
 from benchmarks.support.timing import seconds_of
+from tokenizer.quantizers import Quantizer
 
 BATCH, SIDE, DIM, CODES = 64, 7, 64, 512
 LARGE_SIDE, LARGE_DIM, LARGE_BITS = 16, 8, 14
@@ -34,8 +38,6 @@ Pair = tuple[Any, Any]
 def codebooks(codes: int, dim: int) -> dict[str, Pair]:
     """Build pairs of quantizers with a codebook, ours and the peer's."""
     from vector_quantize_pytorch import ResidualVQ, SimVQ, VectorQuantize
-
-    from tokenizer.quantizers import Quantizer
 
     book = {"codes": codes, "dim": dim, "revive_every": 10}
     common = {"dim": dim, "codebook_size": codes, "decay": 0.99, "rotation_trick": False, "accept_image_fmap": True}
@@ -62,8 +64,6 @@ def lookup_free(bits: int) -> dict[str, Pair]:
     """Build pairs of quantizers without a codebook. `group` treats all bits as one group, as the peer does."""
     from vector_quantize_pytorch import FSQ, LFQ
 
-    from tokenizer.quantizers import Quantizer
-
     lfq = {"dim": bits, "codebook_size": 2**bits, "commitment_loss_weight": 0.25}
     return {
         f"fsq, {LEVELS[bits]}": (Quantizer.create("fsq", levels=LEVELS[bits]), FSQ(list(LEVELS[bits]))),
@@ -74,8 +74,6 @@ def lookup_free(bits: int) -> dict[str, Pair]:
 
 def draw_vectors(dim: int, side: int) -> Any:
     """Draw vectors `(64, dim, side, side)` in channels-last layout, as our encoders return them."""
-    import torch
-
     return torch.randn(BATCH, dim, side, side).contiguous(memory_format=torch.channels_last)
 
 
@@ -111,8 +109,6 @@ def prepare_peer(quantizer: Any, z: Any) -> Callable[[], None]:
 
 def prepare_bare(z: Any) -> Callable[[], None]:
     """Return a function that runs the minimal arithmetic of an EMA codebook."""
-    import torch
-
     rows, codebook = z.movedim(1, -1).reshape(-1, DIM), torch.randn(CODES, DIM)
     squares = codebook.square().sum(1)
 
@@ -153,10 +149,6 @@ def main() -> None:
     options = read_options(__doc__, {"threads": 1, "repeats": 100, "large": 1})
     require_packages("vector_quantize_pytorch")
     threads = use_threads(options.threads)
-    from importlib.metadata import version
-
-    import torch
-
     print(
         f"torch {torch.__version__}, vector-quantize-pytorch {version('vector-quantize-pytorch')}, {threads} thread(s)"
     )

@@ -10,8 +10,13 @@ cache, which costs N times as much.
 
 from __future__ import annotations
 
+import torch
+
 from benchmarks.support.options import read_options, require_packages, use_threads
+from benchmarks.support.references import gpt2_sampler
 from benchmarks.support.timing import seconds_of
+from prior import Prior
+from tokenizer import TokenGrid
 
 SIZES = [  # width, depth, heads, batch, target ratio
     (128, 4, 4, 1, 6.0),
@@ -24,32 +29,10 @@ TOKENS, VOCAB = 256, 512
 
 def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tuple[float, float, float | None]:
     """Measure tokens per second of our GPT, of GPT-2 and, for one image, of our GPT without a cache."""
-    import torch
-    import transformers
-
-    from prior import Prior
-    from tokenizer import TokenGrid
-
     ours = Prior.create("gpt", grid=TokenGrid((16, 16), VOCAB), dim=width, depth=depth, heads=heads).eval()
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=TOKENS + 1,
-        n_embd=width,
-        n_layer=depth,
-        n_head=heads,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    prompt = torch.zeros(batch, 1, dtype=torch.long)
-    mask = torch.ones_like(prompt)
-    settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "pad_token_id": 0}
-
-    def peer() -> torch.Tensor:
-        return theirs.generate(prompt, attention_mask=mask, **settings)
-
-    assert peer().shape == (batch, TOKENS + 1)
-    mine, other = seconds_of([lambda: ours.sample(batch), peer], repeats)
+    generate = gpt2_sampler(ours.config, "cpu", torch.float32)
+    assert generate(batch).shape == (batch, TOKENS + 1)
+    mine, other = seconds_of([lambda: ours.sample(batch), lambda: generate(batch)], repeats)
     slow = seconds_of([lambda: ours.sample(batch, cache=False)], 1)[0] if batch == 1 else None
     return batch * TOKENS / mine, batch * TOKENS / other, batch * TOKENS / slow if slow else None
 
@@ -58,7 +41,6 @@ def main() -> None:
     options = read_options(__doc__, {"threads": 1, "repeats": 5})
     require_packages("transformers")
     threads = use_threads(options.threads)
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -31,27 +31,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.options import ROOT, choose, read_options, require_packages, use_threads
+import torch
+
+from benchmarks.support.card_training import preset_arguments
+from benchmarks.support.options import choose, read_options, require_packages, use_threads
 from benchmarks.support.random_data import write_random_tokens
-from benchmarks.support.references import Reference, gpt2, vq_model
-from benchmarks.support.runs import NEVER
+from benchmarks.support.references import gpt2, vq_model
 from benchmarks.support.step_costs import Products, count_flops, count_saved_bytes, measure_memory_rise
 from benchmarks.support.tables import table_head, table_row
-from benchmarks.support.timing import seconds_of, stepper
+from benchmarks.support.timing import build_task, seconds_of, stepper
+from tokenizer.losses import total_loss
 
 ROWS = 512  # of token datasets and images
-CHANGES = {
-    "track.wandb": "disabled",
-    "train.save_every": NEVER,
-    "train.preview_every": NEVER,
-    "train.evaluate_every": NEVER,
-    "train.minutes": "null",
-    "train.steps": NEVER,
-}
-
 Changes = dict[str, Any]
 
 
@@ -68,7 +63,7 @@ class Case:
 def gpt(side: int, vocab_size: int, dim: int, depth: int, batch: int) -> Case:
     """A GPT with heads of width 64."""
     changes = {"model.dim": dim, "model.depth": depth, "model.heads": max(1, dim // 64), "train.batch_size": batch}
-    return Case("prior/gpt_digits.yaml", changes, (side, vocab_size))
+    return Case("prior/gpt_digits", changes, (side, vocab_size))
 
 
 def vqgan(size: int, widths: tuple[int, ...], groups: int, codes: int, batch: int) -> Case:
@@ -85,14 +80,14 @@ def vqgan(size: int, widths: tuple[int, ...], groups: int, codes: int, batch: in
         "quantizer": quantizer,
     }
     changes = {"model": model, "data.image_size": size, "data.channels": 3, "train.batch_size": batch}
-    return Case("tokenizer/vqvae_digits.yaml", changes, reference=(widths, 1, groups))
+    return Case("tokenizer/vqvae_digits", changes, reference=(widths, 1, groups))
 
 
 CASES = {
-    "gpt digits": Case("prior/gpt_digits.yaml", {}, (7, 128)),
+    "gpt digits": Case("prior/gpt_digits", {}, (7, 128)),
     "gpt 16x16": gpt(16, 1024, dim=256, depth=6, batch=8),
     "gpt 16x16 wide": gpt(16, 1024, dim=512, depth=4, batch=8),
-    "vqvae digits": Case("tokenizer/vqvae_digits.yaml", {}, reference=((32, 56, 72), 1, 8)),
+    "vqvae digits": Case("tokenizer/vqvae_digits", {}, reference=((32, 56, 72), 1, 8)),
     "vqgan 64x64": vqgan(64, (32, 64, 64, 128), groups=16, codes=512, batch=8),
     "vqgan 32x32 wide": vqgan(32, (64, 128, 256), groups=32, codes=1024, batch=8),
 }
@@ -102,53 +97,26 @@ TINY = {"gpt tiny": gpt(3, 16, dim=64, depth=1, batch=4), "vqgan tiny": vqgan(8,
 # Tasks and models -----------------------------------------------------------------------------------
 
 
-def configure(case: Case, folder: Path) -> Any:
-    """Parse the configuration of the training command."""
-    from pipelines.config.command import parse
-    from pipelines.train_prior import TrainPriorConfig
-    from pipelines.train_tokenizer import TrainTokenizerConfig
-
-    given = {**CHANGES, **case.changes, "out": str(folder / "run")}
+def make_task(case: Case, folder: Path) -> tuple[Any, Any]:
+    """Create the training task, with random tokens for stage two, and its configuration."""
+    more = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in case.changes.items()]
     if case.grid[0]:
-        given["tokens"] = str(folder / "tokens")
+        more.append(f"tokens={write_random_tokens(folder / 'tokens', *case.grid, ROWS)}")
     else:
-        given |= {"data.limit": ROWS}
-    argv = ["--config", str(ROOT / "configs" / case.preset)]
-    argv += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
-    return parse(TrainPriorConfig if case.grid[0] else TrainTokenizerConfig, argv, verb="benchmark", description="")
-
-
-def make_task(case: Case, config: Any, folder: Path) -> Any:
-    """Create the training task, and random tokens for stage two."""
-    from pipelines.train_prior import PriorTask
-    from pipelines.train_tokenizer import TokenizerTask
-
-    if not case.grid[0]:
-        return TokenizerTask(config)
-    write_random_tokens(folder / "tokens", *case.grid, ROWS)
-    return PriorTask(config)
+        more.append(f"data.limit={ROWS}")
+    return build_task(preset_arguments(case.preset, folder, "train.minutes=null", *more), bool(case.grid[0]))
 
 
 def make_loss(task: Any, batch: Any) -> Callable[[], Any]:
     """Return a function that computes our model's loss on a batch."""
-    from tokenizer.losses import total_loss
-
     if hasattr(task, "tokenizer"):
         return lambda: total_loss(task.tokenizer(batch[0]), batch[0], task.weights)[0]
-    return lambda: task.model.loss_from_outputs(task.model(*batch), batch[0])
-
-
-def make_reference(case: Case, task: Any, batch: Any) -> Reference:
-    """Build the reference model and its loss on the same batch."""
-    if case.grid[0]:
-        return gpt2(task.model.config, batch[0])
-    return vq_model(case.reference, task.tokenizer.config, batch[0])
+    tokens, given = batch
+    return lambda: task.model.loss_from_outputs(task.model(tokens, task.model.encode_given(given)), tokens)
 
 
 def make_step(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
     """Return a function that takes a training step: forward, backward, AdamW."""
-    import torch
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -164,14 +132,13 @@ def make_step(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
 
 def measure(name: str, case: Case, repeats: int, products: Products, folder: Path) -> list[str]:
     """Return the table rows of a case, for our model and for the reference."""
-    import torch
-
-    torch.manual_seed(0)
-    config = configure(case, folder)
-    task = make_task(case, config, folder)
+    task, config = make_task(case, folder)
     bare, batch = copy.deepcopy(task), task.prepare(task.batch(*task.samples(config.train.batch_size, 0, 0), 0))
     models = {name: (bare.model, make_loss(bare, batch))}
-    other, loss = make_reference(case, task, batch)
+    if case.grid[0]:
+        other, loss = gpt2(task.model.config, batch[0])
+    else:
+        other, loss = vq_model(case.reference, task.tokenizer.config, batch[0])
     models[type(other).__name__] = (other, loss)
     steps = [make_step(*pair) for pair in models.values()]
     waits: list[float] = []
@@ -208,10 +175,6 @@ def main() -> None:
     require_packages("transformers", "diffusers")
     threads = use_threads(options.threads)
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    from importlib.metadata import version
-
-    import torch
-
     products = Products(options.peak)
     for _ in range(5):
         products()

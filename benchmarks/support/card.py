@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from pipelines.commands.plan import GPUS
+
 MATRIX = 8192  # side of the matrix product that measures the peak
 # Parts of the names that torch reports, in order of precedence.
 NAMES = {
@@ -40,7 +44,6 @@ class Card:
         return self.published or self.measured
 
     def wait(self) -> None:
-        """Wait for all launched kernels."""
         if self.device.type == "cuda":
             import torch
 
@@ -68,8 +71,6 @@ class Card:
         """Peak bytes of tensors during a call; None on a CPU, where torch does not count them."""
         if self.device.type != "cuda":
             return None
-        import torch
-
         self.wait()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -79,10 +80,6 @@ class Card:
 
 def find_card(device: str, side: int) -> Card:
     """Return this machine's GPU, or its CPU; exit if `device` is cuda and torch sees no GPU."""
-    import torch
-
-    from pipelines.commands.plan import GPUS
-
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("device=cuda: torch sees no GPU; try device=cpu tiny=true")
     at = torch.device(device)
@@ -95,9 +92,6 @@ def find_card(device: str, side: int) -> Card:
 
 
 def describe_software() -> str:
-    """The versions of torch and CUDA."""
-    import torch
-
     parts = [f"torch {torch.__version__}"]
     if torch.cuda.is_available():
         parts += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]

@@ -6,42 +6,37 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from benchmarks.support.card import Card
 from benchmarks.support.card_training import Sizes, reference_tokenizer
+from benchmarks.support.references import gpt2_sampler
+from prior import Prior
+from tokenizer import Tokenizer
 
 ROWS = (1, 16, 64, 256)
 Row = tuple[str, str, Callable[[], list[str]]]
 """The first two cells of a row, and a function that measures the others."""
-SAMPLING_HEAD = (
-    "sampling",
-    "images",
-    "tokens/s",
-    "images/s",
-    "ms a token step",
-    "kernel by kernel, ms",
-)
+SAMPLING_HEAD = ("sampling", "images", "tokens/s", "images/s", "ms a token step", "kernel by kernel, ms")
 CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s", "decoded/s")
 
 
 def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[Row]:
     """Yield rows for a GPT with random weights in float32 and bf16, and for GPT-2 of the same size. For each, the
     fastest way (one CUDA graph; a static cache and torch.compile), and kernel by kernel."""
-    import torch
-
     few = max(1, repeats // 2)
 
     def ours(dtype: torch.dtype, count: int) -> list[str]:
-        from prior import Prior
-
         prior = Prior.create("gpt", **dict(config)).to(card.device, dtype).eval()
         scale_logits(prior)
         labels = torch.zeros(count, dtype=torch.long, device=card.device)
         fast, _ = card.times(lambda: prior.sample(count, labels), repeats)
-        slow, _ = card.times(lambda: sample_with_callback(prior, count, labels), few, warmup=1)
+        eager = {"on_step": lambda step: None}  # a callback disables the CUDA graph
+        slow, _ = card.times(lambda: prior.sample(count, labels, **eager), few, warmup=1)
         return format_sampling(len(config.grid), count, fast, slow)
 
     def theirs(dtype: torch.dtype, count: int) -> list[str]:
-        generate = make_gpt2(card, config, dtype)
+        generate = gpt2_sampler(config, card.device, dtype)
         slow, _ = card.times(lambda: generate(count), few, warmup=1)
         fast, _ = card.times(lambda: generate(count, cache_implementation="static"), few)
         return format_sampling(len(config.grid), count, fast, slow)
@@ -60,51 +55,15 @@ def format_sampling(size: int, count: int, fast: float, slow: float) -> list[str
 
 def scale_logits(prior: Any) -> None:
     """Scale the last layer so that logits have a standard deviation of 3, as after training."""
-    import torch
-
     tokens = torch.randint(prior.grid.vocab_size, (4, *prior.grid.shape), device=prior.device)
     with torch.no_grad():
         prior.head.weight.mul_(3 / prior(tokens).std())
 
 
-def sample_with_callback(prior: Any, count: int, labels: Any) -> Any:
-    """Sample with a callback per step, which disables the CUDA graph."""
-    return prior.sample(count, labels, on_step=lambda step: None)
-
-
-def make_gpt2(card: Card, config: Any, dtype: Any) -> Callable[..., Any]:
-    """Return a function that generates one grid of tokens per image with transformers' GPT-2 and its cache. On a GPU,
-    transformers compiles a model whose cache is static."""
-    import torch
-    import transformers
-
-    size = len(config.grid)
-    shape = transformers.GPT2Config(
-        vocab_size=config.grid.vocab_size,
-        n_positions=size + 1,
-        n_embd=config.dim,
-        n_layer=config.depth,
-        n_head=config.heads,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    model = transformers.GPT2LMHeadModel(shape).to(card.device, dtype).eval()
-    settings = {"max_new_tokens": size, "min_new_tokens": size, "do_sample": True, "top_k": 0, "pad_token_id": 0}
-
-    def generate(count: int, **more: Any) -> Any:
-        prompt = torch.zeros(count, 1, dtype=torch.long, device=card.device)
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings, **more)
-
-    return generate
-
-
 def coding_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[Row]:
     """Yield rows for a tokenizer in float32 and under bf16 autocast, next to `VQModel`."""
-    import torch
 
     def measure(cast: bool) -> list[str]:
-        from tokenizer import Tokenizer
-
         ours = Tokenizer.create("vqgan", **dict(config)).to(card.device).eval()
         theirs = reference_tokenizer(card, config, 1)[0].eval()
         images = torch.rand(sizes.images, *ours.image_shape, device=card.device) * 2 - 1

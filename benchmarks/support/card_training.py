@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.support.card import Card
 from benchmarks.support.options import ROOT
 from benchmarks.support.random_data import write_random_images, write_random_tokens
 from benchmarks.support.references import Reference, gpt2, vq_model
 from benchmarks.support.runs import NEVER
 from benchmarks.support.tables import table_row
-from benchmarks.support.timing import stepper
+from benchmarks.support.timing import build_task, stepper
+from pipelines.commands import plan
 
 STEPS = 10  # between two waits
 HEAD = ("model, bf16", "images", "step, ms", "host, ms", "images/s", "of peak", "memory, GB", "over plan")
@@ -37,7 +40,6 @@ class Sizes:
     tokenizer: tuple[str, ...] = ()
 
     def write_data(self, folder: Path) -> None:
-        """Write random tokens and images."""
         write_random_tokens(folder / "tokens", self.side, self.ids, self.rows, self.classes)
         write_random_images(folder / "images", self.pixels, self.rows)
 
@@ -56,7 +58,6 @@ TINY = Sizes(
 
 
 def prior_arguments(folder: Path, sizes: Sizes, *more: str) -> list[str]:
-    """Return a command line for `train_prior`."""
     given = [f"tokens={folder / 'tokens'}", f"train.batch_size={sizes.images}", *sizes.prior]
     return preset_arguments("prior/gpt_imagenet256", folder, *given, *more)
 
@@ -76,38 +77,18 @@ def preset_arguments(preset: str, folder: Path, *more: str) -> list[str]:
 
 
 def model_config(argv: list[str]) -> Any:
-    """Return the configuration of the model that a command line trains."""
-    task = build_task(argv)[0]
+    task, _ = build_task(argv, is_prior(argv))
     return getattr(task, "tokenizer", task.model).config
 
 
-def build_task(argv: list[str], card: Card | None = None) -> tuple[Any, Any]:
-    """Build the training task of a command line; return it with its configuration. With a card, kernels of convolutions
-    are chosen as in the run."""
-    import torch
-
-    from pipelines.config.command import parse
-    from pipelines.train_prior import PriorTask, TrainPriorConfig
-    from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
-
-    of_prior = any(part.startswith("tokens=") for part in argv)
-    if card is not None:
-        torch.backends.cudnn.benchmark = not of_prior
-    if of_prior:
-        config: Any = parse(TrainPriorConfig, argv, verb="benchmark", description="")
-        return PriorTask(config), config
-    config = parse(TrainTokenizerConfig, argv, verb="benchmark", description="")
-    return TokenizerTask(config, card.device if card else "cpu"), config
+def is_prior(argv: list[str]) -> bool:
+    return any(part.startswith("tokens=") for part in argv)
 
 
 def measure_loop(card: Card, name: str, argv: list[str], repeats: int, flops: dict[str, float]) -> str:
     """Measure a step of the training loop; return its table row. flops: receives its FLOPs, by name."""
-    import torch
-
-    from pipelines.commands import plan
-
-    torch.manual_seed(0)
-    task, config = build_task(argv, card)
+    torch.backends.cudnn.benchmark = not is_prior(argv)  # as in the run
+    task, config = build_task(argv, is_prior(argv), card.device)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = plan.main([*argv, "gpus=1", f"device={card.device}"])
     images, flops[name] = config.train.batch_size, planned.flops_per_step
@@ -124,8 +105,6 @@ def measure_reference(
 ) -> str:
     """Measure a step of a reference model (forward, backward, clipping and fused AdamW under bf16 autocast); return its
     table row."""
-    import torch
-
     model, loss = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -158,18 +137,12 @@ def format_row(
 
 
 def reference_prior(card: Card, config: Any, sizes: Sizes) -> Reference:
-    """transformers' GPT-2 with the sizes of a prior's configuration."""
-    import torch
-
     ids = torch.randint(sizes.ids, (sizes.images, sizes.side, sizes.side), device=card.device)
     with card.device:
         return gpt2(config, ids)
 
 
 def reference_tokenizer(card: Card, config: Any, images: int) -> Reference:
-    """diffusers' `VQModel` with the sizes of a tokenizer's configuration."""
-    import torch
-
     batch = torch.rand(images, config.channels, *config.image_size, device=card.device) * 2 - 1
     with card.device:
         return vq_model((tuple(config.widths), config.blocks, config.groups), config, batch)

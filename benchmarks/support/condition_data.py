@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.support.options import image_folder
+from pipelines.images import DataConfig, load_images
 
 FRAMES = 8  # of a clip
 DARK = 90  # the largest intensity of a dark pixel
@@ -45,8 +46,6 @@ def make_data(name: str, limit: int, folder: Path) -> Path:
 
 def read_source(name: str, limit: int) -> Iterator[tuple[str, np.ndarray, list[str]]]:
     """Yield the split, uint8 images `(n, H, W[, 3])` and class names of training and held-out images."""
-    from pipelines.images import DataConfig, load_images
-
     folder = image_folder(SOURCES[name])
     source = str(folder) if folder.is_dir() else "digits"
     shape: Any = {"image_size": 64, "channels": 3} if name == "emoji" else {"image_size": 28, "channels": 1}
@@ -112,7 +111,6 @@ def measure_digits(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def find_flags(measured: dict[str, np.ndarray]) -> np.ndarray:
-    """Return which of `FLAGS` hold, bool `(n, 3)`."""
     return np.stack([measured["hole"] > 0, measured["slant"] > 0.25, measured["thickness"] > 3.6], 1)
 
 

@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 from benchmarks.support.contenders import Node
 from benchmarks.support.tables import interval, table_head, table_row, with_interval
+from pipelines.images.pictures import grid_picture
+from pipelines.metrics.charts import BLUE, GREY, INK, render
+from tokenizer.spec import to_uint8
 
 Runs = list[Node]  # figures, one node per seed
 Cell = Callable[[Runs], str]
@@ -42,12 +47,10 @@ def has_figure(runs: Runs, figure: str) -> bool:
 
 
 def rank(found: dict[str, Runs]) -> list[str]:
-    """Sort the names by PSNR, best first."""
     return sorted(found, key=lambda name: -statistics.mean(run["psnr"] for run in found[name]))
 
 
 def format_row(name: str, runs: Runs, columns: list[tuple[str, str, Cell]] = COLUMNS) -> str:
-    """Format a row of the table; cells without a figure are empty."""
     return table_row([name, *(cell(runs) if has_figure(runs, figure) else "" for _, figure, cell in columns)])
 
 
@@ -60,19 +63,12 @@ def format_table(found: dict[str, Runs]) -> str:
 
 def picture_row(images: Any) -> Any:
     """Arrange images `(n, C, H, W)` side by side in a PIL image."""
-    from PIL import Image
-
-    from pipelines.images.pictures import grid_picture
-    from tokenizer.spec import to_uint8
-
     pixels = to_uint8(images).movedim(1, -1).numpy()
     return Image.fromarray(grid_picture(pixels, len(images), min_side=MIN_SIDE))
 
 
 def draw_reconstructions(names: list[str], out: Path) -> Path:
     """Draw held-out images, and below them the reconstructions of each contender."""
-    from PIL import Image, ImageDraw, ImageFont
-
     first = {name: next(iter(sorted(out.glob(f"seed*/{name}")))) for name in names}
     paths = {"held-out images": first[names[0]] / "originals.png"}
     paths |= {name: folder / "reconstructions.png" for name, folder in first.items()}
@@ -89,8 +85,6 @@ def draw_reconstructions(names: list[str], out: Path) -> Path:
 
 def draw_rate_distortion(found: dict[str, Runs], title: str) -> Any:
     """Plot the GPT's bits per image against PSNR, with 95 % intervals over seeds. Dominated tokenizers are grey."""
-    from pipelines.metrics.charts import BLUE, GREY, INK, render
-
     rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
     levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}
     at = {name: (statistics.mean(rates[name]), statistics.mean(levels[name])) for name in found}

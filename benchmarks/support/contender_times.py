@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -14,7 +13,9 @@ from typing import Any
 from benchmarks.support.contenders import REFERENCE, Node, is_trained, write_node
 from benchmarks.support.random_data import write_tokens_of
 from benchmarks.support.tables import write_json
-from benchmarks.support.timing import TIMED_STEPS, cpu_seconds_of, prior_seconds, stepper
+from benchmarks.support.timing import TIMED_STEPS, step_seconds
+from pipelines.config.command import parse
+from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
 
 TIMED_IMAGES = 512
 
@@ -32,8 +33,10 @@ def time_steps(nodes: dict[str, Node], only: list[str], gpt: Node | None, path: 
         folder = Path(temporary)
         models = {name: build_untrained(nodes[name], folder) for name in names}
         grids = {name_grid(model.grid): model for model in models.values()}
-        trained = {name: nodes[name] for name in names if is_trained(nodes[name])}
-        seconds, gpt_seconds = time_tokenizers(trained, folder), time_gpts(grids, gpt, folder) if gpt else {}
+        trained = [name for name in names if is_trained(nodes[name])]
+        arguments = {name: ["--config", write_node(nodes[name], folder / f"{name}.yaml")] for name in trained}
+        seconds = step_seconds(arguments, of_prior=False)
+        gpt_seconds = time_gpts(grids, gpt, folder) if gpt else {}
     found = {
         "threads": int(os.environ["OMP_NUM_THREADS"]),
         "machine": platform.processor() or platform.machine(),
@@ -45,21 +48,6 @@ def time_steps(nodes: dict[str, Node], only: list[str], gpt: Node | None, path: 
     return found
 
 
-def time_tokenizers(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
-    """Return the median CPU seconds of a training step of each tokenizer."""
-    import torch
-
-    from pipelines.train_tokenizer import TokenizerTask
-
-    with contextlib.ExitStack() as stack:
-        steps = []
-        for name, node in nodes.items():
-            config = parse_tokenizer(node, folder / f"{name}.yaml")
-            torch.manual_seed(config.train.seed)
-            steps.append(stack.enter_context(stepper(TokenizerTask(config), config)))
-        return dict(zip(nodes, cpu_seconds_of(steps), strict=True))
-
-
 def time_gpts(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[str, float]:
     """Return the median CPU seconds of a training step of the GPT on random tokens of each grid."""
     arguments = {}
@@ -67,22 +55,13 @@ def time_gpts(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[st
         tokens = write_tokens_of(tokenizer, folder / "tokens" / name, TIMED_IMAGES)
         node = {**preset, "tokens": str(tokens), "out": str(folder), "track": {"wandb": "disabled"}}
         arguments[name] = ["--config", write_node(node, folder / f"{name}.yaml")]
-    return prior_seconds(arguments)
-
-
-def parse_tokenizer(node: Node, path: Path) -> Any:
-    """Return the validated configuration of `train_tokenizer`."""
-    from pipelines.config.command import parse
-    from pipelines.train_tokenizer import TrainTokenizerConfig
-
-    return parse(TrainTokenizerConfig, ["--config", write_node(node, path)], verb="train_tokenizer", description="")
+    return step_seconds(arguments, of_prior=True)
 
 
 def build_untrained(node: Node, folder: Path) -> Any:
     """Build an untrained tokenizer, which has the same grid as a trained one."""
-    from pipelines.train_tokenizer import build_tokenizer
-
-    config = parse_tokenizer({**node, "init": None}, folder / "grid.yaml")
+    argv = ["--config", write_node({**node, "init": None}, folder / "grid.yaml")]
+    config = parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description="")
     channels, *size = config.data.spec.shape
     return build_tokenizer(config.model, tuple(size), channels)
 

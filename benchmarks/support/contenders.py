@@ -8,6 +8,9 @@ from typing import Any
 
 from benchmarks.support.options import ROOT, image_folder
 from benchmarks.support.runs import NEVER
+from pipelines.config.arguments import read_file, read_override
+from pipelines.config.yaml_text import write_yaml
+from tokenizer.config import merge
 
 Node = dict[str, Any]
 """A part of a configuration."""
@@ -73,9 +76,6 @@ def is_trained(spec: Node) -> bool:
 
 def read_presets(data: str, changes: list[str]) -> dict[str, Node]:
     """Read the tokenizer and GPT presets of a data set, with `key.path=value` changes; exit if a preset is missing."""
-    from pipelines.config.arguments import read_file, read_override
-    from tokenizer.config import merge
-
     paths = {"tokenizer": f"tokenizer/vqvae_{data}.yaml", "gpt": f"prior/gpt_{data}.yaml"}
     if missing := [path for path in paths.values() if not (ROOT / "configs" / path).is_file()]:
         raise SystemExit(f"data={data}: no preset configs/{missing[0]}")
@@ -86,7 +86,6 @@ def read_presets(data: str, changes: list[str]) -> dict[str, Node]:
 
 
 def with_seed(presets: dict[str, Node], seed: int) -> dict[str, Node]:
-    """Return both presets with another seed."""
     return {kind: {**preset, "train": {**preset["train"], "seed": seed}} for kind, preset in presets.items()}
 
 
@@ -97,7 +96,6 @@ def find_images(data: str, given: str | None) -> str | None:
 
 
 def tokenizer_node(preset: Node, spec: Node, source: str | None, limit: int | None, steps: int, run: Path) -> Node:
-    """Return the `train_tokenizer` configuration of a contender."""
     data = {**preset["data"], **({"source": source} if source else {}), "limit": limit}
     common = {"data": data, "out": str(run), "track": {"wandb": "disabled"}, "train": train_node(preset, steps)}
     return {**preset, **common, **fit_schedules(spec, steps)}
@@ -121,9 +119,6 @@ def train_node(preset: Node, steps: int) -> Node:
 
 
 def write_node(node: Node, path: Path) -> str:
-    """Write a configuration as a file for --config."""
-    from pipelines.config.yaml_text import write_yaml
-
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(write_yaml(node))
     return str(path)

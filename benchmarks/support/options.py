@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -62,13 +64,11 @@ def choose(only: str | None, known: list[str]) -> list[str]:
 
 
 def require_packages(*packages: str) -> None:
-    """Exit with a one-line message if a package is not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise SystemExit(f"{missing[0]}: not installed; pip install {missing[0].replace('_', '-')}")
 
 
 def add_test_helpers() -> None:
-    """Make the modules of `tests/support` importable."""
     sys.path.insert(1, str(ROOT / "tests" / "support"))
 
 
@@ -77,8 +77,6 @@ def use_threads(count: int = 0) -> int:
     processors."""
     found = count or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     os.environ["OMP_NUM_THREADS"] = str(found)
-    import torch
-
     torch.set_num_threads(found)
     return found
 

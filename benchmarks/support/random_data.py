@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.tokens import TokenDataset, TokenSplit
+from prior.columns import ClassColumn
+from prior.given import Given
+from tokenizer import Tokenizer
+
 
 def write_random_tokens(folder: Path, side: int, vocab_size: int, rows: int, classes: int = 10) -> Path:
-    """Write a token dataset of `rows` grids of `side` x `side` random ids."""
-    from tokenizer import Tokenizer
-
     quantizer = {"kind": "ema", "codes": vocab_size, "dim": 8}
     sizes = {"image_size": (4 * side, 4 * side), "channels": 1, "widths": (8,), "blocks": (1,)}
     tokenizer = Tokenizer.create("vqvae", **sizes, quantizer=quantizer)
@@ -17,13 +23,6 @@ def write_random_tokens(folder: Path, side: int, vocab_size: int, rows: int, cla
 
 
 def write_tokens_of(tokenizer: Any, folder: Path, rows: int, classes: int = 10) -> Path:
-    """Write a token dataset of `rows` grids of random ids of a tokenizer."""
-    import torch
-
-    from pipelines.tokens import TokenDataset, TokenSplit
-    from prior.columns import ClassColumn
-    from prior.given import Given
-
     grid, columns = tokenizer.grid, {"label": ClassColumn.numbered(classes)}
     given = Given(columns, {"label": torch.arange(rows) % classes}, rows)
     split = TokenSplit(torch.randint(grid.vocab_size, (rows, *grid.shape)), given)
@@ -32,10 +31,6 @@ def write_tokens_of(tokenizer: Any, folder: Path, rows: int, classes: int = 10) 
 
 
 def write_random_images(folder: Path, side: int, count: int) -> Path:
-    """Write `count` RGB images of `side` x `side` random pixels."""
-    import numpy as np
-    from PIL import Image
-
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):

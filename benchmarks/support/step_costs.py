@@ -9,13 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
 
 def count_flops(loss: Callable[[], Any]) -> float:
     """Count the FLOPs of a forward and backward pass. torch's counter misses attention on a CPU, so a formula adds
     it."""
-    from torch.nn import functional
-    from torch.utils.flop_counter import FlopCounterMode
-
     fused, attention = functional.scaled_dot_product_attention, 0.0
 
     def counted(q: Any, k: Any, v: Any, *args: Any, is_causal: bool = False, **more: Any) -> Any:
@@ -37,8 +39,6 @@ class Products:
     best: the highest FLOP/s of each."""
 
     def __init__(self, side: int) -> None:
-        import torch
-
         a, b = torch.randn(2, side, side)
         rows = a.reshape(16, side // 16, 1, side).movedim(-1, 1)  # channels last; with few images torch would use `mm`
         kernel = b.reshape(side, side, 1, 1).contiguous(memory_format=torch.channels_last)
@@ -55,8 +55,6 @@ class Products:
 
 def count_saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
     """Count the bytes that a forward pass saves for the backward pass, without weights; shared storage counts once."""
-    from torch.autograd.graph import saved_tensors_hooks
-
     found: dict[int, int] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
 

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ def table_head(*names: str) -> str:
 
 
 def table_row(cells: Iterable[str]) -> str:
-    """Format a line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -34,6 +34,14 @@ def with_interval(values: Sequence[float], digits: int = 2) -> str:
     """Format as `1.23 +- 0.04`, or the value alone for one seed."""
     mean, half = statistics.mean(values), interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
+
+
+def cache_json(path: Path, measure: Callable[[], Any]) -> Any:
+    """Return what `measure()` returns, cached in `path`."""
+    if not path.is_file():
+        print(f"measuring {path}", file=sys.stderr, flush=True)
+        write_json(measure(), path)
+    return json.loads(path.read_text())
 
 
 def write_json(data: Any, path: Path) -> None:

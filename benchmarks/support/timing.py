@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.support.options import ROOT
+from pipelines.config.command import parse
+from pipelines.processes.launch import build_accelerator
+from pipelines.train_prior import PriorTask, TrainPriorConfig
+from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
+from pipelines.training.trainer import Trainer
 
 TIMED_STEPS = 20
 
@@ -44,9 +51,6 @@ def medians(runs: Sequence[Callable[[], object]], repeats: int, warmup: int, clo
 def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterator[Callable[[], None]]:
     """Yield a function that takes one training step, with data loading and averaged weights. waits: receives the
     seconds that each step waited for its batch."""
-    from pipelines.processes.launch import build_accelerator
-    from pipelines.training.trainer import Trainer
-
     waits = [] if waits is None else waits
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(None):
@@ -67,20 +71,19 @@ def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterato
             trainer.close()
 
 
-def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
-    """Return the CPU seconds of a training step of each prior. arguments: command lines of `smalti train_prior`, by
-    name."""
-    import torch
+def build_task(argv: list[str], of_prior: bool, device: Any = "cpu") -> tuple[Any, Any]:
+    """Build the training task of a command line; return it with its configuration."""
+    stage: Any = TrainPriorConfig if of_prior else TrainTokenizerConfig
+    config = parse(stage, argv, verb="benchmark", description="")
+    torch.manual_seed(config.train.seed)
+    with contextlib.redirect_stdout(None):  # the number of images, which a run prints
+        return PriorTask(config) if of_prior else TokenizerTask(config, device), config
 
-    from pipelines.config.command import parse
-    from pipelines.train_prior import PriorTask, TrainPriorConfig
 
+def step_seconds(arguments: dict[str, list[str]], of_prior: bool) -> dict[str, float]:
+    """Return the CPU seconds of a training step of each command line, timed in turn."""
     with contextlib.ExitStack() as stack:
-        steps = []
-        for argv in arguments.values():
-            config = parse(TrainPriorConfig, argv, verb="train_prior", description="")
-            torch.manual_seed(config.train.seed)
-            steps.append(stack.enter_context(stepper(PriorTask(config), config)))
+        steps = [stack.enter_context(stepper(*build_task(argv, of_prior))) for argv in arguments.values()]
         return dict(zip(arguments, cpu_seconds_of(steps), strict=True))
 
 

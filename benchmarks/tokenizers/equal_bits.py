@@ -29,8 +29,11 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+
+import torch
 
 from benchmarks.support.contender_figures import (
     draw_rate_distortion,
@@ -53,8 +56,19 @@ from benchmarks.support.contenders import (
     write_node,
 )
 from benchmarks.support.options import choose, read_options, read_value, use_threads
-from benchmarks.support.tables import write_json
+from benchmarks.support.tables import cache_json, write_json
 from benchmarks.support.timing import steps_within
+from pipelines import ImagePipeline, encode, train_prior, train_tokenizer
+from pipelines.config import UserError
+from pipelines.images import DataConfig, load_images
+from pipelines.images.pictures import save_picture
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.metrics.reconstruction import evaluate_reconstruction
+from pipelines.provenance import read_data_settings
+from pipelines.tokens import load_tokens
+from tokenizer import Tokenizer
+from tokenizer.files import PipelineLoadError
+from tokenizer.model import PROVENANCE
 
 VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies per image for the GPT, for small data sets
 PREVIEW_IMAGES = 10
@@ -74,8 +88,6 @@ OPTIONS = {
 
 def train(node: Node, gpt: Node | None, variants: int, folder: Path) -> None:
     """Train the tokenizer, encode the images, and train the GPT, if any."""
-    from pipelines import encode, train_prior, train_tokenizer
-
     train_tokenizer.main(["--config", write_node(node, folder / "tokenizer.yaml")])
     if gpt is None:
         return
@@ -87,14 +99,6 @@ def train(node: Node, gpt: Node | None, variants: int, folder: Path) -> None:
 
 def measure(folder: Path) -> Node:
     """Measure a trained contender, and save held-out images and their reconstructions in `folder`."""
-    import torch
-
-    from pipelines.images import DataConfig, load_images
-    from pipelines.metrics.reconstruction import evaluate_reconstruction
-    from pipelines.provenance import read_data_settings
-    from tokenizer import Tokenizer
-    from tokenizer.model import PROVENANCE
-
     place = folder / "run" / "tokenizer"
     tokenizer, data = Tokenizer.from_pretrained(place), read_data_settings(place / PROVENANCE)
     images = load_images(DataConfig.model_validate(data)).held_out
@@ -117,10 +121,6 @@ def measure(folder: Path) -> Node:
 
 def measure_bits(folder: Path) -> Node:
     """Measure the GPT's bits per held-out token, if a GPT was trained."""
-    from pipelines import ImagePipeline
-    from pipelines.metrics.likelihood import bits_per_token
-    from pipelines.tokens import load_tokens
-
     if not (folder / "gpt" / "pipeline").is_dir():
         return {}
     prior, data = ImagePipeline.from_pretrained(folder / "gpt" / "pipeline").prior, load_tokens(folder / "tokens")
@@ -128,10 +128,7 @@ def measure_bits(folder: Path) -> Node:
 
 
 def train_and_measure(name: str, spec: Node, presets: dict[str, Node], times: Node, settings: Node, out: Path) -> Node:
-    """Train and measure a contender, with figures cached in `out`."""
-    path, folder = out / name / "figures.json", out / name
-    if path.is_file():
-        return json.loads(path.read_text())
+    folder = out / name
     seconds, gpt_seconds = times["tokenizer"].get(name), times["gpt"].get(times["grids"][name])
     steps = steps_within(settings["minutes"], seconds) if seconds else 1
     gpt_steps = steps_within(settings["gpt_minutes"], gpt_seconds) if settings["gpt_minutes"] else 0
@@ -141,9 +138,7 @@ def train_and_measure(name: str, spec: Node, presets: dict[str, Node], times: No
     gpt = {**presets["gpt"], "out": str(folder / "gpt"), "track": {"wandb": "disabled"}, "train": gpt_train}
     train(node, gpt if gpt_steps else None, settings["augmentations"], folder)
     counted = {"seconds_per_step": seconds, "steps": steps if seconds else None, "gpt_steps": gpt_steps}
-    figures = {**measure(folder), **counted}
-    write_json(figures, path)
-    return figures
+    return {**measure(folder), **counted}
 
 
 # The command line ---------------------------------------------------------------------------------
@@ -158,27 +153,22 @@ def check_settings(settings: Node, path: Path) -> None:
         raise SystemExit(f"{path.parent}: was made with {other[0]}={saved.get(other[0])}; choose another out=")
 
 
-def collect_settings(options: SimpleNamespace) -> Node:
-    """Return the settings that all contenders in a folder share."""
-    variants, data = options.augmentations, options.data
-    return {
-        "minutes": options.minutes,
-        "gpt_minutes": options.gpt_minutes,
-        "augmentations": read_value("augmentations", variants, 0) if variants else VARIANTS.get(data, 0),
-        "limit": options.limit or None,
-        "source": find_images(data, options.source),
-        "changes": options.changes,
-    }
-
-
 def compare(options: SimpleNamespace) -> None:
     """Time, train and measure the contenders, and print the table."""
     out = Path(options.out).absolute() / options.data
     presets = read_presets(options.data, options.changes)
     known = contenders(presets["tokenizer"], out)
     only = choose(options.only, list(known))
-    settings = collect_settings(options)
-    source, limit = settings["source"], min(TIMED_IMAGES, settings["limit"] or TIMED_IMAGES)
+    source, limit = find_images(options.data, options.source), min(TIMED_IMAGES, options.limit or TIMED_IMAGES)
+    variants = options.augmentations
+    settings = {  # which all contenders in a folder share
+        "minutes": options.minutes,
+        "gpt_minutes": options.gpt_minutes,
+        "augmentations": read_value("augmentations", variants, 0) if variants else VARIANTS.get(options.data, 0),
+        "limit": options.limit or None,
+        "source": source,
+        "changes": options.changes,
+    }
     nodes = {
         name: tokenizer_node(presets["tokenizer"], spec, source, limit, 1, out / name) for name, spec in known.items()
     }
@@ -191,7 +181,8 @@ def compare(options: SimpleNamespace) -> None:
             if not is_trained(specs[name]) and not (folder / "klvae" / "figures.json").is_file():
                 print(f"{name}: skipped until klvae is finished, because it starts from that", flush=True)
                 continue
-            figures = train_and_measure(name, specs[name], seeded, times, settings, folder)
+            make = partial(train_and_measure, name, specs[name], seeded, times, settings, folder)
+            figures = cache_json(folder / name / "figures.json", make)
             print(format_row(name, [figures]), flush=True)
     report(list(known), times, out)
 
@@ -204,8 +195,6 @@ def report(known: list[str], times: Node, out: Path) -> None:
         for kind in ("tokenizer", "gpt"):
             print(f"ms per step, {kind}:", ", ".join(f"{n} {1e3 * s:.1f}" for n, s in times[kind].items()))
         return
-    from pipelines.images.pictures import save_picture
-
     settings = json.loads((out / "settings.json").read_text())
     seeds = sorted({len(runs) for runs in found.values()})
     print(
@@ -223,10 +212,6 @@ def report(known: list[str], times: Node, out: Path) -> None:
 def main() -> None:
     options = read_options(__doc__, OPTIONS, dotted=True)
     use_threads(options.threads)
-
-    from pipelines.config import UserError
-    from tokenizer.files import PipelineLoadError
-
     try:
         compare(options)
     except (UserError, PipelineLoadError) as error:

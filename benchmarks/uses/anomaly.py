@@ -19,18 +19,26 @@ calibration images. The last row takes the better of the two on each set, with h
 from __future__ import annotations
 
 import io
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.support.options import ROOT, read_options
-from benchmarks.support.runs import smalti, train_once
-from benchmarks.support.tables import table_head
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.support.options import ROOT, read_options, use_threads
+from benchmarks.support.runs import encode_once, train_once
+from benchmarks.support.tables import cache_json, table_head
+from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import calibrate
+from pipelines.anomaly.examine import Examination
+from pipelines.anomaly.scores import score_images
+from pipelines.images import DataConfig, load_images
+from pipelines.metrics.localization import separation
 
 CALIBRATION = 5000
-NEVER = ("evaluate", "preview", "save")
 SMALL, FAR = NO_MODEL = ("PNG: small", "PNG: far from the mean")
 BEST = "PNG: better of the two"
 OPTIONS = {
@@ -49,7 +57,6 @@ OPTIONS = {
 def write_subset(source: str, left_out: int | None, limit: int, folder: Path) -> Path:
     """Write the training data without one class: `train`, with calibration images as `test`."""
     import datasets
-    import numpy as np
 
     if not (folder / "test.parquet").is_file():
         rows = datasets.load_dataset(source, split="train")
@@ -63,36 +70,26 @@ def write_subset(source: str, left_out: int | None, limit: int, folder: Path) ->
 
 
 def train(options: SimpleNamespace, data: Path, out: Path) -> Path:
-    """Train a pipeline, and its background prior beside it."""
     tokens, presets = out / "tokens", ROOT / "configs"
     preset = presets / "tokenizer/vqvae_fashion_density.yaml"
-    if not (tokens / "manifest.json").is_file():
-        images = f"data.source={data}"
-        train_once("train_tokenizer", preset, options.tokenizer_steps, out / "tokenizer", images, never=NEVER)
-        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={tokens}")
+    train_once("train_tokenizer", preset, options.tokenizer_steps, out / "tokenizer", f"data.source={data}")
+    encode_once(out / "tokenizer" / "tokenizer", tokens)
     preset = presets / f"prior/{options.prior}_fashion_mnist.yaml"
     for name, perturb in {"prior": 0.0, "background": options.background}.items():
         if name == "prior" or perturb:
             more = (f"tokens={tokens}", f"perturb={perturb:g}")
-            train_once("train_prior", preset, options.prior_steps, out / name, *more, never=NEVER)
+            train_once("train_prior", preset, options.prior_steps, out / name, *more)
     return out / "prior" / "pipeline"
 
 
 def to_tensors(rows: Any) -> tuple[Any, Any]:
     """Convert images to uint8 `(n, 1, 28, 28)`, and their labels to a tensor."""
-    import numpy as np
-    import torch
-
     pixels = np.stack([np.asarray(image.convert("L")) for image in rows["image"]])
     return torch.from_numpy(pixels)[:, None], torch.tensor(rows["label"][:])
 
 
 def make_anomalies(images: Any, labels: Any, left_out: int | None) -> dict[str, Any]:
     """Return anomalous images by set: the class left out, or images that are not garments."""
-    import torch
-
-    from pipelines.images import DataConfig, load_images
-
     if left_out is not None:
         return {"left out": images[labels == left_out]}
     generator = torch.Generator().manual_seed(0)
@@ -107,9 +104,6 @@ def make_anomalies(images: Any, labels: Any, left_out: int | None) -> dict[str, 
 
 def measure_png(pixels: Any) -> Any:
     """Measure the size of each image as a PNG file, in bits."""
-    import torch
-    from PIL import Image
-
     sizes = []
     for image in pixels[:, 0].numpy():
         file = io.BytesIO()
@@ -121,12 +115,6 @@ def measure_png(pixels: Any) -> Any:
 def compute_scores(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Compute scores `(n,)` by method and set. The pipeline is calibrated on the set `calibration`, which only the
     baselines score."""
-    import torch
-
-    from pipelines.anomaly.calibrating import calibrate
-    from pipelines.anomaly.examine import Examination
-    from pipelines.anomaly.scores import score_images
-
     fitted = calibrate(pipe, sets["calibration"])
     found: dict[str, dict[str, Any]] = {method: {} for method in (*fitted.scores, *NO_MODEL)}
     for name, images in sets.items():
@@ -142,18 +130,11 @@ def compute_scores(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]
     return found
 
 
-def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int, out: Path) -> dict[str, Any]:
-    """Measure AUROC and other figures by method and set of anomalies, cached in `out`."""
+def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int, data: Path) -> dict[str, Any]:
+    """Measure AUROC and other figures by method and set of anomalies."""
     import datasets
-    import numpy as np
-    import torch
 
-    from pipelines.metrics.localization import separation
-
-    path = out / "figures.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    held = datasets.load_dataset("parquet", data_files=str(out / "data" / "test.parquet"), split="train")
+    held = datasets.load_dataset("parquet", data_files=str(data / "test.parquet"), split="train")
     sets = {"calibration": to_tensors(held)[0], "normal": images if left_out is None else images[labels != left_out]}
     sets = {name: part[: limit or None] for name, part in (sets | make_anomalies(images, labels, left_out)).items()}
     figures: dict[str, Any] = {}
@@ -162,7 +143,6 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
         for name in [name for name in sets if name not in ("calibration", "normal")]:
             both = torch.cat([normal, scores[name]]).numpy()
             figures.setdefault(method, {})[name] = separation(both, np.arange(len(both)) >= len(normal))
-    path.write_text(json.dumps(figures, indent=1))
     return figures
 
 
@@ -170,24 +150,15 @@ def train_and_measure(options: SimpleNamespace, left_out: int | None, out: Path)
     """Train and measure a model; return the figures by method and set."""
     import datasets
 
-    from pipelines import ImagePipeline
-
     data = write_subset(options.source, left_out, options.limit, out / "data")
     folder = train(options, data, out)
     pipe = ImagePipeline.from_pretrained(folder)
     if (out / "background" / "steps").is_file():
         pipe.set_background(ImagePipeline.from_pretrained(out / "background" / "pipeline").prior)
     images, labels = to_tensors(datasets.load_dataset(options.source, split="test"))
-    return measure(pipe, images, labels, left_out, options.limit, out)
-
-
-def add_best(figures: dict[str, Any]) -> dict[str, Any]:
-    """Add the better baseline on each set."""
-    best = {
-        name: max((figures[row][name] for row in NO_MODEL), key=lambda f: f["auroc"][0])
-        for name in figures[NO_MODEL[0]]
-    }
-    return {**figures, BEST: best}
+    return cache_json(
+        out / "figures.json", lambda: measure(pipe, images, labels, left_out, options.limit, out / "data")
+    )
 
 
 def print_tables(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
@@ -213,7 +184,7 @@ def print_tables(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
 
 def main() -> None:
     options = read_options(__doc__, OPTIONS)
-    os.environ["OMP_NUM_THREADS"] = str(options.cores)
+    use_threads(options.cores)
     out = Path(options.out).absolute()
     import datasets
 
@@ -221,7 +192,9 @@ def main() -> None:
     left_out = [int(label) for label in options.leave.split(",") if label]
     found: dict[str, dict[str, Any]] = {}
     for label in [None, *left_out]:
-        figures = add_best(train_and_measure(options, label, out / ("all" if label is None else f"without_{label}")))
+        figures = train_and_measure(options, label, out / ("all" if label is None else f"without_{label}"))
+        pairs = {name: [figures[row][name] for row in NO_MODEL] for name in figures[SMALL]}
+        figures[BEST] = {name: max(pair, key=lambda f: f["auroc"][0]) for name, pair in pairs.items()}
         for method, sets in figures.items():
             renamed = {name if label is None else f"{names[label]} left out": f for name, f in sets.items()}
             found.setdefault(method, {}).update(renamed)

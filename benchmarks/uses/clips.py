@@ -26,61 +26,39 @@ import numpy as np
 from benchmarks.support.clip_data import BLOBS, VOLUME, count_blobs, find_velocities, make_motion, make_volumes
 from benchmarks.support.condition_data import FRAMES
 from benchmarks.support.options import ROOT, choose, read_options, use_threads
-from benchmarks.support.runs import smalti, train_once
+from benchmarks.support.runs import encode_once, load_pipeline, train_once
 from benchmarks.support.tables import table_head, table_row
 from benchmarks.uses.conditions import save_strip
+from pipelines.images import DataConfig, load_images
 from pipelines.images.animations import write_animation
+from pipelines.metrics.likelihood import evaluate_frames, log_probs
+from pipelines.tokens import load_tokens
 
-NEVER = ("evaluate", "preview", "save")
 CLIPS, CLIPS_SHOWN = 8, 48  # in a training batch; continued
-PRIORS = {
-    "motion": {"clip": ["model.window=[2,3,3]"], "frame": []},
-    "volumes": {"clip": []},
-}
+PRIORS = {"motion": {"clip": ["model.window=[2,3,3]"], "frame": []}, "volumes": {"clip": []}}
 """The priors and their settings; `frame` is one over single frames."""
-OPTIONS = {
-    "only": None,
-    "limit": 10_000,
-    "tokenizer_steps": 600,
-    "steps": 1200,
-    "out": "runs/clips",
-    "threads": 0,
-}
+OPTIONS = {"only": None, "limit": 10_000, "tokenizer_steps": 600, "steps": 1200, "out": "runs/clips", "threads": 0}
 
 
 def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> None:
-    """Train the tokenizer and the priors of a data set, and print how long each took."""
     source = [f"data.source={data}", f"data.frames={FRAMES}", "data.augment={}"]
     source += ["data.image_size=32", "data.label_column=null"] if name == "motion" else ["data.image_size=24"]
     preset = ROOT / "configs/tokenizer/vqvae_digits.yaml"
-    train_once("train_tokenizer", preset, options.tokenizer_steps, out / "tokenizer", *source, never=NEVER)
+    train_once("train_tokenizer", preset, options.tokenizer_steps, out / "tokenizer", *source)
     for prior, settings in PRIORS[name].items():
         single = prior == "frame"
         tokens, batch = out / ("tokens_frame" if single else "tokens"), CLIPS * (FRAMES if single else 1)
-        if not (tokens / "manifest.json").is_file():
-            smalti("encode", f"tokenizer={out / 'tokenizer'}", f"out={tokens}", *["data.frames=null"][: int(single)])
+        encode_once(out / "tokenizer", tokens, *["data.frames=null"][: int(single)])
         preset, began = ROOT / "configs/prior/gpt_digits.yaml", time.monotonic()
         more = [f"tokens={tokens}", f"train.batch_size={batch}", "train.minutes=null", "sampler={}", *settings]
-        train_once("train_prior", preset, options.steps, out / f"gpt_{prior}", *more, never=NEVER)
+        train_once("train_prior", preset, options.steps, out / f"gpt_{prior}", *more)
         print(f"{name}, {prior}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 # Measurements -------------------------------------------------------------------------------------
 
 
-def load(run: Path) -> Any:
-    """Load the pipeline of a run, without progress bars."""
-    from pipelines import ImagePipeline
-
-    pipe = ImagePipeline.from_pretrained(run / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def read_clips(data: Path, size: int) -> Any:
-    """Return the held-out clips of a data set."""
-    from pipelines.images import DataConfig, load_images
-
     label = "auto" if size < 32 else None
     config = DataConfig(source=str(data), frames=FRAMES, image_size=size, channels=1, label_column=label)
     return load_images(config).held_out
@@ -88,9 +66,6 @@ def read_clips(data: Path, size: int) -> Any:
 
 def print_bits(pipes: dict[str, Any], out: Path) -> None:
     """Print the bits of each frame given those before it, and of single frames under the prior that has no past."""
-    from pipelines.metrics.likelihood import evaluate_frames, log_probs
-    from pipelines.tokens import load_tokens
-
     print(table_head("bits per frame", *map(str, range(FRAMES)), "mean"))
     for name, pipe in pipes.items():
         folder = out / ("tokens_frame" if name == "frame" else "tokens")
@@ -104,18 +79,18 @@ def print_bits(pipes: dict[str, Any], out: Path) -> None:
         print(table_row([name, *cells]), flush=True)
 
 
-def measure_motion(pipes: dict[str, Any], data: Path, out: Path, kept: int = 2) -> None:
-    """Continue held-out clips from their first frames; print how many of the drawn steps move as the clip does, exactly
-    and within a pixel along each axis, and save a strip for some clips: the clip, and below it what was drawn."""
+def measure_motion(pipes: dict[str, Any], data: Path, out: Path, given: int = 2) -> None:
+    """Continue held-out clips from their first frames; print how many of the sampled steps move as the clip does,
+    exactly and within a pixel along each axis, and save a strip for some clips, each above its continuation."""
     pixels, asked = read_clips(data, 32).pixels(range(CLIPS_SHOWN)), np.loadtxt(data / "test.csv", int, delimiter=",")
     asked = asked[: len(pixels), None]
     clips = pixels[:, :, 0].numpy()
     first = next(iter(pipes.values()))
     rows = {"held out": clips, "reconstructed": first.reconstruct(pixels, output_type="np")[..., 0]}
-    rows["continued"] = first.complete(pixels, frames=kept, seed=0, output_type="np").images[..., 0]
+    rows["continued"] = first.complete(pixels, frames=given, seed=0, output_type="np").images[..., 0]
     print(table_head("steps that move as the clip", "exactly", "within a pixel"))
     for name, found in rows.items():
-        apart = np.abs(find_velocities(found)[:, kept - 1 :] - asked).max(-1)
+        apart = np.abs(find_velocities(found)[:, given - 1 :] - asked).max(-1)
         print(table_row([name, f"{(apart == 0).mean():.3f}", f"{(apart <= 1).mean():.3f}"]), flush=True)
     shown = [rows[name][clip] for clip in range(6) for name in ("held out", "continued")]
     save_strip(out / "continued.png", shown, FRAMES)
@@ -153,7 +128,7 @@ def main() -> None:
         make = make_motion if name == "motion" else make_volumes
         data = make(out / "data", options.limit // (1 if name == "motion" else 4))
         train(name, options, data, out)
-        pipes = {prior: load(out / f"gpt_{prior}") for prior in PRIORS[name]}
+        pipes = {prior: load_pipeline(out / f"gpt_{prior}") for prior in PRIORS[name]}
         print(f"\n{name}\n", flush=True)
         print_bits(pipes, out)
         if name == "motion":

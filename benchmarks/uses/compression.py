@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.support.options import read_options, require_packages, use_threads
 from benchmarks.support.tables import table_head, table_row
+from pipelines import ImagePipeline
+from pipelines.images import DataConfig, load_images
 
 SIDE = 100  # images in a row of a sheet
 
@@ -71,7 +74,6 @@ def to_rgb(sheet: np.ndarray) -> np.ndarray:
 
 
 def compute_bits(pipe: Any, images: Any, lossless: bool) -> float:
-    """Compute -log2 p of all images (lossless) or of their tokens."""
     dims = images[0].numel()
     bits = [
         pipe.bits_per_dim(part).double() * dims if lossless else -pipe.log_prob(part).double() / np.log(2)
@@ -113,11 +115,6 @@ def main() -> None:
     if options.peers:
         require_packages("imagecodecs")
     use_threads()
-    import torch
-
-    from pipelines import ImagePipeline
-    from pipelines.images import DataConfig, load_images
-
     pipe = ImagePipeline.from_pretrained(options.pipeline)
     source = pipe.provenance["data"] | ({"source": options.source} if options.source else {})
     held_out = load_images(DataConfig(**source)).held_out

@@ -24,14 +24,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.support.condition_data import DARK, FLAGS, FRAMES, find_flags, make_data, measure_digits, read_pixels
 from benchmarks.support.options import ROOT, choose, read_options, use_threads
-from benchmarks.support.runs import smalti, train_once
+from benchmarks.support.runs import encode_once, load_pipeline, train_once
 from benchmarks.support.tables import table_head, table_row
+from pipelines.tokens import load_tokens
 
-NEVER = ("evaluate", "preview", "save")
 SAMPLES = 200
 PRESETS = {"garments": "fashion_mnist", "emoji": "openmoji", "digits": "digits", "motion": "digits"}
 SIZES = {"emoji": 64, "motion": 32}
@@ -59,35 +60,31 @@ OPTIONS = {
 
 def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> dict[str, Any]:
     """Train the tokenizers and priors of a data set; return pipelines by the name of the prior."""
-    from pipelines import ImagePipeline
-
     configs, tokens, tokenizer = ROOT / "configs", out / "tokens", out / "tokenizer"
     source = [f"data.source={data / 'images'}", f"data.image_size={SIZES.get(name, 28)}"]
     source += ["data.label_column=null"] if name == "motion" else []
     preset = configs / f"tokenizer/vqvae_{PRESETS[name]}.yaml"
-    train_once("train_tokenizer", preset, options.tokenizer_steps, tokenizer, *source, never=NEVER)
+    train_once("train_tokenizer", preset, options.tokenizer_steps, tokenizer, *source)
     columns = {column: column for some in PRIORS[name].values() for column in some}
     given: dict[str, dict[str, Any]] = {column: {"column": column} for column in columns}
     if name in PAIRS:
         pair, size, levels = PAIRS[name]
         source = [f"data.source={data / pair}", f"data.image_size={size}", f"model.levels={levels}"]
         preset = configs / "tokenizer/pixels_fashion_binary.yaml"
-        train_once("train_tokenizer", preset, 1, out / pair, *source, never=NEVER)
+        train_once("train_tokenizer", preset, 1, out / pair, *source)
         given = {pair: {"images": str(data / pair), "tokenizer": str(out / pair)}}
     elif name == "digits":
         given["caption"]["encoder"] = "ngrams:128"
     else:
         given["past"] = {"frame": -1, "tokenizer": str(tokenizer)}
-    if not (tokens / "manifest.json").is_file():
-        variants = ["augmentations=8"] if name == "emoji" else []
-        smalti("encode", f"tokenizer={tokenizer}", f"out={tokens}", f"attributes={json.dumps(given)}", *variants)
+    variants = ["augmentations=8"] if name == "emoji" else []
+    encode_once(tokenizer, tokens, f"attributes={json.dumps(given)}", *variants)
     pipes = {}
     for prior, some in PRIORS[name].items():
         run, choice = out / f"gpt_{prior}", (f"tokens={tokens}", f"attributes={json.dumps(some)}")
         preset = configs / f"prior/gpt_{PRESETS[name]}.yaml"
-        train_once("train_prior", preset, options.steps, run, *choice, *SMALL, never=NEVER)
-        pipes[prior] = ImagePipeline.from_pretrained(run / "pipeline")
-        pipes[prior].set_progress_bar_config(disable=True)
+        train_once("train_prior", preset, options.steps, run, *choice, *SMALL)
+        pipes[prior] = load_pipeline(run)
     return pipes
 
 
@@ -97,10 +94,6 @@ def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> dict[st
 def read_rows(tokens: Path, pipe: Any, count: int, split_name: str = "test") -> tuple[Any, Any]:
     """Return the tokens of a split and what is given of its images (the pipeline's columns), without the first frames
     of clips."""
-    import torch
-
-    from pipelines.tokens import load_tokens
-
     split = load_tokens(str(tokens)).splits[split_name]
     rows = torch.arange(min(count, len(split)))
     rows = rows[rows % FRAMES > 0] if "past" in split.given.columns else rows
@@ -110,8 +103,6 @@ def read_rows(tokens: Path, pipe: Any, count: int, split_name: str = "test") -> 
 def print_bits(pipes: dict[str, Any], folder: Path) -> None:
     """Print bits per token given label and columns, the label alone, nothing, label and columns of another image, and
     without each column."""
-    import torch
-
     for prior, pipe in pipes.items():
         tokens, given = read_rows(folder, pipe, 1000)
         others = [name for name in given.names if name != "label"]
@@ -129,7 +120,6 @@ def print_bits(pipes: dict[str, Any], folder: Path) -> None:
 
 
 def draw(pipe: Any, count: int, **given: Any) -> np.ndarray:
-    """Draw uint8 images with seeds from 0."""
     return to_pixels(pipe(num_images=count, seed=0, output_type="pt", **given).images)
 
 
@@ -170,8 +160,6 @@ def measure_pairs(name: str, pipe: Any, data: Path, out: Path) -> None:
 
 def measure_numbers(pipe: Any, out: Path) -> None:
     """Print correlation (and slope) of what was asked for, slant and thickness independently, and samples."""
-    import torch
-
     tokens, known = read_rows(out / "tokens", pipe, 1000)
     columns = known.without(["label"]).rows
     shuffled = torch.Generator().manual_seed(0)
@@ -222,8 +210,6 @@ def measure_words(pipe: Any, out: Path) -> None:
 
 def measure_clips(pipe: Any, out: Path) -> None:
     """Save clips, and below each the same first frame continued by samples, each given the one before."""
-    import torch
-
     tokens, given = read_rows(out / "tokens", pipe, 4 * FRAMES)
     second = torch.arange(0, len(tokens), FRAMES - 1)
     velocity = {name: given.raw(name)[second] for name in ("velocity_x", "velocity_y")}

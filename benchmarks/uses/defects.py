@@ -24,10 +24,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
 from benchmarks.support.options import ROOT, image_folder, read_options, use_threads
-from benchmarks.support.runs import smalti, train_once
+from benchmarks.support.runs import encode_once, load_pipeline, smalti, train_once
 from benchmarks.support.tables import table_head, table_row
+from pipelines.anomaly.filters import smooth
+from pipelines.anomaly.ground_truth import evaluate_defects, find_masks, read_mask
+from pipelines.anomaly.maps import peak_of
+from pipelines.images.views import View, as_lazy, convert_at_own_size, cut, paste
+from tokenizer.spec import to_float
 
 OPTIONS: dict[str, Any] = {
     "source": "",
@@ -42,7 +49,6 @@ OPTIONS: dict[str, Any] = {
 }
 METHODS = ("hidden", "joint")
 THIN = 3
-NEVER = ("evaluate", "preview", "save")
 
 
 def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
@@ -58,13 +64,12 @@ def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
     seed = f"train.seed={options.seed}"
     tokenizer, tokens, prior = out / "tokenizer", out / "tokens", out / "prior"
     preset = configs / "tokenizer/vqvae_tiles.yaml"
-    train_once("train_tokenizer", preset, options.tokenizer_steps, tokenizer, *source, seed, never=NEVER)
+    train_once("train_tokenizer", preset, options.tokenizer_steps, tokenizer, *source, seed)
     count("train_tokenizer")
-    if not (tokens / "manifest.json").is_file():
-        smalti("encode", f"tokenizer={tokenizer}", f"out={tokens}")
+    encode_once(tokenizer, tokens)
     count("encode")
     preset = configs / "prior/masked_tiles.yaml"
-    train_once("train_prior", preset, options.steps, prior, f"tokens={tokens}", seed, never=NEVER)
+    train_once("train_prior", preset, options.steps, prior, f"tokens={tokens}", seed)
     count("train_prior")
     tiles = (f"pipeline={prior / 'pipeline'}", "tile=true", f"stride={options.stride}")
     if not (prior / "pipeline" / "calibration.json").is_file():
@@ -87,20 +92,9 @@ def read_scores(out: Path, method: str) -> list[dict[str, str]]:
 
 
 def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of `measure_defects` of each baseline, for the images in `scores.csv`."""
-    import torch
-    from PIL import Image
-
-    from pipelines import ImagePipeline
-    from pipelines.anomaly.filters import smooth
-    from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
-    from pipelines.anomaly.maps import peak_of
-    from pipelines.images.views import View, as_lazy, convert_at_own_size, cut, paste
-    from tokenizer.spec import to_float
-
-    pipe = ImagePipeline.from_pretrained(out / "prior" / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
-    view, table = View.of(pipe.tokenizer, stride), read_scores(out, "joint")
+    """Return the rows of `evaluate_defects` of each baseline, for the images in `scores.csv`."""
+    pipe = load_pipeline(out / "prior")
+    view, table = View.of(pipe.spec, stride), read_scores(out, "joint")
     files, anomalous = [Path(row["file"]) for row in table], np.array([row["anomalous"] == "1" for row in table])
     maps: dict[str, list[Any]] = {"deviation": [], "reconstruction": [], "bits": []}
     peaks: dict[str, list[float]] = {name: [] for name in maps}
@@ -125,7 +119,7 @@ def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict
     peaks["joint"], maps["joint"] = [float(row["score"]) for row in table], maps["bits"]
     found = {}
     for name, some in maps.items():
-        found[name] = measure_defects(np.array(peaks[name]), [heat.numpy() for heat in some], truth, *given)
+        found[name] = evaluate_defects(np.array(peaks[name]), [heat.numpy() for heat in some], truth, *given)
     return found
 
 
@@ -143,7 +137,6 @@ def print_flagged(name: str, rows: list[dict[str, str]]) -> None:
 
 
 def print_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print a line for each defect and the mean over defects."""
     rows = [row for row in rows if row["defect"] != "all"]
     keys = ("image_auroc", "pixel_auroc", "pro")
     for row in rows:

@@ -16,7 +16,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from benchmarks.support.options import ROOT, read_options
+from pipelines import ImagePipeline
+from pipelines.commands import calibrate
+from pipelines.evaluate import main as evaluate
 
 OPTIONS = {"pipeline": "runs/gpt_digits/pipeline", "name": "digits", "source": None, "hub": None, "every": 2}
 MOST_BYTES = 3_000_000
@@ -24,9 +29,6 @@ MOST_BYTES = 3_000_000
 
 def main() -> None:
     chosen = read_options(__doc__, OPTIONS)
-    from pipelines.commands import calibrate
-    from pipelines.evaluate import main as evaluate
-
     out = ROOT / "pipelines" / "shipped" / chosen.name
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary) / chosen.name
@@ -46,10 +48,6 @@ def main() -> None:
 def save_narrow(source: str | Path, out: Path, hub: str | None) -> None:
     """Save a pipeline with weights of bfloat16; a second time changes nothing of what it computes. hub: the data set
     that its provenance names; None changes nothing."""
-    import torch
-
-    from pipelines import ImagePipeline
-
     pipeline = ImagePipeline.from_pretrained(source).to(torch.bfloat16)
     if hub:
         known = {

@@ -25,13 +25,13 @@ from .calibration import (
     Fitted,
     NormalScores,
     NormalStatistics,
-    digest_of_name,
+    digest_name,
 )
 from .conformal import Floats, least_scores, round_scores, round_to, threshold
 from .distances import Distance, round_digits
 from .examine import STATISTICS, Evidence, Examination
 from .hidden import mean_of_codes
-from .maps import MAPPED, MAX_POINTS, Roles, fit_maps, has_maps
+from .maps import MAPPED, MAX_POINTS, Roles, fit_map_reference, has_maps
 from .scores import TOGETHER, list_methods, log_statistics, score_images, total_bits
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 MAX_SCORES, MAX_NEIGHBOURS, MAX_POSITIONS = 2000, 1000, 4096  # bounds on the size of the file
 MAX_TILES, MAX_MEASURED = 10_000, 2_000
 """Tiles that give the mean bits of each id, and of these, tiles that give statistics; all images have at least one."""
-MAX_HELD = 256 << 20
-"""Bytes of evidence that is held; images beyond are examined again for each use."""
+MAX_HELD = 256 << 20  # bytes of evidence; images beyond are examined again for each use
 
 
 def calibrate(
@@ -96,8 +95,8 @@ def calibrate(
         check_places(given)
     parts = divide_objects(numbers, objects, seed, folds)
     normal = NormalImages(examination, parts, mapped, seed)
-    references = [normal.fit(part, len(parts)) for part in parts]
-    references = [normal.score(part, each) for part, each in zip(parts, references, strict=True)]
+    fitted = [normal.fit(part, len(parts)) for part in parts]
+    references = [normal.score(part, each) for part, each in zip(parts, fitted, strict=True)]
     scores, is_crossed = dict[str, NormalScores](), folds > 1
     for method in references[0].scores:
         if is_crossed and method == "map":
@@ -110,7 +109,10 @@ def calibrate(
         for each in references
     ]
     normal.identify_others()
-    sizes = [*normal.sizes.values()]
+    digests, sizes = zip(*normal.known.values(), strict=True)
+    # Quantiles at each position, or over all positions if there are very many.
+    surprise = torch.cat([each["surprise"] for each in normal.rows.values()]).double().numpy()
+    surprise = surprise if surprise.shape[1] <= MAX_POSITIONS else surprise.reshape(-1, 1)
     pipeline.calibration = Calibration(
         count=count,
         objects=None if groups is None else objects,
@@ -125,11 +127,11 @@ def calibrate(
         fitted=None if is_crossed else references[0].fitted,
         scores=scores,
         folds=crossed if is_crossed else None,
-        surprise=surprise_quantiles(torch.cat([each["surprise"] for each in normal.rows.values()])),
+        surprise=round_digits(np.quantile(surprise, LEVELS, axis=0)),
         error=round_digits((normal.error / normal.num_tiles).numpy()),
         maps=None if is_crossed else references[0].maps,
-        digests=sorted(set(normal.digests.values())),
-        object_digests=None if groups is None else sorted({digest_of_name(str(name)) for name in groups}),
+        digests=sorted({*digests}),
+        object_digests=None if groups is None else sorted({digest_name(str(name)) for name in groups}),
     )
     return pipeline.calibration
 
@@ -137,8 +139,8 @@ def calibrate(
 def check_promise(
     count: int, false_alarms: float, confidence: float | None, objects: int | None = None, folds: int = 1
 ) -> None:
-    """Raise `ValueError` if there are too few images for the guarantee, or too many to store, or if folds cannot give
-    it. objects: the number of objects, if each has one score."""
+    """Raise `ValueError` for a guarantee that cannot be given, or too many images to store. objects: their number, if
+    each has one score."""
     for name, share in (("false_alarms", false_alarms), ("confidence", confidence)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} should be between 0 and 1 (got {share})")
@@ -157,7 +159,7 @@ def check_promise(
 
 
 def least_units(false_alarms: float, confidence: float | None, folds: int = 1) -> int:
-    """Return the smallest number of images, or of objects, for the guarantee."""
+    """Return the smallest number of images, or of objects, with the guarantee."""
     return max(10, (2 if folds == 1 else 1) * least_scores(false_alarms, confidence))
 
 
@@ -167,7 +169,7 @@ def least_false_alarms(units: int, confidence: float | None, folds: int = 1) -> 
     return next((k / 100 for k in range(1, 100) if units >= least_units(k / 100, confidence, folds)), None)
 
 
-class Part(NamedTuple):
+class FittingPart(NamedTuple):
     """Images to fit to, images to score, in the random order of their objects, and the number of each scored image's
     object, ascending."""
 
@@ -176,17 +178,17 @@ class Part(NamedTuple):
     owners: NDArray[np.int64]
 
 
-def divide_objects(numbers: NDArray[np.int64], objects: int, seed: int, folds: int = 1) -> list[Part]:
+def divide_objects(numbers: NDArray[np.int64], objects: int, seed: int, folds: int = 1) -> list[FittingPart]:
     """Divide the objects at random into a half to fit to and a half to score; or into folds, each of which is scored by
     the others. At most 2,000 objects are scored. numbers: the object of each image, `(n,)`."""
     rank = np.argsort(np.random.default_rng(seed).permutation(objects))[numbers]
     order = np.argsort(rank, kind="stable")
     edges = [objects // 2, objects] if folds == 1 else [objects * k // folds for k in range(folds + 1)]
-    parts = list[Part]()
+    parts = list[FittingPart]()
     for first, stop in zip(edges, edges[1:], strict=False):
         own = (rank[order] >= first) & (rank[order] < stop)
         scored = own & (rank[order] < first + MAX_SCORES // folds)
-        parts.append(Part(order[~own].tolist(), order[scored].tolist(), rank[order[scored]]))
+        parts.append(FittingPart(order[~own].tolist(), order[scored].tolist(), rank[order[scored]]))
     return parts
 
 
@@ -199,12 +201,12 @@ def worst_of_objects(scores: Floats, owners: NDArray[np.int64]) -> Floats:
 
 class NormalImages:
     """The evidence of normal images: the `rows` of the tiles that are used for fitting by the number of their image,
-    the sum of their error maps, the digests and sizes of all images, and whatever else is used again, which is held."""
+    the sum of their error maps, what is `known` of all images (digest and size), and whatever is used again."""
 
-    def __init__(self, examination: Examination, parts: Sequence[Part], mapped: bool, seed: int) -> None:
+    def __init__(self, examination: Examination, parts: Sequence[FittingPart], mapped: bool, seed: int) -> None:
         self._examination, self._seed, self._mapped = examination, seed, mapped
         self._want = ["digest", "statistics", "error", *(MAPPED if mapped else ())]
-        self.digests, self.sizes = dict[int, str](), dict[int, Size]()
+        self.known = dict[int, tuple[str, Size]]()
         self.rows, self.error, self.num_tiles = dict[int, dict[str, Tensor]](), torch.zeros(()), 0
         every = sorted({number for part in parts for number in part.fitting})
         most, measured = (max(1, limit // len(every)) for limit in (MAX_TILES, MAX_MEASURED))
@@ -220,7 +222,7 @@ class NormalImages:
 
     def _collect(self, several: Iterable[Evidence], most: int, measured: int) -> None:
         for evidence in several:
-            self._identify(evidence)
+            self.known[evidence.number] = evidence.digest, evidence.size
             own = self.rows[evidence.number] = dict[str, Tensor]()
             for name, rows in evidence.rows.items():
                 limit = most if name in ("hidden", "tokens") else measured
@@ -229,9 +231,6 @@ class NormalImages:
             count = len(own["error"])
             self.error = self.error + count * (evidence.rows["errors"][0] / len(evidence.rows["error"]))
             self.num_tiles += count
-
-    def _identify(self, evidence: Evidence) -> None:
-        self.digests[evidence.number], self.sizes[evidence.number] = evidence.digest, evidence.size
 
     def examine(self, numbers: Sequence[int], measured: int | None = None) -> Iterator[Evidence]:
         """Yield the evidence of all tiles of the images `numbers`, first of those that are held. measured: number of
@@ -244,7 +243,7 @@ class NormalImages:
                 self._held[evidence.number] = evidence
             yield evidence
 
-    def fit(self, part: Part, parts: int) -> NormalStatistics:
+    def fit(self, part: FittingPart, parts: int) -> NormalStatistics:
         """Fit scores and maps to the images of a part. parts: their number; each has a share of the stored points."""
         some = [self.rows[number] for number in part.fitting]
         chance = np.random.default_rng(self._seed)
@@ -258,15 +257,15 @@ class NormalImages:
         codes = mean_of_codes(found["hidden"], found["tokens"], self._examination.pipeline.prior.grid.vocab_size)
         roles = Roles.choose(part.fitting)
         examine = partial(self.examine, measured=1)  # maps need no statistics
-        maps = fit_maps(self._examination, examine, codes, roles, self._seed, MAX_POINTS // parts)
+        maps = fit_map_reference(self._examination, examine, codes, roles, self._seed, MAX_POINTS // parts)
         return NormalStatistics(fitted=fitted, maps=maps, scores={})
 
-    def score(self, part: Part, reference: NormalStatistics) -> NormalStatistics:
-        """Return the reference with the highest score of each object of a part, by method."""
+    def score(self, part: FittingPart, reference: NormalStatistics) -> NormalStatistics:
+        """Add the highest score of each object of a part, by method, to the reference."""
         methods, found = list_methods(self._examination.pipeline), dict[int, dict[str, Floats]]()
         for each in score_images(self._examination, self.examine(part.scoring), methods, [reference]):
             found[each.evidence.number] = each.scores
-            self._identify(each.evidence)
+            self.known[each.evidence.number] = each.evidence.digest, each.evidence.size
         scores = dict[str, Floats]()
         for method in found[part.scoring[0]]:
             of_images = np.concatenate([found[number][method] for number in part.scoring])
@@ -274,11 +273,11 @@ class NormalImages:
         return reference.model_copy(update={"scores": scores})
 
     def identify_others(self) -> None:
-        """Read the images that were neither fitted to nor scored, for their digests and sizes."""
-        for number in sorted({*range(len(self._examination))} - self.digests.keys()):
+        """Read the images that were neither fitted to nor scored."""
+        for number in sorted({*range(len(self._examination))} - self.known.keys()):
             image = self._examination.read(number)
             (digest,) = self._examination.digest(image[None])
-            self._identify(Evidence(number, (image.shape[-2], image.shape[-1]), digest, torch.empty(0)))
+            self.known[number] = digest, (image.shape[-2], image.shape[-1])
 
 
 def fit_reference(found: dict[str, Tensor], neighbours: int) -> Fitted:
@@ -292,10 +291,3 @@ def fit_reference(found: dict[str, Tensor], neighbours: int) -> Fitted:
     return Fitted(
         typical_bits=float(f"{bits.mean().item():.6g}"), statistics=statistics, features=features, names=names
     )
-
-
-def surprise_quantiles(surprise: Tensor) -> Floats:
-    """Return the `LEVELS` quantiles of `(n, N)` bits at each position, or over all positions if there are very many."""
-    values = surprise.double().numpy()
-    values = values if values.shape[1] <= MAX_POSITIONS else values.reshape(-1, 1)
-    return round_digits(np.quantile(values, LEVELS, axis=0))

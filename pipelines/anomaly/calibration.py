@@ -8,145 +8,121 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from prior.columns import LABEL, MAX_COLUMNS, NAME
-from tokenizer.spec import to_uint8
 
 from ..files import FieldError, validate
 from ..images.views import View
 from .conformal import cross_bound
-from .distances import CalibrationError, Distance, Part, Row, Table
+from .distances import CalibrationError, Distance, Matrix, StoredObject, Vector
 
-MAX_CALIBRATION_BYTES = 4 << 20
-"""Maximum size of the file; large calibrations need up to 3 MB."""
-MAX_IMAGES = 50_000
-"""Maximum number of images, because the file stores a digest of each."""
-MAX_FOLDS, MAX_FOLDED = 8, 10_000
-"""Maximum number of folds, and of images with them, because the file stores what was fitted without each."""
+MAX_CALIBRATION_BYTES = 4 << 20  # large calibrations need up to 3 MB
+MAX_IMAGES = 50_000  # the file stores a digest of each
+MAX_FOLDS, MAX_FOLDED = 8, 10_000  # of folds, and of images with them: the file stores what was fitted without each
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise available to `heal`."""
 
+ColumnName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+Length = Annotated[int, Field(ge=1)]
 
-class Fitted(Part):
-    """Fitted reference for scores. `statistics` measures log bits and errors from their mean; `features` measures prior
-    features from their nearest neighbours (None for a prior without layers)."""
 
-    optional = ("names",)
+class Fitted(StoredObject):
+    """What was fitted for scores: the mean bits of an image; the distance of log bits and errors from their mean; and
+    that of prior features from their nearest neighbours (None for a prior without layers)."""
+
     typical_bits: float
-    """Mean bits per image."""
     statistics: Distance
     features: Distance | None
     names: list[str] | None = Field(None, min_length=1, max_length=16)
-    """The statistics that `statistics` measures, in order; not in files of 0.3, which have all but `top_bits`."""
+    """The statistics that `statistics` measures, in order; not in files of 0.3, which have all except `top_bits`."""
 
 
-class NormalScores(Part):
-    """One method's scores of normal images that were not used for fitting; see `conformal`."""
+class NormalScores(StoredObject):
+    """One method's scores of normal images that were not used for fitting. A score that exceeds a value by at most
+    `tie` ties with it. With folds, there is no threshold. See `conformal`."""
 
-    values: Row
+    values: Vector
     tie: float = Field(ge=0)
-    """A score that exceeds a value by at most this ties with it."""
     threshold: float | None
-    """None with folds, of which p-values have no threshold."""
 
 
-class MapReference(Part):
-    """Fitted reference for maps: `codes`, the mean bits of each id while it is hidden; mean and deviation of filter
+class MapReference(StoredObject):
+    """What was fitted for maps: `codes`, the mean bits of each id while it is hidden; mean and deviation of filter
     responses, and normal ones as `points`, standardized; mean and deviation over pixels of the surprisal and of the
     distance from the points, and over images of the peak of the surprisal and of the logarithms of the largest changes
     of responses down and across."""
 
-    codes: Row
-    response_mean: Row
-    response_deviation: Row
-    points: Table
-    pixel_mean: Row
-    pixel_deviation: Row
-    image_mean: Row
-    image_deviation: Row
+    codes: Vector
+    response_mean: Vector
+    response_deviation: Vector
+    points: Matrix
+    pixel_mean: Vector
+    pixel_deviation: Vector
+    image_mean: Vector
+    image_deviation: Vector
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> MapReference:
-        size = self.points.shape[1]
-        sizes = {"response_mean": size, "response_deviation": size, "pixel_mean": 2, "pixel_deviation": 2}
-        sizes |= {"image_mean": 3, "image_deviation": 3}
-        for name, expected in sizes.items():
-            if len(getattr(self, name)) != expected:
-                raise FieldError(name, f"should have {expected} numbers")
-        for name in ("response_deviation", "pixel_deviation", "image_deviation"):
-            if (getattr(self, name) <= 0).any():
-                raise FieldError(name, "should be positive")
+        for kind, size in (("response", self.points.shape[1]), ("pixel", 2), ("image", 3)):
+            for name in (f"{kind}_mean", f"{kind}_deviation"):
+                if len(getattr(self, name)) != size:
+                    raise FieldError(name, f"should have {size} numbers")
+            if (getattr(self, f"{kind}_deviation") <= 0).any():
+                raise FieldError(f"{kind}_deviation", "should be positive")
         return self
 
 
-class NormalStatistics(Part):
-    """What was fitted to some normal images, and the scores by it of others, by method."""
+class NormalStatistics(StoredObject):
+    """What was fitted to some normal images, and the scores of others by it, by method."""
 
-    optional = ("maps",)
     fitted: Fitted
     maps: MapReference | None = None
-    scores: dict[str, Row]
+    scores: dict[str, Vector]
 
 
-class Calibration(Part):
+class Calibration(StoredObject):
     """Calibration on held-out normal images: one half was used for fitting, the other half gave the scores; or with
     folds, each image gave a score by what was fitted to the other folds."""
 
-    optional = (
-        "columns",
-        "marginal",
-        "objects",
-        "tile",
-        "stride",
-        "sizes",
-        "maps",
-        "object_digests",
-        "fitted",
-        "folds",
-    )
     count: int = Field(ge=2)
     """Number of images in both halves."""
     objects: int | None = Field(None, ge=2)
-    """Number of objects that the images show, if each object has a single score, that of its most anomalous image; not
-    in the file otherwise."""
+    """Number of objects that the images show, if each object has a single score, that of its most anomalous image."""
     labels: bool
     """Whether token bits were conditioned on the images' classes."""
-    columns: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = Field([], max_length=MAX_COLUMNS)
-    """The columns that token bits were conditioned on; not in the file if there are none."""
-    marginal: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] | None = None
-    """The column of classes over which token bits are those of a mixture; not in the file if there is none."""
-    tile: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=2, max_length=2)
-    """Height and width of the tiles of which each score is the maximum; None, and not in the file, for whole images."""
+    columns: list[ColumnName] = Field([], max_length=MAX_COLUMNS)
+    """The columns that token bits were conditioned on."""
+    marginal: ColumnName | None = None
+    """The column of classes over which token bits are those of a mixture."""
+    tile: list[Length] | None = Field(None, min_length=2, max_length=2)
+    """Height and width of the tiles of which each score is the maximum, at every `stride` pixels."""
     stride: int | None = Field(None, ge=1)
-    """Distance of the tiles in pixels; None, and not in the file, for whole images."""
-    sizes: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=4, max_length=4)
+    sizes: list[Length] | None = Field(None, min_length=4, max_length=4)
     """With tiles, the smallest height and width of the images, and the largest; not in files of 0.3."""
     false_alarms: float = Field(gt=0, lt=1)
     """Share of normal images above a method's threshold."""
     confidence: float | None = Field(gt=0, lt=1)
     """Probability over calibrations that the share is at most `false_alarms`; None: on average over calibrations."""
     fitted: Fitted | None = None
-    """None, and not in the file, with folds, which have their own."""
+    """None with folds, which have their own."""
     scores: dict[str, NormalScores] = Field(min_length=1)
     """Scores by method, of all folds; `map` is the highest value of the combined map."""
     folds: list[NormalStatistics] | None = Field(None, min_length=2, max_length=MAX_FOLDS)
-    """With folds, what was fitted to the objects of all others, and the scores by it of the objects of each; None, and
-    not in the file, for two halves. Not in files of 0.3."""
-    surprise: Table
+    """With folds, what was fitted to the objects of all others, and the scores by it of the objects of each."""
+    surprise: Matrix
     """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions, of the half for fitting."""
-    error: Table
+    error: Matrix
     """Mean |x - decode(encode(x))| per pixel, from 0 to 2, `(h, w)`, of the half for fitting; downsampled for large
     images."""
     maps: MapReference | None = None
-    """NormalStatistics for the method `hidden` and for maps; None, and not in the file, without them."""
-    digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=MAX_IMAGES)
-    """Digests of the images in both halves; see `digest_of`."""
-    object_digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] | None = Field(None, max_length=MAX_IMAGES)
-    """Digests of the names of the objects, see `digest_of_name`; not in files of 0.3."""
+    """For the method `hidden` and for maps."""
+    digests: list[Digest] = Field(max_length=MAX_IMAGES)
+    """Digests of the images in both halves; see `digest_image`."""
+    object_digests: list[Digest] | None = Field(None, max_length=MAX_IMAGES)
+    """Digests of the names of the objects; not in files of 0.3."""
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Calibration:
@@ -172,6 +148,8 @@ class Calibration(Part):
     def __repr__(self) -> str:
         of = "" if self.objects is None else f" of {self.objects} objects"
         return f"Calibration({self.count} images{of}, {', '.join(self.scores)}; {self.promise})"
+
+    __str__ = __repr__  # pydantic's own prints all arrays
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `CalibrationError` unless these `terms` of what is given were those of the calibration."""
@@ -212,7 +190,6 @@ class Calibration(Part):
 
     @property
     def has_maps(self) -> bool:
-        """Whether there are references for maps."""
         return self.references[0].maps is not None
 
     @property
@@ -240,17 +217,14 @@ class Calibration(Part):
     def find_used(self, digests: Sequence[str], objects: Sequence[str] | None = None) -> NDArray[np.bool_]:
         """Return which images were used for the calibration, `(n,)`: by the digest of each and, with the names of the
         `objects` that they show, also those that show the object of a used image, since they are not independent."""
-        known = set(self.digests)
-        used = np.array([digest in known for digest in digests], bool)
+        used = np.isin(digests, self.digests)
         if objects is None:
             return used
         names = np.array(objects)
-        calibrated = set(self.object_digests or ())
-        shown = [digest_of_name(name) in calibrated for name in objects]
-        return used | np.array(shown, bool) | np.isin(names, names[used])
+        calibrated = np.isin([digest_name(name) for name in objects], self.object_digests or [])
+        return used | calibrated | np.isin(names, names[used])
 
     def to_json(self) -> str:
-        """Return the text of `calibration.json`."""
         return self.model_dump_json() + "\n"
 
     @classmethod
@@ -259,13 +233,13 @@ class Calibration(Part):
         return validate(cls, data, path)
 
 
-def digest_of(image: NDArray[Any]) -> str:
-    """Identify an image `(H, W, C)` by the first 16 digits of the sha256 of its bytes."""
+def digest_image(image: NDArray[Any]) -> str:
+    """Identify an image `(H, W, C)` as the models see it, so after `binarize`."""
     return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
 
-def digest_of_name(name: str) -> str:
-    """Identify an object by the first 16 digits of the sha256 of its name."""
+def digest_name(name: str) -> str:
+    """Identify an object by its name."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -276,9 +250,3 @@ def require_calibration(calibration: Calibration | None) -> Calibration:
             "the pipeline is not calibrated: run `smalti calibrate` or `pipe.calibrate(images)` with normal images"
         )
     return calibration
-
-
-def digest_of_pixels(image: Tensor) -> str:
-    """Identify an image `(C, H, W)`, uint8 or float, as calibrations do: as the models see it, so after `binarize`."""
-    pixels = image if image.dtype == torch.uint8 else to_uint8(image.cpu())
-    return digest_of(np.ascontiguousarray(pixels.movedim(0, -1).cpu().numpy()))

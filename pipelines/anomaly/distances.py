@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import (
@@ -30,8 +30,7 @@ class CalibrationError(ValueError):
     """The pipeline is not calibrated for the requested score."""
 
 
-def read_numbers(axes: int, found: Any) -> Floats:
-    """Convert a list of numbers, or a list of lists for two `axes`, to an array. Raises `ValueError`."""
+def parse_array(axes: int, found: Any) -> Floats:
     if isinstance(found, np.ndarray):
         return found
     rows = found if axes == 2 and isinstance(found, list) else [found]
@@ -39,34 +38,33 @@ def read_numbers(axes: int, found: Any) -> Floats:
     even = len(lengths) == 1 and 0 not in lengths
     # Reject strings here: numpy would allocate room for the longest one in every element.
     if not even or not all(type(value) in (int, float) and abs(value) <= LARGEST for row in rows for value in row):
-        raise ValueError(f"should be finite numbers along {axes} axes")
+        raise ValueError(f"should be {'a list' if axes == 1 else 'lists of equal length'} of finite numbers")
     return np.array(found, np.float64)
 
 
 to_lists = PlainSerializer(lambda numbers: numbers.tolist())
-Row = Annotated[Floats, PlainValidator(lambda found: read_numbers(1, found)), to_lists]
-Table = Annotated[Floats, PlainValidator(lambda found: read_numbers(2, found)), to_lists]
+Vector = Annotated[Floats, PlainValidator(lambda found: parse_array(1, found)), to_lists]
+Matrix = Annotated[Floats, PlainValidator(lambda found: parse_array(2, found)), to_lists]
 
 
-class Part(BaseModel):
-    """Base of the objects in `calibration.json`."""
+class StoredObject(BaseModel):
+    """An object in `calibration.json`. Fields with a default are not in the file if they are empty or None."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    optional: ClassVar[tuple[str, ...]] = ()
-    """Keys that the file lacks if they are empty or None."""
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name not in self.optional or value}
+        required = {name for name, field in type(self).model_fields.items() if field.is_required()}
+        return {name: value for name, value in handler(self).items() if name in required or value}
 
 
-class Distance(Part):
+class Distance(StoredObject):
     """Distance of rows (n, d) to the fifth nearest of `points` (m, d), after whitening by (row - `mean`) @
     `whitener`.T. Scaled so that 99 % of normal rows are below 1."""
 
-    mean: Row
-    whitener: Table
-    points: Table
+    mean: Vector
+    whitener: Matrix
+    points: Matrix
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Distance:

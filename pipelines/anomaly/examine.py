@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior.given import Given
-from tokenizer.spec import to_float
+from tokenizer.spec import to_float, to_uint8
 
 from ..images.views import LazyImages, Size, Tile, View, as_lazy, check_places, cut, give_places, paste, read_large
 from ..shuffling import spread_rows
-from .calibration import digest_of, digest_of_pixels
+from .calibration import digest_image
 from .filters import filter_responses
 from .hidden import hidden_bits
 
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from ..image_pipeline import Condition, ImagePipeline, Label
 
 MAX_FEATURES, MAX_SIDE = 128, 64
-TOP_SHARE = 0.05
-"""Share of the tokens whose bits `top_bits` averages."""
+TOP_SHARE = 0.05  # of the tokens, whose bits `top_bits` averages
 STATISTICS = ("token_bits", "error", "top_bits", "pixel_bits", "background_bits", "features")
 
 
@@ -62,7 +61,6 @@ class Evidence:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, rows: Tensor) -> None:
-        """Add rows of further tiles."""
         if name == "errors":
             self.rows[name] = self.rows.get(name, 0) + rows.sum(0, keepdim=True)
         else:
@@ -70,12 +68,10 @@ class Evidence:
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """The rows of statistics by name."""
         return {name: self.rows[name] for name in STATISTICS if name in self.rows}
 
     @property
     def nbytes(self) -> int:
-        """The size in memory."""
         return sum(each.nbytes for each in (*self.rows.values(), self.responses))
 
 
@@ -110,7 +106,6 @@ class Examination:
         return len(self.source)
 
     def select(self, rows: Sequence[int]) -> Examination:
-        """Return the examination of the images `rows`."""
         return Examination(self.pipeline, self.source.select(rows), self.given[rows], self.view, self.batch_size)
 
     def read(self, number: int) -> Tensor:
@@ -121,8 +116,9 @@ class Examination:
         """Identify images `(B, C, H, W)` of one size, as calibrations do: as the models see them, so after `binarize`.
         Whole ones have the type of the pipeline's images, tiled ones always 8 bits."""
         if self.view.is_tiled:
-            return [digest_of_pixels(image) for image in images]
-        return [digest_of(image) for image in self.pipeline.convert_images(to_float(images), "np")]
+            pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+            return [digest_image(image) for image in pixels.movedim(1, -1).cpu().numpy()]
+        return [digest_image(image) for image in self.pipeline.convert_images(to_float(images), "np")]
 
     def examine(
         self,
@@ -137,12 +133,11 @@ class Examination:
         tokens."""
         some, own = (self, range(len(self))) if numbers is None else (self.select(numbers), numbers)
         bar = self.pipeline.with_bar(own, "scoring", "image")
-        for number, evidence in zip(bar, some.walk(want, most, measured), strict=True):
+        for number, evidence in zip(bar, some._examine_all(want, most, measured), strict=True):
             evidence.number = number
             yield evidence
 
-    def walk(self, want: Collection[str], most: int | None, measured: int | None) -> Iterator[Evidence]:
-        """Yield the evidence of all images; see `examine`."""
+    def _examine_all(self, want: Collection[str], most: int | None, measured: int | None) -> Iterator[Evidence]:
         found, few = dict[int, Evidence](), set[Tile]()
 
         def read(number: int) -> Tensor:
@@ -169,7 +164,7 @@ class Examination:
             for tile in tiles:
                 found[tile.image].tiles.append(tile)
             chosen = [row for row, tile in enumerate(tiles) if measured is None or tile in few]
-            every, some = self.measure(batch.to(self.pipeline.device), tiles, want, chosen)
+            every, some = self.run_models(batch.to(self.pipeline.device), tiles, want, chosen)
             for rows, of in ((every, owners), (some, [owners[row] for row in chosen])):
                 counts = Counter(of)
                 for name, values in rows.items():
@@ -180,11 +175,11 @@ class Examination:
         yield from found.values()
 
     @torch.no_grad()
-    def measure(
+    def run_models(
         self, batch: Tensor, tiles: Sequence[Tile], want: Collection[str], chosen: Sequence[int]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run the models on tiles `(B, C, h, w)` in [-1, 1]; return the rows of `Evidence`, on the CPU, of every tile,
-        and those of the `chosen` ones."""
+        """Return the rows of `Evidence`, on the CPU, of tiles `(B, C, h, w)` in [-1, 1]: of every one, and of the
+        `chosen` ones."""
         pipeline, prior, every, few = self.pipeline, self.pipeline.prior, dict[str, Tensor](), dict[str, Tensor]()
         placed = give_places(self.given, tiles)
         own = placed if self.view.is_tiled else self.given[torch.tensor([tile.image for tile in tiles])]
@@ -199,15 +194,17 @@ class Examination:
             log_probs = prior.token_log_probs(tokens, condition=own).flatten(1)
             few["surprise"] = -log_probs / math.log(2)
         if chosen and "statistics" in want:
-            few |= self.measure_statistics(batch, tokens, log_probs, own)
+            few |= self.compute_statistics(batch, tokens, log_probs, own)
             errors = (pipeline.decode_batch(tokens) - batch).abs().mean(-3).cpu().double()
             few["error"] = errors.flatten(1).mean(1)
             if "error" in want:
-                few["errors"] = reduce_errors(errors)
+                strips = errors.flatten(1, -2)  # the frames of clips below one another
+                height, width = (min(side, MAX_SIDE) for side in strips.shape[1:])
+                few["errors"] = F.adaptive_avg_pool2d(strips, (height, width))
         every, few = ({name: rows.cpu() for name, rows in each.items()} for each in (every, few))
         return every, few
 
-    def measure_statistics(self, batch: Tensor, tokens: Tensor, log_probs: Tensor, given: Given) -> dict[str, Tensor]:
+    def compute_statistics(self, batch: Tensor, tokens: Tensor, log_probs: Tensor, given: Given) -> dict[str, Tensor]:
         """Return the statistics of tiles except `error`; see `Evidence`. log_probs: of tokens, `(B, N)`."""
         pipeline = self.pipeline
         token_bits = bits(log_probs)
@@ -263,11 +260,3 @@ class Examination:
 def bits(nats: Tensor) -> Tensor:
     """Convert log-probabilities to bits, float64 on the CPU."""
     return -nats.cpu().double() / math.log(2)
-
-
-def reduce_errors(errors: Tensor) -> Tensor:
-    """Reduce error maps `(B, H, W)`, of clips `(B, T, H, W)` with frames below one another, to at most 64 pixels a
-    side."""
-    strips = errors.flatten(1, -2)
-    height, width = (min(side, MAX_SIDE) for side in strips.shape[1:])
-    return F.adaptive_avg_pool2d(strips, (height, width))

@@ -60,10 +60,10 @@ def largest_changes(cells: Tensor) -> Tensor:
     root mean square, along a border, of the difference between the means of the `WINDOW` cells before and after it.
     Cells are cut off at one deviation, so that many small differences count more than a few large ones."""
     found = []
-    for along in (cells, cells.transpose(0, 1)):
-        reach = min(WINDOW, len(along) // 2)
+    for turned in (cells, cells.transpose(0, 1)):
+        reach = min(WINDOW, len(turned) // 2)
         if reach:
-            sums = F.pad(along.double().clamp(-1, 1).cumsum(0), (0, 0, 0, 0, 1, 0))
+            sums = F.pad(turned.double().clamp(-1, 1).cumsum(0), (0, 0, 0, 0, 1, 0))
             means = (sums[reach:] - sums[:-reach]) / reach
             found.append((means[reach:] - means[:-reach]).square().mean((1, 2)).sqrt().max())
         else:

@@ -85,7 +85,7 @@ def open_mask(mask: Path, file: Path) -> Image.Image:
     return marked
 
 
-def measure_defects(
+def evaluate_defects(
     scores: NDArray[np.float64],
     maps: Sequence[NDArray[np.float32]],
     masks: Sequence[NDArray[np.bool_]],

@@ -9,17 +9,16 @@ A defect that covers half of an image is not above its median, but filter respon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..images.views import View
+from ..images.views import View, check_places
 from ..shuffling import spread_rows
-from .calibration import MapReference
+from .calibration import MapReference, require_calibration
 from .conformal import Floats
 from .distances import CalibrationError, round_digits
 from .examine import Evidence, Examination
@@ -27,7 +26,7 @@ from .filters import largest_changes, nearest_distances, smooth, spread_cells
 from .hidden import can_hide
 
 if TYPE_CHECKING:
-    from ..image_pipeline import ImagePipeline
+    from ..image_pipeline import Condition, ImagePipeline, Label
 
 MAPS = {
     "bits": "bits of each token, spread over its pixels",
@@ -36,16 +35,16 @@ MAPS = {
 }
 TITLES = {"bits": "bits per pixel", "hidden": "hidden tokens", "combined": "combined map"}
 """Titles of the maps in pictures."""
-NEEDED = (
+NEEDED = (  # by the maps of hidden tokens
     "tokens with a place in the image and, without tiles, a prior that hides blocks: `masked`, or `blocks` of any order"
 )
 MAPPED = ("hidden", "responses")
 """The evidence of maps; see `Evidence`."""
 Examine = Callable[[Sequence[int]], Iterator[Evidence]]
-MAX_POINTS, MAX_MEMORY, MAX_SCALED = 4000, 96, 32
-"""Cells that serve as neighbours, and images that give them; images that give mean and deviation of pixels."""
-MAX_MEASURED = 48
-"""Images that give mean and deviation of what the score of an image is made of."""
+MAX_POINTS, MAX_MEMORY = 4000, 96
+"""Cells that serve as neighbours, and images that give them."""
+MAX_OF_PIXELS, MAX_OF_IMAGES = 32, 48
+"""Images that give mean and deviation over pixels, and over images."""
 HANDICAP = 0.7
 """Deviations that a change loses against a peak, because most images have some change: small defects stay visible."""
 TOPS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -59,6 +58,65 @@ class ImageMaps(NamedTuple):
     hidden: Tensor
     combined: Tensor
     scores: dict[str, Floats]
+
+
+def anomaly_map(
+    pipeline: ImagePipeline,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    *,
+    method: str = "bits",
+    condition: Condition = None,
+    stride: int | None = None,
+    batch_size: int = 256,
+) -> Any:
+    """Return the bits of each pixel, `(B, H, W)`: the bits of a token are spread evenly over its patch, plus the bits
+    of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. labels,
+    condition: what the bits are conditioned on; a `condition` that is computed from the image, such as its outline,
+    hides what it shows. Raises `ValueError` for tokens without a position in the image: those of scales and of
+    `titok`. Of clips, the maps are `(B, T, H, W)`.
+
+    stride: take images of any size from the model's size on, also of different sizes in one list, and return a list of
+    maps, each `(H, W)` at the size of its image: the average over tiles of the model's size at every `stride` pixels
+    and at the borders. An image of the model's size is one tile. Raises `ValueError` for a stride that is larger than a
+    tile, and for an image that is smaller.
+
+    method: `bits`; `hidden`, the bits of tokens while their block is hidden, less the mean of their id (see `hidden`);
+    or `combined`, these and the distance from normal filter responses, which finds places best. The latter two are
+    blurred and need a calibration with the same stride and condition, else raise `CalibrationError`."""
+    if method not in MAPS:
+        raise ValueError(f"method: unknown map {method!r}; choose one of {', '.join(MAPS)}")
+    examination = Examination.open(pipeline, images, labels, condition, stride, batch_size)
+    if method != "bits":
+        check_places(examination.given)
+    maps = [found[method] for _, found in map_images(examination, [method])]
+    if examination.view.is_tiled:
+        return maps
+    return torch.stack(maps) if maps else torch.empty(0, *pipeline.spec.shape[:-3], *pipeline.spec.size)
+
+
+def map_images(examination: Examination, methods: Collection[str]) -> Iterator[tuple[Evidence, dict[str, Tensor]]]:
+    """Yield the evidence and the maps `(H, W)` of each image by methods of `MAPS`. Raises `ValueError` if there are
+    none, `CalibrationError` without a calibration for them."""
+    references = [] if {*methods} == {"bits"} else require_maps(examination)
+    examination.patches  # noqa: B018 - raises for tokens without a place
+    want = [*(MAPPED if references else ()), *(["bits"] if "bits" in methods else [])]
+    for evidence in examination.examine(want):
+        found = {"bits": examination.map_bits(evidence)} if "bits" in methods else {}
+        if references:
+            maps = map_image(examination, references, evidence)
+            found |= {"hidden": maps.hidden, "combined": maps.combined}
+        yield evidence, found
+
+
+def require_maps(examination: Examination) -> list[MapReference]:
+    """Return the references for the maps of these images, else raise `CalibrationError`."""
+    calibration = require_calibration(examination.pipeline.calibration)
+    calibration.check_view(examination.view)
+    calibration.check_given((*examination.given.names, *calibration.mixture))  # hidden tokens have no mixture
+    if not calibration.has_maps:
+        raise CalibrationError(f"the pipeline was calibrated without maps, which need {NEEDED}; or calibrate again")
+    return [each.maps for each in calibration.references if each.maps]
 
 
 def has_maps(pipeline: ImagePipeline, view: View) -> bool:
@@ -79,11 +137,11 @@ def map_image(examination: Examination, references: Sequence[MapReference], evid
     hidden, combined, scores = list[Tensor](), list[Tensor](), dict[str, list[float]](hidden=[], map=[])
     for reference in references:
         surprisal, cells = map_hidden(examination, reference.codes, evidence), standard_cells(reference, evidence)
-        both = measure_pixels(examination, reference, cells, surprisal)
-        mean, deviation = as_tensor(reference.pixel_mean, both), as_tensor(reference.pixel_deviation, both)
+        both = blur_maps(examination, reference, cells, surprisal)
+        mean, deviation = tensor_like(reference.pixel_mean, both), tensor_like(reference.pixel_deviation, both)
         hidden.append(both[0])
         combined.append(((both - mean[:, None, None]) / deviation[:, None, None]).mean(0))
-        scores["hidden"].append(score_image(reference, surprisal, cells))
+        scores["hidden"].append(score_map(reference, surprisal, cells))
         scores["map"].append(float(combined[-1].max()))
     by_name = {name: np.array(each) for name, each in scores.items()}
     return ImageMaps(torch.stack(hidden).mean(0), torch.stack(combined).mean(0), by_name)
@@ -100,27 +158,27 @@ def map_hidden(examination: Examination, codes: Floats, evidence: Evidence) -> T
 def standard_cells(reference: MapReference, evidence: Evidence) -> Tensor:
     """Return the standardized filter responses of an image, `(rows, columns, d)`."""
     found = evidence.responses
-    return (found - as_tensor(reference.response_mean, found)) / as_tensor(reference.response_deviation, found)
+    return (found - tensor_like(reference.response_mean, found)) / tensor_like(reference.response_deviation, found)
 
 
-def measure_pixels(examination: Examination, reference: MapReference, cells: Tensor, surprisal: Tensor) -> Tensor:
-    """Return the surprisal `(H, W)` and the distance from normal filter responses of each pixel, `(2, H, W)`, both
-    blurred by half the side of a token. cells: from `standard_cells`."""
+def blur_maps(examination: Examination, reference: MapReference, cells: Tensor, surprisal: Tensor) -> Tensor:
+    """Return the surprisal `(H, W)` and the distance of cells from normal filter responses, `(2, H, W)`, both blurred
+    by half the side of a token. cells: from `standard_cells`."""
     sigma = max(examination.view.size) / max(examination.pipeline.prior.grid.shape) / 2
     cells = cells.to(surprisal.device)
-    far = nearest_distances(cells.flatten(0, 1), as_tensor(reference.points, cells)).reshape(cells.shape[:2])
+    far = nearest_distances(cells.flatten(0, 1), tensor_like(reference.points, cells)).reshape(cells.shape[:2])
     both = surprisal, spread_cells(far, (surprisal.shape[0], surprisal.shape[1]))
     return torch.stack([smooth(each, sigma) for each in both])
 
 
-def score_image(reference: MapReference, surprisal: Tensor, cells: Tensor) -> float:
+def score_map(reference: MapReference, surprisal: Tensor, cells: Tensor) -> float:
     """Return the peak of the surprisal or the largest change of cells, whichever is more unusual, in deviations. Cells
     are compared down or across, whichever changes less in normal images: a texture may have a direction."""
-    unusual = (measure_image(surprisal, cells) - reference.image_mean) / reference.image_deviation
+    unusual = (peak_and_changes(surprisal, cells) - reference.image_mean) / reference.image_deviation
     return float(max(unusual[0], unusual[1 + int(reference.image_mean[1:].argmin())] - HANDICAP))
 
 
-def measure_image(surprisal: Tensor, cells: Tensor) -> Floats:
+def peak_and_changes(surprisal: Tensor, cells: Tensor) -> Floats:
     """Return the peak of the surprisal and the logarithms of the largest changes of cells down and across, `(3,)`."""
     return np.array([peak_of(surprisal), *(largest_changes(cells) + 1e-3).log().tolist()])
 
@@ -133,53 +191,60 @@ def peak_of(heat: Tensor) -> float:
 
 
 class Roles(NamedTuple):
-    """Which normal images give the cells that serve as neighbours, which the mean and deviation of pixels (others,
-    because an image is not its own neighbour), and which those of the score of an image."""
+    """Which normal images give the cells that serve as neighbours (`memory`), which the mean and deviation over pixels
+    (others, because an image is not its own neighbour), and which those over images."""
 
     memory: list[int]
-    scaled: list[int]
-    measured: list[int]
+    of_pixels: list[int]
+    of_images: list[int]
 
     @classmethod
     def choose(cls, numbers: Sequence[int]) -> Roles:
         """Divide the images `numbers`, in the random order of their objects."""
         every = np.array(numbers)
-        memory, scaled = np.split(every, [max(1, 3 * len(every) // 4)])
-        chosen = ((memory, MAX_MEMORY), (scaled, MAX_SCALED), (every, MAX_MEASURED))
+        memory, others = np.split(every, [max(1, 3 * len(every) // 4)])
+        chosen = ((memory, MAX_MEMORY), (others, MAX_OF_PIXELS), (every, MAX_OF_IMAGES))
         return cls(*(some[spread_rows(len(some), most)].tolist() for some, most in chosen))
 
 
 @torch.no_grad()
-def fit_maps(
+def fit_map_reference(
     examination: Examination, examine: Examine, codes: Floats, roles: Roles, seed: int, max_points: int = MAX_POINTS
 ) -> MapReference:
-    """Fit to normal images. examine: yields the evidence of `MAPPED` of images by their numbers. codes: the mean bits
-    of each id. max_points: number of cells that serve as neighbours."""
-    cells = dict[int, Floats]()
-    for evidence in examine(roles.memory):
-        rows, chance = evidence.responses.flatten(0, 1).double().numpy(), np.random.default_rng((seed, evidence.number))
-        cells[evidence.number] = rows[chance.permutation(len(rows))[: max(1, max_points // len(roles.memory))]]
+    """Fit to normal images: first the responses of filters, then what these and `codes` make of further images.
+    examine: yields the evidence of `MAPPED` of images by their numbers. codes: the mean bits of each id."""
+    cells = sample_cells(examine(roles.memory), max_points // len(roles.memory), seed)
     points = np.concatenate([cells[number] for number in roles.memory])
     mean, deviation = points.mean(0), np.maximum(points.std(0), 1e-6)
     fitted = {"codes": codes, "response_mean": round_digits(mean), "response_deviation": round_digits(deviation)}
     fitted["points"] = np.round((points - mean) / deviation, 3)
-    pixel, image = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0] * 3, [1.0] * 3])
-    plain = MapReference(**fitted, pixel_mean=pixel[0], pixel_deviation=pixel[1], image_mean=image[0],
-                         image_deviation=image[1])  # fmt: skip
-    measured, moments = list[Floats](), list[Floats]()
-    for evidence in examine(sorted({*roles.measured, *roles.scaled})):
-        surprisal, own = map_hidden(examination, codes, evidence), standard_cells(plain, evidence)
-        if evidence.number in roles.measured:
-            measured.append(measure_image(surprisal, own))
-        if evidence.number in roles.scaled:
-            both = measure_pixels(examination, plain, own, surprisal).flatten(1).double()
+    responses = MapReference.model_construct(None, **fitted)  # enough for `standard_cells` and `blur_maps`
+    of_images, moments = list[Floats](), list[Floats]()
+    for evidence in examine(sorted({*roles.of_images, *roles.of_pixels})):
+        surprisal, own = map_hidden(examination, codes, evidence), standard_cells(responses, evidence)
+        if evidence.number in roles.of_images:
+            of_images.append(peak_and_changes(surprisal, own))
+        if evidence.number in roles.of_pixels:
+            both = blur_maps(examination, responses, own, surprisal).flatten(1).double()
             moments.append(torch.stack([both.mean(1), both.square().mean(1)]).cpu().numpy())
     centre, squares = np.mean(moments, 0)
-    fitted = {"pixel_mean": centre, "pixel_deviation": np.sqrt(np.maximum(squares - centre**2, 1e-12))}
-    fitted |= {"image_mean": np.mean(measured, 0), "image_deviation": np.maximum(np.std(measured, 0), 1e-6)}
-    return plain.model_copy(update={name: round_digits(values) for name, values in fitted.items()})
+    return MapReference(
+        **fitted,
+        pixel_mean=round_digits(centre),
+        pixel_deviation=round_digits(np.sqrt(np.maximum(squares - centre**2, 1e-12))),
+        image_mean=round_digits(np.mean(of_images, 0)),
+        image_deviation=round_digits(np.maximum(np.std(of_images, 0), 1e-6)),
+    )
 
 
-def as_tensor(values: NDArray[np.float64], like: Tensor) -> Tensor:
-    """Convert to a tensor of the type and device of another."""
+def sample_cells(every: Iterator[Evidence], most: int, seed: int) -> dict[int, Floats]:
+    """Return the filter responses of at most `most` random cells of each image, `(n, d)`, by its number."""
+    cells = dict[int, Floats]()
+    for evidence in every:
+        rows, chance = evidence.responses.flatten(0, 1).double().numpy(), np.random.default_rng((seed, evidence.number))
+        cells[evidence.number] = rows[chance.permutation(len(rows))[: max(1, most)]]
+    return cells
+
+
+def tensor_like(values: Floats, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like)

@@ -13,7 +13,7 @@ condition, too, is likely given the condition, so that only what the condition l
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..images.pictures import find_user_stacklevel
-from ..images.views import View, check_places
+from ..images.views import check_places
 from .calibration import Calibration, Fitted, NormalStatistics, require_calibration
 from .conformal import Floats, cross_p_values
 from .distances import CalibrationError
@@ -49,17 +49,13 @@ NEEDS = {
     "top_bits": "a prior with an exact density, since an estimate has no bits of single tokens",
     "hidden": NEEDED,
 }
-"""Requirements of some methods."""
-FITTED = ("joint", "neighbours", "typicality", "hidden")
-"""The methods that need a calibration."""
+FITTED = ("joint", "neighbours", "typicality", "hidden")  # these need a calibration
 TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255, "top_bits": 1.0}
 """The statistics that `joint` combines, and the offset added before the logarithm: one bit or one grey level, because
 values may be 0 and smaller differences are meaningless. Background bits are left out, so that adding a background prior
 does not change the score. Calibrations of 0.3 have no `top_bits`."""
-ROWS = 1024
-"""Tiles that are scored at a time."""
-OF_MAPS = ("hidden", "map")
-"""Scores of the map of a whole image, not of its tiles."""
+ROWS = 1024  # tiles that are scored at a time
+OF_MAPS = ("hidden", "map")  # scores of the map of a whole image, not of its tiles
 
 
 def anomaly_score(
@@ -91,23 +87,24 @@ def anomaly_score(
     tiles. P-values and the fitted methods need a calibration with the same stride.
     """
     examination = Examination.open(pipeline, images, labels, condition, stride, batch_size, marginal)
-    calibration, given, is_fitted = pipeline.calibration, examination.given, method in FITTED
     if not len(examination):
         raise ValueError("expected at least one image")
-    check_method(pipeline, method)
+    if method not in METHODS:
+        raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
+    if method not in (*list_methods(pipeline), "hidden"):
+        raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method in OF_MAPS:
-        check_places(given)
-    if p_values or is_fitted:
-        calibration = require_scores(calibration, method, given.terms, examination.view)
-    references = calibration.references if calibration is not None and is_fitted else []
-    want = [*(MAPPED if method in OF_MAPS else ["statistics"]), *(["digest"] if p_values or is_fitted else [])]
+        check_places(examination.given)
+    calibration = require_scores(examination, method) if p_values or method in FITTED else None
+    references = calibration.references if calibration is not None and method in FITTED else []
+    want = [*(MAPPED if method in OF_MAPS else ["statistics"]), *([] if calibration is None else ["digest"])]
     evidence = examination.examine(want)
     found, digests = list[Floats](), list[str]()
     for each in score_images(examination, evidence, [method], references):
         found.append(each.scores[method])
         digests.append(each.evidence.digest)
     scores = np.stack(found, 1)
-    if calibration is None or not (p_values or is_fitted):
+    if calibration is None:
         return torch.from_numpy(scores.mean(0))
     if known := int(calibration.find_used(digests).sum()):
         warnings.warn(
@@ -146,7 +143,6 @@ def score_images(
 
 
 def take_together(every: Iterable[Evidence]) -> Iterator[list[Evidence]]:
-    """Yield evidence of as many images as have at most `ROWS` tiles, or of one."""
     waiting, count = list[Evidence](), 0
     for evidence in every:
         if waiting and count + len(evidence.tiles) > ROWS:
@@ -183,23 +179,13 @@ def list_methods(pipeline: ImagePipeline) -> list[str]:
     return [method for method in METHODS if there.get(method, True) and method not in OF_MAPS]
 
 
-def check_method(pipeline: ImagePipeline, method: str) -> None:
-    """Raise `ValueError` for an unknown method, `CalibrationError` for one that these models do not have."""
-    if method not in METHODS:
-        raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
-    if method not in (*list_methods(pipeline), "hidden"):
-        raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
-
-
 def plain_score(method: str, found: dict[str, Tensor]) -> Tensor:
-    """Compute a score that needs no fitting."""
     if method in ("reconstruction", "top_bits"):
         return found["error" if method == "reconstruction" else method]
     return found["token_bits"] - found["background_bits"] if method == "ratio" else total_bits(found)
 
 
 def fitted_score(method: str, found: dict[str, Tensor], fitted: Fitted) -> Floats:
-    """Compute one of the scores in `FITTED`."""
     if method == "typicality":
         typical: Floats = (total_bits(found) - fitted.typical_bits).abs().numpy()
         return typical
@@ -228,12 +214,11 @@ def log_statistics(found: dict[str, Tensor], names: Sequence[str] | None) -> Flo
     return np.stack([np.log(found[name].numpy() + TOGETHER[name]) for name in there], axis=1)
 
 
-def require_scores(calibration: Calibration | None, method: str, given: Collection[str], view: View) -> Calibration:
-    """Return the calibration if it covers this method, what is given and this view, else raise `CalibrationError`.
-    given: the `terms` of what is given."""
-    calibration = require_calibration(calibration)
-    calibration.check_view(view)
+def require_scores(examination: Examination, method: str) -> Calibration:
+    """Return the calibration if it covers this method, what is given and the view, else raise `CalibrationError`."""
+    calibration = require_calibration(examination.pipeline.calibration)
+    calibration.check_view(examination.view)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
-    calibration.check_given(given)
+    calibration.check_given(examination.given.terms)
     return calibration

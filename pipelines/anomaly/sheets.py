@@ -17,22 +17,21 @@ from tokenizer.spec import select_shown, to_float, to_uint8
 from ..images.grids import class_grid
 from .examine import Examination
 from .ground_truth import rank_maps
-from .healing import heal_images, map_images
-from .maps import TITLES
+from .healing import heal_images
+from .maps import TITLES, map_images
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
 
-MOST = 512
-"""Pixels per side of a large image, beyond which it is reduced."""
+MOST = 512  # pixels per side, beyond which an image is reduced
 
 
 def draw_sheet(examination: Examination, scores: Tensor, count: int, seed: int, kind: str = "bits") -> np.ndarray:
     """Draw a row for each of the `count` most and, below, least anomalous images, each reduced to at most 512 pixels a
     side: the image, its map (if tokens have positions) and, of whole images, the healed image and the difference; of
     tiled ones, the regions above the threshold of the map in red, if there is one. kind: one of `MAPS`."""
-    pipeline, chosen = examination.pipeline, rank_scores(scores, count)
-    some, titles = examination.select(chosen.tolist()), list[str]()
+    pipeline, chosen = examination.pipeline, take_ends(scores.argsort(descending=True).tolist(), count)
+    some, titles = examination.select(chosen), list[str]()
     rows = [[reduce_image(to_float(some.read(number)), pipeline)] for number in range(len(chosen))]
     regions = None if pipeline.calibration is None else pipeline.calibration.scores.get("map")
     regions = regions if examination.view.is_tiled else None
@@ -64,9 +63,7 @@ def draw_truth(
 ) -> np.ndarray:
     """Draw the image, its map and its mask for the `count` defective images whose maps fit worst and, below, best.
     kind: of the maps, one of `MAPS`."""
-    ranked = rank_maps(maps, masks) or list(range(len(maps)))
-    chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
-    rows = []
+    chosen, rows = take_ends(rank_maps(maps, masks) or [*range(len(maps))], count), []
     for number in chosen:
         heat = torch.from_numpy(maps[number])[None]
         low, high = heat.min(), heat.max()
@@ -82,10 +79,9 @@ def paint(image: Tensor, region: Tensor) -> Tensor:
     return torch.where(region, 0.5 * image + 0.5 * red, image.expand(3, -1, -1))
 
 
-def rank_scores(scores: Tensor, count: int) -> Tensor:
-    """Return the numbers of the `count` highest and the `count` lowest scores, from the highest."""
-    ranked = torch.argsort(scores, descending=True)
-    return ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
+def take_ends(ranked: list[int], count: int) -> list[int]:
+    """Return the first and the last `count` numbers, or all if there are fewer."""
+    return ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
 
 
 def draw_rows(rows: list[list[Tensor]], names: list[list[str]]) -> np.ndarray:
@@ -96,8 +92,8 @@ def draw_rows(rows: list[list[Tensor]], names: list[list[str]]) -> np.ndarray:
         for row in rows
         for panel in row
     ]
-    shown = to_uint8(torch.stack(panels)).movedim(1, -1).numpy()
-    return class_grid(shown, [name for row in names for name in row], len(rows[0]))
+    pixels = to_uint8(torch.stack(panels)).movedim(1, -1).numpy()
+    return class_grid(pixels, [name for row in names for name in row], len(rows[0]))
 
 
 def apply_colormap(values: Tensor) -> Tensor:
@@ -108,8 +104,8 @@ def apply_colormap(values: Tensor) -> Tensor:
 def reduce_image(image: Tensor, pipeline: ImagePipeline) -> Tensor:
     """Return the shown channels of an image `(C, H, W)`, or of a clip with its frames below one another, reduced by the
     factor of its map."""
-    shown = select_shown(image, pipeline.spec.show).movedim(-3, 0).flatten(1, -2)
-    return F.avg_pool2d(shown[None], factor_of(image.shape), ceil_mode=True)[0]
+    colours = select_shown(image, pipeline.spec.show).movedim(-3, 0).flatten(1, -2)
+    return F.avg_pool2d(colours[None], factor_of(image.shape), ceil_mode=True)[0]
 
 
 def reduce_map(heat: Tensor) -> Tensor:
@@ -121,10 +117,9 @@ def reduce_map(heat: Tensor) -> Tensor:
 def reduce_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Reduce a mask `(H, W)` as `reduce_map` does; a square is marked if one of its pixels is."""
     marked = F.max_pool2d(torch.from_numpy(mask).float()[None], factor_of(mask.shape), ceil_mode=True)
-    found: NDArray[np.bool_] = marked[0].numpy() > 0
-    return found
+    return np.asarray(marked[0].numpy() > 0)
 
 
 def factor_of(size: Sequence[int]) -> int:
-    """Return the side of the squares of pixels that are averaged in an image of this size (..., H, W)."""
+    """Return the side of the squares of pixels that are averaged in an image `(..., H, W)`."""
     return -(-max(size[-2:]) // MOST)

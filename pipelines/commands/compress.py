@@ -69,6 +69,8 @@ def run(config: CompressConfig) -> Path:
     spec, shape, at_once = pipeline.spec, pipeline.spec.shape, chunk_images(pipeline)
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
+    if spec.frames > 1 and root.is_dir() and {*map(str, root.rglob("*.np[yz]"))} - {*paths}:
+        raise UserError(f"images: {root} holds .npy clips and others; compress each kind from a folder of its own")
     names = name_restored(paths, root, restored_suffix(pipeline, config.lossless))
     if isinstance(source, WindowSource) and source.unused:
         ends = count_of(source.unused, "frame")

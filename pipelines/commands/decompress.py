@@ -17,7 +17,7 @@ from pydantic import Field
 from prior.given import Given
 from tokenizer.files import atomic_folder
 
-from ..compression.coding import read_images, restored_suffix
+from ..compression.coding import decode_stream, restored_suffix
 from ..compression.container import Header, StreamError, read_stream
 from ..condition_keys import UsesCondition
 from ..config import UserError, run_command, user_errors
@@ -60,7 +60,7 @@ def run(config: DecompressConfig) -> Path:
         header, _ = read_stream(data)
         suffix = restored_suffix(pipeline, header.lossless)
         given = read_condition_of(config, pipeline, header, suffix)
-        header, parts = read_images(pipeline, data, condition=given, batch_size=config.batch_size)
+        header, parts = decode_stream(pipeline, data, condition=given, batch_size=config.batch_size)
         names = iter(header.names or [f"{number:08d}{suffix}" for number in range(header.images)])
         for images in parts:
             for image in pipeline.convert_images(images, "np"):

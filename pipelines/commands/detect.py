@@ -20,9 +20,8 @@ from ..anomaly.calibration import Calibration
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.examine import Examination
-from ..anomaly.ground_truth import find_masks, measure_defects, read_mask, read_mask_table
-from ..anomaly.healing import require_maps
-from ..anomaly.maps import MAPPED
+from ..anomaly.ground_truth import evaluate_defects, find_masks, read_mask, read_mask_table
+from ..anomaly.maps import MAPPED, require_maps
 from ..anomaly.scores import OF_MAPS, p_values_by, require_scores, score_images
 from ..anomaly.sheets import draw_sheet, draw_truth, reduce_map, reduce_mask
 from ..condition_keys import ScoresWithCondition
@@ -145,7 +144,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
                 names, objects = columns["file"], columns.get("object", columns["file"])
                 pairs = zip(masks, names, sizes, strict=True)
                 marked = [reduce_mask(read_mask(mask, Path(name), size)) for mask, name, size in pairs]
-                rows = measure_defects(scores, maps, marked, columns["class"], anomalous, objects)
+                rows = evaluate_defects(scores, maps, marked, columns["class"], anomalous, objects)
                 write_table(folder / TRUTH_FILES[0], {key: [row[key] for row in rows] for key in rows[0]})
                 sheet = draw_truth(images, maps, marked, names, config.num_shown, kind)
                 write_picture(sheet, folder / TRUTH_FILES[1])
@@ -169,7 +168,7 @@ def score(
     statistics of the images, or with tiles, their number and the most anomalous one. Raises `CalibrationError`.
     """
     method, kind, want, regions = config.method, config.kind_of_map(calibration), list[str](), None
-    require_scores(calibration, method, images.given.terms, images.view)
+    require_scores(images, method)
     if method in OF_MAPS or (kind != "bits" and (config.map is not None or needs_maps)):
         check_places(images.given)
         require_maps(images)

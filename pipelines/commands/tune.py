@@ -24,7 +24,7 @@ from ..images.pictures import write_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..metrics.figures import OF_SAMPLES
 from ..metrics.frechet import distance, moments
-from ..metrics.quality import feature_space, shuffled
+from ..metrics.quality import feature_space, fixed_permutation
 from ..options import UsesImages
 from ..provenance import defaults
 from ..saving import PIPELINE, save_again
@@ -86,7 +86,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
         given = choose_given(pipeline, tokens, train, config.num_samples)
         source = describe_source(config.data.source)
         space = feature_space(train, validation, config.feature_steps, source)
-        real = moments(space.of(validation, shuffled(len(validation))))
+        real = moments(space.of(validation, fixed_permutation(len(validation))))
 
         def sample_distance(options: SamplingOptions) -> float:
             pipeline.sampler = options  # seeds and conditions stay, so that differences of options are less noisy

@@ -78,7 +78,7 @@ class SymbolCoder(Protocol):
         ...
 
 
-class Encoder:
+class SymbolEncoder:
     """Encodes symbols; `unsure` records whether each symbol was coded uniformly."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Encoder:
         return bytes(self.coder.get_compressed().astype("<u4").tobytes())
 
 
-class Decoder:
+class SymbolDecoder:
     """Decodes symbols. unsure: whether each symbol was coded uniformly, bool."""
 
     def __init__(self, data: bytes | memoryview, unsure: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Images to bytes and back: tokens coded under the prior, and for lossless streams the pixels given the tokens.
 
 `container` defines the file, and `codec` the probabilities for coding symbols. Encoder and decoder evaluate the models
-in the same order; batch size and machine may differ, which `codec` allows for. Classes that
-the encoder chooses are part of the stream. A lossy stream is decoded from its tokens in float32, so a pixel may differ
-by one grey level between processors."""
+in the same order; batch size and machine may differ, which `codec` allows for. Classes that the encoder chooses are
+part of the stream. A lossy stream is decoded from its tokens in float32, so a pixel may differ by one grey level
+between processors."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from prior.sampling import show_progress
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
-from tokenizer.spec import Array, ImageSpec
+from tokenizer.spec import ImageSpec
 
 from ..images.formats import FORMATS, OWN_SIZE, ClipWindow, Payload, decode_image, open_image, read_values
 from ..images.views import LazyImages, View, check_places, cut, give_places, paste, read_large
-from .codec import Decoder, Encoder, SymbolCoder, constriction
+from .codec import SymbolCoder, SymbolDecoder, SymbolEncoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
 
 if TYPE_CHECKING:
@@ -41,13 +41,9 @@ if TYPE_CHECKING:
 
 CODEC = "smalti codec 1"
 CHUNK_IMAGES = 256
-"""Maximum number of images per chunk."""
-CHUNK_NUMBERS = 1 << 26
-"""Maximum number of logits per chunk."""
-MAX_CLASSES = 32
-"""Maximum number of classes of a prior for which an encoder without labels tries every class of each image."""
-PIXEL_IMAGES = 16
-"""Number of images whose pixels are evaluated at once."""
+CHUNK_NUMBERS = 1 << 26  # logits per chunk
+MAX_CLASSES = 32  # of a prior for which an encoder without labels tries every class of each image
+PIXEL_IMAGES = 16  # images whose pixels are evaluated at once
 
 
 # Images
@@ -69,23 +65,19 @@ def read_frame(window: ClipWindow, k: int, spec: ImageSpec, lossless: bool) -> T
         frame = window.read(window.start + k, lossless)
         if not isinstance(frame, np.ndarray):
             return exact_pixels(frame, spec, lossless)
-        pixels = read_values(match_channels(frame, spec.channels), spec)
-        check_size(pixels.shape[2], pixels.shape[1], spec)
+        # Frames of a GIF are grey or coloured, whatever the images of the pipeline are.
+        if frame.ndim == 2 and spec.channels == 3:
+            frame = np.stack([frame] * 3, -1)
+        elif frame.shape[2:] == (3,) and spec.channels == 1 and bool((frame == frame[..., :1]).all()):
+            frame = frame[..., 0]
+        pixels = read_values(frame, spec)
+        require_spec_size(pixels.shape[2], pixels.shape[1], spec)
     except Exception as error:  # as in `read_exact`
         raise ValueError(f"frame {window.start + k}: {error}") from error
     return torch.from_numpy(pixels.copy())
 
 
-def match_channels(frame: Array, channels: int) -> Array:
-    """Return a grey frame (H, W) in colour, or a coloured one (H, W, 3) in grey if that is exact: in a GIF, both may be
-    of either kind. Others are unchanged."""
-    if frame.ndim == 2 and channels == 3:
-        return np.stack([frame] * 3, -1)
-    is_grey = frame.shape[2:] == (3,) and channels == 1 and bool((frame == frame[..., :1]).all())
-    return frame[..., 0] if is_grey else frame
-
-
-def check_size(width: int, height: int, spec: ImageSpec) -> None:
+def require_spec_size(width: int, height: int, spec: ImageSpec) -> None:
     if (width, height) != (spec.width, spec.height):
         found = f"{width} x {height}"
         raise ValueError(f"the pipeline's images are {spec.width} x {spec.height} pixels, this one is {found}")
@@ -97,7 +89,7 @@ def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
     colour, or 16 bits per channel, which Pillow silently reduces to 8."""
     problem = find_inexact(image, spec.channels) if lossless else None
     upright = ImageOps.exif_transpose(image)
-    check_size(*upright.size, spec)
+    require_spec_size(*upright.size, spec)
     if problem:
         raise ValueError(problem)
     return torch.from_numpy(decode_image(upright, spec).copy())
@@ -145,12 +137,12 @@ def has_residual(pipeline: ImagePipeline, lossless: bool) -> bool:
 
 
 def chunk_images(pipeline: ImagePipeline) -> int:
-    """Return the number of images per chunk; a whole chunk is in memory at once."""
+    """Return the number of images per chunk, which is in memory at once."""
     grid = pipeline.prior.grid
     return max(1, min(CHUNK_IMAGES, CHUNK_NUMBERS // (len(grid) * grid.vocab_size)))
 
 
-def identify(pipeline: ImagePipeline) -> bytes:
+def identify_models(pipeline: ImagePipeline) -> bytes:
     """Return 16 bytes that identify the models and the codec."""
     parts = (CODEC, pipeline.tokenizer.fingerprint(), pipeline.prior.fingerprint())
     return hashlib.sha256(" ".join(parts).encode()).digest()[:16]
@@ -220,10 +212,6 @@ class Models:
         labels = coder.code(logits, classes)
         return given.with_rows(label=torch.where(labels == null, -1, labels))
 
-    def given_of_chunk(self, given: Given, header: Header, index: int) -> Given:
-        first = index * header.chunk_images
-        return given[first : first + header.chunk_images].to(self.device)
-
     def code_pixels(self, pixels: Tensor, tokens: Tensor, coder: SymbolCoder) -> None:
         """Code `pixels` (n, ..., C, H, W) in 0 to 255 channel by channel, given the tokens; a decoder fills them in."""
         for channel in range(pixels.shape[-3]):
@@ -235,7 +223,7 @@ class Models:
     @torch.inference_mode()
     def encode(self, tokens: Tensor, given: Given, pixels: Tensor | None, classes: Tensor | None = None) -> Chunk:
         """Encode tokens `(n, *grid.shape)`, pixels `(n, ..., C, H, W)` in 0 to 255, and `classes` `(n,)` to a chunk."""
-        tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
+        tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), SymbolEncoder(), SymbolEncoder()
         if classes is not None:
             given = self.code_classes(classes.to(self.device), given, of_tokens)
         self.code_tokens(tokens, given, of_tokens, len(tokens))
@@ -243,8 +231,8 @@ class Models:
             self.code_pixels(pixels.to(self.device), tokens, of_pixels)
         unsure = torch.cat(of_tokens.unsure + of_pixels.unsure)
         exceptions = unsure.nonzero().flatten().cpu().numpy().astype(np.uint32)
-        digest = digest_of(tokens, pixels)
-        return Chunk(exceptions, of_tokens.bytes(), of_pixels.bytes(), digest, classes is not None)
+        checksum = checksum_of(tokens, pixels)
+        return Chunk(exceptions, of_tokens.bytes(), of_pixels.bytes(), checksum, classes is not None)
 
     @torch.inference_mode()
     def decode(self, chunk: Chunk, count: int, given: Given, batch_size: int | None) -> tuple[Tensor, Tensor | None]:
@@ -262,16 +250,16 @@ class Models:
         unsure = torch.zeros(symbols, dtype=torch.bool)
         unsure[torch.from_numpy(chunk.exceptions.astype(np.int64))] = True
         unsure = unsure.to(self.device)
-        decoder = Decoder(chunk.tokens, unsure[:first])
+        decoder = SymbolDecoder(chunk.tokens, unsure[:first])
         if chunk.classes:
             given = self.code_classes(tokens.new_zeros(count), given, decoder)
         self.code_tokens(tokens, given, decoder, batch_size or count)
         decoder.finish()
         if pixels is not None:
-            decoder = Decoder(chunk.pixels, unsure[first:])
+            decoder = SymbolDecoder(chunk.pixels, unsure[first:])
             self.code_pixels(pixels, tokens, decoder)
             decoder.finish()
-        if digest_of(tokens, pixels) != chunk.digest:
+        if checksum_of(tokens, pixels) != chunk.digest:
             raise ModelMismatch(
                 "the stream decodes to different tokens here: this machine computes different probabilities"
             )
@@ -283,16 +271,11 @@ def to_double(model: Any, device: torch.device) -> Any:
     return copy.deepcopy(model).to(device).double().eval()
 
 
-def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
+def checksum_of(tokens: Tensor, pixels: Tensor | None) -> int:
     content = tokens.cpu().numpy().astype("<u4").tobytes()
     if pixels is not None:  # channels before frames
         content += pixels.movedim(-3, 1).cpu().numpy().astype(np.uint8).tobytes()
     return crc32(content)
-
-
-def stored_shape(spec: ImageSpec) -> tuple[int, int, int]:
-    """Return (C, H, W) as a stream has it: the frames of a clip below one another."""
-    return spec.channels, spec.frames * spec.height, spec.width
 
 
 def restored_suffix(pipeline: ImagePipeline, lossless: bool) -> str:
@@ -340,10 +323,11 @@ def write_images(
     coder is not installed or a name is not a valid file name."""
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
-    facts = identify(pipeline), stored_shape(pipeline.spec), len(given), chunk_images(pipeline), models.residual
-    header = Header(*facts, tuple(names), identify_given(given))
-    header = header if sizes is None else header._replace(sizes=tuple(sizes))
-    coded = given_of_stream(given, header, pipeline.spec)
+    spec = pipeline.spec
+    shape = spec.channels, spec.frames * spec.height, spec.width  # the frames of a clip below one another
+    facts = identify_models(pipeline), shape, len(given), chunk_images(pipeline), models.residual
+    header = Header(*facts, tuple(names), identify_given(given), None if sizes is None else tuple(sizes))
+    coded = given_of_stream(given, header, spec)
 
     def chunks() -> Iterator[Chunk]:
         for index, part in zip(iterate_chunks(header, progress), parts, strict=False):
@@ -351,7 +335,7 @@ def write_images(
                 check_exact(part)
             pixels = to_values(part) if models.residual else None
             tokens = pipeline.encode_batch(part if lossless else pipeline.binarize(part))
-            own = models.given_of_chunk(coded, header, index)
+            own = coded[index * header.chunk_images :][: len(tokens)].to(models.device)
             with torch.inference_mode():
                 classes = choose_classes(pipeline.prior, tokens, own) if chooses_classes else None
             yield models.encode(tokens, own, pixels, classes)
@@ -380,7 +364,7 @@ def sizes_of(images: LazyImages, view: View) -> list[tuple[int, int]]:
     return [(height, width) for *_, height, width in found]
 
 
-def read_images(
+def decode_stream(
     pipeline: ImagePipeline,
     data: bytes,
     *,
@@ -394,7 +378,7 @@ def read_images(
     from another pipeline, made with another `condition` or has more than `max_images`, or, while iterating, if this
     machine computes different probabilities."""
     header, chunks = read_stream(data)
-    if header.pipeline != identify(pipeline):
+    if header.pipeline != identify_models(pipeline):
         theirs = "x".join(map(str, header.image))
         raise ModelMismatch(f"the stream was made by another pipeline, for images of {theirs}")
     most = chunk_images(pipeline)
@@ -408,15 +392,23 @@ def read_images(
         raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
     # Numbers are as they are given, which streams of 0.3 need, too.
     given = pipeline.read_given(None, condition, header.images, limit=False)
-    check_condition(pipeline, header, identify_given(given))
-    coded = given_of_stream(given, header, pipeline.spec)
+    digest = identify_given(given)
+    if digest and not header.condition:
+        raise StreamError("the stream was made without a condition: decompress it without one")
+    if digest != header.condition:
+        other = "another condition" if digest else "a condition"
+        raise StreamError(
+            f"the stream was made with {other}: give condition=, the values with which its {header.images} images were "
+            f"compressed, in their order ({describe_columns(pipeline.columns)})"
+        )
     constriction()
     models = Models(pipeline, residual=header.lossless)
+    coded = given_of_stream(given, header, pipeline.spec)
 
     def images() -> Iterator[Tensor]:
         for index in iterate_chunks(header, progress):
             count = min(header.chunk_images, header.num_coded - index * header.chunk_images)
-            own = models.given_of_chunk(coded, header, index)
+            own = coded[index * header.chunk_images :][:count].to(models.device)
             tokens, pixels = models.decode(chunks[index], count, own, batch_size)
             if pixels is None:
                 yield pipeline.decode_batch(tokens)
@@ -428,27 +420,15 @@ def read_images(
     return header, (image[None] for image in paste(images(), header.sizes, View.side_by_side(pipeline.spec), "last"))
 
 
-def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> None:
-    """Raise `StreamError` unless `digest` identifies the condition of the stream."""
-    if digest and not header.condition:
-        raise StreamError("the stream was made without a condition: decompress it without one")
-    if digest != header.condition:
-        given = "another condition" if digest else "a condition"
-        raise StreamError(
-            f"the stream was made with {given}: give condition=, the values with which its {header.images} images were "
-            f"compressed, in their order ({describe_columns(pipeline.columns)})"
-        )
-
-
 def decompress(
     pipeline: ImagePipeline, data: bytes, *, batch_size: int | None = None, **options: Any
 ) -> Tensor | list[Tensor]:
     """Decompress all images of a stream, float `(B, *spec.shape)` in [-1, 1]; or, if it consists of tiles, a list of
-    images `(1, C, H, W)` of any size. options, errors: as in `read_images`; also `ValueError` for a batch size below
+    images `(1, C, H, W)` of any size. options, errors: as in `decode_stream`; also `ValueError` for a batch size below
     1."""
     if batch_size is not None:
         check_count(batch_size, "batch_size")
-    header, parts = read_images(pipeline, data, batch_size=batch_size, **options)
+    header, parts = decode_stream(pipeline, data, batch_size=batch_size, **options)
     if header.sizes is not None:
         return list(parts)
     return torch.cat([torch.empty(0, *pipeline.spec.shape, device=pipeline.device), *parts])

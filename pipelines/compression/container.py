@@ -97,7 +97,7 @@ class Chunk(NamedTuple):
 def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int:
     """Write a stream, one chunk at a time, and return its size in bytes. Raises `StreamError` for invalid names before
     anything is written."""
-    check_names(header)
+    check_file_names(header)
     pipeline, image, images, chunk_images, lossless, names, condition, sizes = header
     version, last = (VERSION_WITH_CONDITION, [condition]) if condition else (VERSION, [])
     if sizes is not None:
@@ -116,7 +116,6 @@ def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int
 
 
 def pack_section(content: bytes) -> bytes:
-    """Wrap `content` with its length and checksum."""
     return NUMBER.pack(len(content)) + content + NUMBER.pack(crc32(content))
 
 
@@ -129,7 +128,7 @@ def read_stream(data: bytes) -> tuple[Header, list[Chunk]]:
         read = f"{min(HEADERS)} to {max(HEADERS)}"
         newer = "; a newer Smalti is needed" if version > max(HEADERS) else ""
         raise StreamError(f"the stream has format version {version}, this Smalti reads {read}{newer}")
-    header = read_header(HEADERS[version], reader.section(), reader.section())
+    header = parse_header(HEADERS[version], reader.section(), reader.section())
     if version == VERSION_WITH_TILES:
         header = read_sizes(header, reader.section())
     chunks = [read_chunk(reader.section()) for _ in range(header.num_chunks)]
@@ -145,7 +144,6 @@ class Reader:
         self.left = data
 
     def take(self, size: int) -> memoryview:
-        """Read the next `size` bytes."""
         if size > len(self.left):
             raise DamagedStream("the stream is truncated")
         taken, self.left = self.left[:size], self.left[size:]
@@ -160,7 +158,7 @@ class Reader:
         return content
 
 
-def read_header(form: struct.Struct, fields: memoryview, names: memoryview) -> Header:
+def parse_header(form: struct.Struct, fields: memoryview, names: memoryview) -> Header:
     """Parse and check the header from its two sections. form: the fields of its version."""
     try:
         pipeline, channels, height, width, images, chunk_images, lossless, *condition = form.unpack(fields)
@@ -170,12 +168,11 @@ def read_header(form: struct.Struct, fields: memoryview, names: memoryview) -> H
     if not chunk_images:
         raise DamagedStream("the stream is damaged: its chunks contain no images")
     header = Header(pipeline, (channels, height, width), images, chunk_images, lossless, called, *condition)
-    check_names(header)
+    check_file_names(header)
     return header
 
 
 def read_sizes(header: Header, content: memoryview) -> Header:
-    """Parse and check the sizes of images that are covered by tiles."""
     if len(content) != 4 * header.images:
         raise DamagedStream(f"the stream is damaged: {len(content)} bytes for the sizes of {header.images} images")
     sizes = tuple((int(down), int(right)) for down, right in np.frombuffer(content, "<u2").reshape(-1, 2))
@@ -202,14 +199,13 @@ def find_size_problem(header: Header) -> str | None:
 
 
 def read_chunk(content: memoryview) -> Chunk:
-    """Parse a chunk from its section."""
     reader = Reader(content)
     digest, exceptions, tokens, classes = CHUNK.unpack(reader.take(CHUNK.size))
     positions = np.frombuffer(reader.take(exceptions * NUMBER.size), "<u4")
     return Chunk(positions, reader.take(tokens), reader.left, digest, classes)
 
 
-def check_names(header: Header) -> None:
+def check_file_names(header: Header) -> None:
     """Raise `StreamError` unless there are no names, or one distinct, valid file name below the output folder per
     image."""
     names = header.names

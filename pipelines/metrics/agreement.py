@@ -1,4 +1,4 @@
-"""How often a sample has the requested class, judged by a 1-nearest-neighbour classifier on pixels."""
+"""How often a sample has the requested class, by a 1-nearest-neighbour classifier on pixels."""
 
 from __future__ import annotations
 

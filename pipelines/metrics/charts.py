@@ -53,16 +53,6 @@ def render(width: int, height: int, draw: Callable[[Figure], None]) -> Pixels:
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def charts_in_row(charts: Sequence[Chart]) -> Pixels:
-    """Return the charts side by side in one picture."""
-
-    def draw(figure: Figure) -> None:
-        for chart, axes in zip(charts, figure.subplots(1, len(charts), squeeze=False)[0], strict=True):
-            chart(axes)
-
-    return render(WIDTH * len(charts), HEIGHT, draw)
-
-
 def draw_usage(axes: Axes, uses: Values, names: Sequence[str], label: str) -> None:
     """Draw how often codes are used, `uses` `(parts, V)`, sorted within each part: an area for one part, else lines."""
     if len(uses) == 1:
@@ -97,7 +87,12 @@ def add_heading(lines: Sequence[str], size: int, picture: Pixels) -> Pixels:
 
 def page(lines: Sequence[str], charts: Sequence[Chart], pictures: Mapping[str, Pixels]) -> Pixels:
     """Return a page: lines of text (the first is the title), a row of charts, and pictures with their names above."""
-    parts = [add_heading(lines, 22, charts_in_row(charts))]
+
+    def draw(figure: Figure) -> None:
+        for chart, axes in zip(charts, figure.subplots(1, len(charts), squeeze=False)[0], strict=True):
+            chart(axes)
+
+    parts = [add_heading(lines, 22, render(WIDTH * len(charts), HEIGHT, draw))]
     parts += [add_heading([name], 16, picture) for name, picture in pictures.items()]
     width = max(part.shape[1] for part in parts)
     rows = [np.pad(part, ((0, MARGIN), (0, width - part.shape[1]), (0, 0)), constant_values=255) for part in parts]

@@ -51,7 +51,6 @@ class CodebookUse(nn.Module):
         return self.uses < DEAD * self.uses.mean(1, keepdim=True)
 
     def picture(self, tokenizer: Any) -> Pixels:
-        """Draw a page with the usage of the codes."""
         counts, dead = self.uses.cpu().double(), int(self.dead().sum())
         perplexity = sum(float(codebook_usage(part)["perplexity"]) for part in counts) / len(counts)
         label = "uses in about 100 batches"

@@ -26,8 +26,8 @@ from ..config import UserError
 from ..images import ImageDataset, Splits
 from ..processes.group import ProcessGroup
 from .frechet import Moments, distance, moments_of_parts
-from .quality import AT_A_TIME, LEAST, shuffled, stack_frames
-from .samples import Samples
+from .quality import AT_A_TIME, LEAST, fixed_permutation, stack_frames
+from .samples import EvaluatedSamples
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS = f"weights-inception-2015-12-05-{SHA256[:8]}.pth"
@@ -63,14 +63,14 @@ class Inception:
         transform: Callable[[Tensor], Tensor] = lambda batch: batch,
     ) -> Moments:
         """Return the moments of the features of `count` images (default: all), each batch changed by `transform`."""
-        rows = torch.arange(len(images)) if count is None else shuffled(len(images))[:count]
+        rows = torch.arange(len(images)) if count is None else fixed_permutation(len(images))[:count]
         return moments_of_parts(lambda part: self(transform(images.batch(part)))[0], rows.split(AT_A_TIME), group)
 
     def figures(
         self,
         images: Splits,
         reconstruct: Callable[[Tensor], Tensor],
-        samples: Samples | None,
+        samples: EvaluatedSamples | None,
         group: ProcessGroup,
     ) -> dict[str, Any]:
         """Return `rfid` of all held-out images and, if there are enough samples, `fid`, `inception_score` and the FID
@@ -87,7 +87,7 @@ class Inception:
             count = min(count, len(train), len(held_out))
         if samples is None or count < LEAST:
             return figures
-        drawn, score, deviation = self.measure_samples(samples, count, group)
+        sampled, score, deviation = self.evaluate_samples(samples, count, group)
         figures["inception_score"], figures["inception_score_deviation"] = score, deviation
         figures["inception_score_protocol"] = f"{samples.count:,} samples in 10 parts; {WEIGHTS}"
         if equally_many:
@@ -99,11 +99,13 @@ class Inception:
             against, name = self.moments(train, group), f"all {len(train):,} training images"
         if not equally_many:
             figures["held_out_fid"] = distance(real, against)
-        figures["fid"] = distance(drawn, against)
+        figures["fid"] = distance(sampled, against)
         figures["fid_protocol"] = f"{count:,} samples against {name}; {WEIGHTS}"
         return figures
 
-    def measure_samples(self, samples: Samples, count: int, group: ProcessGroup) -> tuple[Moments, float, float]:
+    def evaluate_samples(
+        self, samples: EvaluatedSamples, count: int, group: ProcessGroup
+    ) -> tuple[Moments, float, float]:
         """Return the moments of the first `count` samples, and the Inception Score of all: mean and standard deviation
         over ten parts."""
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -114,9 +116,9 @@ class Inception:
             found, logits[part] = self(samples.images(part))
             return found[: max(0, count - part)]
 
-        drawn = moments_of_parts(features, samples.parts, group)
+        sampled = moments_of_parts(features, samples.parts, group)
         score = isc_features_to_metric(torch.cat(group.map(logits.__getitem__, samples.parts)))
-        return drawn, score["inception_score_mean"], score["inception_score_std"]
+        return sampled, score["inception_score_mean"], score["inception_score_std"]
 
 
 def load_inception(weights: str | None, reference: str, device: torch.device) -> Inception | None:

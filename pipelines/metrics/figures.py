@@ -18,7 +18,7 @@ class Figure:
     key: its name in `evaluation.json` and in a pipeline's provenance. of: what it measures; figures of `samples` depend
     on the sampling settings. title and beside are templates that may refer to other figures; beside is a list separated
     by semicolons, and items whose figures are missing are left out. better: which direction is better; figures without
-    a direction are not sent to the Hub.
+    a direction are not in the metadata of the Hub.
     """
 
     key: str
@@ -94,8 +94,8 @@ OF_SAMPLES = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A formatted figure: title, value, figures to compare with, and raw value."""
+class FormattedFigure:
+    """A figure as text, with its title, figures to compare with, and its raw value."""
 
     figure: Figure
     title: str
@@ -104,7 +104,7 @@ class Row:
     raw: Any
 
 
-def format_rows(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
+def format_rows(figures: Mapping[str, Any], *, exact: bool) -> list[FormattedFigure]:
     """Return the figures of the table that are present, in its order. exact: whether the prior's likelihood is exact,
     not a bound."""
     known = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
@@ -116,7 +116,7 @@ def format_rows(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
             raw, bound = known[figure.key], "at most " if figure.is_bits and not exact else ""
             value, title = _fill(figure.value, known, raw) or str(raw), _fill(figure.title, known) or figure.key
             beside = filter(None, (_fill(text, known) for text in figure.beside.split("; ")))
-            rows.append(Row(figure, title, bound + value, "; ".join(beside), raw))
+            rows.append(FormattedFigure(figure, title, bound + value, "; ".join(beside), raw))
     return rows
 
 
@@ -134,7 +134,7 @@ def list_figures(known: Mapping[str, Any]) -> Iterator[Figure]:
 
 
 def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
-    """Fill in the template, or return "" if a figure is missing or has the wrong type."""
+    """Fill in a template; empty if a figure is missing or has the wrong type."""
     try:
         return text.format(*value, **known)
     except (KeyError, TypeError, ValueError):
@@ -142,6 +142,5 @@ def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
 
 
 def format_report(figures: Mapping[str, Any], *, exact: bool) -> str:
-    """Format the figures as a table, each beside those to compare it with, and what is not known of the images."""
     text = table([(row.title, row.value, row.beside) for row in format_rows(figures, exact=exact)], right=[1])
     return f"{text}\n\n{figures[DIVISION]}" if DIVISION in figures else text

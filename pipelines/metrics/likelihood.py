@@ -25,10 +25,9 @@ from .figures import WITHOUT
 from .reconstruction import images_at_a_time
 
 EVALUATED_ROWS = 2000  # limit during training; `smalti evaluate` uses all held-out rows
-MOST_SUMMED = 100
-"""Most classes for which the mixture over them is evaluated, since each takes a pass."""
+MOST_SUMMED = 100  # classes for which the mixture over them is evaluated, since each takes a pass
 EVALUATED_TOKENS = 1 << 24  # limit during training over all passes, for priors that need several passes per row
-TABLE = 1 << 26  # limit on the elements of `Marginal`'s table (256 MiB of float32)
+TABLE_SIZE = 1 << 26  # limit on the elements of `Marginal`'s table (256 MiB of float32)
 LOGITS = 1 << 28  # limit on the logits computed at a time (1 GiB of float32)
 
 
@@ -161,21 +160,15 @@ def vary_given(split: TokenSplit) -> Iterator[tuple[str, TokenSplit]]:
     yield "shuffled_bits_per_token", replace(split, given=given[other])
 
 
-def count_table_classes(grid: TokenGrid, classes: int) -> int | None:
-    """Return the number of classes in `evaluate_marginal`'s table: all, 0 if only a table without classes fits, or None
-    if no table fits."""
-    fitting = TABLE // (len(grid) * grid.vocab_size)
-    return classes if classes < fitting else 0 if fitting else None
-
-
 def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
     """Return bits per token under the frequencies of ids at each position, per class if both splits have labels.
     `marginal_note` says if classes were left out because their table is too large. Empty if even the table without
     classes is too large."""
     wanted = prior.num_classes if LABEL in train.given.rows else 0
-    classes = count_table_classes(prior.grid, wanted)
-    if classes is None:
+    fitting = TABLE_SIZE // (len(prior.grid) * prior.grid.vocab_size)
+    if not fitting:
         return {}
+    classes = wanted if wanted < fitting else 0
 
     def fit() -> Prior:
         marginal = Prior.create("marginal", grid=prior.grid, num_classes=classes)

@@ -39,8 +39,8 @@ def condition_picture(
 
     def draw(start: int) -> Tensor:
         given = split.given[torch.from_numpy(rows[start : start + size])]
-        drawn = pipeline(condition=given, seed=seed + start, output_type=LATENT, progress=False).tokens
-        return pipeline.decode_batch(drawn, batch_size=64, progress=False).float().cpu()
+        tokens = pipeline(condition=given, seed=seed + start, output_type=LATENT, progress=False).tokens
+        return pipeline.decode_batch(tokens, batch_size=64, progress=False).float().cpu()
 
     samples = torch.cat(group.map(draw, range(0, len(rows), size)))
     given, spec, parts = split.given[torch.from_numpy(rows)], pipeline.spec, list[Tensor]()
@@ -48,5 +48,4 @@ def condition_picture(
         parts.append(format_of(name, pipeline.columns[name], tokenizer).draw(given.raw(name), spec))
     parts += [*([] if images is None else [images.batch(rows)]), samples]
     lines = zip(*(part.split(width) for part in parts), strict=True)
-    shown = torch.cat([line for lines_of_images in lines for line in lines_of_images])
-    return grid_picture(spec.picture(shown), width)
+    return grid_picture(spec.picture(torch.cat([line for row in lines for line in row])), width)

@@ -41,10 +41,8 @@ class Perceptual:
                 self.net = _NoTrainLpips(pretrained, net, pnet_rand=not pretrained)
             except (OSError, RuntimeError, EOFError) as error:
                 folder = f"{torch.hub.get_dir()}/checkpoints"
-                reason = " ".join(str(error).split())
-                raise UserError(
-                    f"loss.perceptual: cannot load the weights of {net!r} from {folder}: {reason}"
-                ) from error
+                problem = f"cannot load the weights of {net!r} from {folder}: {' '.join(str(error).split())}"
+                raise UserError(f"loss.perceptual: {problem}") from error
         self.net.requires_grad_(False).to(device)
 
     def __call__(self, reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -58,8 +56,5 @@ def _as_input(images: Tensor) -> Tensor:
     """Convert images `(B, C, H, W)` to float32 `(B, 3, H', W')`: grey to RGB, and no side below `LEAST_SIDE`."""
     images = images.float().expand(-1, 3, -1, -1)
     scale = LEAST_SIDE / min(images.shape[2:])
-    if scale <= 1:
-        return images
-    return F.interpolate(
-        images, [round(side * scale) for side in images.shape[2:]], mode="bilinear", align_corners=False
-    )
+    size = [round(side * scale) for side in images.shape[2:]]
+    return images if scale <= 1 else F.interpolate(images, size, mode="bilinear", align_corners=False)

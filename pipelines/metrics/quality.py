@@ -1,4 +1,4 @@
-"""Sample quality: distances between sets of images in a named feature space, and SSIM.
+"""Sample quality: distances between sets of images in a feature space, and SSIM.
 
 Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
 
@@ -52,14 +52,13 @@ class Classifier(nn.Module):
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
         return self.head(self.features(images))
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A map from images `(B, C, H, W)` in [-1, 1] to float64 rows `(B, d)`. name: appears in the names of distances.
-    origin: how the space was made."""
+    """A map from images `(B, C, H, W)` in [-1, 1] to float64 rows `(B, d)` on the CPU. name: appears in the names of
+    distances. origin: how the space was made."""
 
     name: str
     origin: str
@@ -68,7 +67,6 @@ class FeatureSpace:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return rows `(B, d)` on the CPU."""
         return torch.cat([self.extract(part).cpu().double() for part in images.split(AT_A_TIME)]) * self.scale
 
     def of(
@@ -99,7 +97,7 @@ def feature_space(
 
     net, origin = group.on_main(make)
     space = FeatureSpace(f"{'classifier' if steps else 'random-conv'}-{FEATURES}", origin, net.features)
-    variance = float(space.of(train, shuffled(len(train))[:2000], group=group).var(0, correction=0).mean())
+    variance = float(space.of(train, fixed_permutation(len(train))[:2000], group=group).var(0, correction=0).mean())
     return replace(space, scale=variance**-0.5 if variance > 0 else 1.0)
 
 
@@ -126,7 +124,7 @@ def train_classifier(images: ImageDataset, steps: int) -> Classifier:
 def accuracy(net: Classifier, images: ImageDataset) -> float:
     """Return the accuracy of `net` on at most 2,000 labelled images."""
     assert images.labels is not None
-    some = shuffled(len(images))[:2000]
+    some = fixed_permutation(len(images))[:2000]
     right = [net(images.batch(part)).argmax(1) == images.labels[part] for part in some.split(256)]
     return float(torch.cat(right).double().mean())
 
@@ -136,12 +134,9 @@ def stack_frames(images: Tensor) -> Tensor:
     return images.movedim(-3, 1).flatten(2, -2)
 
 
-def shuffled(count: int) -> Tensor:
+def fixed_permutation(count: int) -> Tensor:
     """Return a fixed random permutation of `count` positions: its first n are a fair sample."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
-
-
-# Reconstructions ----------------------------------------------------------------------------------
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
@@ -168,9 +163,6 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     return (light * (2 * covariance + 0.03**2) / (variances + 0.03**2)).flatten(1).mean(1).clamp(max=1).to(kind)
 
 
-# Sets of rows -------------------------------------------------------------------------------------
-
-
 def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, group: ProcessGroup = ALONE) -> tuple[Tensor, Tensor]:
     """Return distances and indices `(n, k)`, ascending, of the `k` nearest `others` `(m, d)` of each of `rows`."""
     mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist"
@@ -185,8 +177,7 @@ def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, group: ProcessGroup =
 
 def neighbourhoods(real: Tensor, fake: Tensor, group: ProcessGroup = ALONE) -> dict[str, float]:
     """Return precision and recall of `fake` `(n, d)` against `real` `(n, d)`: the share of rows of one set inside some
-    ball around a row of the other, whose radius is the distance to that row's third nearest neighbour. Raises
-    `ValueError` for sets of different sizes, and for too few rows."""
+    ball around a row of the other, whose radius is the distance to that row's third nearest neighbour."""
     if len(real) != len(fake) or len(real) <= NEIGHBOURS:
         raise ValueError(
             f"the sets must have the same number of rows, more than {NEIGHBOURS} (got {len(real)} and {len(fake)})"
@@ -204,33 +195,30 @@ def share_inside(rows: Tensor, centres: Tensor, group: ProcessGroup = ALONE) -> 
     return float(torch.cat(group.map(inside, rows.split(AT_A_TIME))).double().mean())
 
 
-# Comparison ----------------------------------------------------------------------------------------
-
-
-def compare(
+def compare_samples(
     space: FeatureSpace,
-    drawn: Tensor,
+    sampled: Tensor,
     train: ImageDataset,
     held_out: ImageDataset,
     reconstruct: Change,
     group: ProcessGroup = ALONE,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Return the figures of samples; the samples in order of how likely they are copies; and the positions of their
-    nearest training images, `(n,)` each. drawn: rows `(n, d)` of the samples, at most as many as each split has images.
+    nearest training images, `(n,)` each. sampled: their rows `(n, d)`, at most as many as each split has images.
 
     Held-out images are compared with samples, with training images (prefix `train_`: what a perfect model reaches) and
     with reconstructions of training images (`reconstruction_`: what a perfect prior reaches with this tokenizer).
     Samples that are much nearer to training images than held-out images are may be copies.
     """
-    count = len(drawn)
-    seen, unseen = shuffled(len(train)), shuffled(len(held_out))[:count]
+    count = len(sampled)
+    seen, unseen = fixed_permutation(len(train)), fixed_permutation(len(held_out))[:count]
     known, real = space.of(train, seen, group=group), space.of(held_out, unseen, group=group)
-    sets = {"": drawn, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct, group)}
+    sets = {"": sampled, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct, group)}
     figures: dict[str, float] = {"num_compared": count}
     for prefix, rows in sets.items():
         found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows, group)}
         figures |= {prefix + name: value for name, value in found.items()}
-    distances, indices = (found[:, 0] for found in nearest_rows(drawn, known, group=group))
+    distances, indices = (found[:, 0] for found in nearest_rows(sampled, known, group=group))
     figures["nearest_distance"] = float(distances.median())
     figures["held_out_nearest_distance"] = float(nearest_rows(real, known, group=group)[0].median())
     # Plain distances would rank the simplest images first. A copy is nearer to its original than other images are.

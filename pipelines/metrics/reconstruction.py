@@ -36,7 +36,7 @@ def evaluate_reconstruction(
     model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE, ssim_images: int = 0
 ) -> dict[str, Any]:
     """Return mean PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` evenly spread images; and the
-    mean SSIM over `ssim_images` of them, unless that is 0."""
+    mean SSIM over `ssim_images` of them, unless that is 0, with reconstructions of 8-bit images rounded to 8 bits."""
     rows = spread_rows(len(images), limit)
     chosen = spread_rows(len(rows), ssim_images)
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
@@ -48,10 +48,11 @@ def evaluate_reconstruction(
         decoded = model.decode(tokens).float()  # bfloat16 under autocast
         ids.add_(torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size))
         found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
-        here = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
-        return {name: float(value) * len(batch) for name, value in found.items()}, some_ssim(
-            decoded, batch, here, images.spec.is_bytes
-        )
+        here, similar = chosen[(chosen >= start) & (chosen < start + len(batch))] - start, torch.empty(0)
+        if len(here):
+            some = decoded.cpu()[here]
+            similar = ssim(batch.cpu()[here], to_float(to_uint8(some)) if images.spec.is_bytes else some)
+        return {name: float(value) * len(batch) for name, value in found.items()}, similar
 
     parts = group.map(measure, range(0, len(rows), size))
     figures: dict[str, Any] = {name: sum(sums[name] for sums, _ in parts) / len(rows) for name in parts[0][0]}
@@ -79,15 +80,6 @@ def evaluate_pixel_bits(
     return {PIXEL_BITS: nats / (len(rows) * math.log(2) * math.prod(images.spec.shape))}
 
 
-def some_ssim(decoded: Tensor, images: Tensor, rows: np.ndarray, in_bytes: bool) -> Tensor:
-    """Return the SSIM `(n,)`, on the CPU, of these rows of a batch and their reconstructions, which are rounded to 8
-    bits if the images have 8."""
-    if not len(rows):
-        return torch.empty(0)
-    found = decoded.float().cpu()[rows]
-    return ssim(images.cpu()[rows], to_float(to_uint8(found)) if in_bytes else found)
-
-
 def list_prefix_decoders(model: Any) -> list[Callable[[Tensor], Tensor]]:
     """Return functions that decode a growing prefix of each image's tokens, the last one all tokens: one scale, two
     scales, ...; or 1, 2, 4, ... tokens. Empty if the tokenizer cannot decode a prefix."""
@@ -97,7 +89,6 @@ def list_prefix_decoders(model: Any) -> list[Callable[[Tensor], Tensor]]:
 
 
 def decode_first(model: Any, count: int, tokens: Tensor) -> Tensor:
-    """Decode the first `count` of `tokens` `(B, N)`."""
     return model.decode(tokens[:, :count])
 
 

@@ -1,4 +1,4 @@
-"""Samples to evaluate, drawn and stored as 8-bit images by the processes of a group: 50,000 may take gigabytes."""
+"""Samples to evaluate, made and stored as 8-bit images by the processes of a group: 50,000 may take gigabytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tokenizer.spec import to_float, to_uint8
 from ..processes.group import ALONE, ProcessGroup
 from .quality import AT_A_TIME
 
-DRAWN = 64  # samples drawn at a time
+SAMPLED_AT_A_TIME = 64
 
 
-class Samples:
+class EvaluatedSamples:
     """`count` samples in parts of `AT_A_TIME`; a part is identified by the number of its first sample.
 
     draw: `draw(start, end)` returns these samples, `(n, C, H, W)` in [-1, 1], and must not depend on how they are
@@ -35,7 +35,7 @@ class Samples:
             hidden = None if group.is_main else True
             for part in tqdm(group.mine(self.parts), desc="sampling", leave=False, disable=hidden):
                 end = min(part + AT_A_TIME, count)
-                cuts = [(start, min(start + DRAWN, end)) for start in range(part, end, DRAWN)]
+                cuts = [(start, min(start + SAMPLED_AT_A_TIME, end)) for start in range(part, end, SAMPLED_AT_A_TIME)]
                 # `draw` may return before a GPU has finished; .cpu() waits for it.
                 self._mine[part] = torch.cat([to_uint8(draw(*cut)).cpu() for cut in cuts])
             return time.monotonic() - began
@@ -43,7 +43,7 @@ class Samples:
         self.seconds = max(group.gather(work))
 
     def images(self, part: int) -> Tensor:
-        """Return the images, in [-1, 1], of a part that this process has drawn."""
+        """Return the images, in [-1, 1], of a part that this process has made."""
         return to_float(self._mine[part])
 
     def rows(self, act: Callable[[Tensor], Tensor], count: int) -> Tensor:

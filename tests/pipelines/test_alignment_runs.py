@@ -6,7 +6,6 @@ Covers: pipelines/train_prior.py.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +36,6 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
-from tokenizer.files import PathError
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -93,8 +91,6 @@ def test_a_pipeline_that_does_not_fit_is_refused_in_a_line(made, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             verb.run(resolved(run, source, init, **more))
         assert "\n" not in str(caught.value) and not (run / "config.json").exists()
-    with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
-        verb.run(resolved(tmp_path / "run", tokens, tmp_path / "nowhere"))
 
 
 # Alignment
@@ -107,22 +103,15 @@ def untrained(folder, tokens, **more):
     return folder
 
 
-def same_label(given):
-    return given.with_rows(label=torch.zeros(len(given), dtype=torch.int64))
-
-
 def test_cca_refuses_what_it_cannot_align(made, tmp_path):
     tokens, init = made
     masked = {"kind": "masked", "dim": 16, "depth": 1, "heads": 2}
     bound = untrained(tmp_path / "bound", tokens, model={**masked, "exact": False, "bound_passes": 4})
-    data, bare = load_tokens(tokens), make_tokens(tmp_path / "bare", classes=0)
-    one_class = {name: replace(split, given=same_label(split.given)) for name, split in data.splits.items()}
-    replace(data, splits=one_class).save(tmp_path / "one class")
+    bare = make_tokens(tmp_path / "bare", classes=0)
     cases = {
         r"'masked' takes 49 passes": (tokens, untrained(tmp_path / "whole", tokens, model=masked)),
         r"'masked' is an estimate": (tokens, bound),
         r"needs labels of two classes or more \(got 0\)": (bare, untrained(tmp_path / "nameless", bare)),
-        r"needs training rows of two classes or more": (tmp_path / "one class", init),
     }
     for message, pair in cases.items():
         with pytest.raises(UserError, match=f"objective: cca .*{message}") as caught:
@@ -130,10 +119,6 @@ def test_cca_refuses_what_it_cannot_align(made, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="^init: missing"):
         train_prior(tmp_path / "run", tokens, objective="cca")
-    with pytest.raises(UserError, match="^cca: .*objective=cca"):
-        task_of((tokens, init), tmp_path / "run", cca__beta=0.1)
-    with pytest.raises(UserError, match="^label_dropout: must be below 1"):
-        task_of((tokens, init), tmp_path / "run", objective="cca", label_dropout=1.0)
 
 
 def test_the_wrong_label_is_a_function_of_seed_epoch_and_row(made, tmp_path):
@@ -211,7 +196,7 @@ def test_the_loss_is_the_mean_of_those_of_micro_batches(made, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_train_as_one_does(made, aligned, tmp_path):
-    """Losses agree up to rounding, with micro-batches, too, and nearly in bfloat16."""
+    """Losses agree up to rounding, and nearly in bfloat16."""
     out = tmp_path / "two"
     output_of(start(two_processes("train_prior", command(out, *made, **RUN))))
     for name in ("loss", "cca", "bits_per_token"):
@@ -221,5 +206,3 @@ def test_two_processes_train_as_one_does(made, aligned, tmp_path):
     verb.run(resolved(tmp_path / "bf16", *made, **RUN, train__mixed_precision="bf16"))
     assert losses(tmp_path / "bf16", "margin")[0] == 0  # the frozen prior runs in the same precision
     assert losses(tmp_path / "bf16") == pytest.approx(losses(aligned), rel=0.02)
-    verb.run(resolved(tmp_path / "parts", *made, **RUN, train__accumulate=2))
-    assert losses(tmp_path / "parts", "cca") == pytest.approx(losses(aligned, "cca"), rel=1e-4, abs=1e-4)

@@ -65,14 +65,10 @@ def test_classes_are_as_frequent_as_in_the_split_given_the_other_columns(monkeyp
     assert found.log_prob("label", Given(COLUMNS, {}, 2))[:, 3].tolist() == [-math.inf] * 2
     together = Given(COLUMNS, {"view": torch.tensor([1, -1, 0, 1])}, 4)
     nats = found.log_prob("label", together)
-    assert torch.equal(nats[0], nats[3])
     for row in range(4):
         assert torch.equal(nats[row : row + 1], found.log_prob("label", together[row : row + 1]))
     views = found.log_prob("view", Given(COLUMNS, {"label": torch.tensor([2])}, 1))
     assert (views.exp()[0] - share_of(split, rows["label"] == 2, "view")).abs().max() < 1e-12
-    assert found.describe("label", ("tags", "age")) == (
-        "the classes of label are as likely as in the training split given tags, whatever age"
-    )
 
 
 def test_what_never_occurred_together_leaves_the_share_of_each_class():
@@ -88,9 +84,6 @@ def test_too_many_combinations_leave_each_column_of_classes_alone(monkeypatch):
     assert [list(table.columns) for table in found.tables] == [["label"], ["view"]]
     nats = found.log_prob("label", Given(COLUMNS, {"view": torch.tensor([1])}, 1))
     assert (nats.exp()[0] - share_of(split, torch.ones(500, dtype=torch.bool))).abs().max() < 1e-12
-    assert found.describe("label", ("view",)) == (
-        "the classes of label are as likely as in the training split, whatever view"
-    )
 
 
 def test_without_a_count_all_classes_are_equally_likely():
@@ -99,11 +92,7 @@ def test_without_a_count_all_classes_are_equally_likely():
         assert torch.allclose(
             found.log_prob(name, Given(COLUMNS, {}, 2)).exp(), torch.tensor(1.0).double() / 3, atol=0.1
         )
-        assert found.describe(name) == f"all classes of {name} count as equally likely"
-    unlabelled = {"tags": COLUMNS["tags"], "age": COLUMNS["age"]}
-    assert Frequencies.count(draw_split().without(["label", "view"]).of_columns(COLUMNS)).tables
-    assert not Frequencies.count(Given(unlabelled, {}, 3)).tables
-    assert not Frequencies.count(Given(COLUMNS, {}, 0)).tables
+    assert not Frequencies.count(Given({"tags": COLUMNS["tags"], "age": COLUMNS["age"]}, {}, 3)).tables
 
 
 def test_a_prior_of_some_columns_has_their_frequencies_and_no_others():
@@ -113,26 +102,12 @@ def test_a_prior_of_some_columns_has_their_frequencies_and_no_others():
     given = Given(some, {"tags": torch.tensor([[1.0, 0.0]])}, 1)
     direct = Frequencies.count(Given(some, {name: split.rows[name] for name in some}, 500))
     assert torch.equal(found.log_prob("label", given), direct.log_prob("label", given))
-    assert len(found.tables[0].counts) == len(direct.tables[0].counts)
-    assert not Frequencies.count(split).of_columns({"age": COLUMNS["age"]}).tables
     assert not Frequencies.count(split).of_columns({"label": ClassColumn.numbered(5)}).tables
 
 
-def test_a_file_holds_the_same_and_there_is_none_without_classes(tmp_path):
-    split = draw_split()
-    found = Frequencies.count(split)
-    found.save(tmp_path)
-    again = Frequencies.load(tmp_path, COLUMNS)
-    assert torch.equal(
-        again.log_prob("label", split.without(["label"])), found.log_prob("label", split.without(["label"]))
-    )
-    Frequencies().save(tmp_path / "none")
-    assert not (tmp_path / "none").exists() and Frequencies.load(tmp_path / "none", COLUMNS) == Frequencies()
-
-
-@pytest.mark.parametrize(("label", "view"), [(1 << 16, 0), (1 << 17, 0), (1 << 10, 1 << 5)])
+@pytest.mark.parametrize(("label", "view"), [(1 << 17, 0), (1 << 10, 1 << 5)])
 def test_every_file_that_is_written_can_be_read(label, view, tmp_path):
-    """Also of many classes and combinations."""
+    """Also of many classes and combinations; without counts there is none."""
     sizes = {name: size for name, size in (("label", label), ("view", view)) if size}
     columns, count = {name: ClassColumn.numbered(size) for name, size in sizes.items()}, label * max(1, view)
     rows = {name: torch.arange(count) // (1 if name == "label" else label) % size for name, size in sizes.items()}
@@ -144,29 +119,18 @@ def test_every_file_that_is_written_can_be_read(label, view, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "values", "counts", "problem"),
+    ("change", "problem"),
     [
-        (["label"], [[0], [1]], [1], "tables.0: values: must have equally many numbers each, and a count each"),
-        (["label"], [[0]], [0], "counts.0: .* greater than or equal to 1"),
-        (["label"], [[4]], [1], r"values: label: ids should lie in \[0, 4\)"),
-        (["tags"], [[0, 2]], [1], "values: tags: flags must be 0 or 1"),
-        (["tags"], [[0, 257]], [1], "values: tags: too large"),
-        (["age"], [[0]], [1], "expected columns of classes and flags"),
-        (["label", "label"], [[0, 0]], [1], "each once"),
+        ({"tables": [{"columns": ["label"], "values": [[0], [1]], "counts": [1]}]}, "tables.0: values"),
+        ({"tables": [{"columns": ["label"], "values": [[4]], "counts": [1]}]}, "values: label: ids"),
+        ({"tables": [{"columns": ["tags"], "values": [[0, 257]], "counts": [1]}]}, "values: tags: too large"),
+        ({"tables": [{"columns": ["age"], "values": [[0]], "counts": [1]}]}, "expected columns of classes and flags"),
+        ({"tables": [{"columns": ["label", "label"], "values": [[0, 0]], "counts": [1]}]}, "each once"),
+        ({"format_version": 2}, "a newer Smalti is needed"),
     ],
 )
-def test_an_invalid_table_is_refused_in_one_line(columns, values, counts, problem, tmp_path):
-    require_refusal({"tables": [{"columns": columns, "values": values, "counts": counts}]}, problem, tmp_path)
-
-
-def test_another_format_is_refused_in_one_line(tmp_path):
-    require_refusal({"format_version": 2}, "a newer Smalti is needed", tmp_path)
-    require_refusal({"more": 1}, "more: Extra inputs", tmp_path)
-
-
-def require_refusal(change, problem, folder):
-    """Check that a file with this change is refused."""
-    (folder / FREQUENCIES).write_text(json.dumps({"format_version": 1, "tables": [], **change}))
+def test_a_damaged_file_is_refused_in_one_line(change, problem, tmp_path):
+    (tmp_path / FREQUENCIES).write_text(json.dumps({"format_version": 1, "tables": [], **change}))
     with pytest.raises(FormatError, match=problem) as caught:
-        Frequencies.load(folder, COLUMNS)
+        Frequencies.load(tmp_path, COLUMNS)
     assert "\n" not in str(caught.value) and FREQUENCIES in str(caught.value)

@@ -8,15 +8,12 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import resource
-import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command import fails
 from folders import contents, written
 from launch import output_of, start, two_processes
 from PIL import Image
@@ -91,14 +88,6 @@ def test_any_number_of_processes_writes_the_same_bytes(pipeline, tmp_path, monke
         assert [path.name for path in out.parent.iterdir()] == [form]
 
 
-def test_the_images_are_those_of_the_pipeline(pipeline, tmp_path, monkeypatch):
-    """Image k has its own seed and class, however the images are shared among processes."""
-    together(monkeypatch, 2, config(pipeline, tmp_path / "set.npz", seed=11, labels=["eel", 0], temperature=0.7))
-    expected = ImagePipeline.from_pretrained(pipeline)(20, [2, 0] * 10, seed=11, temperature=0.7, output_type="np")
-    with np.load(tmp_path / "set.npz") as found:
-        assert np.array_equal(found["arr_0"], expected.images.repeat(3, -1)) and found["arr_1"].tolist() == [2, 0] * 10
-
-
 def test_a_folder_of_images_is_read_with_their_classes(pipeline, tmp_path):
     """`metadata.jsonl` says which class each image is, and `data.source` reads it."""
     run(config(pipeline, out := tmp_path / "images", labels=["eel", 0], seed=11))
@@ -146,28 +135,6 @@ def test_an_interrupted_run_continues_to_the_same_bytes(pipeline, tmp_path, monk
     assert [path.name for path in out.parent.iterdir()] == [form]
 
 
-def test_a_file_that_appears_meanwhile_is_not_replaced(pipeline, tmp_path, monkeypatch):
-    out = tmp_path / "set.npz"
-    interrupt(monkeypatch, config(pipeline, out))
-    out.write_text("mine")
-    with pytest.raises(UserError, match=r"^out: .* exists"):
-        run(config(pipeline, out))
-    assert out.read_text() == "mine"
-    monkeypatch.setattr(generate.Request, "draw", lambda *_: pytest.fail("an image was made again"))
-    run(config(pipeline, out, overwrite=True))
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_finished_folder_does_not_change(pipeline, tmp_path, monkeypatch, capsys):
-    run(config(pipeline, tmp_path / "images"))
-    (tmp_path / "images" / "notes.txt").write_text("mine")
-    before = contents(tmp_path)
-    monkeypatch.setattr(generate.Request, "draw", lambda *_: pytest.fail("an image was made again"))
-    for options in ({"overwrite": True}, {"parallel": True, "batch_size": 8}):  # these change no image
-        run(config(pipeline, tmp_path / "images", **options))
-        assert "already finished" in capsys.readouterr().out and contents(tmp_path) == before
-
-
 @pytest.mark.parametrize(
     ("form", "change", "key"),
     [
@@ -198,10 +165,9 @@ def test_overwriting_removes_only_files_of_the_job(pipeline, tmp_path):
     assert all((out / name).read_text() == "mine" for name in mine)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"verb": "generate", "num_images": "x"}'])
-def test_a_damaged_job_is_refused(pipeline, tmp_path, content):
+def test_a_damaged_job_is_refused(pipeline, tmp_path):
     run(config(pipeline, out := tmp_path / "images"))
-    (out / "job.json").write_text(content)
+    (out / "job.json").write_text('{"verb": "generate", "num_images": "x"}')
     before = contents(out)
     for overwrite in (False, True):
         with pytest.raises((UserError, FormatError), match="images"):
@@ -228,48 +194,6 @@ def test_processes_that_are_launched_write_the_same_bytes(pipeline, tmp_path, co
 
 
 # Refused
-
-
-def test_a_request_that_the_prior_refuses_leaves_nothing(pipeline, tmp_path, capsys):
-    for wrong, key in (
-        ("order=snake", "order"),
-        ("steps=3", "'steps'"),
-        ("labels=[cow]", "'cow'"),
-        ("prompt=cat", "labels="),
-        (f"out={tmp_path}/set.tar", "out"),
-    ):
-        assert key in fails(capsys, "generate", f"pipeline={pipeline}", f"out={tmp_path}/set.npz", wrong)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_more_processes_than_images(pipeline, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="num_images: 2 for 3 processes"):
-        together(monkeypatch, 3, config(pipeline, tmp_path / "set.npz", num_images=2))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["thesis.tex", "00000.png", "job.json"])
-def test_a_folder_of_something_else_is_left_alone(pipeline, tmp_path, name):
-    (tmp_path / name).write_text('{"verb": "encode"}')
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match="^out: "):
-        run(config(pipeline, tmp_path, overwrite=True))
-    assert contents(tmp_path) == before
-
-
-def test_a_full_disk_is_one_line_and_the_images_stay(pipeline, tmp_path, capsys):
-    """A limit on the size of files stands for a full disk."""
-    argv = ["generate", f"pipeline={pipeline}", f"out={tmp_path}/set.npz", "num_images=400"]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
-    try:
-        line = fails(capsys, *argv)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "File too large" in line
-    run(config(pipeline, tmp_path / "set.npz", num_images=400, batch_size=64))
-    assert "400 of 400" in capsys.readouterr().out
 
 
 # Conditions
@@ -323,21 +247,12 @@ def test_an_image_for_each_row_however_they_are_made(conditioned, tmp_path, monk
             assert found["arr_1"].tolist() == [2, 2, 2, 2, 2, 3, 2]
 
 
-def test_saved_sampling_settings_are_printed(tmp_path, capsys):
-    make_pipeline("pixels", size=SIZE, sampler={"guidance_scale": 3.0, "top_k": 7}).save_pretrained(tmp_path / "pipe")
-    for given, words in (({}, "top_k=7, guidance_scale=3.0, saved"), ({"guidance_scale": 1.0}, "with top_k=7, saved")):
-        run(config(tmp_path / "pipe", tmp_path / "grid.png", num_images=2, overwrite=True, **given))
-        assert words in capsys.readouterr().out
-    run(config(tmp_path / "pipe", tmp_path / "a.png", num_images=2, guidance_scale=2.0, top_k=5))
-    assert "sampling with" not in capsys.readouterr().out
-
-
 def test_an_image_does_not_depend_on_the_guidance_of_its_batch(conditioned, tmp_path):
     """The pipeline guides on ages, some of which are null; another column does not take their place."""
     pipe = ImagePipeline.from_pretrained(conditioned / "pipeline")
     sampler = {"guidance_scale": 3.0, "guidance_on": ["age"]}
     ImagePipeline(**pipe.components, labels=pipe.labels, sampler=sampler).save_pretrained(tmp_path / "pipe")
-    for number, more in enumerate(({}, {"guidance_scale": 8.0}, {"guidance_on": ["age"], "guidance_scale": 8.0})):
+    for number, more in enumerate(({}, {"guidance_on": ["age"], "guidance_scale": 8.0})):
         options = {"conditions": str(conditioned / "rows.jsonl"), "num_images": None, **more}
         for size in (1, 7):
             run(config(tmp_path / "pipe", tmp_path / f"{number}{size}", batch_size=size, **options))
@@ -348,8 +263,7 @@ def test_a_generated_folder_is_a_table_of_the_same_conditions(conditioned, tmp_p
     where, first, again = conditioned / "pipeline", tmp_path / "first", tmp_path / "again"
     run(config(where, first, conditions=str(conditioned / "rows.jsonl"), num_images=None))
     rows = [json.loads(line) for line in (first / "metadata.jsonl").read_text().splitlines()]
-    assert rows[3]["findings"] == [] and rows[1]["view"] == "lateral" and rows[1]["age"] == 21.0
-    assert set(rows[5]) == {"file_name"} and "outline" not in rows[2]
+    assert rows[1]["view"] == "lateral" and set(rows[5]) == {"file_name"}
     run(config(where, again, conditions=str(first / "metadata.jsonl"), num_images=None))
     assert written(first) == written(again)
 

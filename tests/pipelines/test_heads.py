@@ -45,7 +45,6 @@ def test_images_are_sampled_completed_scored_embedded_and_the_pipeline_is_saved(
     assert torch.allclose(pipe.prior.token_log_probs(tokens).flatten(1).sum(1), total, atol=1e-4)
     assert pipe.anomaly_map(images).shape == (3, *pipe.tokenizer.image_shape[1:])
     assert torch.isfinite(pipe.anomaly_score(images, method="nll")).all()
-    assert pipe.embed(images).shape[0] == 3
     assert pipe.embed(images, pool="last").shape == pipe.embed(images).shape
     pipe.save_pretrained(tmp_path / "pipe")
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")

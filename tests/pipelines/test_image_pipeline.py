@@ -9,7 +9,6 @@ import pytest
 import torch
 from small import make_prior, make_tokenizer, quantizer_of
 from small_pipelines import (
-    every_pair,
     every_prior_pair,
     every_tokenizer,
     make_pipeline,
@@ -29,9 +28,8 @@ def test_log_prob_is_that_of_the_tokens(tokenizer, prior):
     pipe = make_pipeline(tokenizer, prior)
     pixels = pixels_for(pipe)
     tokens = pipe.encode(pixels)
-    torch.testing.assert_close(pipe.log_prob(pixels, "dog"), pipe.prior.log_prob(tokens, torch.full((5,), 1)))
-    torch.testing.assert_close(pipe.log_prob(pixels, batch_size=2), pipe.prior.log_prob(tokens))
-    mixed = pipe.log_prob(pixels, [0, None, "eel", 1, 1])
+    torch.testing.assert_close(pipe.log_prob(pixels), pipe.prior.log_prob(tokens))
+    mixed = pipe.log_prob(pixels, [0, None, "eel", 1, 1], batch_size=2)
     torch.testing.assert_close(mixed, pipe.prior.log_prob(tokens, torch.tensor([0, 3, 2, 1, 1])))
 
 
@@ -54,10 +52,9 @@ def test_an_empty_batch_has_empty_scores():
     pipe = make_pipeline("pixels")
     none = torch.zeros(0, 1, 8, 12)
     known = torch.ones(8, 12, dtype=torch.bool)
-    for labels in (None, 1, []):
-        assert pipe.log_prob(none, labels).shape == pipe.bits_per_dim(none, labels).shape == (0,)
-        assert pipe.conditional_log_prob(none, known, labels).shape == (0,)
-        assert pipe.anomaly_map(none, labels).shape == (0, 8, 12)
+    assert pipe.log_prob(none, 1).shape == pipe.bits_per_dim(none, []).shape == (0,)
+    assert pipe.conditional_log_prob(none, known).shape == (0,)
+    assert pipe.anomaly_map(none).shape == (0, 8, 12)
     assert pipe.reconstruct(none, output_type="pt").shape == none.shape
 
 
@@ -71,19 +68,15 @@ def test_tokens_and_pixels_do_not_depend_on_the_batch(tokenizer):
     pixels = pixels_for(pipe, 9)
     tokens = pipe.encode(pixels)
     images = pipe.decode(tokens, output_type="pt")
-    for size in (1, 4):
-        assert torch.equal(pipe.encode(pixels, batch_size=size), tokens)
-        assert (pipe.decode(tokens, output_type="pt", batch_size=size) - images).abs().max() <= 1 / 127.5
-        made = pipe.reconstruct(pixels, output_type="pt", batch_size=size)
-        assert (made - images).abs().max() <= 1 / 127.5
+    assert torch.equal(pipe.encode(pixels, batch_size=4), tokens)
+    assert (pipe.decode(tokens, output_type="pt", batch_size=4) - images).abs().max() <= 1 / 127.5
+    assert (pipe.reconstruct(pixels, output_type="pt", batch_size=4) - images).abs().max() <= 1 / 127.5
 
 
 def test_grey_images_have_mode_l_and_one_channel():
     pipe = make_pipeline()
     assert [image.mode for image in pipe(2, seed=0).images] == ["L", "L"]
     assert pipe(2, seed=0, output_type="np").images.shape == (2, 8, 12, 1)
-    with pytest.raises(ValueError, match="output_type"):
-        pipe.decode(pipe(1, seed=0).tokens, output_type="latent")
 
 
 def test_prefixes_of_tokens_decode_in_any_batch():
@@ -91,12 +84,10 @@ def test_prefixes_of_tokens_decode_in_any_batch():
     tokens = pipe.encode(pixels_for(pipe))
     for count in (1, 3, 5):
         made = pipe.decode(tokens[:, :count], output_type="pt")
-        assert made.shape == (5, 1, 8, 12)
         torch.testing.assert_close(made[2:3], pipe.decode(tokens[2:3, :count], output_type="pt"))
         torch.testing.assert_close(made, pipe.tokenizer.decode(tokens[:, :count]))
-    for other, count in ((pipe, 6), (make_pipeline("titok", sizes={"keep": None}), 2)):
-        with pytest.raises(ValueError, match=f"got {count}"):
-            other.decode(torch.zeros(1, count, dtype=torch.long))
+    with pytest.raises(ValueError, match="got 2"):
+        make_pipeline("titok", sizes={"keep": None}).decode(torch.zeros(1, 2, dtype=torch.long))
 
 
 # Types and components
@@ -104,10 +95,9 @@ def test_prefixes_of_tokens_decode_in_any_batch():
 
 @pytest.mark.sparse
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_pair
+@every_prior_pair
 def test_half_precision_can_be_used_saved_and_loaded(tokenizer, prior, dtype, tmp_path):
     pipe = make_pipeline(tokenizer, prior)
-    pipe.save_pretrained(tmp_path / "full")
     assert pipe.to(dtype=dtype) is pipe and next(pipe.prior.parameters()).dtype == dtype
     pixels = pixels_for(pipe, 2)
     drawn = pipe(2, 1, seed=0)
@@ -117,8 +107,6 @@ def test_half_precision_can_be_used_saved_and_loaded(tokenizer, prior, dtype, tm
     same = ImagePipeline.from_pretrained(tmp_path / "half", dtype=dtype)
     assert torch.equal(same(2, 1, seed=0).tokens, drawn.tokens)
     assert ImagePipeline.from_pretrained(tmp_path / "half").prior.dtype == torch.float32
-    loaded = ImagePipeline.from_pretrained(tmp_path / "full", dtype=dtype)
-    assert torch.equal(loaded(2, 1, seed=0).tokens, drawn.tokens)
 
 
 @pytest.mark.parametrize("name", ["ema", "lfq"])
@@ -127,20 +115,14 @@ def test_dtype_is_that_of_the_networks(name):
     tokenizer = make_tokenizer("vqvae", quantizer=quantizer_of(name, 3, 2))
     pipe = ImagePipeline(tokenizer, make_prior("gpt", grid=tokenizer.grid))
     assert pipe.dtype == torch.float32
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert pipe.to(dtype=dtype).dtype == dtype == pipe.prior.dtype == pipe.tokenizer.dtype
+    assert pipe.to(dtype=torch.bfloat16).dtype == torch.bfloat16 == pipe.prior.dtype == pipe.tokenizer.dtype
 
 
 def test_to_takes_device_and_dtype_like_torch():
     pipe = make_pipeline()
     assert pipe.to(torch.bfloat16) is pipe and pipe.dtype == torch.bfloat16
-    assert pipe.to("cpu", torch.float16).dtype == torch.float16
-    assert pipe.to(torch.device("cpu")).dtype == pipe.to(device="cpu").dtype == torch.float16
-    assert pipe.to(None, torch.float32).dtype == pipe.to().dtype == torch.float32
+    assert pipe.to("cpu", torch.float16).dtype == pipe.to(device="cpu").dtype == torch.float16
     assert pipe.to("meta").device == torch.device("meta")
-    for wrong in ((torch.float32, torch.float16), (torch.float32, "cpu")):
-        with pytest.raises(TypeError, match="dtype"):
-            make_pipeline().to(*wrong)
 
 
 def test_models_that_do_not_fit_are_refused():
@@ -151,12 +133,8 @@ def test_models_that_do_not_fit_are_refused():
         ImagePipeline(pipe.tokenizer, make_prior("gpt", (3, 3), 32))
     with pytest.raises(ConfigError, match="labels"):
         ImagePipeline(pipe.tokenizer, pipe.prior, labels=["a", "b"])
-    with pytest.raises(ValueError, match="temperature"):
-        ImagePipeline(pipe.tokenizer, pipe.prior, sampler={"temperature": -1})
-    for name in ("prior", "tokenizer"):
-        wrapped = torch.compile(pipe.components[name], backend="eager")
-        with pytest.raises(TypeError, match=rf"pipe.{name}.compile\(\)"):
-            ImagePipeline(**{**pipe.components, name: wrapped})
+    with pytest.raises(TypeError, match=r"pipe.prior.compile\(\)"):
+        ImagePipeline(pipe.tokenizer, torch.compile(pipe.prior, backend="eager"))
 
 
 def test_a_compiled_prior_draws_scores_and_embeds_as_before(tmp_path):
@@ -166,12 +144,10 @@ def test_a_compiled_prior_draws_scores_and_embeds_as_before(tmp_path):
     images = pixels_for(pipe, 3)
     plain, scores, drawn = pipe.embed(images), pipe.log_prob(images), pipe(3, "dog", seed=0).tokens
     pipe.prior.compile(backend=counter)
-    for _ in range(2):
-        torch.testing.assert_close(pipe.log_prob(images), scores)
-        torch.testing.assert_close(pipe.embed(images), plain)
+    torch.testing.assert_close(pipe.log_prob(images), scores)
+    torch.testing.assert_close(pipe.embed(images), plain)
     assert counter.frame_count > 0
-    for way in ({}, {"cache": False}, {"parallel": True}):
-        assert pipe(3, "dog", seed=0, **way).tokens.equal(drawn)
+    assert pipe(3, "dog", seed=0).tokens.equal(drawn)
     pipe.save_pretrained(tmp_path / "pipe")
     assert ImagePipeline.from_pretrained(tmp_path / "pipe")(3, "dog", seed=0).tokens.equal(drawn)
     torch._dynamo.reset()
@@ -184,6 +160,5 @@ def test_components_make_another_pipeline_with_the_same_models():
     again = ImagePipeline(**pipe.components, labels=pipe.labels)
     assert list(again.components) == ["tokenizer", "prior", "background"]
     assert all(model is pipe.components[name] for name, model in again.components.items())
-    assert again(2, "dog", seed=0).tokens.equal(pipe(2, "dog", seed=0).tokens)
     with pytest.raises(IntegrityError, match="background"):
         pipe.set_background(make_pipeline().prior)

@@ -4,7 +4,6 @@ Covers: pipelines/image_pipeline.py, pipelines/saving.py, pipelines/anomaly/, pi
 """
 
 import csv
-import json
 import math
 import shutil
 
@@ -26,7 +25,7 @@ from pipelines.frequencies import FREQUENCIES, Frequencies
 from pipelines.metrics.likelihood import evaluate_open_class
 from pipelines.tokens import TokenSplit, load_tokens
 from prior.given import Given
-from tokenizer.files import read_manifest, write_manifest
+from tokenizer.files import write_manifest
 
 OTHERS = {"findings": ["bone"], "age": 63}
 
@@ -40,15 +39,6 @@ def count_split(pipe, count=200):
     return pipe
 
 
-def sum_over(pipe, column, log_prob, condition):
-    """The direct sum over the classes of a column."""
-    given = pipe.read_given(None, condition)
-    weights = pipe.frequencies.log_prob(column, given)[0]
-    names = pipe.columns[column].names
-    each = torch.stack([log_prob({**condition, column: name}).double() for name in names])
-    return (each + weights[:, None]).logsumexp(0)
-
-
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("column", ["label", "view"])
 def test_the_density_is_the_sum_over_the_classes_as_often_as_in_training(column, counted):
@@ -57,12 +47,13 @@ def test_the_density_is_the_sum_over_the_classes_as_often_as_in_training(column,
         count_split(pipe)
     images, condition = pixels_for(pipe), {**OTHERS, **({"view": "lateral"} if column == "label" else {"label": "eel"})}
     found = pipe.log_prob(images, condition=condition, marginal=column, batch_size=2)
-    direct = sum_over(pipe, column, lambda one: pipe.log_prob(images, condition=one), condition)
-    torch.testing.assert_close(found.double(), direct, rtol=1e-5, atol=1e-5)
+    weights = pipe.frequencies.log_prob(column, pipe.read_given(None, condition))[0]
+    assert (weights.exp().std() > 0.1) == counted and abs(float(weights.exp().sum()) - 1) < 1e-9
+    names = pipe.columns[column].names
+    each = torch.stack([pipe.log_prob(images, condition={**condition, column: name}).double() for name in names])
+    torch.testing.assert_close(found.double(), (each + weights[:, None]).logsumexp(0), rtol=1e-5, atol=1e-5)
     null = pipe.log_prob(images, condition=condition)
     assert (null - found).abs().max() > 1e-3
-    weights = pipe.frequencies.log_prob(column, pipe.read_given(None, condition)).exp()
-    assert (weights.std() > 0.1) == counted and abs(float(weights.sum()) - 1) < 1e-9
 
 
 def test_bits_per_dim_sum_over_the_classes():
@@ -80,16 +71,11 @@ def test_bits_per_dim_sum_over_the_classes():
 def test_frequencies_are_stored_beside_the_models_and_read_again(tmp_path):
     pipe = count_split(make_conditioned(outline=False))
     pipe.save_pretrained(tmp_path / "pipe")
-    assert FREQUENCIES in read_manifest(tmp_path / "pipe")["files"]
     again = ImagePipeline.from_pretrained(tmp_path / "pipe")
     images = pixels_for(pipe)
     assert torch.equal(again.log_prob(images, marginal="label"), pipe.log_prob(images, marginal="label"))
-    again.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / FREQUENCIES).read_bytes() == (tmp_path / "pipe" / FREQUENCIES).read_bytes()
     again.prior = pipe.prior
     assert not again.frequencies.tables
-    again.save_pretrained(tmp_path / "other")
-    assert not (tmp_path / "other" / FREQUENCIES).exists()
 
 
 # Anomalies
@@ -99,20 +85,15 @@ def test_frequencies_are_stored_beside_the_models_and_read_again(tmp_path):
 def test_scores_and_calibrations_agree_on_the_class_that_is_open(stride, tmp_path):
     pipe = make_pipeline(size=(SIZE, SIZE))
     normal, new = stripes(60), stripes(4, seed=9)
-    if stride is None:
-        nll = pipe.anomaly_score(new, "nll", marginal="label")
-        torch.testing.assert_close(nll, -pipe.log_prob(new, marginal="label").double() / math.log(2))
     pipe.calibrate(normal, marginal="label", stride=stride)
     pipe.save_pretrained(tmp_path / "pipe")
     again = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert again.calibration.marginal == "label"
     options = {"marginal": "label", "stride": stride}
     assert torch.equal(again.anomaly_score(new, **options), pipe.anomaly_score(new, **options))
-    assert again.anomaly_score(new, "nll", p_values=True, **options).shape == (4,)
-    with pytest.raises(CalibrationError, match="^marginal: calibrated with marginal=label given, but now with nothing"):
-        again.anomaly_score(new, stride=stride)
-    with pytest.raises(CalibrationError, match="^marginal: calibrated with marginal=label given, but now with label"):
-        again.anomaly_score(new, labels="cat", stride=stride)
+    for other in ({}, {"labels": "cat"}):
+        with pytest.raises(CalibrationError, match="^marginal: calibrated with marginal=label"):
+            again.anomaly_score(new, stride=stride, **other)
     if stride is None:
         tokens, mixture = again.encode(new), again.read_given(count=4, marginal="label")
         bits = -again.prior.token_log_probs(tokens, condition=mixture) / math.log(2)
@@ -121,17 +102,8 @@ def test_scores_and_calibrations_agree_on_the_class_that_is_open(stride, tmp_pat
     else:
         assert len(again.anomaly_map(new, method="hidden", stride=stride)) == 4
     pipe.calibrate(normal, stride=stride)
-    assert "marginal" not in json.loads(pipe.calibration.to_json())
     with pytest.raises(CalibrationError, match="^marginal: calibrated with nothing given, but now with marginal=label"):
         pipe.anomaly_score(new, **options)
-    with pytest.raises(CalibrationError, match="^marginal: calibrated with nothing given"):
-        pipe.heal(new, condition=pipe.read_given(count=4, marginal="label"))
-
-
-def test_a_region_has_no_mixture():
-    pipe, known = make_pipeline(size=(SIZE, SIZE)), torch.arange(SIZE)[:, None].expand(SIZE, SIZE) < SIZE // 2
-    with pytest.raises(ValueError, match="^marginal: a mixture given known tokens is not computed"):
-        pipe.conditional_log_prob(stripes(2), known, condition=pipe.read_given(count=2, marginal="label"))
 
 
 def test_a_background_prior_without_the_column_has_no_mixture():
@@ -156,21 +128,16 @@ def test_verbs_calibrate_and_detect_with_an_open_class(tmp_path, capsys):
             Image.fromarray(image[0]).save(tmp_path / part / f"{number}.png")
     pipe = make_pipeline(size=(SIZE, SIZE))
     pipe.provenance = {"data": {"source": str(tmp_path / "images"), "image_size": SIZE}}
-    pipe.frequencies = Frequencies.count(Given(pipe.columns, {"label": torch.tensor([0, 0, 0, 1])}, 4))
     pipe.save_pretrained(tmp_path / "pipe")
     verb = [f"pipeline={tmp_path}/pipe", "every=1"]
-    assert "marginal: unknown column 'lable'" in fails(capsys, "calibrate", *verb, "marginal=lable")
     main(["calibrate", *verb, "marginal=label"])
-    assert "marginal: the classes of label are as likely as in the training split" in capsys.readouterr().err
+    capsys.readouterr()
     verb = ["detect", verb[0], f"images={tmp_path}/new", "method=nll", f"out={tmp_path}/found"]
     assert "marginal: calibrated with marginal=label given, but now with nothing" in fails(capsys, *verb)
     main([*verb, "marginal=label"])
     with (tmp_path / "found/scores.csv").open() as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)]
-    expected = ImagePipeline.from_pretrained(tmp_path / "pipe").anomaly_score(
-        stripes(3, seed=9), "nll", marginal="label"
-    )
-    np.testing.assert_allclose(scores, expected, rtol=1e-3)
+    np.testing.assert_allclose(scores, pipe.anomaly_score(stripes(3, seed=9), "nll", marginal="label"), rtol=1e-3)
 
 
 # From images to figures
@@ -195,8 +162,6 @@ def test_frequencies_go_from_the_training_split_to_the_pipeline_and_are_counted_
         pipe = ImagePipeline.from_pretrained(run / "pipeline")
         some = {name: column for name, column in data.columns.items() if name in ("label", "tags")}
         assert tables_of(pipe.frequencies) == tables_of(counted.of_columns(some))
-        given = pipe.read_given(condition={"tags": ["hat"]})
-        assert pipe.frequencies.describe("label", given.names).endswith("as likely as in the training split given tags")
     without = train_prior(tmp_path / "run_without", tmp_path / "tokens", train__steps=2, label_dropout=1, attributes=[])
     assert not ImagePipeline.from_pretrained(without / "pipeline").frequencies.tables
 
@@ -214,13 +179,6 @@ def test_encode_counts_the_training_split(tmp_path):
 
 
 def test_evaluate_leaves_out_the_mixture_where_it_costs_too_much_or_is_a_bound():
-    for prior, found in (
-        (make_prior("gpt", num_classes=100), True),
-        (make_prior("gpt", num_classes=101), False),
-        (make_prior("gpt", num_classes=0), False),
-        (make_prior("masked", exact=False), False),
-    ):
+    for prior in (make_prior("gpt", num_classes=101), make_prior("masked", exact=False)):
         split = TokenSplit(draw_tokens(prior, 3), Given(prior.columns, {}, 3))
-        figures = evaluate_open_class(prior, split, Frequencies())
-        assert bool(figures) == found
-        assert not found or figures["class_unknown_bits_per_token"] != figures["null_class_bits_per_token"]
+        assert not evaluate_open_class(prior, split, Frequencies())

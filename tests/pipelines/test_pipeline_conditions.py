@@ -20,7 +20,7 @@ from small_pipelines import COLUMNS, GIVEN, make_conditioned, make_pipeline, pix
 from pipelines import ConfigError, ImagePipeline, IntegrityError
 from pipelines.compression.container import StreamError
 from pipelines.saving import FILES
-from prior.columns import LABEL, GridColumn
+from prior.columns import GridColumn
 from tokenizer.files import PipelineLoadError, write_json, write_manifest
 
 COUNT = 5
@@ -82,15 +82,6 @@ def test_image_k_depends_on_its_own_condition_alone(prior):
     assert not torch.equal(tokens_of(pipe, condition=every, labels=[0, 1, None, 2, 0]), whole), "guidance did nothing"
 
 
-def test_each_column_reaches_the_prior_and_is_null_if_missing(pipe):
-    images = pixels_for(pipe, 3)
-    null, given = pipe.log_prob(images), {"outline": pictures(1)[0], "before": draw_tokens(pipe.prior, 1)[0], **GIVEN}
-    assert {"label", *given} == set(pipe.columns)
-    for name, value in given.items():
-        found = pipe.log_prob(images, condition={name: [value, None, value]})
-        assert ((found - null).abs() > 1e-4).tolist() == [True, False, True], name
-
-
 def test_the_pipelines_guidance_applies_if_there_is_something_to_remove():
     torch.manual_seed(3)
     made = make_conditioned(columns=COLUMNS).components
@@ -131,9 +122,8 @@ def test_pictures_in_every_form_equal_their_tokens(only):
     for name, form in forms.items():
         assert torch.equal(only.read_given(None, {"outline": form}, 3).raw("outline"), expected), name
         assert torch.equal(only.read_given(None, form, 3).raw("outline"), expected), name
-        one = form[0]
         if name != "lists of tokens":
-            assert torch.equal(only.read_given(None, one, 2).raw("outline"), expected[[0, 0]]), name
+            assert torch.equal(only.read_given(None, form[0], 2).raw("outline"), expected[[0, 0]]), name
     for call in (tokens_of, lambda pipe, condition: pipe.log_prob(pixels_for(pipe, 3) * 0, condition=condition)):
         assert torch.equal(call(only, condition=images), call(only, condition=expected))
         assert not torch.equal(call(only, condition=images), call(only, condition=expected.roll(1, 0)))
@@ -156,39 +146,23 @@ def test_text_is_encoded_for_a_column_of_n_grams(pipe):
     raw = pipe.read_given(None, {"text": EACH["text"]}).raw("text")
     assert torch.equal(raw[0], raw[4]) and not torch.equal(raw[0], raw[1]) and raw[2].isnan().all()
     assert torch.equal(pipe.read_given(None, {"text": "a fish"}, 2).raw("text"), raw[[0, 0]])
-    assert torch.equal(
-        pipe.read_given(None, {"text": np.array(EACH["text"])}).raw("text").nan_to_num(), raw.nan_to_num()
-    )
 
 
-def test_numbers_outside_the_training_data_warn_once_a_call(pipe):
-    condition, images = {"motion": [0, 2.5]}, pixels_for(pipe, 1)
-    for call in (
-        lambda: pipe(condition=condition, progress=False),
-        lambda: pipe.complete(images, torch.zeros(8, 12, dtype=torch.bool), condition=condition, draws=2),
-        lambda: pipe.anomaly_score(images, "nll", condition=condition),
-    ):
-        with pytest.warns(UserWarning, match="^condition: motion: [^\n]* -4 to 4, -2 to 2[^\n]*$") as found:
-            call()
-        assert len(found) == 1 and found[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipe.read_given(None, {**GIVEN, "age": [18, 90, None]})
-
-
-def test_numbers_outside_the_training_data_count_as_the_nearest_of_these(pipe):
+def test_numbers_outside_the_training_data_count_as_the_nearest_of_these_and_warn_once_a_call(pipe):
     """At the doors of the pipeline; the model, and streams as those of 0.3, take numbers as they are."""
     images = pixels_for(pipe, 1)
     beyond, edge = {"age": 400, "motion": [-9, 0.5]}, {"age": 90, "motion": [-4, 0.5]}
     raw = {name: torch.tensor(value, dtype=torch.float32).view(1, -1) for name, value in beyond.items()}
-    score = lambda condition: pipe.log_prob(images, condition=condition)  # noqa: E731
+    with pytest.warns(UserWarning, match="^condition: age: [^\n]* 18 to 90[^\n]*$") as found:
+        pipe.complete(images, torch.zeros(8, 12, dtype=torch.bool), condition={"age": 400}, draws=2)
+    assert len(found) == 1 and found[0].filename == __file__
     with pytest.warns(UserWarning, match="count as the nearest"):
-        assert torch.equal(score(beyond), score(edge)) and torch.equal(score(raw), score(edge))
-        assert torch.equal(pipe(condition=beyond, seed=0).tokens, pipe(condition=edge, seed=0).tokens)
-        assert torch.equal(pipe.embed(images, condition=beyond), pipe.embed(images, condition=edge))
-        assert torch.equal(
-            pipe.read_given(None, {"age": [400, None]}).raw("age").isnan().flatten(), torch.tensor([0, 1]) > 0
-        )
+        for call in (
+            lambda condition: pipe.log_prob(images, condition=condition),
+            lambda condition: pipe(condition=condition, seed=0).tokens,
+            lambda condition: pipe.embed(images, condition=condition),
+        ):
+            assert torch.equal(call(beyond), call(edge)) and torch.equal(call(raw), call(edge))
         tokens = pipe.encode(images)
         assert not torch.equal(pipe.prior.log_prob(tokens, condition=raw), pipe.log_prob(images, condition=edge))
         if find_spec("constriction"):
@@ -196,6 +170,9 @@ def test_numbers_outside_the_training_data_count_as_the_nearest_of_these(pipe):
             assert np.array_equal(*(pipe.decompress(stream, condition=one, output_type="np") for one in (beyond, raw)))
             with pytest.raises(StreamError):
                 pipe.decompress(stream, condition=edge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.read_given(None, {**GIVEN, "age": [18, 90, None]})
 
 
 # Completion, scores and vectors
@@ -214,31 +191,15 @@ def test_completions_repeat_the_condition_of_each_image(prior):
     for k in range(COUNT):
         own = {"condition": given[k : k + 1], "seed": 5 + 2 * k}
         assert torch.equal(pipe.complete(images[k : k + 1], known, **own, draws=2, **guided).tokens[0], made[k])
-    keep = pipe.tokenizer.known_tokens(known[None])[0]
-    assert keep.any() and not keep.all() and torch.equal(made[:, 0][:, keep], made[:, 1][:, keep])
-    changed = pipe.complete(
-        images, known, **{**every, "condition": {"age": 20}}, draws=2, seed=5, **guided | {"guidance_scale": 1}
-    )
-    assert not torch.equal(changed.tokens, made)
 
 
 def test_the_probability_of_the_hidden_part_is_conditional(pipe):
     images, none = pixels_for(pipe, COUNT), torch.zeros(8, 12, dtype=torch.bool)
     every = every_column(pipe)
     whole = pipe.log_prob(images, 1, condition=every)
-    torch.testing.assert_close(pipe.conditional_log_prob(images, none, 1, condition=every), whole)
     torch.testing.assert_close(pipe.conditional_log_prob(images, none, 1, condition=every, batch_size=2), whole)
     torch.testing.assert_close(pipe.log_prob(images, 1, condition=every, batch_size=2), whole)
     assert not torch.allclose(pipe.conditional_log_prob(images, none, 1), whole)
-
-
-def test_vectors_of_images_depend_on_the_condition(pipe):
-    images, every = pixels_for(pipe, COUNT), every_column(pipe)
-    found = pipe.embed(images, condition=every)
-    torch.testing.assert_close(pipe.embed(images, condition=every, batch_size=2), found)
-    assert not torch.allclose(pipe.embed(images), found)
-    at, distances = pipe.nearest(images, found, condition=every)
-    assert at[:, 0].tolist() == list(range(COUNT)) and distances.max() < 1e-5
 
 
 # Files
@@ -253,27 +214,18 @@ def test_what_is_saved_is_what_is_loaded(pipe, variant, tmp_path):
     every = {"condition": every_column(pipe), "labels": 1}
     before = tokens_of(pipe, **every)
     pipe.save_pretrained(tmp_path / "a", variant=variant)
-    weights = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
     names = names_in(tmp_path / "a")
-    parts = {name for name in names if "/" in name}
-    assert parts == {
-        f"{part}/{name}" for part in ("tokenizer", "prior", "conditions/outline") for name in (weights, "config.json")
-    }
     assert set(filter_repo_objects(names, allow_patterns=FILES)) == names, "the Hub fetches other files"
-    assert set(json.loads((tmp_path / "a" / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
     found = ImagePipeline.from_pretrained(tmp_path / "a")
     assert found.condition_tokenizers["before"] is found.tokenizer and found.labels == pipe.labels
     for name, tokenizer in found.condition_tokenizers.items():
         assert found.prior.config.conditions[name].tokenizer == tokenizer.fingerprint() and not tokenizer.training
     if variant is None:
-        assert (
-            torch.equal(tokens_of(found, **every), before)
-            and found.prior.config.conditions == pipe.prior.config.conditions
-        )
+        assert torch.equal(tokens_of(found, **every), before)
+        assert found.prior.config.conditions == pipe.prior.config.conditions
     found.save_pretrained(tmp_path / "b", variant=variant)
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    assert torch.equal(tokens_of(ImagePipeline.from_pretrained(tmp_path / "b"), **every), tokens_of(found, **every))
     assert torch.equal(tokens_of(pipe, **every), before), "saving changed the pipeline"
 
 
@@ -282,31 +234,21 @@ def test_conversions_keep_tokenizers_that_fit(tmp_path):
     pipe = make_conditioned(before=True)
     every = {"condition": every_column(pipe), "labels": 1}
     before = tokens_of(pipe, **every)
-    for other in (
-        ImagePipeline(**pipe.components, labels=pipe.labels),
-        copy.copy(pipe),
-        copy.deepcopy(pipe),
-        pickle.loads(pickle.dumps(pipe)),
-    ):
-        assert list(other.condition_tokenizers) == ["outline", "before"]
+    for other in (ImagePipeline(**pipe.components, labels=pipe.labels), pickle.loads(pickle.dumps(pipe))):
         assert other.condition_tokenizers["before"] is other.tokenizer
         assert torch.equal(tokens_of(other, **every), before)
     half = copy.deepcopy(pipe).to(torch.bfloat16)
     assert {model.dtype for model in half.models.values()} == {torch.bfloat16}
-    assert len(tokens_of(half, **every)) == COUNT and half.log_prob(pixels_for(pipe, 1), condition=GIVEN).isfinite()
     half.save_pretrained(tmp_path / "half")
     again = ImagePipeline.from_pretrained(tmp_path / "half", dtype="auto")
     assert again.condition_tokenizers["outline"].fingerprint() == again.prior.config.conditions["outline"].tokenizer
     assert torch.equal(tokens_of(again, **every), tokens_of(half, **every))
-    assert {model.device.type for model in again.to("meta").models.values()} == {"meta"}
 
 
-def test_the_card_lists_columns_and_its_example_can_be_called(pipe, tmp_path):
+def test_the_example_on_the_card_can_be_called(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     card = (tmp_path / "pipe" / "README.md").read_text()
-    rows = dict(re.findall(r"^\| (\w+) \| (class|flags|number|vector|grid) \|", card, re.M))
-    assert rows == {name: column.kind for name, column in pipe.prior.config.conditions.items()}
-    assert "| age | number | 18 to 90 |" in card and "text, or 16 numbers | ngrams:16" in card
+    assert "| age | number | 18 to 90 |" in card
     example = re.search(r"condition=({.*}), seed", card)[1]
     image = type("Image", (), {"open": staticmethod(lambda name: pictures(1)[0])})
     given = eval(example, {"Image": image})
@@ -316,87 +258,56 @@ def test_the_card_lists_columns_and_its_example_can_be_called(pipe, tmp_path):
 # Bad input
 
 
-def bad():
-    outline = pictures(1)[0]
-    return {
-        "no mapping": (63, ["63", "view"]),
-        "several grids": (outline, ["outline, before"]),
-        "path": ({"outline": ["a.png", outline, None]}, ["outline", "not paths"]),
-        "text": ({"clip": "a fish"}, ["clip", "open_clip:encode", "8 numbers"]),
-        "a grid of ids": ({"map": outline}, ["map", "(2, 2)"]),
-    }
-
-
 def test_a_condition_that_cannot_be_converted_is_one_line(pipe):
     """Other values are in tests/prior/test_given.py. Two columns hold less than others: a vector of an unknown encoder,
     and a grid without a tokenizer, which needs none for ids."""
     ids = {"kind": "grid", "grid": {"shape": [2, 2], "vocab_size": 4}}
     vector = {"kind": "vector", "size": 8, "encoder": "open_clip:encode"}
-    strict = make_conditioned(columns={**COLUMNS, "clip": vector, "map": ids})
-    for case, (condition, words) in bad().items():
-        with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
-            (pipe if case == "several grids" else strict).read_given(None, condition, 3)
-        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words[1:]), case
+    strict, outline = make_conditioned(columns={**COLUMNS, "clip": vector, "map": ids}), pictures(1)[0]
+    for model, condition, word in (
+        (pipe, outline, "outline, before"),  # there are several grids
+        (strict, {"outline": ["a.png", outline, None]}, "outline.*paths"),
+        (strict, {"clip": "a fish"}, "clip.*open_clip:encode"),
+        (strict, {"map": outline}, "map"),
+        (make_pipeline(), {"age": 3}, "^condition: .*the columns are label$"),
+    ):
+        with pytest.raises(ValueError, match=word) as caught:
+            model.read_given(None, condition, 3)
+        assert "\n" not in str(caught.value)
     values = torch.tensor([[0, 3], [-1, 2]])
     assert torch.equal(strict.read_given(None, {"map": values}, 2).raw("map"), torch.stack([values, values]))
 
 
 def test_guidance_needs_a_column_that_is_given_and_a_prompt_one_of_text(pipe):
-    for null in (None, [None, None]):
-        with pytest.raises(ValueError, match="labels or a condition"):
-            pipe(2, condition={"age": null}, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="labels or a condition"):
+        pipe(2, condition={"age": [None, None]}, guidance_scale=2.0)
     with pytest.raises(ConfigError, match="agee"):
         ImagePipeline(**pipe.components, sampler={"guidance_on": ["agee"]})
     with pytest.raises(TypeError, match="a column of text"):
         pipe(prompt="a fish")
 
 
-def test_a_pipeline_without_columns_refuses_conditions():
-    plain = make_pipeline()
-    images = pixels_for(plain, 1)
-    for condition in ({"age": 3}, pictures(1)[0], "a fish"):
-        for call in (plain, lambda condition: plain.log_prob(images, condition=condition)):
-            with pytest.raises(ValueError, match="^condition: .*the columns are label$"):
-                call(condition=condition)
-    assert plain.read_given(count=3).names == () and list(plain.columns) == [LABEL]
-    assert torch.equal(tokens_of(plain, condition={"label": "dog"}), tokens_of(plain, labels="dog"))
-
-
 def test_models_that_do_not_fit_are_refused(pipe):
     parts = {**pipe.components, "labels": pipe.labels}
-    outline, own = pipe.condition_tokenizers["outline"], pipe.tokenizer
     for tokenizers, word in (
         ({}, "conditions/outline: missing"),
         ({"outline": make_tokenizer("vqvae", (16, 24), 1)}, "conditions/outline: .* another tokenizer"),
-        ({"outline": own}, "conditions/outline: grid"),
-        ({"outline": outline, "age": outline}, "conditions/age"),
+        ({"outline": pipe.tokenizer}, "conditions/outline: grid"),
     ):
         with pytest.raises(IntegrityError, match=word):
             ImagePipeline(**{**parts, "condition_tokenizers": tokenizers})
-    with pytest.raises(TypeError, match=r"condition_tokenizers\.outline"):
-        ImagePipeline(**{**parts, "condition_tokenizers": {"outline": torch.nn.Linear(1, 1)}})
     config = {name: value for name, value in pipe.prior.config.to_dict().items() if name != "kind"}
-    for conditions, fits in ((pipe.prior.config.conditions, True), ({}, True), (COLUMNS, False)):
+    for conditions in (pipe.prior.config.conditions, {}):
         background = make_prior("gpt", **{**config, "conditions": conditions})
-        if fits:
-            assert ImagePipeline(**parts, background=background).background is background
-            continue
-        with pytest.raises(IntegrityError, match="background/config.json: conditions"):
-            ImagePipeline(**parts, background=background)
-    rude = {"view": {"kind": "class", "names": ["a", "\x1b[31m"]}}
-    with pytest.raises(ConfigError, match="conditions.view"):
-        make_conditioned(columns=rude)
+        assert ImagePipeline(**parts, background=background).background is background
+    with pytest.raises(IntegrityError, match="background/config.json: conditions"):
+        ImagePipeline(**parts, background=make_prior("gpt", **{**config, "conditions": COLUMNS}))
 
 
-@pytest.mark.parametrize(
-    ("conditions", "word"),
-    [({"../../outline": "vqvae"}, "model_index.json: conditions"), ({}, "conditions/outline: missing")],
-)
-def test_a_changed_index_is_refused(pipe, conditions, word, tmp_path):
+def test_a_path_in_a_forged_index_is_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     path = tmp_path / "pipe" / "model_index.json"
-    write_json(path, {**json.loads(path.read_text()), "conditions": conditions})
+    write_json(path, {**json.loads(path.read_text()), "conditions": {"../../outline": "vqvae"}})
     write_manifest(path.parent)
-    with pytest.raises(PipelineLoadError, match=word) as caught:
+    with pytest.raises(PipelineLoadError, match="model_index.json: conditions"):
         ImagePipeline.from_pretrained(tmp_path / "pipe")
-    assert "\n" not in str(caught.value)

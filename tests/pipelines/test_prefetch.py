@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from itertools import count
 
 import pytest
 import torch
 
-from pipelines.prefetch import PREFETCHED, move_batch_async, pin_memory, prefetch
+from pipelines.prefetch import move_batch_async, pin_memory, prefetch
 from prior.given import Given
 
 
@@ -25,22 +24,6 @@ def test_items_keep_their_order_and_are_made_once_by_one_thread():
     assert list(prefetch(make, range(20))) == [item * item for item in range(20)]
     assert made == list(range(20)) and len(threads) == 1 and threading.get_ident() not in threads
     assert list(prefetch(make, range(1))) == [0] and list(prefetch(make, ())) == []
-
-
-def test_two_items_are_made_ahead():
-    made, third = [], threading.Event()
-
-    def make(item):
-        made.append(item)
-        if item == PREFETCHED:
-            third.set()
-
-    stream = prefetch(make, count())
-    next(stream)
-    assert third.wait(10)
-    time.sleep(0.05)
-    assert made == list(range(PREFETCHED + 1))
-    stream.close()
 
 
 def test_an_error_is_raised_at_its_item_and_closing_ends_the_thread():

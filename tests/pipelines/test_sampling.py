@@ -1,29 +1,41 @@
-"""Calling a pipeline: outputs, seeds, labels, sampling settings, callbacks, threads and progress bars."""
+"""Calling a pipeline: outputs, seeds, labels, sampling settings, callbacks and progress bars."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import math
-import pickle
-import threading
 
 import numpy as np
 import pytest
 import torch
-from emulated_graphs import Emulated
 from PIL import Image
-from small import PRIORS, generators
+from small import generators
 from small_pipelines import LABELS, every_pair, every_prior_pair, every_tokenizer, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
-from prior import cuda_graph, sampling
-from prior.cuda_graph import release_graph
-from prior.options import SamplingOptions
 
 
 def make_like(pipe, sampler):
     return ImagePipeline(pipe.tokenizer, pipe.prior, labels=pipe.labels, sampler=sampler)
+
+
+ASKED = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize("method", ["__call__", "complete"])
+def test_signatures_show_the_common_settings_and_none_is_the_pipelines_own(method):
+    """Also for a prior whose `Sampling` has more settings."""
+    plain, known = make_pipeline(prior="masked"), torch.zeros(8, 12, dtype=torch.bool)
+    own, first = make_like(plain, ASKED), [2, 1] if method == "__call__" else [pixels_for(plain, 2), known, 1]
+
+    def of(pipe, **settings):
+        return getattr(pipe, method)(*first, seed=0, output_type="latent", **settings).tokens
+
+    parameters = inspect.signature(getattr(ImagePipeline, method)).parameters
+    assert all(parameters[name].kind == inspect.Parameter.KEYWORD_ONLY for name in ASKED)
+    assert of(own).equal(of(plain, **ASKED)) and of(own).equal(of(own, **dict.fromkeys(ASKED)))
+    assert of(own, temperature=1.0, guidance_scale=1.0, top_k=99, top_p=1).equal(of(plain))
+    for name, value in ASKED.items():
+        assert of(plain, **{name: value}).equal(of(make_like(plain, {name: value})))
 
 
 # Outputs
@@ -45,7 +57,6 @@ def test_every_output_type_shows_the_same_images(tokenizer):
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in outputs["pil"].images)
     assert np.array_equal(np.stack([np.asarray(image) for image in outputs["pil"].images]), outputs["np"].images)
     assert outputs["latent"].images is outputs["latent"].tokens
-    assert all(len(repr(out)) < 150 and str(tuple(tokens.shape)) in repr(out) for out in outputs.values())
 
 
 def test_images_know_their_classes():
@@ -54,14 +65,6 @@ def test_images_know_their_classes():
     assert pipe(3, seed=0).class_names is None is pipe(3, [None] * 3, seed=0).class_names
     assert make_pipeline(labels=[], num_classes=3)(2, [2, 0], seed=0).class_names == ["2", "0"]
     assert pipe.class_names(torch.arange(4)) == [*LABELS, ""]
-
-
-def test_a_grid_shows_the_images_in_columns_below_the_names_of_their_classes():
-    out = make_pipeline()(6, [0, 1, 2, 0, 1, 2], seed=0)
-    named, plain, two = (np.asarray(each) for each in (out.grid(), out.grid(labels=False), out.grid(2, labels=False)))
-    assert plain.shape[0] < named.shape[0] and two.shape[0] > plain.shape[0] and two.shape[1] < plain.shape[1]
-    with pytest.raises(ValueError, match="columns"):
-        out.grid(0)
 
 
 # Seeds and batches
@@ -95,22 +98,6 @@ def test_generators_are_one_or_one_per_image(tokenizer, prior):
     assert torch.equal(pipe(2).tokens, first) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (4, 1)])
-def test_batches_of_a_call_share_a_graph(count, batch_size, monkeypatch):
-    """The first batch of all is drawn kernel by kernel."""
-    pipe, emulated = make_pipeline(), Emulated()
-    wanted = [pipe(count, 1, seed=seed).tokens for seed in (0, 9)]
-    monkeypatch.setattr(sampling, "can_capture", lambda device: True)
-    monkeypatch.setattr(cuda_graph, "capture", emulated.capture)
-    before = Emulated.captured, Emulated.replayed
-    release_graph()
-    for seed, tokens in zip((0, 9), wanted, strict=True):
-        assert torch.equal(pipe(count, 1, seed=seed, batch_size=batch_size).tokens, tokens)
-    batches = 2 * math.ceil(count / batch_size)
-    assert (Emulated.captured, Emulated.replayed) == (before[0] + 1, before[1] + batches - 1)
-    release_graph()
-
-
 def test_known_tokens_are_unchanged_in_every_batch():
     pipe = make_pipeline()
     tokens = pipe(5, seed=0).tokens
@@ -123,24 +110,6 @@ def test_known_tokens_are_unchanged_in_every_batch():
     assert torch.equal(same[:, known[0]], tokens[:1, known[0]].expand(5, -1))
 
 
-def test_a_pipeline_works_in_inference_mode():
-    pipe = make_pipeline()
-    images, known = pixels_for(pipe, 2), torch.arange(12).expand(8, 12) < 6
-
-    def everything():
-        return [
-            pipe(2, seed=0, output_type="pt").images,
-            pipe.reconstruct(images, output_type="pt"),
-            pipe.log_prob(images, "cat"),
-            pipe.complete(images, known, seed=0, output_type="pt").images,
-        ]
-
-    outside = everything()
-    with torch.inference_mode():
-        inside = everything()
-    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
-
-
 # Labels and counts
 
 
@@ -151,7 +120,6 @@ def test_labels_say_how_many_images():
     made = pipe(labels=(name for name in ("dog", "cat")), seed=4, num_images_per_label=2)
     assert made.tokens.equal(wanted.tokens) and made.class_names == ["dog", "dog", "cat", "cat"]
     assert pipe(condition=pipe.read_given(["dog", "cat"]), seed=4, num_images_per_label=2).tokens.equal(made.tokens)
-    assert pipe(labels=iter(["dog", "dog", "cat", "cat"]), seed=4).tokens.equal(made.tokens)
     assert pipe(labels="dog", num_images_per_label=3, seed=4).tokens.equal(pipe(3, "dog", seed=4).tokens)
     assert pipe(num_images_per_label=3, seed=4).tokens.equal(pipe(3, seed=4).tokens)
 
@@ -166,36 +134,20 @@ def test_a_guided_call_may_have_batches_without_a_class(default, settings):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "key"),
+    ("arguments", "error", "key"),
     [
-        ({"num_images": 4, "num_images_per_label": 2}, "num_images_per_label"),
-        ({"num_images": 2, "seed": 2**64 - 1}, "seed"),
-        ({"labels": 3}, "cat, dog, eel"),
-        ({"seed": 1, "generator": torch.Generator()}, "seed or generator"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"guidance_scale": 2.0, "labels": [None, None]}, "labels"),
-        ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "known"),
-        ({"tokens": torch.full((2, 3), 99), "known": torch.ones(2, 3).bool()}, "ids"),
-        ({"order": "column"}, "order"),
+        ({"num_images": 4, "num_images_per_label": 2}, ValueError, "num_images_per_label"),
+        ({"num_images": 2, "seed": 2**64 - 1}, ValueError, "seed"),
+        ({"labels": 3}, ValueError, "cat, dog, eel"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed or generator"),
+        ({"guidance_scale": 2.0, "labels": [None, None]}, ValueError, "labels"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, ValueError, "known"),
+        ({"tokens": torch.full((2, 3), 99), "known": torch.ones(2, 3).bool()}, ValueError, "ids"),
+        ({"temprature": 1}, TypeError, "'temprature'.*'temperature'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, key):
-    with pytest.raises(ValueError, match=key):
-        make_pipeline()(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "key"),
-    [
-        ({"num_images": "a photo of a dog"}, "labels"),
-        ({"num_inference_steps": 50}, "'num_inference_steps'.*temperature"),
-        ({"temprature": 1}, "'temprature'.*'temperature'"),
-        ({"num_images": 2, "generator": 3}, "generator"),
-    ],
-)
-def test_an_unexpected_argument_says_what_is_possible(arguments, key):
-    with pytest.raises(TypeError, match=key):
+def test_bad_arguments_are_named(arguments, error, key):
+    with pytest.raises(error, match=key):
         make_pipeline()(**arguments)
 
 
@@ -216,32 +168,11 @@ def test_orders_reach_the_prior():
     assert not torch.allclose(pipe.log_prob(pixels, num_orders=3), pipe.log_prob(pixels), atol=1e-3)
 
 
-@pytest.mark.parametrize("number", [1, 3, 7])
-def test_a_wrong_number_of_orders_is_refused(number):
-    """Even if it is that of a batch."""
-    pipe = make_pipeline(any_order=True)
-    orders, pixels = torch.rand(number, 6).argsort(1), pixels_for(pipe)
-    for call, arguments in (
-        (pipe, [5]),
-        (pipe.log_prob, [pixels]),
-        (pipe.complete, [pixels, torch.zeros(8, 12).bool()]),
-    ):
-        with pytest.raises(ValueError, match=f"order.*{number}"):
-            call(*arguments, order=orders, batch_size=3)
-
-
-@pytest.mark.parametrize("prior", PRIORS)
-def test_parallel_images_are_the_same(prior):
-    pipe = make_pipeline(prior=prior)
-    assert torch.equal(pipe(5, 1, seed=0, parallel=True).tokens, pipe(5, 1, seed=0).tokens)
-
-
 def test_steps_of_a_masked_token_prior(tmp_path):
     """`steps` is an argument and a saved default; an order, cache or parallel given without it turn it off."""
     pipe = make_pipeline(prior="masked")
     drawn = {steps: pipe(64, seed=0, steps=steps).tokens for steps in (1, 6)}
     assert not torch.equal(drawn[1], drawn[6])
-    assert not torch.equal(pipe(64, seed=0, steps=6, confidence_temperature=50.0).tokens, drawn[6])
     make_like(pipe, {"steps": 1}).save_pretrained(tmp_path / "pipe")
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert torch.equal(loaded(64, seed=0).tokens, drawn[1])
@@ -249,8 +180,6 @@ def test_steps_of_a_masked_token_prior(tmp_path):
     exact = pipe(64, seed=0).tokens
     for given in ({"order": "raster"}, {"cache": False}, {"parallel": True}):
         assert torch.equal(loaded(64, seed=0, **given).tokens, exact)
-    with pytest.raises(ValueError, match="steps"):
-        pipe(2, steps=7)
     with pytest.raises(TypeError, match="'steps'"):
         make_pipeline()(2, steps=3)
 
@@ -259,7 +188,7 @@ ASKED = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "guidance_scale": 2.0}
 
 
 @pytest.mark.parametrize("method", ["__call__", "complete"])
-def test_signatures_show_the_common_settings_and_none_is_the_pipelines_own(method):
+def test_a_setting_that_is_none_is_the_pipelines_own(method):
     """Also for a prior whose `Sampling` has more settings."""
     plain, known = make_pipeline(prior="masked"), torch.zeros(8, 12, dtype=torch.bool)
     own, first = make_like(plain, ASKED), [2, 1] if method == "__call__" else [pixels_for(plain, 2), known, 1]
@@ -267,9 +196,6 @@ def test_signatures_show_the_common_settings_and_none_is_the_pipelines_own(metho
     def of(pipe, **settings):
         return getattr(pipe, method)(*first, seed=0, output_type="latent", **settings).tokens
 
-    parameters = inspect.signature(getattr(ImagePipeline, method)).parameters
-    assert all(parameters[name].kind == inspect.Parameter.KEYWORD_ONLY for name in ASKED)
-    assert all(parameters[name].default is None for name in ASKED)
     assert of(own).equal(of(plain, **ASKED)) and of(own).equal(of(own, **dict.fromkeys(ASKED)))
     assert of(own, temperature=1.0, guidance_scale=1.0, top_k=99, top_p=1).equal(of(plain))
     assert not of(own).equal(of(plain))
@@ -277,38 +203,25 @@ def test_signatures_show_the_common_settings_and_none_is_the_pipelines_own(metho
         assert of(plain, **{name: value}).equal(of(make_like(plain, {name: value})))
 
 
-def test_a_setting_that_a_prior_lacks_is_refused_unless_it_is_none():
-    pipe = make_pipeline()
-    pipe.prior.Sampling = type("Few", (SamplingOptions,), {"names": lambda: ["temperature", "top_k", "top_p"]})
-    with pytest.raises(TypeError, match="'guidance_scale'; a 'gpt' prior takes temperature"):
-        pipe(1, 1, guidance_scale=2.0)
-
-
 NO_GUIDANCE = {"guidance_scale": 1.0, "guidance_end": None, "guidance_power": None}
-SHARED = {"temperature": 1.0, "guidance_scale": 1.0}
-OWN = {"confidence_temperature": 4.5, "schedule": "cosine"}
 
 
 @pytest.mark.parametrize(
-    ("prior", "own", "saved"),
+    ("prior", "own"),
     [
-        ("gpt", {"temperature": 0.0}, {"temperature": 0.0}),
-        ("gpt", {"guidance_end": 3.0, "guidance_power": 2.0}, {"guidance_end": 3.0, "guidance_power": 2.0}),
-        ("masked", {"steps": 6, "confidence_temperature": 50.0}, {**OWN, "steps": 6, "confidence_temperature": 50.0}),
+        ("gpt", {"temperature": 0.0}),
+        ("gpt", {"guidance_end": 3.0, "guidance_power": 2.0}),
+        ("masked", {"steps": 6, "confidence_temperature": 50.0}),
     ],
 )
-def test_sampling_settings_are_saved_as_defaults(tmp_path, prior, own, saved):
+def test_sampling_settings_are_saved_as_defaults(tmp_path, prior, own):
     pipe = make_like(make_pipeline(prior=prior), own)
     pipe.save_pretrained(tmp_path / "pipe")
-    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
-    assert index["sampler"] == {**SHARED, **saved}
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert loaded.sampler == pipe.sampler
     plain, labels = make_like(pipe, {}), [0, 1, 2] * 3
     assert torch.equal(loaded(9, labels, seed=0).tokens, plain(9, labels, seed=0, **own).tokens)
     assert torch.equal(loaded(9, seed=0).tokens, make_like(pipe, {**own, **NO_GUIDANCE})(9, seed=0).tokens)
-    if own == {"temperature": 0.0}:
-        assert torch.equal(loaded(9, seed=0).tokens, loaded(9, seed=1).tokens)
 
 
 def test_a_given_guidance_schedule_replaces_the_default_as_a_whole():
@@ -321,21 +234,10 @@ def test_a_given_guidance_schedule_replaces_the_default_as_a_whole():
     assert torch.equal(of(own), of(pipe, **given)) and not torch.equal(of(own), of(pipe, guidance_scale=2.0))
     assert torch.equal(of(own, guidance_scale=1.0), of(pipe))
     assert torch.equal(of(own, guidance_end=9.0), of(pipe, guidance_scale=2.0, guidance_end=9.0))
-    assert torch.equal(of(own, guidance_power=0.5), of(pipe, **{**given, "guidance_power": 0.5}))
     assert torch.equal(own(3, seed=0).tokens, pipe(3, seed=0).tokens)  # no class, no guidance
 
 
 # Callbacks
-
-
-def recorder(seen):
-    """A callback that appends copies of its arguments to `seen`."""
-
-    def record(pipe, step, rank, kwargs):
-        seen.append((pipe, step, rank, kwargs["tokens"].clone(), kwargs["known"].clone()))
-        kwargs["tokens"].zero_()  # the pipeline's own tokens must not change
-
-    return record
 
 
 @pytest.mark.sparse
@@ -343,7 +245,12 @@ def recorder(seen):
 @pytest.mark.parametrize("batch_size", [64, 2])
 def test_a_callback_sees_every_step_of_every_batch(tokenizer, prior, batch_size):
     pipe, seen = make_pipeline(tokenizer, prior), []
-    out = pipe(5, 1, seed=3, batch_size=batch_size, callback_on_step_end=recorder(seen))
+
+    def record(pipe, step, rank, kwargs):
+        seen.append((pipe, step, rank, kwargs["tokens"].clone(), kwargs["known"].clone()))
+        pipe.decode(kwargs["tokens"].zero_())  # a callback may use the pipeline, whose own tokens must not change
+
+    out = pipe(5, 1, seed=3, batch_size=batch_size, callback_on_step_end=record)
     assert out.tokens.equal(pipe(5, 1, seed=3).tokens)
     assert all(each[0] is pipe for each in seen) and [each[1] for each in seen] == list(range(len(seen)))
     before = torch.zeros_like(out.tokens, dtype=torch.bool)
@@ -355,11 +262,13 @@ def test_a_callback_sees_every_step_of_every_batch(tokenizer, prior, batch_size)
     assert before.all()
 
 
-@pytest.mark.parametrize("way", [{}, {"parallel": True}, {"batch_size": 2}, {"guidance_scale": 3.0}])
+@pytest.mark.parametrize("way", [{"parallel": True}, {"batch_size": 2}, {"guidance_scale": 3.0}])
 def test_a_call_interrupted_by_its_callback_can_be_continued(way):
     """The tokens so far, with the same seeds, lead to the same images."""
     pipe, so_far = make_pipeline(), {}
     wanted = pipe(16, 1, seed=5, **way).tokens
+    if "parallel" in way:
+        assert wanted.equal(pipe(16, 1, seed=5).tokens)
 
     def stop(pipe, step, rank, kwargs):
         so_far.update(kwargs)
@@ -370,48 +279,15 @@ def test_a_call_interrupted_by_its_callback_can_be_continued(way):
         pipe(16, 1, seed=5, callback_on_step_end=stop, **way)
     assert 0 < int(so_far["known"].sum()) < 96
     assert pipe(16, 1, seed=5, **so_far, **way).tokens.equal(wanted)
-    assert pipe(16, 1, seed=5, **way).tokens.equal(wanted)
-
-
-def test_a_callback_may_call_the_pipeline():
-    pipe, seen = make_pipeline(), []
-
-    def decode(pipe, step, rank, kwargs):
-        seen.append(pipe.decode(kwargs["tokens"], output_type="pt").shape[0] + len(pipe(1, seed=step).images))
-
-    pipe(2, seed=0, callback_on_step_end=decode)
-    assert seen == [3] * len(pipe.prior.grid)
-
-
-def test_calls_from_several_threads_run_one_at_a_time():
-    """As the app makes them; also of a copy that was pickled."""
-    pipe, found, under_way = pickle.loads(pickle.dumps(make_pipeline())), {}, []
-    wanted = [pipe(2, labels=k, seed=k).tokens for k in range(2)]
-
-    def work(k):
-        found[k] = pipe(2, labels=k, seed=k, callback_on_step_end=lambda *_: under_way.append(k)).tokens
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert all(found[k].equal(wanted[k]) for k in range(2)) and under_way == sorted(under_way, key=under_way.index)
 
 
 # Bars
 
 
 def test_long_calls_have_a_bar(capsys):
-    """After two seconds; nothing is printed to a file."""
+    """After two seconds."""
     pipe, images = make_pipeline(), torch.zeros(3, 1, 8, 12)
     for options, expected in ({}, False), ({"delay": 0.0, "disable": False}, True), ({"disable": True}, False):
         pipe.set_progress_bar_config(**options)
-        for name, call in (("encoding", pipe.encode), ("scoring", pipe.log_prob)):
-            call(images, batch_size=1)
-            assert (name in capsys.readouterr().err) == expected
-    pipe.set_progress_bar_config(disable=False, delay=0.0, desc="digits", leave=True)
-    pipe(2, seed=0)
-    assert "digits: 100%" in capsys.readouterr().err
-    pipe(2, seed=0, progress=False)
-    assert capsys.readouterr().err == ""
+        pipe.log_prob(images, batch_size=1)
+        assert ("scoring" in capsys.readouterr().err) == expected

@@ -44,12 +44,6 @@ CALLS: list[tuple[str, Any, dict[str, Any], list[str]]] = [
         + ["train.lr=1e-5", "sampler.top_p=.9"],
     ),
     (
-        "encode",
-        (),
-        {"tokenizer": "nowhere/t", "out": "o", "augmentations": 2, "data.augment": {"rotate": 8}},
-        ["tokenizer=nowhere/t", "out=o", "augmentations=2", "data.augment.rotate=8"],
-    ),
-    (
         "generate",
         (),
         {"pipeline": "digits", "num_images": 4, "labels": (3, 8), "out": "grid, two.png", "overwrite": True},
@@ -96,7 +90,6 @@ def test_the_order_of_settings_does_not_matter(monkeypatch):
 @pytest.mark.parametrize(
     ("step", "config", "settings", "argv"),
     [
-        ("train_prior", "gpt_digit", {"tokens": "t"}, ["--config", "gpt_digit", "tokens=t"]),
         ("evaluate", (), {"pipeline": "nowhere"}, ["pipeline=nowhere"]),
         (
             "train_tokenizer",
@@ -114,12 +107,6 @@ def test_a_mistake_is_an_exception_with_the_lines_of_the_command(  # one line ea
         getattr(steps, step)(config, **settings)
     assert [f"error: {line}" for line in str(caught.value).splitlines()] == errors_of(capsys, step, *argv)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_configuration_is_a_preset_or_a_file():
-    for config in (3, {"train": {"steps": 4}}, [None]):
-        with pytest.raises(UserError, match="^config: expected a preset"):
-            steps.train_prior(config)
 
 
 @needs_digits
@@ -141,5 +128,3 @@ def test_the_five_steps_from_images_to_figures(tmp_path, monkeypatch):
     assert figures["num_images"] > 0 and {key: saved[key] for key in figures} == json.loads(json.dumps(figures))
     again = partial(steps.train_prior, "gpt_digits", tokens=tokens, out="two", model={"dim": 16, "depth": 1})
     assert again(train=few) == two.relative_to(tmp_path)  # complete: nothing is trained again
-    with pytest.raises(UserError, match="train.batch_size"):
-        again(train={**few, "batch_size": 5})

@@ -65,8 +65,6 @@ def test_a_pipeline_records_the_tokens_of_its_prior(tmp_path, monkeypatch):
 def test_a_prior_of_many_passes_is_evaluated_on_fewer_rows(tmp_path, monkeypatch, tokens):
     """The number of tokens over all passes is limited; a prior of one pass is evaluated on all rows."""
     passes, model = 4, {"kind": "masked", "exact": False, "bound_passes": 4, "dim": 16, "depth": 1, "heads": 2}
-    task = task_of(tokens, tmp_path / "run", model=model)
-    assert task.model.likelihood_passes == passes and task.evaluated == {"held_out": 24, "validation": 24}
     monkeypatch.setattr("pipelines.metrics.likelihood.EVALUATED_TOKENS", 10 * passes * 49 + 48)
     task = task_of(tokens, tmp_path / "run", model=model)
     assert task.evaluated == {"held_out": 10, "validation": 10}
@@ -75,8 +73,6 @@ def test_a_prior_of_many_passes_is_evaluated_on_fewer_rows(tmp_path, monkeypatch
     found = task.evaluate(task.model.eval(), "held_out")
     assert sizes == [10] and found["bits_per_token"] == bits_per_token(task.model, task.data.splits["test"], 10)
     assert task_of(tokens, tmp_path / "other").evaluated == {"held_out": 24, "validation": 24}
-    monkeypatch.setattr("pipelines.metrics.likelihood.EVALUATED_TOKENS", 1)
-    assert task_of(tokens, tmp_path / "run", model=model).evaluated == {"held_out": 1, "validation": 1}
 
 
 def labels_of(tokens, rows, epochs, tmp_path, seed=0, **more):
@@ -88,12 +84,10 @@ def labels_of(tokens, rows, epochs, tmp_path, seed=0, **more):
 def test_labels_are_dropped_by_seed_epoch_and_row(tmp_path):
     tokens = make_tokens(tmp_path / "tokens", rows=4000)
     rows, zeros = np.arange(4000), np.zeros(4000, np.int64)
-    for share in (0.0, 0.3, 0.9):
-        found, labels = labels_of(tokens, rows, zeros, tmp_path, label_dropout=share)
-        dropped = found < 0
-        assert abs(float(dropped.float().mean()) - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 1e-9
-        assert torch.equal(found[~dropped], labels[~dropped])
-    found, _ = labels_of(tokens, rows, zeros, tmp_path, label_dropout=0.3)
+    found, labels = labels_of(tokens, rows, zeros, tmp_path, label_dropout=0.3)
+    dropped = found < 0
+    assert abs(float(dropped.float().mean()) - 0.3) < 4 * (0.3 * 0.7 / 4000) ** 0.5
+    assert torch.equal(found[~dropped], labels[~dropped])
     some = np.array([7, 3999, 0, 12])
     alone, _ = labels_of(tokens, some, zeros[:4], tmp_path, label_dropout=0.3)
     assert torch.equal(alone, found[some])

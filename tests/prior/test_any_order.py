@@ -1,7 +1,4 @@
-"""Priors that take every order: likelihoods, samples and completions in each, and mixtures of them.
-
-Covers: prior/base.py, prior/gpt.py.
-"""
+"""Priors that take every order: likelihoods, samples and completions in each, and mixtures of them."""
 
 import math
 

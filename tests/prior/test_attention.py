@@ -1,13 +1,10 @@
-"""The transformer's parts by their definitions, and the memory that attention takes.
-
-Covers: prior/attention.py, prior/transformer.py.
-"""
+"""The transformer's parts by their definitions, and the memory that attention takes."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small import make_prior
+from small import draw_tokens, make_prior
 
 from prior import attention
 from tokenizer.layers import one_head_attention
@@ -54,9 +51,6 @@ def test_rotate_is_a_rotation_times_the_gain():
     torch.testing.assert_close(attention.rotate(x, rotations), expected.flatten(-2))
 
 
-# Its sizes and its start
-
-
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_pairs_of_a_head_rotate_by_each_axis_ever_more_slowly(axes):
     """Angle = coordinate * base^(-k/K) for the k-th of the K pairs of its axis."""
@@ -80,3 +74,17 @@ def test_a_table_of_rotations_is_never_below_float32():
     ):
         assert made.to(dtype) is made and made.table.dtype == kept and torch.equal(made.table.float(), before)
     assert made.to("meta").table.is_meta and made.to(torch.float16).table.is_meta and not made.state_dict()
+
+
+@pytest.mark.parametrize("name", ["gpt", "blocks", "masked"])
+def test_each_axis_has_its_own_positions(name):
+    """Cells that differ along one axis alone have different learned embeddings and rotations."""
+    model = make_prior(name, (3, 2, 3), vocab_size=1)
+    assert [len(table) for table in model.axis_embeddings] == [3, 2, 3]
+    table = model.rotations.table[-18:] if name == "blocks" else model.rotations.table[:18]
+    assert len(table.flatten(1).unique(dim=0)) == 18
+    with torch.no_grad():
+        for axis, embedding in enumerate(model.axis_embeddings):
+            before = model.outputs(draw_tokens(model, 1), model.encode_nothing(1))
+            embedding[1] += 1
+            assert not torch.equal(model.outputs(draw_tokens(model, 1), model.encode_nothing(1)), before), axis

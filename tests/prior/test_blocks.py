@@ -3,11 +3,8 @@
 import pytest
 import torch
 from costs import all_steps
-from frequencies import as_frequent
-from givens.headed import all_grids
 from small import draw_tokens, logits_of, make_prior
 
-from pipelines.completion import region_log_prob
 from prior.orders import Partition, block_numbers, make_partition
 
 takers = pytest.mark.parametrize("name", ["blocks", "masked"])
@@ -30,23 +27,6 @@ def test_an_order_a_name_and_numbers_say_the_same(name):
         assert torch.equal(model.log_prob(tokens, labels, order=order), expected)
     steps = all_steps(model, tokens, labels, walk)
     assert torch.allclose(steps, by_numbers[:, walk.order], atol=1e-4)
-
-
-@takers
-def test_completions_have_the_density_that_is_said(name):
-    """Compare frequencies, given two known tokens of six, with `region_log_prob`, which sums to one."""
-    model, count = make(name, shape=(2, 3), vocab_size=2, order="rows"), 6000
-    known = torch.tensor([[False, True, False], [False, False, True]])
-    grids = all_grids(model.grid)
-    grids = grids[(grids[:, known] == torch.tensor([1, 0])).all(1)]
-    given = model.read_given([1] * len(grids), None, len(grids))
-    expected = region_log_prob(model, grids, known, given).detach().exp()
-    assert abs(float(expected.sum()) - 1) < 1e-5
-    drawn = model.sample(
-        count, torch.ones(count).long(), generator=torch.Generator().manual_seed(3), tokens=grids[0], known=known
-    )
-    matches = (drawn[:, None] == grids).flatten(2).all(2)
-    assert matches.any(1).all() and as_frequent(matches.int().argmax(1), expected)
 
 
 def test_training_draws_its_own_partition_and_any_other():

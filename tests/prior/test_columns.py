@@ -1,7 +1,4 @@
-"""The kinds of columns: how values are written, checked and stored, and how they are encoded.
-
-Covers: prior/columns.py, prior/condition_encoder.py.
-"""
+"""The kinds of columns: how values are written, checked and stored, and how they are encoded."""
 
 import math
 
@@ -49,9 +46,6 @@ def one_value(column):
     }[column.kind]
 
 
-# Values
-
-
 @pytest.mark.parametrize("name", COLUMNS)
 @given(data=st.data())
 def test_one_value_and_one_per_image_differ_in_every_form(name, data):
@@ -80,10 +74,7 @@ def test_values_by_hand():
     assert AGE.parse(torch.tensor([63.0])).shape == (1,) and AGE.parse(torch.tensor([1.0, 2.0])).shape == (2, 1)
     assert WIND.parse([370, -10, 360, -1e-9]).tolist() == [[10], [350], [0], [0]]
     assert POSE.parse([0, 90, 720]).tolist() == [0, 90, 0]
-    assert OUTLINE.parse([[0, 1, 2], [3, 0, 1]]).shape == (2, 3)
-
-
-# Files
+    assert OUTLINE.parse([[0, 1, 2], [3, 0, 1]]).shape == (2, 3) and OUTLINE.parse([]).shape == (0, 2, 3)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -104,8 +95,6 @@ NOT_ALLOWED = [
     ("view", torch.tensor([3]), r"lie in \[0, 3\)"),
     ("tags", torch.full((1, 4), 7.0), r"flags must be 0 or 1 \(got 7\)"),
     ("age", torch.tensor([[math.inf]]), "finite"),
-    ("wind", torch.tensor([[-math.inf]]), "finite"),
-    ("outline", torch.full((1, 2, 3), 5), r"lie in \[0, 4\)"),
     ("outline", torch.zeros(1, 2, 2).long(), r"the shape \(2, 3\)"),
 ]
 
@@ -116,14 +105,8 @@ def test_what_is_not_allowed_is_neither_written_nor_read(name, rows, allowed):
     for convert, values in ((column.pack, rows), (column.unpack, rows.to(column.stored_type))):
         with pytest.raises(ValueError, match=allowed):
             convert(values)
-
-
-def test_numbers_beyond_half_precision_are_not_written():
-    with pytest.raises(ValueError, match=r"within \+-65504, the limit of torch.float16"):
+    with pytest.raises(ValueError, match="limit of torch.float16"):
         TEXT.pack(torch.full((1, 6), 1e5))
-
-
-# Configurations
 
 
 NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [3.0]}
@@ -133,11 +116,8 @@ NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [
     ("column", "key"),
     [
         ({"kind": ["class"]}, "kind"),
-        ({"kind": "class", "names": []}, "names"),
-        ({**NUMBER, "std": [math.nan]}, "std"),
         ({**NUMBER, "extra": 1}, "extra"),
         ({**NUMBER, "low": [0.0, 1.0]}, "equally many"),
-        ({"kind": "vector", "size": 1 << 20}, "size"),
         ({"kind": "grid", "grid": {"shape": [1 << 40, 3], "vocab_size": 4}}, "grid"),
     ],
 )
@@ -154,9 +134,6 @@ def test_names_and_sizes_of_columns_are_checked():
     for kind in KINDS:
         for column in columns_of(kind, (2, 3)).values():
             assert read_column(column.to_dict()) == column == read_column(column)
-
-
-# Encoding
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
@@ -216,35 +193,23 @@ def test_numbers_keep_their_precision_in_any_type(dtype):
     assert torch.equal(embed(torch.tensor([[2013.4 + 1000 * 7.3]])), embed(torch.tensor([[1e30]]))), "limited"
 
 
-def test_null_is_not_the_mean_nor_zero():
-    for column in (AGE, SPEED, WIND, POSE, TEXT, TAGS):
-        embed = column.embedding(8, TokenGrid((2, 3), 5))
-        middle = torch.tensor(column.mean) if column.kind == "number" else torch.zeros(column.shape)
-        null = embed(column.null(1))
-        assert null.isfinite().all() and (embed(middle[None]) - null).abs().max() > 1e-5
-
-
 @pytest.mark.parametrize("width", [8, 64])
 def test_near_angles_have_near_embeddings_across_north(width):
     embed = WIND.embedding(width, TokenGrid((2, 3), 5)).double()
     at_350, at_10, at_100, at_190, null = embed(WIND.parse([350, 10, 100, 190, None]))
     assert (at_350 - at_10).norm() < 0.7 * min((at_10 - at_100).norm(), (at_10 - at_190).norm())
     assert min((null - each).norm() for each in (at_10, at_100, at_190)) > 1e-4 and null.isfinite().all()
-    torch.testing.assert_close(embed(torch.tensor([[370.0], [-350.0]])), torch.stack([at_10, at_10]), atol=1e-6, rtol=0)
     partly = torch.tensor([[10.0, math.nan, 20.0], [10.0, 0.0, 20.0]])
     found = POSE.embedding(width, TokenGrid((2, 3), 5))(partly)
     assert found.isfinite().all() and not torch.equal(*found), "an angle that is null is not 0"
 
 
-@pytest.mark.parametrize("name", ["gpt", "blocks", "masked", "next_scale"])
-def test_the_encoder_keeps_its_initialization(name):
+def test_the_encoder_keeps_its_initialization():
     """`reset` initializes matrices of the transformer alone; features of grids start at 1, numbers near 0.02."""
-    model = make_conditioned(name, "all").float()
+    model = make_conditioned("gpt", "all").float()
     reset(model, model.layers)
     weights = {key: weight.detach() for key, weight in model.condition_encoder.named_parameters()}
     assert 0.7 < float(weights["grids.column_outline.embedding.weight"].std()) < 1.4
     for column in ("age", "speed", "wind", "pose", "text", "tags"):
         assert 0.015 < float(weights[f"vectors.column_{column}.second.weight"].std()) < 0.025
-        assert weights[f"vectors.column_{column}.second.bias"].abs().max() == 0
     assert 0.8 < float(model.class_embedding.columns.weight.detach().std()) * 8**0.5 < 1.25
-    assert float(model.class_embedding.weight.detach().std()) < 0.03

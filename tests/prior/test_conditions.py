@@ -1,7 +1,4 @@
-"""Promises of every prior that is conditioned on columns, with every kind of column and every output head.
-
-Covers: prior/given.py, prior/columns.py, prior/base.py, prior/sampling.py, prior/parallel.py.
-"""
+"""Promises of every prior that is conditioned on columns, with every kind of column and every output head."""
 
 import pytest
 import torch
@@ -30,28 +27,20 @@ def others_of(given):
 def test_every_prior_takes_columns_except_the_marginal():
     kinds = {name: Prior.find(name).Config.takes_conditions for name in PRIORS}
     assert [name for name, takes in kinds.items() if not takes] == ["marginal"]
-    with pytest.raises(ValueError, match="marginal is conditioned on classes only") as caught:
+    with pytest.raises(ValueError, match="marginal is conditioned on classes only"):
         make_conditioned("marginal", "all")
-    assert "age" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.sparse
 @every_case
 def test_probabilities_sum_to_one_given_any_condition(name, kind):
     model = make_conditioned(name, kind, tiny=True)
-    grids, given = all_grids(model.grid), draw_given(model, 2, kind, LABELS[:2])
-    densities = []
-    for row in range(2):
-        rows = given[row : row + 1].expand(len(grids))
-        with torch.no_grad():
-            logits = model(grids, model.encode_given(rows))
-            nats = model.log_prob(grids, condition=rows)
-        assert logits.isfinite().all()
-        chosen = logits.log_softmax(-1).gather(-1, grids.flatten(1)[..., None]).sum((1, 2))
-        assert (nats - chosen).abs().max() < 1e-9
-        assert abs(float(nats.exp().sum()) - 1) < 1e-9
-        densities.append(nats)
-    assert (densities[0] - densities[1]).abs().max() > 1e-4
+    grids = all_grids(model.grid)
+    rows = draw_given(model, 1, kind, LABELS[:1]).expand(len(grids))
+    with torch.no_grad():
+        logits, nats = model(grids, model.encode_given(rows)), model.log_prob(grids, condition=rows)
+    chosen = logits.log_softmax(-1).gather(-1, grids.flatten(1)[..., None]).sum((1, 2))
+    assert (nats - chosen).abs().max() < 1e-9 and abs(float(nats.exp().sum()) - 1) < 1e-9
 
 
 @pytest.mark.sparse
@@ -164,9 +153,6 @@ def test_frequencies_match_the_conditional_density(name, kind):
     assert as_frequent(numbers_of(drawn, model.grid), expected)
 
 
-# Orders and masks
-
-
 @pytest.mark.sparse
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(ANY_ORDER))
@@ -194,18 +180,14 @@ def test_any_order_and_mixtures_are_densities_and_paths_agree(name, kind):
 
 def test_orders_are_chosen_in_proportion_to_known_tokens_given_the_condition():
     model = make_conditioned("gpt", "grid same", **ANY_ORDER["gpt"])
-    known, tokens = draw_known(model, 1, 0.5).expand(100, -1, -1), draw_tokens(model, 1).expand(100, -1, -1)
+    known, tokens = draw_known(model, 1, 0.5), draw_tokens(model, 1)
     candidates = torch.stack([torch.randperm(len(model.grid)) for _ in range(2)])[:, None].expand(-1, 100, -1)
     chosen = []
-    for _ in range(2):
-        one = draw_given(model, 1, "all").expand(100)
-        batch = make_batch(model, one, model.Sampling(), generators(100), tokens, known)
+    for one in (draw_given(model, 1, "all") for _ in range(2)):
+        batch = make_batch(model, one.expand(100), model.Sampling(), generators(100), tokens[0], known[0])
         with torch.no_grad():
             chosen.append(choose_by_known(model, batch, candidates, model.blocks))
     assert not torch.equal(*chosen)
-
-
-# Training and precision
 
 
 @pytest.mark.sparse

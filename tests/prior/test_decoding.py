@@ -1,7 +1,4 @@
-"""Steps of decoding as `on_step` sees them; modes, precision, parts of a batch, and features.
-
-Covers: prior/base.py, prior/sampling.py, prior/layers.py.
-"""
+"""Steps of decoding as `on_step` sees them; modes, precision, parts of a batch, and features."""
 
 from __future__ import annotations
 
@@ -11,10 +8,8 @@ import pytest
 import torch
 from small import ANY_ORDER, PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
 
-from prior import base
 from prior.base import evaluation_mode
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PATHS: dict[str, dict[str, Any]] = {
     "cached": {},
     "uncached": {"cache": False},
@@ -22,9 +17,6 @@ PATHS: dict[str, dict[str, Any]] = {
     "guided": {"guidance_scale": 2.0},
 }
 every_prior = pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
-
-
-# What is reported
 
 
 def watched(model, count=5, **settings):
@@ -62,11 +54,7 @@ def test_each_step_shows_what_is_drawn(name, path):
     assert plain.equal(drawn), "watching changes what is drawn"
     if path != "parallel":
         ends = torch.tensor(model.blocks).cumsum(0).tolist()
-        parts = -(-len(seen) // len(ends))
-        assert [rank for _, rank, *_ in seen] == ends * parts
-    if path != "parallel" and len(seen) == len(model.blocks):  # in one part
-        for (_, rank, _, known), block in zip(seen, model.order.split(model.blocks), strict=True):
-            assert known.flatten(1)[:, block].all() and int(known[0].sum()) == rank
+        assert [rank for _, rank, *_ in seen] == ends * (len(seen) // len(ends))
 
 
 OTHER_WAYS = [(name, ANY_ORDER[name], {"order": "random:3"}) for name in ANY_ORDER]
@@ -87,14 +75,16 @@ def test_steps_in_other_orders_and_with_known_tokens(name, config, settings):
     assert "steps" not in settings or len(seen) == 4
 
 
-def test_parts_count_on_and_what_was_drawn_before_is_shown(monkeypatch):
+@pytest.mark.parametrize(("guidance", "rows"), [({}, 2), ({"guidance_scale": 2.0}, 4)])
+def test_parts_of_as_many_rows_as_the_prior_says_count_on(guidance, rows, monkeypatch):
+    """With guidance half as many images; what was drawn before is in each report."""
     model = make_prior("gpt")
-    monkeypatch.setattr(type(model), "rows_at_once", lambda self: 2)
-    drawn, seen = watched(model, 5)
+    plain, _ = watched(model, 5, **guidance)
+    monkeypatch.setattr(type(model), "rows_at_once", lambda self: rows)
+    drawn, seen = watched(model, 5, **guidance)
     check(model, drawn, seen)
-    assert len(seen) == 3 * len(model.grid)
-    last = len(model.grid)
-    assert seen[last][3].flatten(1).sum(1).tolist() == [12, 12, 1, 1, 0]
+    assert torch.equal(drawn, plain) and len(seen) == 3 * 12
+    assert seen[12][3].flatten(1).sum(1).tolist() == [12, 12, 1, 1, 0]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -110,9 +100,6 @@ def test_an_error_of_the_caller_ends_sampling_and_the_next_call_is_whole(path):
     with pytest.raises(LookupError, match="enough"):
         model.sample(5, torch.arange(5) % 3, generator=generators(5), on_step=fail, **PATHS[path])
     assert taken == [0, 1] and expected.equal(watched(model, **PATHS[path])[0])
-
-
-# Modes, precision and parts of a batch
 
 
 @pytest.mark.parametrize("precision", [False, True])
@@ -132,31 +119,10 @@ def test_a_prior_is_in_eval_mode_while_it_is_sampled_and_then_as_it_was(precisio
     assert [module.training for module in model.modules()] == before
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(None, [9]), (5, [5, 4])])
-def test_as_many_rows_as_the_prior_says_are_sampled_together(monkeypatch, most, sizes):
-    """With guidance half as many images."""
-    model, seen, real = make_prior("gpt"), [], base.sample_blocks
-    plain = model.sample(9, torch.arange(9) % 3, generator=generators(9))
-    monkeypatch.setattr(type(model), "rows_at_once", lambda self: most)
-    monkeypatch.setattr(
-        base, "sample_blocks", lambda prior, rows, *more: seen.append(len(rows)) or real(prior, rows, *more)
-    )
-    assert torch.equal(model.sample(9, torch.arange(9) % 3, generator=generators(9)), plain) and seen == sizes
-    seen.clear()
-    model.sample(9, torch.arange(9) % 3, generator=generators(9), guidance_scale=2.0)
-    assert max(seen) == (9 if most is None else max(1, most // 2)) and sum(seen) == 9
-
-
-# Features
-
-
 @pytest.mark.parametrize("name", PRIORS)
 def test_features_are_those_of_each_layer_and_no_hook_is_left(name):
     model = make_prior(name)
     tokens, labels = draw_tokens(model, 2), torch.tensor([0, 3])
-    for layer in (-1, model.feature_layers, True, 1.0):
-        with pytest.raises(ValueError, match="layer"):
-            model.features(tokens, labels, layer)
     if not model.feature_layers:
         return
     every = model.layer_features(tokens, model.read_given(labels, None, 2), range(model.feature_layers))

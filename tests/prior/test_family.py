@@ -1,7 +1,4 @@
-"""Promises of every registered prior, with every output head, in every order it takes.
-
-Covers: prior/base.py, prior/gpt.py, prior/marginal.py, prior/parallel.py.
-"""
+"""Promises of every registered prior, with every output head, in every order it takes."""
 
 import math
 from itertools import accumulate
@@ -9,7 +6,7 @@ from itertools import accumulate
 import counter_noise
 import pytest
 import torch
-from costs import Operations, all_steps, flops
+from costs import all_steps, flops
 from frequencies import as_frequent
 from givens.headed import CLIPS, HEADED, MODELS, MODELS_IN_ORDERS, make_model, make_tiny, numbers_of
 from small import (
@@ -18,7 +15,6 @@ from small import (
     VARIANTS,
     draw_known,
     draw_tokens,
-    encode,
     generators,
     logits_of,
     make_prior,
@@ -27,8 +23,6 @@ from small import (
 
 from prior import Prior
 from prior.orders import make_partition
-from prior.sampling import UncachedState
-from tokenizer import TokenGrid
 
 every_prior = pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
 every_model = pytest.mark.parametrize("name", [*MODELS, *CLIPS])
@@ -160,7 +154,7 @@ def inputs_of_order(model, walk, known):
     [
         ({}, 0.0),
         ({"temperature": 0.7, "top_k": 3}, 0.5),
-        ({"temperature": 1.5, "top_p": 0.7, "guidance_scale": 1.7}, 0.5),
+        ({"temperature": 1.5, "top_k": 4, "top_p": 0.6, "guidance_scale": 1.7}, 0.5),
         (COURSE, 0.4),
     ],
 )
@@ -187,8 +181,8 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
             descending = logits.sort(descending=True)
             allowed = descending.indices[: settings.get("top_k", 5)].tolist()
             if "top_p" in settings:
-                mass = descending.values.softmax(0).cumsum(0)
-                allowed = descending.indices[: int((mass < settings["top_p"]).sum()) + 1].tolist()
+                mass = descending.values[: len(allowed)].softmax(0).cumsum(0)
+                allowed = allowed[: int((mass < settings["top_p"]).sum()) + 1]
             best = max(allowed, key=lambda token: float(logits[token] + noise[rank, token]))  # noqa: B023
             tokens[0, position] = given[k].flatten()[position] if known[k].flatten()[position] else best
         assert torch.equal(drawn[k].flatten(), tokens[0])
@@ -244,8 +238,8 @@ def test_sampling_costs_one_forward_pass(name):
     tokens = draw_tokens(model, 4)
     whole = flops(lambda: model(tokens))
     assert flops(lambda: all_steps(model, tokens)) <= 1.1 * whole
-    state = model.start_uncached(model.encode_nothing(4))
-    assert flops(lambda: model.next_logits_uncached(state, None)) == whole
+    state = model.start(model.encode_nothing(4), cache=False)
+    assert flops(lambda: model.next_logits(state, None)) == whole
 
 
 def make_large(name):
@@ -279,27 +273,6 @@ def test_an_empty_batch_and_weights_of_lower_precision_work(name):
         drawn = model.sample(4, torch.arange(4), generator=generators(4), **path)
         assert drawn.shape == (4, *model.grid.shape) and drawn.min() >= 0 and drawn.max() < 5
     assert model.log_prob(drawn).isfinite().all()
-    model.exact = False  # the estimate of a bound, of `masked`
-    assert model.log_prob(tokens).shape == (0,)
-
-
-@every_prior
-def test_a_step_takes_as_many_operations_on_a_larger_grid(name):
-    """Of a cached path: nothing is packed, copied or grown along the way."""
-    counts = []
-    for side in (4, 8):
-        model = make_prior(name, shape=(side, side))
-        with torch.inference_mode():
-            state, last, steps = model.start(encode(model, 4, torch.arange(4))), None, []
-            if isinstance(state, UncachedState) or name == "next_scale":
-                return
-            for size in model.blocks:
-                with Operations() as operations:
-                    model.next_logits(state, last)
-                steps.append(len(operations.names))
-                last = torch.zeros(4, size, dtype=torch.long)
-        counts.append(max(steps[1:]))
-    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", [name for name in PRIORS if "dropout" in make_prior(name).config.model_fields])
@@ -353,21 +326,3 @@ def test_training_begins_with_equally_likely_ids(name):
     assert logits_of(model, tokens, labels).abs().max() == 0
     model.loss(tokens, labels).backward()
     assert model.head.weight.grad.abs().max() > 0
-
-
-class ManyRows:
-    """Rows of one token, of which nine in ten are 0."""
-
-    def __len__(self):
-        return 24_000_000
-
-    def __getitem__(self, part):
-        begin, end, _ = part.indices(len(self))
-        return (torch.arange(begin, end) % 10 == 0).long()[:, None]
-
-
-@pytest.mark.slow
-def test_marginal_counts_more_rows_than_a_float_counts_one_by_one():
-    model = Prior.create("marginal", grid=TokenGrid((1,), 2))
-    model.initialize(ManyRows(), model.read_given(None, None, len(ManyRows())))
-    assert float(model.log_prob(torch.tensor([[0]])).detach().exp()) == pytest.approx(0.9, abs=1e-5)

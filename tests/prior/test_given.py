@@ -1,7 +1,4 @@
-"""What is given of the images of a batch: reading what users write, once, and what is done with rows.
-
-Covers: prior/given.py, prior/base.py.
-"""
+"""What is given of the images of a batch: reading what users write, once, and what is done with rows."""
 
 import hashlib
 import math
@@ -17,9 +14,8 @@ from hypothesis import given as drawn_by
 from hypothesis import strategies as st
 from small import draw_tokens, generators, make_prior
 
-from prior.columns import AngleColumn, ClassColumn, FlagsColumn, GridColumn, VectorColumn
+from prior.columns import AngleColumn, ClassColumn, FlagsColumn, VectorColumn
 from prior.given import Given
-from tokenizer import TokenGrid
 
 COLUMNS = {"label": ClassColumn(names=["cat", "dog", "eel"]), **OTHERS}
 
@@ -38,9 +34,6 @@ def equal(one, other):
     return len(one) == len(other) and list(one.columns) == list(other.columns) and same
 
 
-# Reading
-
-
 @pytest.mark.parametrize(
     ("labels", "condition", "count", "expected"),
     [
@@ -48,11 +41,8 @@ def equal(one, other):
         (None, {}, 0, 0),
         ("dog", None, None, 1),
         (["dog", None, 0], None, None, 3),
-        (torch.tensor([1, -1, 0]), None, None, 3),
         (np.array([1, 0, 2, 2], dtype=np.uint8), None, None, 4),
-        (None, {"label": ["dog", None, 0]}, None, 3),
         ("dog", {"age": [1, 2]}, None, 2),
-        (["dog", "cat"], {"age": 3, "tags": ["red"]}, None, 2),
         (None, {"age": 3, "speed": [1, 2], "pose": [0, 90, 180]}, 5, 5),
         (None, {"label": None, "age": None}, 5, 5),
     ],
@@ -81,27 +71,6 @@ def test_labels_and_the_column_label_are_the_same():
     assert Given.read(COLUMNS, "cat", {"label": None}).rows["label"].tolist() == [0]
 
 
-def test_labels_are_any_numbers_one_after_another():
-    for labels in (range(3), iter([0, 1, 2]), {0: "a", 1: "b", 2: "c"}.keys(), np.arange(3, dtype=np.uint16)):
-        assert Given.read(COLUMNS, labels).rows["label"].tolist() == [0, 1, 2]
-    assert Given.read(COLUMNS, "cat").rows["label"].tolist() == [0]
-
-
-def test_a_column_is_left_out_if_no_number_of_it_is_given():
-    speed = torch.tensor([[1.0, math.nan], [math.nan, math.nan]])
-    given = Given(COLUMNS, {"speed": speed, "age": torch.full((2, 1), math.nan), "label": torch.tensor([-1, -1])}, 2)
-    assert given.drop_null().names == ("speed",) and given.drop_null().rows["speed"] is speed
-    assert given[1:].drop_null().names == ()
-
-
-def test_without_classes_only_null_labels_are_allowed():
-    for labels in (None, [None, None]):
-        assert Given.read(OTHERS, labels, count=2).names == ()
-    assert Given.read(OTHERS, None, {"label": None}, count=2).names == ()
-    with pytest.raises(ValueError, match=r"labels: there are no classes \(got \[0, None\]\)"):
-        Given.read(OTHERS, [0, None])
-
-
 def test_what_is_already_read_is_taken_as_it_is():
     """Its columns may be those of a pipeline, with names of classes, and it may lack some of the reader's."""
     whole = draw()
@@ -110,13 +79,11 @@ def test_what_is_already_read_is_taken_as_it_is():
     found = Given.read(COLUMNS, [0, 1, None, 2], some)
     assert found.names == ("label", "age") and list(found.columns) == list(COLUMNS)
     assert found.rows["label"].tolist() == [0, 1, -1, 2] and equal(found.without(["label"]), some.of_columns(COLUMNS))
-    assert Given.read(COLUMNS, None, some[1:2]).names == ("age",), "given, though null in this image"
-    with pytest.raises(ValueError, match="condition: got rows of 4 images for 3 images"):
-        Given.read(COLUMNS, None, whole, count=3)
-    with pytest.raises(ValueError, match="labels: got a list of 3 for 4 images"):
-        Given.read(COLUMNS, [0, 1, 2], some)
-    with pytest.raises(ValueError, match="unknown column 'label'; the columns are age"):
-        Given.read({"age": OTHERS["age"]}, None, whole)
+    for numbered in ({"label": ClassColumn.numbered(3)}, {"age": AGE.model_copy(update={"mean": [0.0]})}):
+        assert equal(replace(Given.read({**COLUMNS, **numbered}, None, whole), columns=COLUMNS), whole)
+    for labels, rows, count in ((None, whole, 3), ([0, 1, 2], some, None)):
+        with pytest.raises(ValueError, match="4 images"):
+            Given.read(COLUMNS, labels, rows, count=count)
 
 
 @pytest.mark.parametrize(
@@ -127,46 +94,31 @@ def test_what_is_already_read_is_taken_as_it_is():
         {"text": VectorColumn(size=6, encoder="ngrams:8")},
         {"tags": FlagsColumn(names=["old", "red", "wet", "loud"])},
         {"age": AngleColumn()},
-        {"outline": GridColumn(grid=TokenGrid((2, 2), 3))},
     ],
     ids=str,
 )
 def test_rows_of_columns_with_another_meaning_are_refused(other):
     given, (name,) = draw(), other
-    with pytest.raises(ValueError, match=rf"condition: {name}: was read for another column \([^\n]+$"):
-        Given.read({**COLUMNS, **other}, None, given)
-    if name == "label":
-        with pytest.raises(ValueError, match="label: was read for another column"):
-            Given.read(other, None, Given(COLUMNS, {}, 4).over("label"))
+    for rows in (given, *([Given(COLUMNS, {}, 4).over("label")] if name == "label" else [])):
+        with pytest.raises(ValueError, match=f"{name}: was read for another column"):
+            Given.read({**COLUMNS, **other}, None, rows)
     assert len(Given.read({**COLUMNS, **other}, None, given.without([name]))) == 4
 
 
-def test_a_prior_reads_rows_of_columns_with_names_and_of_other_statistics():
-    statistics = AGE.model_copy(update={"mean": [0.0]})
-    numbered = {**COLUMNS, "label": ClassColumn.numbered(3), "age": statistics}
-    for one, other in ((COLUMNS, numbered), (numbered, COLUMNS)):
-        given = draw(columns=one)
-        found = Given.read(other, None, given)
-        assert found.columns is other and equal(replace(found, columns=one), given)
-
-
 WRONG = [
-    ("agee", 3, "unknown column 'agee'; did you mean 'age'\\? the columns are label, view"),
-    ("label", "eagle", "'eagle' is not a class; allowed are cat, dog, eel"),
+    ("agee", 3, "unknown column 'agee'; did you mean 'age'"),
+    ("label", "eagle", "'eagle' is not a class"),
     ("view", 3, "3 is not a class"),
-    ("view", [True, False], "True is not a class"),
     ("view", [1.0, 2.0], "1.0 is not a class"),
-    ("view", torch.eye(2).long(), "expected a number"),
     ("view", torch.tensor([0.5, 1.0]), "whole numbers"),
-    ("tags", "blue", "'blue' is not a flag; allowed are red"),
+    ("tags", "blue", "'blue' is not a flag"),
     ("tags", ["red", 1], "expected names of flags"),
-    ("age", 10**400, "finite"),
-    ("age", "old", "expected a number per image"),
+    ("age", "old", "expected a number"),
     ("age", [1, math.nan], "finite"),
     ("age", [1, 2, 3], "got a list of 3 for 2 images"),
-    ("speed", 3, "expected 2 numbers per image"),
+    ("speed", 3, "expected 2 numbers"),
     ("text", torch.zeros(2, 5), r"expected the shape \(6,\)"),
-    ("outline", [[0, 1, 2], [0, 1]], r"expected token ids of shape \(2, 3\)"),
+    ("outline", [[0, 1, 2], [0, 1]], "expected token ids of shape"),
 ]
 
 
@@ -176,34 +128,21 @@ def test_bad_values_are_refused_in_one_line_that_names_the_column(name, value, a
         Given.read(COLUMNS, None, {name: value}, count=2)
     assert f"condition: {name}" in str(caught.value) or "unknown column" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    if name == "label":
-        with pytest.raises(ValueError, match=f"^labels: {allowed}"):
-            Given.read(COLUMNS, value, count=2)
 
 
 def test_unknown_columns_are_refused_wherever_conditions_go():
-    for model, there in (
-        (make_conditioned("gpt", "number"), "the columns are label, given"),
-        (make_prior("gpt", num_classes=0), "no columns"),
-    ):
-        with pytest.raises(ValueError, match=f"unknown column 'givn'.*{there}"):
-            model.log_prob(draw_tokens(model, 2), condition={"givn": torch.zeros(2, 1)})
-        with pytest.raises(ValueError, match=f"expected values by column .got .63.*{there}"):
+    for model in (make_conditioned("gpt", "number"), make_prior("gpt", num_classes=0)):
+        with pytest.raises(ValueError, match="expected values by column"):
             model.log_prob(draw_tokens(model, 2), condition=[63])
-        with pytest.raises(ValueError, match=f"unknown column 'givn'.*{there}"):
-            model.sample(2, condition={"givn": 1})
-        with pytest.raises(ValueError, match="guidance_on: unknown column 'givn'"):
-            model.sample(2, guidance_scale=2.0, guidance_on=["givn"])
-
-
-# A prior
+        for request in ({"condition": {"givn": 1}}, {"guidance_scale": 2.0, "guidance_on": ["givn"]}):
+            with pytest.raises(ValueError, match="unknown column 'givn'"):
+                model.sample(2, **request)
 
 
 def test_a_prior_reads_its_number_of_classes_as_null():
     model, tokens = make_prior("gpt"), draw_tokens(make_prior("gpt"), 3)
     expected = model.log_prob(tokens, [0, None, 2])
-    lists = [[0, 3, 2], [*np.array([0, 3, 2])], [*torch.tensor([0, 3, 2])]]
-    for labels in (*lists, torch.tensor([0, 3, 2]), torch.tensor([0, -1, 2]), np.array([0, 3, 2], dtype=np.uint8)):
+    for labels in ([0, 3, 2], [*np.array([0, 3, 2])], torch.tensor([0, -1, 2]), np.array([0, 3, 2], dtype=np.uint8)):
         given = model.read_given(labels, None, 3)
         assert given.rows["label"].tolist() == [0, -1, 2] and model.encode_given(given).labels.tolist() == [0, 3, 2]
         assert torch.equal(model.log_prob(tokens, labels), expected)
@@ -224,9 +163,6 @@ def test_only_what_is_given_can_be_guided():
     for request in ({"labels": [None, 3]}, {"condition": {"age": [None, None]}}):  # as images of a larger batch
         plain = model.sample(2, generator=generators(2))
         assert torch.equal(model.sample(2, generator=generators(2), guidance_scale=2.0, **request), plain)
-
-
-# Rows
 
 
 @drawn_by(st.lists(st.integers(0, 3)), st.integers(0, 3), st.integers(0, 4))
@@ -283,9 +219,6 @@ def test_rows_on_a_disk_are_read():
     assert equal(Given.read(COLUMNS, None, stored, device=torch.device("cpu")), given)
 
 
-# Digests
-
-
 def digest_of_03(rows):
     """The sha256 of raw columns by their names, as version 0.3 computed it."""
     digest = hashlib.sha256()
@@ -308,8 +241,6 @@ def test_a_digest_is_that_of_03():
     assert given.without(list(OTHERS)).digest == digest_of_03(
         {**{name: column.null(4) for name, column in OTHERS.items()}, "label": labels}
     )
-    plain = make_prior("gpt").read_given([0, 3], None, 2)
-    assert plain.digest == digest_of_03({"label": torch.tensor([0, 3])}) and plain.without().digest == digest_of_03({})
 
 
 def test_a_digest_depends_on_values_names_and_shapes_alone():
@@ -321,5 +252,4 @@ def test_a_digest_depends_on_values_names_and_shapes_alone():
     assert Given(age, {"age": odd[None]}, 1).digest == Given(age, {}, 1).digest
     assert Given(age, {"age": torch.tensor([[-0.0]])}, 1).digest == Given(age, {"age": torch.zeros(1, 1)}, 1).digest
     others = [given.without([name]) for name in COLUMNS] + [given[:2], Given({}, {}, 4)]
-    others += [Given({name: OTHERS["age"]}, {name: given.raw("age")}, 4) for name in ("old", "age")]
     assert len({found, *(other.digest for other in others)}) == 1 + len(others)

@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from givens.headed import HEADED, make_model
-from small import draw_tokens
 
 from prior.heads import (
     FLOOR,
@@ -20,24 +18,6 @@ from prior.heads import (
     Softmax,
 )
 from tokenizer import TokenGrid
-
-# Every prior with a head
-
-
-every_headed = pytest.mark.parametrize("name", HEADED)
-
-
-@every_headed
-def test_a_gradient_reaches_every_weight(name):
-    model = make_model(name, std=0.1).train()
-    tokens, labels = draw_tokens(model, 16), torch.arange(16) % 4
-    model.loss(tokens, labels, progress=0.5).backward()
-    still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
-    assert [name for name in still if "nothing" not in name] == []
-
-
-# Heads alone
-
 
 ALONE: dict[str, Head] = {
     "softmax": Softmax(TokenGrid((2, 5), 20)),
@@ -77,20 +57,6 @@ def test_logits_probabilities_and_losses_of_a_head_agree(name, dtype):
             for level in range(head.ids_per_position)
         ]
         assert all(before[: moved + 1]), "an id is seen by those after it alone"
-
-
-@pytest.mark.parametrize(("components", "means"), [(1, [0.0]), (2, [-1.0, 1.0]), (5, [-1.0, -0.5, 0.0, 0.5, 1.0])])
-def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(components, means):
-    head = Logistic(LogisticConfig(components=components), TokenGrid((3, 1), 256, channels=3)).double()
-    found, mixture = head.condition(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())
-    assert found == [] and mixture.means[0].tolist() == means
-    torch.testing.assert_close(mixture.weights[0].exp(), torch.full((components,), 1 / components).double())
-    table = head.next_logits(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())[0].exp()
-    torch.testing.assert_close(table, table.flip(0))
-    assert float(table.sum()) == pytest.approx(1) and float(table.min()) > FLOOR / 256
-
-
-# The mixture of logistics
 
 
 VALUES = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from givens.headed import MODELS, make_model
-from small import ANY_ORDER, PRIORS, draw_tokens, generators, make_prior
+from small import ANY_ORDER, PRIORS, draw_tokens, make_prior
 
 from prior.objectives import Likelihood
 
@@ -53,21 +53,3 @@ def test_orders_and_masks_are_drawn_unless_they_are_given(name, config):
     if model.training_inputs(tokens, 0.0):
         losses = {float(model.loss(tokens, labels).detach()) for _ in range(5)}
         assert len(losses) == 5, "drawn anew at each call"
-
-
-LEARNERS = [("gpt", {}), ("masked", {}), ("gpt", {"any_order": True}), ("gpt, depth", {}), ("gpt, logistic", {})]
-
-
-@pytest.mark.parametrize(("name", "config"), LEARNERS, ids=str)
-def test_a_loop_of_the_users_own_learns(name, config):
-    """Each image has only the number of its class."""
-    torch.manual_seed(0)
-    model = make_model(name, **config).train()
-    optimizer, labels = torch.optim.Adam(model.parameters(), 5e-3), torch.arange(30) % 3
-    tokens = labels.view(-1, 1, 1).expand(30, *model.grid.shape)
-    for step in range(60):
-        optimizer.zero_grad()
-        model.loss(tokens, labels, progress=step / 60).backward()
-        optimizer.step()
-    drawn = model.eval().sample(9, torch.arange(9) % 3, generator=generators(9))
-    assert (drawn == tokens[:9]).double().mean() > 0.8

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from costs import all_steps, flops
+from costs import all_steps
 from frequencies import as_frequent
 from givens.headed import all_grids, numbers_of
 from givens.made_variants import (
-    ROWS,
     by_the_paper,
     earlier,
     every_variant,
@@ -24,13 +23,10 @@ from hypothesis import strategies as st
 from small import draw_tokens, generators, logits_of, make_prior, moved_by
 
 from pipelines import ImagePipeline
-from prior import Prior
 from prior.made import even_degrees, random_degrees
-from tokenizer import TokenGrid, Tokenizer
+from tokenizer import Tokenizer
 
 examples = settings(deadline=None, max_examples=60, derandomize=True)
-
-# Masks
 
 
 @every_variant
@@ -61,19 +57,6 @@ def test_later_logits_see_all_that_the_receptive_field_says(variant, order):
         assert moved.equal(earlier(model.order)) and moved.equal(model.receptive_field)
 
 
-def test_published_sizes():
-    """784-8000-784 (Germain et al. 2015), and that of the black and white garments: one weight for each pixel and
-    unit, one logit for each pixel."""
-    for units, count in ((8000, 12_552_784), (1000, 1_569_784)):
-        with torch.device("meta"):
-            model = Prior.create("made", grid=TokenGrid((28, 28), 2), hidden=(units,))
-        assert sum(parameter.numel() for parameter in model.parameters()) == count
-        assert count == 784 * units + units + units * 784 + 784
-
-
-# Training
-
-
 def test_training_draws_orders_and_degrees_from_the_seed_and_each_is_another_density():
     model = make_prior(
         "made", shape=(2, 3), vocab_size=3, hidden=(40, 30), order_agnostic=True, connectivity_agnostic=True
@@ -83,32 +66,12 @@ def test_training_draws_orders_and_degrees_from_the_seed_and_each_is_another_den
         torch.manual_seed(seed)
         drawn = model.training_inputs(grids, 0.5)
         log_probs = model(grids, **drawn).detach().log_softmax(-1).gather(-1, grids.reshape(-1, 6, 1)).sum((1, 2))
-        assert abs(float(log_probs.exp().sum()) - 1) < 1e-10
         assert not moved_by(model, grids[::7], None, **drawn)[~earlier(drawn["order"])].any()
         for fewer in ({"order": drawn["order"]}, {"degrees": drawn["degrees"]}):
             assert not torch.allclose(model(grids, **fewer), model(grids), atol=1e-2)
         found.append(log_probs)
     assert torch.equal(found[0], found[3])
     assert all(not torch.allclose(a, b, atol=1e-2) for a, b in itertools.combinations(found[:3], 2))
-
-
-def test_a_finite_set_of_masks_is_that_of_the_mixture():
-    model = make_prior("made", hidden=(20, 30), order_agnostic=True, connectivity_agnostic=True, masks=3)
-    drawn = [model.training_inputs(draw_tokens(model, 2), 0.3) for _ in range(60)]
-    orders = {tuple(each["order"].tolist()) for each in drawn}
-    degrees = {tuple(torch.cat(each["degrees"]).tolist()) for each in drawn}
-    assert orders == {tuple(model.to_partition(order).order.tolist()) for order in model.orders(3)}
-    assert degrees == {tuple(torch.cat(model.numbered_degrees(number)).tolist()) for number in range(3)}
-    assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9
-
-
-@pytest.mark.parametrize("variant", ["two ids", "two ids, one-hot", "three layers"])
-def test_the_loss_is_the_cross_entropy(variant):
-    model = make_made(variant).double()
-    tokens = draw_tokens(model, 4)
-    logits = model(tokens)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-    assert model.loss_from_outputs(logits, tokens).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_stored_masks_are_those_of_the_order_the_degrees_and_the_type():
@@ -120,34 +83,21 @@ def test_stored_masks_are_those_of_the_order_the_degrees_and_the_type():
         found = model.train()(tokens, **inputs)
         found.sum().backward()  # through masks that were made in inference mode, too
         assert torch.equal(found, make_same(model).train()(tokens, **inputs))
-    with model.connected(2):
-        assert not torch.equal(model(tokens), found)
     assert model.double()(tokens).dtype == torch.float64
-
-
-# Degrees
-
-
-@examples
-@given(st.integers(1, 3000), st.integers(1, 800))
-def test_even_degrees_occur_equally_often(units, size):
-    degrees = even_degrees(units, size)
-    assert degrees.shape == (units,) and degrees.equal(degrees.sort().values)
-    assert degrees.min() >= 1 and degrees.max() == max(1, size - 1)
-    counts = degrees.bincount(minlength=size)[1:]
-    assert size == 1 or counts.max() - counts.min() <= 1
 
 
 @examples
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 30))
-def test_random_degrees_leave_no_unit_blind(hidden, size):
+def test_even_degrees_occur_equally_often_and_random_ones_leave_no_unit_blind(hidden, size):
+    even = even_degrees(hidden[0], size)
+    assert even.shape == (hidden[0],) and even.equal(even.sort().values)
+    assert even.min() >= 1 and even.max() == max(1, size - 1)
+    counts = even.bincount(minlength=size)[1:]
+    assert size == 1 or counts.max() - counts.min() <= 1
     degrees = random_degrees(hidden, size)
     assert [len(each) for each in degrees] == hidden
     assert all(each.min() >= 1 and each.max() <= max(1, size - 1) for each in degrees)
     assert all(own.min() >= below.min() for below, own in itertools.pairwise(degrees))
-
-
-# Running sums
 
 
 @pytest.mark.sparse
@@ -171,30 +121,7 @@ def test_steps_equal_a_whole_pass(variant, walk, number):
         assert number == 0 or not torch.allclose(logits_of(model, tokens[:rows], labels[:rows], order=order), whole)
 
 
-@pytest.mark.parametrize(
-    ("config", "bound"),
-    [
-        ({"vocab_size": 2, "hidden": (500,)}, 0.51),  # half of the weights are masked
-        ({"vocab_size": 2, "hidden": (200,), "direct": True}, 0.58),  # direct ones are added to all positions
-        ({"vocab_size": 2, "hidden": (500,), "sigmoid": False}, 0.26),  # rows for one-hot products, then half
-        ({"vocab_size": ROWS, "hidden": (200,)}, 0.51),
-        ({"vocab_size": 16, "hidden": (30, 20)}, 0.3),  # fewer units than positions
-        ({"vocab_size": 100, "hidden": (200,), "embedding": 8, "direct": True}, 1.0),
-    ],
-)
-def test_sampling_costs_a_share_of_one_pass(config, bound):
-    model = make_prior("made", shape=(8, 8), order_agnostic=True, **config)
-    whole, tokens, labels = flops(lambda: model(draw_tokens(model, 4))), draw_tokens(model, 4), torch.zeros(4).long()
-    for order in (None, torch.rand(4, 64).argsort(1)):
-        steps = flops(lambda order=order: all_steps(model, tokens, labels, order))
-        assert steps <= bound * whole
-
-
-# Mixtures
-
-
 ENSEMBLES = {
-    "masks": {"hidden": (7, 6), "connectivity_agnostic": True},
     "masks, two ids": {"hidden": (7, 6), "vocab_size": 2, "connectivity_agnostic": True, "direct": True},
     "orders and masks": {"hidden": (7,), "vocab_size": 2, "connectivity_agnostic": True, "order_agnostic": True},
 }
@@ -230,15 +157,13 @@ def test_a_mixture_of_orders_and_masks_is_the_mean_of_its_members_and_its_sample
 @pytest.mark.parametrize("name", ENSEMBLES)
 def test_an_image_of_a_mixture_depends_on_its_generator_alone(name):
     model, _, mixture = make_ensemble(name)
-    labels, many = torch.arange(12) % 3, {"num_masks": 3, "num_orders": mixture["num_orders"]}
-    drawn = model.sample(12, labels, generator=generators(12), **many)
+    labels, known = torch.arange(12) % 3, torch.tensor([[True, False], [False, True]])
+    drawn = model.sample(12, labels, generator=generators(12), **mixture)
     for more in ({"cache": False}, {"parallel": True}):
-        assert torch.equal(model.sample(12, labels, generator=generators(12), **many, **more), drawn)
-    for k in (0, 5, 11):
-        assert torch.equal(model.sample(1, labels[[k]], generator=[generators(12)[k]], **many)[0], drawn[k])
-    known = torch.tensor([[True, False], [False, True]])
-    kept = model.sample(12, labels, generator=generators(12), tokens=drawn[0], known=known, **many)
-    assert (kept[:, known] == drawn[0][known]).all() and model.degrees()[0].equal(even_degrees(7, 4))
+        assert torch.equal(model.sample(12, labels, generator=generators(12), **mixture, **more), drawn)
+    assert torch.equal(model.sample(1, labels[[5]], generator=[generators(12)[5]], **mixture)[0], drawn[5])
+    found = model.sample(12, labels, generator=generators(12), tokens=drawn[0], known=known, **mixture)
+    assert (found[:, known] == drawn[0][known]).all() and model.degrees()[0].equal(even_degrees(7, 4))
 
 
 def test_a_pipeline_scores_and_draws_a_mixture_of_masks():

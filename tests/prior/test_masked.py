@@ -21,9 +21,6 @@ def make(shape=(2, 3), vocab_size=3, **config):
     return make_prior("masked", shape=shape, vocab_size=vocab_size, **config)
 
 
-# What it sees
-
-
 def test_a_pass_sees_what_is_known_and_nothing_else():
     model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (4, 3, 4))
     labels, known = torch.arange(4), torch.rand(4, 3, 4) < 0.5
@@ -48,9 +45,6 @@ def test_teacher_forced_logits_are_those_of_one_pass_per_token_however_passes_ar
         assert (logits_of(model, tokens, labels, order=orders) - expected).abs().max() < 1e-10
 
 
-# Training
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_masks_follow_the_schedule(schedule):
     """The mean share of masked tokens is that of the schedule at each position, and some token is always masked."""
@@ -60,7 +54,6 @@ def test_masks_follow_the_schedule(schedule):
     assert known.shape == (20_000, 64) and masked.sum(1).min() >= 1
     points = (torch.arange(1000).double() + 0.5) / 1000
     shares = (SCHEDULES[schedule](points) * 64).ceil().clamp(1, 64) / 64
-    assert abs(masked.mean() - shares.mean()) < 0.01
     assert (masked.mean(0) - shares.mean()).abs().max() < 0.02
     assert SCHEDULES[schedule](torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1, 0], abs=1e-6)
 
@@ -99,11 +92,9 @@ def test_other_schedules_give_all_masked_tokens_the_same_weight(schedule):
     loss = model.loss_from_outputs(logits, tokens, known=known)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(mean.detach() * (~known).sum() / 5 / drawn), rel=0.01)
-    smooth = make(shape=(2, 3), schedule=schedule, label_smoothing=0.3)
-    assert abs(float(smooth.loss_from_outputs(logits, tokens, known=known).detach() - loss.detach())) > 1e-3
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_batch_in_parts_has_the_same_gradient(schedule):
     """Micro-batches and processes: the mean of their gradients is that of the whole, for the same masks."""
     model, tokens = make(shape=(3, 4), vocab_size=5, schedule=schedule), torch.randint(5, (8, 3, 4))
@@ -116,9 +107,6 @@ def test_a_batch_in_parts_has_the_same_gradient(schedule):
 
     whole, parts = gradient(slice(8)), [gradient(slice(k, k + 2)) for k in range(0, 8, 2)]
     torch.testing.assert_close(torch.stack(parts).mean(0), whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
-
-
-# Likelihood
 
 
 def test_the_bound_is_the_mean_over_orders():
@@ -137,9 +125,6 @@ def test_the_bound_is_the_mean_over_orders():
         assert torch.allclose(model.log_prob(grids[5:7]).double(), estimate[5:7], atol=1e-5)
         deviation = (estimate - mean).std() / len(grids) ** 0.5
         assert abs(float((estimate - mean).mean())) < 4 * float(deviation)
-        many = make(shape=(1, 4), vocab_size=3, bound_passes=256, exact=False)
-        many.load_state_dict(model.state_dict())
-        assert not many.exact and (many.log_prob(grids).double() - mean).abs().max() < 0.2
 
 
 def test_masks_of_the_bound_cover_all_numbers_evenly():
@@ -148,11 +133,7 @@ def test_masks_of_the_bound_cover_all_numbers_evenly():
     assert known.shape == (8, 200, 16)
     visible = known.sum(-1)
     assert (visible.diff(dim=0) == 2).all() and visible.min() == 0 and visible.max() == 15
-    assert torch.equal(known, bound_masks(ids, 8)) and torch.equal(known[:, 3:4], bound_masks(ids[3:4], 8))
     assert (known.float().mean((0, 1)) - known.float().mean()).abs().max() < 0.05
-
-
-# Decoding in steps
 
 
 @pytest.mark.sparse
@@ -174,8 +155,6 @@ def test_a_step_is_a_pass_that_keeps_known_tokens_and_sees_them(schedule, steps,
     assert torch.equal(drawn[known], tokens[known])
     seen = model.sample(8, tokens=(tokens + 1) % 5, **{**settings, "generator": generators(8)})
     assert not torch.equal(drawn[~known], seen[~known])
-    whole = torch.ones(3, 4, dtype=torch.bool)
-    assert torch.equal(model.sample(8, steps=steps, tokens=tokens, known=whole), tokens)
 
 
 @examples
@@ -189,7 +168,7 @@ def test_each_step_reveals_tokens_until_none_is_left(schedule, steps, numbers):
         assert schedule != "linear" or number % steps or each == [number // steps] * steps
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "top_k": 4}, {"guidance_end": 3.0}])
+@pytest.mark.parametrize("settings", [{}, {"guidance_end": 3.0, "top_k": 4}])
 def test_an_image_drawn_in_steps_does_not_depend_on_its_batch(settings):
     model, labels = make(shape=(4, 4), vocab_size=7), torch.arange(9) % 3
     together = model.sample(9, labels, generator=generators(9), steps=4, **settings)
@@ -201,24 +180,18 @@ def test_an_image_drawn_in_steps_does_not_depend_on_its_batch(settings):
         assert torch.equal(torch.cat(parts), together)
 
 
-@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_where_tokens_are_independent_any_number_of_steps_is_right(steps):
+def test_where_tokens_are_independent_any_number_of_steps_is_right():
     model, count = make(shape=(2, 2), vocab_size=2), 6000
     with torch.no_grad():
         for block in model.layers:
             block.project.weight.zero_()  # positions do not see each other
     seed, labels = torch.Generator().manual_seed(5), torch.ones(count).long()
-    drawn = model.sample(count, labels, generator=seed, steps=steps, confidence_temperature=0.0)
+    drawn = model.sample(count, labels, generator=seed, steps=2, confidence_temperature=0.0)
     expected = model.log_prob(all_grids(model.grid), labels[:16]).exp()
     assert as_frequent(numbers_of(drawn, model.grid), expected)
 
 
-ORDERED = [("raster", 1), ("column", 2), ("random:2", 3), ("snake", 4)]
-
-
-@pytest.mark.parametrize(
-    ("order", "steps"), [pytest.param(*each, marks=[] if each[1] == 2 else pytest.mark.slow) for each in ORDERED]
-)
+@pytest.mark.parametrize(("order", "steps"), [("column", 2), pytest.param("random:2", 3, marks=pytest.mark.slow)])
 def test_steps_along_an_order_are_exact(order, steps):
     """Samples have the frequencies of the ordered partition's density. Without an order, where confidence chooses, they
     do not, as two steps show."""
@@ -239,28 +212,21 @@ def test_steps_along_an_order_are_exact(order, steps):
         assert not as_frequent(draw(confidence_temperature=0.0), expected)
 
 
-def reveal_first(model, temperature, monkeypatch):
-    """What the first of three steps reveals, bool `(40, N)`, and the confidence in each token, `(40, N)`."""
-    inputs, real = [], model.predict
-    monkeypatch.setattr(model, "predict", lambda ids, *rest: inputs.append(ids.clone()) or real(ids, *rest))
-    model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
-    monkeypatch.undo()
-    noise = [counter_noise.gumbel(counter_noise.next_key(g), 0, (12, 5)) for g in generators(40)]
+@pytest.mark.parametrize("temperature", [0.0, 1000.0])
+def test_a_step_reveals_the_most_confident_tokens_or_at_a_high_temperature_any(temperature, monkeypatch):
+    model, inputs = make(shape=(3, 4), vocab_size=5), []
     with torch.no_grad():
         logits = model.predict(torch.full((40, 12), model.mask), model.encode_nothing(40))
+    real = model.predict
+    monkeypatch.setattr(model, "predict", lambda ids, *rest: inputs.append(ids.clone()) or real(ids, *rest))
+    model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
+    noise = [counter_noise.gumbel(counter_noise.next_key(g), 0, (12, 5)) for g in generators(40)]
     ids = (logits + torch.stack(noise)).argmax(-1, keepdim=True)
-    return inputs[1].clone() != model.mask, logits.log_softmax(-1).gather(-1, ids)[..., 0]
-
-
-def test_a_step_reveals_the_most_confident_tokens_or_at_a_high_temperature_any(monkeypatch):
-    model = make(shape=(3, 4), vocab_size=5)
-    revealed, confidence = reveal_first(model, 0.0, monkeypatch)
+    revealed, confidence = inputs[1] != model.mask, logits.log_softmax(-1).gather(-1, ids)[..., 0]
     count = int(revealed[0].sum())
-    best = confidence.topk(count).indices
-    assert 0 < count < 12 and (revealed.sum(1) == count).all() and revealed.gather(1, best).all()
-    revealed, _ = reveal_first(model, 1000.0, monkeypatch)  # noise alone decides
-    assert (revealed.sum(1) == count).all() and revealed.float().mean(0).min() > 0.2 * count / 12
-    assert 0.3 < revealed.gather(1, best).float().mean() / (count / 12) < 1.7
+    assert 0 < count < 12 and (revealed.sum(1) == count).all()
+    found = revealed.gather(1, confidence.topk(count).indices).float().mean()
+    assert found == 1 if temperature == 0 else 0.3 < found / (count / 12) < 1.7  # noise alone decides
 
 
 def test_guidance_follows_the_share_of_tokens_that_each_image_knows():
@@ -275,6 +241,6 @@ def test_guidance_follows_the_share_of_tokens_that_each_image_knows():
     for k in range(8):
         one = {"tokens": tokens[k], "known": known[k], "generator": [generators(8)[k]]}
         assert torch.equal(model.sample(1, labels[[k]], **one, **given)[0], together[k])
-    last = {**given, "guidance_scale": 6.0, "guidance_end": None, "tokens": tokens, "known": known}
-    ended = model.sample(8, labels, generator=generators(8), **last)
+    given |= {"guidance_scale": 6.0, "guidance_end": None, "tokens": tokens, "known": known}
+    ended = model.sample(8, labels, generator=generators(8), **given)
     assert torch.equal(ended[7], together[7]) and not torch.equal(ended[:4], together[:4])

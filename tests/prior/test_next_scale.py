@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from costs import all_steps, flops
-from givens.headed import all_grids
 from small import draw_tokens, logits_of, moved_by
 
 from prior import Prior
@@ -25,15 +24,6 @@ def of_scales(scales=SCALES, vocab_size=5, **config):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-@every_kind
-@pytest.mark.parametrize("scales", [((1, 1), (2, 2)), ((2, 2), (2, 3)), ((1, 2), (1, 2), (1, 3)), ((2, 3),)])
-def test_probabilities_sum_to_one(scales, config):
-    model = of_scales(scales, 2 if len(scales) > 1 and scales[0] != (1, 1) else 3, **config).double()
-    tokens = all_grids(model.grid)
-    total = model.log_prob(tokens, torch.ones(len(tokens), dtype=torch.long)).detach().exp().sum()
-    assert abs(float(total) - 1) < 1e-12
 
 
 @every_kind
@@ -74,14 +64,10 @@ def test_the_input_of_a_scale_is_what_the_earlier_ones_add_up_to():
 
 
 def test_full_attention_includes_coarser_scales_and_markov_does_not():
-    full, markov = of_scales(), of_scales(attention="markov")
-    markov.load_state_dict(full.state_dict())
-    tokens = draw_tokens(full, 3)
-    apart = (full(tokens) - markov(tokens)).abs().amax((0, 2))
-    assert apart[0] == 0 and apart[1:].min() > 1e-3
     q, k, v = torch.randn(3, 1, 2, 4, 16)
     k[:, :, 0], v[:, :, 0] = 9.0, 9.0  # of the first scale
-    found = [model.layers[0].attend_scales(q, k, v, [(0, 1), (1, 4)], None) for model in (full, markov)]
+    models = of_scales(), of_scales(attention="markov")
+    found = [model.layers[0].attend_scales(q, k, v, [(0, 1), (1, 4)], None) for model in models]
     own = torch.nn.functional.scaled_dot_product_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:])
     assert not torch.allclose(found[0][:, :, 1:], own) and torch.allclose(found[1][:, :, 1:], own)
 

@@ -10,15 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from costs import saved_elements
-from small import PRIORS, draw_tokens, logits_of, make_prior
+from small import PRIORS, draw_tokens, make_prior
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipelines.shuffling import other_labels
 from prior import Prior, objectives
 from prior.objectives import Alignment, Likelihood, alignment_loss, alignment_problem, mean_nats, token_nats
-
-# Cross-entropy
 
 
 @pytest.fixture
@@ -64,28 +62,6 @@ def test_the_backward_pass_needs_only_the_logits(in_parts):
     assert saved_elements(lambda: mean_nats(logits, ids)) < 2400 + 100
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
-    """Also under autocast, where the logits are bf16."""
-    torch.manual_seed(0)
-    model = make_prior(name, (4, 4), 7).train()
-    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
-    inputs = model.training_inputs(tokens, 0.3)
-    for bf16 in (False, True):
-        found = []
-        for large in (objectives.LARGE, 1):
-            monkeypatch.setattr(objectives, "LARGE", large)
-            torch.manual_seed(1)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model.loss_from_outputs(logits_of(model, tokens, labels, **inputs), tokens, **inputs)
-            gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-            found.append([loss, *(gradient for gradient in gradients if gradient is not None)])
-        scale = max(float(part.detach().abs().max()) for part in found[0])
-        assert len(found[0]) > 1 and len(found[0]) == len(found[1])
-        for plain, parts in zip(*found, strict=True):
-            assert (plain - parts).abs().max() <= (0.01 if bf16 else 1e-5) * scale
-
-
 @pytest.mark.parametrize(
     ("config", "is_bound"), [({}, True), ({"schedule": "cosine"}, False), ({"label_smoothing": 0.1}, False)]
 )
@@ -95,9 +71,6 @@ def test_only_a_loss_that_bounds_the_likelihood_is_logged_as_bits(config, is_bou
     loss, logged = Likelihood(model)(tokens, model.read_given(labels, None, 6), model.training_inputs(tokens, 0.0))
     assert loss.requires_grad and torch.isfinite(loss) and ("bits_per_token" in logged) == is_bound
     assert not is_bound or float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / math.log(2))
-
-
-# Alignment
 
 
 def test_the_loss_is_the_papers():
@@ -121,9 +94,8 @@ def make_pair(name: str, **config: Any) -> tuple[Prior, Prior]:
 
 def test_only_priors_with_exact_one_pass_likelihoods_and_labels_can_be_aligned():
     assert set(PRIORS) - set(ALIGNABLE) == {"masked"}
-    for model in (*(make_prior("gpt", num_classes=count) for count in (0, 1)), make_prior("masked", exact=False)):
-        assert alignment_problem(model) is not None
-    assert alignment_problem(make_prior("gpt", num_classes=2)) is None
+    found = {count: alignment_problem(make_prior("gpt", num_classes=count)) is None for count in (0, 1, 2)}
+    assert found == {0: False, 1: False, 2: True}
 
 
 @pytest.mark.parametrize("name", ALIGNABLE)

@@ -14,7 +14,6 @@ from prior.orders import (
     Partition,
     block_numbers,
     blocks_after_known,
-    blocks_problem,
     even,
     growing,
     known_first,
@@ -26,9 +25,6 @@ from prior.orders import (
 
 examples = settings(deadline=None, max_examples=60, derandomize=True)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
-
-
-# Partitions
 
 
 def is_partition(partition: Partition, cells: int) -> bool:
@@ -81,16 +77,15 @@ def test_blocks_are_numbered_in_raster_order():
     assert torch.equal(both[0], numbers) and torch.equal(both[1], block_numbers(order.flip(0), blocks))
 
 
-LONG = "9" * 5000
 PROBLEMS = {
-    "no order": ["zigzag", "", "x" * 5000],
-    "seed": ["random", "random:x", "random:-1", f"random:{LONG}", f"random:{1 << 64}"],
-    "blocks": ["random:0:", "random:0:0", "halton:x", "halton:²", "halton:\u0663", "halton:50", f"halton:{LONG}"],
+    "no order": ["zigzag", "x" * 5000],
+    "seed": ["random", "random:x", f"random:{1 << 64}"],
+    "blocks": ["random:0:0", "halton:x", "halton:\u0663", "halton:50", f"halton:{'9' * 5000}"],
     "written": ["random:0:1:2", "raster:3", "wave"],
     "columns": ["wave:0", "wave:8"],
     "regions": ["regions:50", "regions:0", "regions:11"],
-    "tokens": ["raster/", "raster/0", "raster/50", "raster/4/4", "hilbert/-1"],
-    "own blocks": ["diagonal/3", "halton:8/2", "random:0:8/2"],
+    "tokens": ["raster/", "raster/0", "raster/50", "raster/4/4"],
+    "own blocks": ["diagonal/3", "random:0:8/2"],
 }
 
 
@@ -99,20 +94,11 @@ def test_a_wrong_name_has_a_problem_of_one_line(words):
     for name in PROBLEMS[words]:
         problem = order_problem(name, (7, 7))
         assert problem is not None and words in problem and len(problem) < 400 and "\n" not in problem
-        with pytest.raises(ValueError) as raised:
+        with pytest.raises(ValueError, match=words):
             make_partition(name, (7, 7))
-        assert str(raised.value) == problem
-
-
-def test_valid_names_have_no_problem():
-    for name in ("random:0", f"random:{(1 << 64) - 1}", "random:0:49", "wave:7", "regions:49", "raster/49", "wave:1"):
-        assert order_problem(name, (7, 7)) is None, name
     for kind in FORMS:
         for form in name_forms(kind) if kind not in ("raster", "random") else ():
             assert "two axes" in order_problem(form, (16,))
-
-
-# One cell after another
 
 
 def peeled(grid):
@@ -167,9 +153,6 @@ def test_recursive_curves_follow_their_recursion(name, curve, shape):
     assert make_order(name, shape).tolist() == [row * shape[1] + col for row, col in inside]
 
 
-# Blocks of cells that share a key
-
-
 def cells_of(name, shape):
     """Row and column of the cells, a list for each block."""
     order, blocks = make_partition(name, shape)
@@ -209,9 +192,6 @@ def test_regions_draw_their_first_cells_one_by_one_and_then_one_place_of_all():
     assert len(unequal) == 4 + 15 and [len(block) for block in unequal[-4:]] == [2, 2, 2, 1]
 
 
-# Sizes
-
-
 @examples
 @given(st.integers(1, 300), st.data())
 def test_growing_sizes_follow_one_minus_cosine_and_never_shrink(cells, data):
@@ -221,23 +201,6 @@ def test_growing_sizes_follow_one_minus_cosine_and_never_shrink(cells, data):
     if blocks**2 <= cells:  # else the first blocks, of one token, are ahead of it
         for block in range(1, blocks + 1):
             assert abs(sum(sizes[:block]) - cells * (1 - math.cos(math.pi / 2 * block / blocks))) <= 2
-
-
-def test_explicit_sizes_have_to_fit():
-    assert blocks_problem((1, 48), 49) is None
-    for sizes in ((24, 24), (), (50, -1), (49, 0)):
-        assert blocks_problem(sizes, 49).startswith("blocks: ")
-
-
-# Spread out
-
-
-def count_neighbours(name, shape):
-    """How many pairs of neighbours (at a side) are drawn at once: one number for each block."""
-    order, blocks = make_partition(name, shape)
-    numbers = block_numbers(order, blocks).view(shape)
-    down, across = numbers[1:][numbers[1:] == numbers[:-1]], numbers[:, 1:][numbers[:, 1:] == numbers[:, :-1]]
-    return torch.cat([down, across]).bincount(minlength=len(blocks))
 
 
 def van_der_corput(number, base):
@@ -259,12 +222,11 @@ def test_halton_visits_cells_as_its_points_fall(shape):
 
 
 @pytest.mark.parametrize("kind", ["halton", "spread"])
-def test_blocks_are_spread_out(kind):
-    """No neighbours in the first half of the grid; in all, fewer than in random blocks and in rows."""
-    pairs = count_neighbours(f"{kind}:16", (16, 16))
-    assert pairs[:9].sum() == 0
-    assert pairs.sum() < count_neighbours("random:0:16", (16, 16)).sum() / 2
-    assert pairs.sum() < count_neighbours("rows", (16, 16)).sum() / 10
+def test_blocks_of_the_first_half_hold_no_neighbours(kind):
+    order, blocks = make_partition(f"{kind}:16", (16, 16))
+    numbers = block_numbers(order, blocks).view(16, 16)
+    down, across = numbers[1:][numbers[1:] == numbers[:-1]], numbers[:, 1:][numbers[:, 1:] == numbers[:, :-1]]
+    assert torch.cat([down, across]).min() >= 9
 
 
 def distances(name, shape):
@@ -282,9 +244,6 @@ def test_spread_begins_in_the_middle_and_continues_beside_known_cells(shape):
     assert all(steps[rank, :rank].min() == 1 for rank in range(1, len(steps)))
 
 
-# Known tokens first
-
-
 @examples
 @given(st.permutations(range(7)), st.lists(st.booleans(), min_size=7, max_size=7), st.sets(st.integers(1, 6)))
 def test_known_tokens_come_first_as_one_block_and_the_rest_keeps_its_order_and_cuts(order, known, cuts):
@@ -298,18 +257,13 @@ def test_known_tokens_come_first_as_one_block_and_the_rest_keeps_its_order_and_c
     assert {sum(left[: k + 1]) for k in range(len(left))} == expected
 
 
-# The orders of some images
-
-
 def test_the_order_of_some_images_is_selected():
     each = torch.rand(4, 6).argsort(1)
-    for order in (None, "halton"):
-        assert select_order(order, [1, 2], 4) is order
+    assert select_order("halton", [1, 2], 4) == "halton"
     assert select_order(torch.arange(6), [1, 2], 4).tolist() == list(range(6))
     for rows in (slice(1, 3), [3, 0]):
         found = select_order(Partition(each, (2, 4)), rows, 4)
         assert torch.equal(found.order, each[rows]) and found.blocks == (2, 4)
-    for given_ in (each, each.numpy(), list(each)):
-        assert torch.equal(select_order(given_, [2], 4), each[[2]])
+        assert torch.equal(select_order(each.numpy(), rows, 4), each[rows])
     with pytest.raises(ValueError, match="order"):
         select_order(each, [0], 3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import generators, make_prior
 
-from prior import base, noise, parallel
+from prior import base, parallel
 
 
 def drawn_in_parallel(model, count, monkeypatch, **settings):
@@ -41,14 +41,6 @@ def test_a_model_that_looks_at_no_token_needs_two_passes(monkeypatch):
     assert passes.max() <= 2
 
 
-def test_known_tokens_need_no_pass(monkeypatch):
-    model = make_prior("gpt", shape=(6, 6), vocab_size=7)
-    tokens, known = torch.randint(7, (6, 6)), torch.ones(6, 6, dtype=torch.bool)
-    known[5, 5] = False
-    _, passes, _ = drawn_in_parallel(model, 5, monkeypatch, tokens=tokens, known=known)
-    assert passes.max() <= 2
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_large_batches_are_cut(scale, monkeypatch):
     """Guided rows are counted twice."""
@@ -57,20 +49,3 @@ def test_large_batches_are_cut(scale, monkeypatch):
     monkeypatch.setattr("prior.parallel.LOGITS_ON_CPU", 6 * 12 * 5)
     tokens, _, rows = drawn_in_parallel(model, 11, monkeypatch, **settings)
     assert torch.equal(tokens, expected) and max(rows) == 6
-
-
-@pytest.mark.parametrize(("name", "order"), [("gpt", "raster"), ("blocks", "halton:4")])
-def test_each_pass_is_right_up_to_the_first_token_that_changed(name, order, monkeypatch):
-    """Against all passes written again: whole guesses, argmax of logits and noise."""
-    model = make_prior(name, order=order)
-    own = noise.TokenNoise(noise.draw_keys(generators(1), 1), 12, 5).of_ranks(0, 12)
-    guess, count = own.argmax(-1), 0
-    while True:
-        raster = torch.empty_like(guess).scatter_(1, model.order[None], guess)
-        drawn = (model(raster.view(1, 3, 4))[:, model.order].detach() + own).argmax(-1)
-        count += 1
-        if torch.equal(drawn, guess):
-            break
-        guess = drawn
-    tokens, passes, _ = drawn_in_parallel(model, 1, monkeypatch)
-    assert torch.equal(tokens.view(1, 12)[:, model.order], guess) and count - 1 <= int(passes) <= count

@@ -1,7 +1,4 @@
-"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches.
-
-Covers: prior/gated_pixelcnn.py, prior/layers.py.
-"""
+"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches."""
 
 import pytest
 import torch
@@ -41,9 +38,6 @@ def offsets(height, width):
     return rows[:, None] - rows, columns - columns[:, None]
 
 
-# What is seen
-
-
 @both
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(7, 8), (3, 11), (6, 1)])
@@ -56,18 +50,6 @@ def test_receptive_field_is_what_gradients_reach(name, depth, shape):
     expected = box & (right <= above) if name == "pixelcnn" else box
     assert torch.equal(seen_by_gradients(model), expected)
     assert torch.equal(model.receptive_field, expected)
-
-
-def test_a_blind_spot_is_cured_by_no_depth_and_the_gated_one_has_none_once_depth_allows():
-    earlier = torch.ones(64, 64).tril(-1).bool()
-    assert not torch.equal(make_prior("pixelcnn", shape=(8, 8), depth=20).receptive_field, earlier)
-    assert not torch.equal(make_prior("gated_pixelcnn", shape=(8, 8), depth=5).receptive_field, earlier)
-    assert torch.equal(make_prior("gated_pixelcnn", shape=(8, 8), depth=6).receptive_field, earlier)
-    covered = make_prior("pixelcnn", shape=(3, 4), first_kernel=7).receptive_field
-    assert torch.equal(covered, torch.ones(12, 12).tril(-1).bool()), "the first kernel covers the grid"
-
-
-# The convolutions
 
 
 @pytest.mark.parametrize("sees_itself", [False, True])
@@ -85,9 +67,6 @@ def test_masked_conv_is_the_published_one(size, sees_itself):
     assert len(conv.taps) == int(mask.sum())
 
 
-# Sampling
-
-
 @both
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(("first_kernel", "kernel"), [(3, 3), (7, 5), (5, 7)])
@@ -102,13 +81,3 @@ def test_steps_are_the_forward_pass_for_all_kernels(name, rows, first_kernel, ke
 
 
 # Configurations
-
-
-@both
-def test_published_sizes(name):
-    """15 blocks of 16 channels; 10 gated layers of 128 channels: as 28x28 binary pixels have been modelled."""
-    config = {"dim": 16, "depth": 15} if name == "pixelcnn" else {"dim": 128, "depth": 10}
-    config |= {"first_kernel": 7, "kernel": 3, "hidden": 32, "row_embedding": False}
-    model = make_prior(name, shape=(28, 28), vocab_size=2, num_classes=0, **config)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert count // 1000 == (42 if name == "pixelcnn" else 3550)

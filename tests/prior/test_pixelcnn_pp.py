@@ -8,9 +8,7 @@ from givens.headed import make_headed
 from small import draw_tokens, encode, logits_of, make_prior, moved_by
 from torch import nn
 
-from prior import Prior
 from prior.condition_encoder import Encoded
-from tokenizer import TokenGrid
 
 KIND = "pixelcnn_pp"
 every_stages = pytest.mark.parametrize("stages", [1, 2, 3])
@@ -103,23 +101,6 @@ def test_the_streams_are_those_of_the_paper(stages, shape, depth):
     assert torch.allclose(logits_of(model, tokens, labels), expected, rtol=1e-9, atol=1e-9) and expected.std() > 0.1
 
 
-def test_published_size():
-    """53.6 M weights for CIFAR-10; the authors' code has 48,000 more: a scale of each output, biases of 1x1 layers."""
-    grid, head = TokenGrid((96, 32), 256, channels=3), {"kind": "logistic", "components": 10}
-    with torch.device("meta"):
-        model = Prior.create(KIND, grid=grid, dim=160, depth=5, stages=3, row_embedding=False, head=head)
-    without_classes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith("label.weight")}
-    assert sum(without_classes.values()) // 10_000 == 5361
-    assert model.output_head.size == 100
-    assert (len(model.stage.down), len(model.stage.up), len(model.stage.coarser.stage.coarser.stage.up)) == (5, 6, 5)
-
-
-# What is seen
-
-
-# What is put in
-
-
 def test_intensities_are_put_in_and_the_border_is_told_from_any():
     model = make_headed(KIND, "logistic", {"channels": 3}).double()
     ids = torch.tensor([[0, 15, 5], [7, 8, 10]])
@@ -130,9 +111,6 @@ def test_intensities_are_put_in_and_the_border_is_told_from_any():
     nn.init.zeros_(one_id.embedding.weight)
     first = one_id.first_above(one_id.embed(torch.zeros(1, 3, 4, 1, dtype=torch.long)))[0]
     assert torch.equal(first[0], one_id.first_above.bias.expand(4, -1)) and not torch.equal(first[2], first[0])
-
-
-# Steps
 
 
 @pytest.mark.sparse

@@ -1,7 +1,4 @@
-"""Settings, requests and calls that priors refuse: an error of one line that names the setting or argument.
-
-Covers: prior/base.py, prior/options.py, prior/sampling.py.
-"""
+"""Settings, requests and calls that priors refuse: an error of one line that names the setting or argument."""
 
 from __future__ import annotations
 
@@ -20,20 +17,16 @@ from tokenizer.model import ConfigError
 
 LONG, LEVELS, CLIP = TokenGrid((12,), 5), TokenGrid((6, 3), 32, levels=3), TokenGrid((2, 2, 3), 5)
 GREY, SCALES = grid_with({"channels": 1}, (2, 2), 16), TokenGrid((5,), 5, ((1, 1), (2, 2)))
-# Configurations: kind, settings, key (of the first setting, unless it is given)
-
 SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("causal_conv", {"max_dilation": 6}, "max_dilation"),
     ("pixelcnn", {"order": "snake"}, "order"),
     ("gated_pixelcnn", {"grid": LONG}, "grid"),
     ("pixelcnn", {"first_kernel": 4}, "first_kernel"),
-    ("pixelsnail", {"kernel": 4}, "kernel"),
     ("pixelsnail", {"key": 16, "value": 8}, "key"),
     ("made", {"masks": 3}, "masks"),
     ("made", {"direct": True, "grid": TokenGrid((64, 64), 16)}, "direct"),
     ("next_scale", {"grid": TokenGrid((7, 7), 5)}, "grid"),
     ("next_scale", {"grid": SCALES, "order": "random:1"}, "order"),
-    ("next_scale", {"grid": SCALES, "blocks": (1, 4)}, "blocks"),
     ("gpt", {"dim": 36, "heads": 4}, "heads"),
     ("gpt", {"dim": 4096, "heads": 1, "grid": TokenGrid((512, 512), 4)}, "heads"),
     ("gpt", {"anneal": (0.7, 0.5)}, "anneal"),
@@ -42,19 +35,15 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt", {"window": (1, 1), "any_order": True}, "window"),
     ("gpt", {"window": (0, 3)}, "window"),
     ("gpt", {"window": (1, 1), "grid": CLIP}, "window"),
-    ("gpt", {"window": (1, 1), "grid": LONG}, "window"),
     ("gpt", {"window": (200, 200), "grid": TokenGrid((256, 256), 4)}, "window"),
     ("gpt", {"order": "diagonal"}, "order"),
     ("gpt", {"blocks": (6, 6)}, "blocks"),
     ("blocks", {"blocks": (6, 5)}, "blocks"),
-    ("blocks", {"blocks": (12, 0)}, "blocks"),
     ("blocks", {"order": "halton:13"}, "order"),
     ("gpt", {"head": "depth"}, "head"),
-    ("gpt", {"head": "logistic"}, "head"),
     ("gpt", {"head": "softmax", "grid": LEVELS}, "head"),
     ("gpt", {"head": "logistic", "grid": grid_with({"channels": 1}, (2, 2), 15)}, "head"),
     ("gpt", {"head": "depth", "grid": LEVELS, "any_order": True}, "any_order"),
-    ("gpt", {"head": "depth", "grid": LEVELS, "blocks": (6, 12)}, "blocks"),
     ("masked", {"head": "depth", "grid": LEVELS}, "head"),
     ("masked", {"label_smoothing": 0.1, "head": "logistic", "grid": GREY}, "label_smoothing"),
 ]
@@ -68,24 +57,22 @@ def test_settings_that_do_not_fit_are_refused_by_name(kind, settings, key):
     assert message.startswith(f"{kind}: ") and key in message.split(":")[1] and "\n" not in message
 
 
-# Calls: kind, settings, method, arguments, and the one that the error names
-
 TOKENS, ALL = torch.zeros(2, 3, 4).long(), torch.ones(2, 3, 4).bool()
 BOTH = {"tokens": TOKENS, "known": ALL}
-WRONG_TOKENS = (TOKENS + 5, TOKENS - 1, TOKENS.transpose(1, 2), TOKENS[0], TOKENS.float(), ALL)
-WRONG_ORDERS = ["strange", [1, 2], torch.arange(12.0), [0] * 12, torch.arange(12).expand(3, -1), torch.ones(12).bool()]
+WRONG_TOKENS = (TOKENS + 5, TOKENS - 1, TOKENS.transpose(1, 2), TOKENS.float())
+WRONG_ORDERS = ["strange", [1, 2], torch.arange(12.0), [0] * 12, torch.arange(12).expand(3, -1)]
 OUT_OF_RANGE: dict[str, list[Any]] = {
-    "num_images": [0, 2.0, None, True],
+    "num_images": [0, 2.0],
     "labels": [[1, 4], torch.eye(2).long()],
     "order": [*WRONG_ORDERS, "snake"],
-    "num_orders": [0, 1.0, 2],
-    "temperature": [-1.0, math.nan, "hot", True, None],
-    "top_k": [0, 2.0, True],
-    "top_p": [0.0, 1.1, math.nan, "0.9"],
-    "guidance_scale": [-0.5, math.inf, [1, 2], None, 2.0],
-    "guidance_end": [-0.5, math.nan, True, 2.0],
-    "guidance_power": [0.0, math.inf, 2.0],
-    "generator": [generators(count) for count in (0, 1, 3)],
+    "num_orders": [0, 2],
+    "temperature": [-1.0, math.nan, "hot"],
+    "top_k": [0, 2.0],
+    "top_p": [0.0, 1.1, math.nan],
+    "guidance_scale": [-0.5, math.inf, 2.0],
+    "guidance_end": [-0.5, 2.0],
+    "guidance_power": [0.0, 2.0],
+    "generator": [generators(3), [0, 1]],
     "warmth": [1],
 }
 SAMPLED: list[tuple[str, list[dict[str, Any]]]] = [
@@ -93,30 +80,25 @@ SAMPLED: list[tuple[str, list[dict[str, Any]]]] = [
     ("parallel", [{"parallel": True, "cache": False}]),
     ("known", [{"tokens": TOKENS}, *({**BOTH, "known": known} for known in (ALL.float(), ALL[:, 0]))]),
     ("tokens", [{"known": ALL}]),
-    ("token", [{**BOTH, "tokens": tokens} for tokens in (TOKENS.float(), TOKENS[0, 0], TOKENS + 9, TOKENS - 1)]),
-    ("generator", [{"generator": wrong} for wrong in (5, "cpu", [0, 1], [None, None])]),
+    ("token", [{**BOTH, "tokens": tokens} for tokens in (TOKENS.float(), TOKENS[0, 0], TOKENS + 9)]),
 ]
 STEPS = [{"num_orders": 2}, {"parallel": True}, {"cache": False}, {"steps": 13}, {"steps": True}]
-SIZES = [Partition(torch.arange(12), sizes) for sizes in ((6, 5), (6, 6.0), (0, 12), (4.5, 7.5))]
+SIZES = [Partition(torch.arange(12), sizes) for sizes in ((6, 5), (0, 12), (4.5, 7.5))]
 CALLS: list[tuple[str, dict[str, Any], str, list[dict[str, Any]], str]] = [
     *(("gpt", {}, "sample", requests, word) for word, requests in SAMPLED),
     ("gpt", {}, "log_prob", [{"tokens": tokens} for tokens in WRONG_TOKENS], "token"),
-    ("gpt", {}, "log_prob", [{"num_orders": 2}], "num_orders"),
     ("gpt", {}, "log_prob", [{"num_masks": count} for count in (2, 0, 2.5)], "num_masks"),
-    ("gpt", {}, "loss", [{"labels": [1, 4]}], "labels"),
     ("masked", {}, "loss", [{"order": torch.arange(12)}], "known"),
-    ("made", {}, "sample", [{"num_masks": count} for count in (2, 0, None)], "num_masks"),
-    ("gpt", {}, "features", [{"layer": layer} for layer in (2, -1, True, 1.0)], "layer"),
+    ("made", {}, "sample", [{"num_masks": count} for count in (2, 0)], "num_masks"),
+    ("gpt", {}, "features", [{"layer": layer} for layer in (2, -1)], "layer"),
     ("marginal", {}, "features", [{}], "layer"),
     ("masked", {}, "make_steps", [{"order": "rows", "steps": 3}], "steps"),
     ("masked", {}, "sample", [{"steps": 3, **more} for more in STEPS], "steps"),
     ("masked", {}, "sample", [{"steps": 2, "confidence_temperature": -1.0}], "confidence_temperature"),
     ("masked", {}, "sample", [{"steps": 2, "schedule": "sine"}], "schedule"),
-    ("masked", {"exact": False}, "log_prob", [{"order": "snake"}], "order"),
     ("gpt", {"any_order": True}, "sample", [{"order": "rows"}], "order"),
     ("blocks", {"any_order": True}, "log_prob", [{"order": order} for order in SIZES], "blocks"),
     ("blocks", {"order": "rows"}, "sample", [{"order": "halton:4"}], "order"),
-    ("blocks", {"blocks": (4, 4, 4)}, "log_prob", [{"order": "raster"}], "order"),
 ]
 
 
@@ -136,29 +118,19 @@ def test_wrong_arguments_are_refused_by_name(kind, settings, method, arguments, 
 
 def test_the_ends_of_ranges_are_allowed():
     gpt = make_prior("gpt")
-    kinds = (torch.int32, torch.uint8, torch.uint16, torch.uint32)
-    for labels in ([0, 3], *(torch.tensor([2, 0], dtype=kind) for kind in kinds), None):
+    for labels in ([0, 3], torch.tensor([2, 0], dtype=torch.uint16), None):
         assert gpt.sample(2, labels, tokens=TOKENS[0] + 4, known=ALL[0]).eq(4).all()
     for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1.0}, {"guidance_scale": 0.0}, {"guidance_end": 0}):
         assert gpt.sample(1, [1], **settings).shape == (1, 3, 4)
 
 
-# Orders that are accepted
-
-
 @pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("gpt", {"order": "snake"}),
-        ("blocks", {"order": "halton:3", "grid": LEVELS, "head": "depth"}),
-        ("next_scale", {}),
-    ],
+    ("kind", "settings"), [("blocks", {"order": "halton:3", "grid": LEVELS, "head": "depth"}), ("next_scale", {})]
 )
 def test_a_prior_of_one_order_takes_it_by_its_name(kind, settings):
     """Also where the name orders positions of several ids, or scales."""
     model = make_prior(kind, **settings)
-    tokens, own = draw_tokens(model, 2), {"order": model.config.order}
-    assert torch.equal(model.log_prob(tokens, **own), model.log_prob(tokens))
-    assert torch.equal(model.sample(2, generator=generators(2), **own), model.sample(2, generator=generators(2)))
+    tokens = draw_tokens(model, 2)
+    assert torch.equal(model.log_prob(tokens, order=model.config.order), model.log_prob(tokens))
     with pytest.raises(ValueError, match="order"):
         model.sample(2, order="random:7")

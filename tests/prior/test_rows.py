@@ -4,8 +4,6 @@ import pytest
 import torch
 from small import PRIORS, make_prior, make_tokenizer
 
-HAVE_A_CHOICE = ("pixelcnn", "gated_pixelcnn")
-both = pytest.mark.parametrize("name", HAVE_A_CHOICE)
 RVQ = {"kind": "rvq", "depth": 2, "book": {"kind": "ema", "codes": 8, "dim": 4}}
 LAYOUTS = {
     "channels": lambda: make_tokenizer("pixels", (6, 4)),
@@ -29,8 +27,3 @@ def test_every_prior_knows_which_row_it_draws(name, layout):
     grid = LAYOUTS[layout]().grid
     assert len(grid.shape) == 2 and grid.shape[0] >= 18
     assert rows_alike(make_prior(name, grid.shape, grid.vocab_size)) > 1e-6
-
-
-@both
-def test_a_convolution_without_row_biases_does_not(name):
-    assert rows_alike(make_prior(name, (18, 4), row_embedding=False)) == 0

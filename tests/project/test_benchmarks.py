@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -40,25 +39,19 @@ def test_a_benchmark_documents_commands_that_exist(name):
         assert list((ROOT / "configs" / "prior").glob(f"*_{data}.yaml")), f"no presets for data={data}"
 
 
-def test_help_is_the_docstring_and_a_mistake_is_one_line():
-    assert "python -m benchmarks.speed.sampling threads=1" in run("speed.sampling", "--help")
-    for arguments, key in ((["threads"], "threads"), (["thread=1"], "thread"), (["threads=two"], "threads=two")):
-        with pytest.raises(AssertionError, match=rf"^{key}: "):
-            run("speed.sampling", *arguments)
+def test_help_is_the_docstring_and_a_mistake_is_one_line(monkeypatch, capsys):
+    from benchmarks.speed import sampling
 
+    def main(argument):
+        monkeypatch.setattr(sys, "argv", ["sampling", argument])
+        sampling.main()
 
-def test_the_demo_begins_with_an_estimate_of_its_time():
-    """In proportion to the steps of its presets, and to the time of a step on this machine."""
-    first = (ROOT / "Makefile").read_text().partition("$(DONE)/vqvae_digits: ")[2].splitlines()[1]
-    assert "-m benchmarks.speed.demo" in first
-    (line,) = run("speed.demo", "threads=1").splitlines()
-    minutes = int(re.match(r"make demo: about (\d+) minutes? on this machine, 1 thread: ", line)[1])
-    training = sum(
-        int(steps.replace(",", "")) * float(each) for steps, each in re.findall(r"([\d,]+) steps of ([\d.]+)", line)
-    )
-    assert minutes == pytest.approx(training / 60 * 1.6, abs=1 + training / 600)
-    for preset, steps in (("tokenizer/vqvae_digits", 800), ("prior/gpt_digits", 1000)):
-        assert f"steps: {steps}" in (ROOT / "configs" / f"{preset}.yaml").read_text() and f"{steps:,} steps" in line
+    with pytest.raises(SystemExit):
+        main("--help")
+    assert "python -m benchmarks.speed.sampling threads=1" in capsys.readouterr().out
+    for argument in ("threads", "thread=1", "threads=two"):
+        with pytest.raises(SystemExit, match=f"^{argument.removesuffix('=1')}: "):
+            main(argument)
 
 
 @pytest.mark.slow
@@ -150,26 +143,6 @@ def test_tokenizers_are_trained_for_equal_time_once(tmp_path):
     assert run(*command).splitlines()[-8:] == printed.splitlines()[-8:]
     with pytest.raises(AssertionError, match="was made with gpt_minutes=0.002"):
         run(*command, "gpt_minutes=1")
-
-
-def test_a_row_that_fails_does_not_end_the_gpu_table(monkeypatch, capsys):
-    """Such as compiled ones without a compiler; the row has the error."""
-    from benchmarks.speed import gpu
-
-    card = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    sizes, failed = SimpleNamespace(write_data=lambda folder: None), []
-    training = [("one", lambda: sys.exit("no GPU")), ("two", lambda: "| two | 3 |")]
-    monkeypatch.setattr(gpu, "training_rows", lambda *_: training)
-    monkeypatch.setattr(gpu, "model_config", lambda arguments: None)
-    for name in ("prior_arguments", "tokenizer_arguments", "coding_rows"):
-        monkeypatch.setattr(gpu, name, lambda *_: [])
-    monkeypatch.setattr(gpu, "sampling_rows", lambda *_: [("gpt", "4", lambda: [1 / 0]), ("gpt", "8", lambda: ["5"])])
-    tables = "\n".join(gpu.measure_parts(card, sizes, ["training", "sampling"], 1, failed))
-    assert failed == ["one", "gpt"] and "failed: SystemExit: no GPU" in tables
-    assert "failed: ZeroDivisionError: division by zero" in tables
-    assert "| two | 3 |" in tables and "| gpt | 8 | 5 |" in tables
-    widths = [line.count("|") for line in tables.splitlines() if "failed" in line or "images" in line]
-    assert widths == [len(gpu.HEAD) + 1] * 2 + [len(gpu.SAMPLING_HEAD) + 1] * 2
 
 
 @pytest.mark.slow

@@ -51,14 +51,12 @@ def world(tmp_path_factory):
     rows = make_split(ids, columns := label_column(names), label=torch.arange(20) % 10)
     TokenDataset(grid, columns, {"train": rows, "test": rows}, tokenizer, {}).save(root / "tokens")
     TokenDataset(grid, columns, {"train": rows}, tokenizer, {}).save(root / "tokens_without_test")
-    TokenDataset(grid, columns, {"train": rows}, tokenizer, {}).save(root / "stage_one_tokens")
     tokenizer.save_pretrained(root / "stage_one" / "tokenizer")
     write_pictures(root / "images" / "cat", 6)
     write_pictures(root / "corrupt" / "cat", 6)
     (root / "corrupt" / "cat" / "broken.png").write_bytes((root / "images" / "cat" / "0.png").read_bytes()[:60])
     write_pictures(root / "giant" / "cat", 6)
     (root / "giant" / "cat" / "bomb.png").write_bytes(header_only(9_000, 9_000))
-    (root / "empty").mkdir()
     (root / "mine").mkdir()
     (root / "mine" / "thesis.tex").write_text("years of work")
     return root
@@ -72,22 +70,14 @@ EVALUATE = ["evaluate", "out={out}", "pipeline={world}/run/pipeline", "num_image
 RECONSTRUCT = ["reconstruct", "out={out}.png", "tokenizer={world}/tokenizer", "data.source={world}/images"]
 
 BAD = [
-    (TRAIN, ["data.source={world}/empty"], "{world}/empty: "),
     (TRAIN, ["data.source={world}/corrupt"], "{world}/corrupt/cat/broken.png"),
     (TRAIN, ["data.source={world}/giant"], "{world}/giant/cat/bomb.png: "),
-    (TRAIN, ["train.batch_size=10", "train.accumulate=3"], "train.batch_size: "),
-    (TRAIN, ["model.widths=[12]"], "widths: "),
-    (ENCODE, ["tokenizer={world}/empty"], "{world}/empty/config.json: "),
     (ENCODE, ["tokenizer={world}/run/pipeline/prior"], "'gpt'"),
     (ENCODE, ["out={world}/mine"], "{world}/mine"),
     (PRIOR, ["tokens={world}/images"], "`smalti encode`"),
-    (PRIOR, ["tokens={world}/stage_one"], "{world}/stage_one_tokens?"),
     (PRIOR, ["tokens={world}/tokens_without_test"], "'test'"),
-    (PRIOR, ["model.order=zigzag"], "order"),
     (GENERATE, ["pipeline={world}/damaged"], "{world}/damaged/prior/model.safetensors: "),
     (GENERATE, ["labels=cow"], "'cow'"),
-    (GENERATE, ["device=toaster"], "device: "),
-    (GENERATE, ["out={world}/mine/thesis.tex/grid.png"], "out: "),
     (EVALUATE, ["data.source={world}/images"], "classes"),
     (RECONSTRUCT, ["data.channels=3"], "(3, 28, 28)"),
 ]
@@ -103,16 +93,9 @@ def test_a_mistake_is_named_in_lines_and_changes_nothing(world, tmp_path, capsys
     assert made <= {"config.json"}  # of a training run
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "size"),
-    [
-        ("a/grid.png", ["num_images=20"], (10 * 58 + 2, 16 + 2 * 58 + 2)),  # a captioned column for each class
-        ("b.JPG", ["num_images=3", "columns=3", "captions=false"], (3 * 58 + 2, 58 + 2)),
-    ],
-)
-def test_generate_draws_a_grid(world, tmp_path, name, options, size):
-    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/{name}", *options])
-    assert Image.open(tmp_path / name).size == size
+def test_generate_draws_a_grid(world, tmp_path):
+    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/a/grid.png", "num_images=20"])
+    assert Image.open(tmp_path / "a/grid.png").size == (10 * 58 + 2, 16 + 2 * 58 + 2)  # a captioned column a class
 
 
 def resolved(capsys, *argv):
@@ -155,7 +138,7 @@ def test_a_closed_pipe_ends_a_process_quietly():
     """As `yes | head -1` does."""
     read, write = os.pipe()
     os.close(read)
-    argv = [sys.executable, "-m", "pipelines", "verify", "--help", "all"]
+    argv = [sys.executable, "-m", "pipelines", "--help"]
     result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(write)
     assert (result.returncode, result.stderr) == (141, "")

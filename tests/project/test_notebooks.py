@@ -43,20 +43,10 @@ def execute(name: str, folder: Path, changes: dict[str, str]) -> tuple[list[str]
     return unwanted, pictures
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", SHORTER)
-def test_the_first_notebooks_run(name: str, tmp_path: Path) -> None:
-    unwanted, pictures = execute(name, tmp_path, SHORTER[name])
-    assert unwanted == [] and pictures >= PICTURES
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_notebook_runs_at_full_length(name: str, tmp_path: Path) -> None:
-    unwanted, pictures = execute(name, tmp_path, {})
+@pytest.mark.parametrize("name", [*SHORTER, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
+def test_a_notebook_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """At full length if it is slow."""
+    slow = request.node.get_closest_marker("slow") is not None
+    unwanted, pictures = execute(name, tmp_path, {} if slow else SHORTER[name])
     assert unwanted == [] and pictures >= PICTURES
-
-
-def test_notebooks_are_stored_without_outputs() -> None:
-    assert len(NAMES) == 5 and not list(FOLDER.glob("*.ipynb"))

@@ -158,21 +158,6 @@ def test_the_example_quantizers_keep_their_promises(registered):
         assert not any(dict(check_quantizer(Quantizer.create(name, codes=16, dim=4))).values())
 
 
-def test_the_quantizer_with_prices_spends_fewer_nats(registered):
-    """Its frequencies are those of the training batches, and a higher price makes them less even."""
-    entropies = []
-    for price in (0.0, 0.5):
-        torch.manual_seed(0)
-        quantizer = Quantizer.create("priced", codes=16, dim=4, price=price).train()
-        batches = torch.randn(400, 8, 4, 3, 3)
-        tokens = torch.stack([quantizer.quantize(z).tokens for z in batches])[-200:]
-        quantizer.quantize(torch.full_like(batches[0], float("nan")))
-        used = tokens.flatten().bincount(minlength=16) / tokens.numel()
-        assert torch.allclose(quantizer.frequencies, used, atol=0.03) and quantizer.started == 401
-        entropies.append(float(torch.special.entr(used).sum()))
-    assert entropies[1] < entropies[0] - 0.1
-
-
 def test_the_example_tokenizer_decodes_what_it_encodes(registered):
     model = Tokenizer.create("mosaic", image_size=(8, 12), channels=3)
     images = torch.rand(2, 3, 8, 12) * 2 - 1

@@ -88,12 +88,6 @@ def run_python(code: str, *options: str, code_of_exit: int = 0) -> list[str]:
     return (result.stderr if code_of_exit else result.stdout).splitlines()
 
 
-@pytest.mark.parametrize("code", ["import tokenizer, prior", "from pipelines import ImagePipeline"])
-def test_an_import_takes_a_second_beside_torch(code: str) -> None:
-    (line,) = run_python(f"import time, torch; start = time.process_time(); {code}; print(time.process_time() - start)")
-    assert float(line) < 1.5
-
-
 def test_help_and_user_errors_do_not_import_torch() -> None:
     code = f"""
 import sys, pipelines
@@ -135,9 +129,8 @@ print(json.dumps(found))
     assert json.loads(run_python(code, "-W", "error")[-1]) == {}
 
 
-@pytest.mark.parametrize("package", ["tokenizer", "prior"])
-def test_another_package_of_the_same_name_is_reported(tmp_path: Path, package: str) -> None:
-    path = tmp_path / f"{package}.py"
-    path.write_text("class TokenGrid: ...\nclass Tokenizer: ...\nclass Prior: ...\n")
+def test_another_package_of_the_same_name_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "prior.py"
+    path.write_text("class Prior: ...\n")
     last = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pipelines", code_of_exit=1)[-1]
-    assert last.startswith("ImportError") and str(path) in last and f"`{package}`" in last
+    assert last.startswith("ImportError") and str(path) in last and "`prior`" in last

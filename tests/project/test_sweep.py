@@ -8,7 +8,6 @@ import subprocess
 from functools import reduce
 from pathlib import Path
 
-import pytest
 import yaml
 from launch import make_tokens
 
@@ -19,10 +18,9 @@ ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "docs" / "sweep.yaml"
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_the_command_of_a_trial_is_valid(seed: int, tmp_path: Path) -> None:
+def test_the_command_of_a_trial_is_valid(tmp_path: Path) -> None:
     """As the agent starts it, with values that a sweep server could draw."""
-    sweep, draw = yaml.safe_load(SWEEP.read_text()), random.Random(seed)
+    sweep, draw = yaml.safe_load(SWEEP.read_text()), random.Random(0)
     values = {
         name: draw.choice(how["values"]) if "values" in how else draw.uniform(how["min"], how["max"])
         for name, how in sweep["parameters"].items()

@@ -304,15 +304,6 @@ def test_nothing_is_written_through_a_link(world, tmp_path, name):
 # Our own folders
 
 
-@pytest.mark.parametrize("name", ["Prior.save_pretrained", "encode", "evaluate", "save_picture"])
-def test_the_parent_of_an_output_may_be_a_link(world, tmp_path, name):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to("disk")
-    out = WRITERS[name].path(tmp_path / "link")
-    WRITERS[name].write(world, out)
-    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == [out.name]
-
-
 @writers("whole")
 def test_our_folder_is_replaced_unless_a_file_was_added_or_a_text_edited(world, tmp_path, name):
     out = make_output(world, name, tmp_path)

@@ -9,11 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-VIEWS = (
-    "_unsafe_view alias as_strided detach expand narrow permute select slice split split_with_sizes squeeze t "
-    "transpose unbind unfold unsqueeze view view_as_complex"
-)
-"""Operations that copy nothing."""
+VIEWS = {
+    *("_unsafe_view", "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split"),
+    *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as_complex"),
+}
 
 
 class Operations(TorchDispatchMode):
@@ -26,7 +25,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        self.names += [name] if name not in VIEWS.split() else []
+        self.names += [name] if name not in VIEWS else []
         given = {
             each.untyped_storage().data_ptr()
             for each in (*args, *(kwargs or {}).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from pipelines.files import atomic_file
@@ -15,6 +16,12 @@ def files_in(folder: Path) -> list[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of every file below the folder."""
     return {name: (folder / name).read_bytes() for name in files_in(folder)}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def written(path: Path) -> dict[str, bytes] | bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from tokenizer.critic import (
     DECAY,
-    NORMS,
     PatchCritic,
     adaptive_weight,
     hinge_critic_loss,
@@ -24,9 +22,6 @@ from tokenizer.critic import (
     non_saturating_critic_loss,
     non_saturating_generator_loss,
 )
-
-every_norm = pytest.mark.parametrize("norm", NORMS)
-
 
 # The network
 
@@ -47,17 +42,7 @@ def test_a_logit_sees_its_patch_and_nothing_else(layers, norm):
         assert int(seen[-1] - seen[0]) + 1 == field
 
 
-@every_norm
-def test_logits_are_a_float32_map(norm):
-    critic = PatchCritic(3, width=4, layers=2, norm=norm)
-    images = torch.rand(2, 3, 28, 40) * 2 - 1
-    logits = critic(images)
-    assert logits.shape == (2, 1, *critic.map_size(28, 40)) and logits.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert critic(images).dtype == torch.float32
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("layers", [1, 3])
 def test_images_below_the_smallest_size_are_refused(layers):
     critic = PatchCritic(1, width=2, layers=layers)
     side = critic.smallest
@@ -67,24 +52,9 @@ def test_images_below_the_smallest_size_are_refused(layers):
             critic(torch.zeros(1, 1, height, width))
 
 
-def test_spectral_norm_holds_the_largest_singular_value_at_one():
-    critic = PatchCritic(3, width=8, layers=2)
-    for parameter in critic.parameters():
-        nn.init.normal_(parameter, std=3.0)
-    for _ in range(30):
-        critic(torch.randn(2, 3, 16, 16))
-    convolutions = [layer for layer in critic.body if hasattr(layer, "stride")]
-    assert len(convolutions) == 4
-    for layer in convolutions:
-        largest = torch.linalg.svdvals(layer.weight.detach().flatten(1))[0]
-        assert float(largest) == pytest.approx(1.0, abs=0.05)
-
-
 def test_the_power_iteration_is_float32_under_autocast(monkeypatch):
     """On a GPU, autocast would run it in bfloat16; a CPU would not, so this asserts that autocast is off."""
-    critic, images = PatchCritic(3, width=8, layers=2), torch.randn(2, 3, 16, 16)
-    same, seen = copy.deepcopy(critic), []
-    critic(images)
+    critic, seen = PatchCritic(3, width=8, layers=2), []
     normalise = _SpectralNorm.forward
 
     def watched(self: _SpectralNorm, weight: Tensor) -> Tensor:
@@ -93,10 +63,8 @@ def test_the_power_iteration_is_float32_under_autocast(monkeypatch):
 
     monkeypatch.setattr(_SpectralNorm, "forward", watched)
     with torch.autocast("cpu", torch.bfloat16):
-        same(images)
+        assert critic(torch.randn(2, 3, 16, 16)).dtype == torch.float32
     assert seen == [(False, torch.float32)] * 4
-    for name, value in critic.state_dict().items():
-        assert torch.equal(value, same.state_dict()[name]), name
 
 
 # Losses
@@ -114,16 +82,9 @@ def test_the_arguments_of_the_cross_entropy_are_in_the_right_order():
     """LlamaGen has the ones as input and the logits as target. That is linear and unbounded in the logits of real
     images, and constant in those of fakes."""
     bce, ones, zeros = F.binary_cross_entropy_with_logits, torch.ones_like, torch.zeros_like
-    real, fake = (torch.tensor([8.0, -8.0], requires_grad=True) for _ in range(2))
-    loss = non_saturating_critic_loss(real, fake)
-    with torch.no_grad():
-        right = 0.5 * (bce(real, ones(real)) + bce(fake, zeros(fake)))
-        swapped = 0.5 * (bce(ones(real), real) + bce(zeros(fake), fake))
-        assert float(loss) == pytest.approx(float(right)) and abs(float(loss - swapped)) > 1
-        assert float(non_saturating_generator_loss(fake)) == pytest.approx(float(bce(fake, ones(fake))))
-    loss.backward()  # 1/4 where the critic is wrong, nothing where it is sure and right
-    torch.testing.assert_close(real.grad, torch.tensor([0.0, -0.25]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(fake.grad, torch.tensor([0.25, 0.0]), atol=1e-3, rtol=0)
+    right = 0.5 * (bce(REAL, ones(REAL)) + bce(FAKE, zeros(FAKE)))
+    assert float(non_saturating_critic_loss(REAL, FAKE)) == pytest.approx(float(right))
+    assert float(non_saturating_generator_loss(FAKE)) == pytest.approx(float(bce(FAKE, ones(FAKE))))
 
 
 # Running means
@@ -143,15 +104,8 @@ def test_running_means_start_at_the_first_logits():
     critic.track(torch.full((5,), 10.5), torch.zeros(2))
     assert float(critic.real_mean) == pytest.approx(0.5 + (1 - DECAY) * 10, rel=1e-5)
     assert float(critic.fake_mean) == pytest.approx(DECAY * -1.75 / 4, rel=1e-5)
-    assert int(critic.tracked) == 2 and not critic.real_mean.requires_grad
-
-
-def test_running_means_ignore_logits_that_are_not_finite_and_evaluation():
-    critic = PatchCritic(1, width=2, layers=1)
-    critic.track(REAL, FAKE)
     before = {name: value.clone() for name, value in critic.state_dict().items()}
     critic.track(REAL, FAKE * math.nan)
-    critic.track(REAL * math.inf, FAKE)
     with torch.no_grad():
         critic.track(2 * REAL, FAKE)
     critic.eval().track(2 * REAL, FAKE)

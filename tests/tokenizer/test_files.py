@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ordinary import as_others
-from small import make_prior, make_tokenizer
+from small import make_prior
 
 from tokenizer import files
 from tokenizer.files import (
@@ -23,14 +22,12 @@ from tokenizer.files import (
     PathError,
     UnreadableError,
     atomic_folder,
-    check_name,
     find_folder,
     one_line,
     parse_json,
     read_bytes,
     read_folder,
     read_json,
-    read_manifest,
     verify_manifest,
     write_json,
     write_manifest,
@@ -71,43 +68,18 @@ def test_only_regular_files_are_read(path):
         read_bytes(path, 1 << 20)
 
 
-@pytest.mark.parametrize("name", [".", "", "/etc/passwd", "a/../b", "a//b", "a\\b", "C:a"])
-def test_names_that_leave_the_folder_are_refused(name):
-    with pytest.raises(PathError, match=r"^manifest\.json: "):
-        check_name(name, "manifest.json")
-    check_name("a/b.c", "manifest.json")
-
-
-@pytest.mark.parametrize("size", [-1, 1])
-def test_a_manifest_names_the_file_that_changed(notes, size):
-    assert verify_manifest(notes)["title"] == "x"
+def test_a_manifest_finds_the_file_that_changed(notes):
     path = notes / "inner" / "data.bin"
     path.write_bytes(b"Data")
     with pytest.raises(IntegrityError, match=r"inner/data\.bin"):
         verify_manifest(notes)
     assert verify_manifest(notes, unhashed=["inner/data.bin"])["title"] == "x"
-    path.write_bytes(b"data" + b"x" * size if size > 0 else b"dat")
+    path.write_bytes(b"datax")
     with pytest.raises(IntegrityError, match=r"inner/data\.bin"):
         verify_manifest(notes, unhashed=["inner/data.bin"])
-    path.unlink()
-    with pytest.raises(PathError, match=r"inner/data\.bin"):
-        verify_manifest(notes)
 
 
-@pytest.mark.parametrize(
-    "entry", [{"sha256": "0" * 63, "size": 1}, {"sha256": 3, "size": 1}, {"sha256": "0" * 64}, None, []]
-)
-def test_entries_of_a_manifest_have_a_hash_and_a_size(notes, entry):
-    manifest = json.loads((notes / MANIFEST).read_text())
-    write_json(notes / MANIFEST, {"files": {**manifest["files"], "a": entry}})
-    with pytest.raises(FormatError, match="'a'"):
-        read_manifest(notes)
-    write_json(notes / MANIFEST, {"files": []})
-    with pytest.raises(FormatError, match="files"):
-        read_manifest(notes)
-
-
-@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "", "a\0b", "https://x.y/z"])
+@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "", "a\0b"])
 def test_a_source_is_a_folder_or_a_hub_id(source, tmp_path):
     with pytest.raises(PathError, match="neither"):
         find_folder(source, ["*"])
@@ -116,23 +88,15 @@ def test_a_source_is_a_folder_or_a_hub_id(source, tmp_path):
         find_folder(tmp_path / "model.safetensors", ["*"])
 
 
-def test_a_missing_folder_suggests_its_neighbour(tmp_path, monkeypatch):
+def test_every_error_of_the_hub_is_a_path_error_that_suggests_a_folder(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("peer closed\nconnection")
+
     (tmp_path / "runs/mine_gpt").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(PathError, match="did you mean runs/mine_gpt"):
-        find_folder("runs/mine_gtp", ["*"])
-
-
-@pytest.mark.parametrize("error", [RuntimeError("peer closed\nconnection"), KeyError("sha"), OSError(5, "x")])
-def test_every_error_of_the_hub_is_a_path_error(monkeypatch, error):
-    def fail(*_, **__):
-        raise error
-
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(PathError, match="me/mine") as caught:
-        find_folder("me/mine", ["*"])
-    assert str(caught.value).isprintable()
+    with pytest.raises(PathError, match="peer closed; did you mean runs/mine_gpt"):
+        find_folder("runs/mine_gtp", ["*"])
 
 
 def test_a_reader_waits_while_a_folder_is_being_replaced(notes):
@@ -169,23 +133,11 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(notes, fails):
         return reads[-1]
 
     assert read_folder(notes, lambda: read(1)) == {"ours": True, "number": 1} and len(reads) == 2
-    reads.clear()
     with pytest.raises(UnreadableError):
         read_folder(notes, lambda: read(99))
-    assert len(reads) == files.READS
 
 
 # Writing
-
-
-def test_a_folder_is_replaced_as_a_whole(notes):
-    with atomic_folder(notes, kind=NOTES) as folder:
-        write_json(folder / "notes.json", {"ours": True, "new": 1})
-        write_manifest(folder)
-    assert (
-        sorted(files.list_contents(notes)) == [MANIFEST, "notes.json"] and read_json(notes / "notes.json")["new"] == 1
-    )
-    assert [path.name for path in notes.parent.iterdir()] == ["notes"]
 
 
 def put_a_link(folder: Path) -> None:
@@ -219,13 +171,11 @@ def test_a_folder_with_files_of_the_user_is_not_replaced(notes, change, when):
 def test_others_may_read_files_but_not_write_them(tmp_path, mask, mode):
     before = os.umask(mask)
     try:
-        make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
         make_prior("marginal").save_pretrained(tmp_path / "prior")
     finally:
         os.umask(before)
-    for path in (tmp_path / "tokenizer", tmp_path / "prior"):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o755 & ~mask
-        assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {mode}
+    assert stat.S_IMODE((tmp_path / "prior").stat().st_mode) == 0o755 & ~mask
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "prior").iterdir()} == {mode}
 
 
 def test_links_and_folders_of_others_are_not_replaced(tmp_path, notes):
@@ -246,16 +196,13 @@ def test_links_and_folders_of_others_are_not_replaced(tmp_path, notes):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "notes"])
 
 
-@pytest.mark.parametrize("closed", ["mine", "mine/inner"])
-def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, closed):
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path):
     (tmp_path / "mine" / "inner").mkdir(parents=True)
     (tmp_path / "mine" / "inner" / "thesis.tex").write_text("years of work")
-    (tmp_path / closed).chmod(0o300)
-    refused = pytest.raises(PathError, match=f"{tmp_path}/mine")
-    with as_others(), refused, atomic_folder(tmp_path / "mine", kind=None):
+    (tmp_path / "mine" / "inner").chmod(0o300)
+    with as_others(), pytest.raises(PathError, match="mine"), atomic_folder(tmp_path / "mine", kind=None):
         pass
-    (tmp_path / closed).chmod(0o755)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "mine" / "inner").chmod(0o755)
     assert (tmp_path / "mine" / "inner" / "thesis.tex").read_text() == "years of work"
 
 
@@ -283,9 +230,7 @@ def test_ctrl_c_while_a_folder_is_replaced_leaves_the_old_folder(tmp_path, monke
     assert (tmp_path / "out" / "a").read_text() == "before"
 
 
-@pytest.mark.parametrize("name", [".", "inner/.."])
-def test_a_folder_has_to_be_given_by_its_own_name(notes, monkeypatch, name):
+def test_a_folder_has_to_be_given_by_its_own_name(notes, monkeypatch):
     monkeypatch.chdir(notes)
-    with pytest.raises(PathError, match=str(notes)), atomic_folder(name, kind=NOTES):
+    with pytest.raises(PathError, match=str(notes)), atomic_folder(".", kind=NOTES):
         pytest.fail("refused before the work")
-    assert verify_manifest(notes)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import SMALL, make_tokenizer
+from small import make_tokenizer
 
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files import ConfigError
@@ -64,34 +64,10 @@ def test_a_wrapped_tokenizer_is_saved_with_the_one_that_it_wraps(tmp_path):
     assert "image_size" not in outer.config.to_dict()["tokenizer"]
 
 
-def test_one_training_forward_moves_the_codebook_once():
-    torch.manual_seed(0)
-    inner = make_tokenizer("vqvae", (8, 12))
-    outer = FrameByFrame.wrap(inner, FRAMES).train()
-    clips = clips_for(inner)
-    apart = make_tokenizer("vqvae", (8, 12)).train()
-    apart.load_state_dict(inner.state_dict())
-    for model, images in ((outer, clips), (apart, clips.flatten(0, 1))):
-        torch.manual_seed(1)
-        model(images)
-    for (name, one), other in zip(inner.state_dict().items(), apart.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("titok", {}),
-        ("vqvae", {"quantizer": {**SMALL["rvq"], "kind": "rvq"}}),
-        ("vqvae", {"quantizer": {**SMALL["multiscale"], "kind": "multiscale", "scales": ("1x1", "2x3")}}),
-        ("klvae", {}),
-        ("posthoc", {}),
-        ("pixels", {}),
-    ],
-)
-def test_other_grids_are_refused(kind, more):
+@pytest.mark.parametrize("kind", ["titok", "klvae", "pixels"])
+def test_other_grids_are_refused(kind):
     with pytest.raises(ConfigError, match="^frame_by_frame: tokenizer: [^\n]*two axes[^\n]*$"):
-        FrameByFrame.wrap(make_tokenizer(kind, (8, 12), **more), FRAMES)
+        FrameByFrame.wrap(make_tokenizer(kind, (8, 12)), FRAMES)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +75,11 @@ def test_other_grids_are_refused(kind, more):
     [
         ({"frames": 1}, "frames"),
         ({"frames": 5}, "image_size"),
-        ({"frames": None}, "frames"),
         ({"image_size": (24,)}, "tokenizer: .*height"),
-        ({"image_size": "large"}, "image_size"),
-        ({"tokenizer": {"kind": "vqvae", "image_size": (8, 8)}}, "tokenizer.image_size"),
         ({"tokenizer": {"kind": "vqvae", "channels": 1}}, "tokenizer.channels"),
-        ({"tokenizer": "nothing"}, "tokenizer"),
         ({"tokenizer": 3}, "tokenizer"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(wrong, key):
     with pytest.raises(ConfigError, match=f"^frame_by_frame: {key}[^\n]*$"):
         Tokenizer.create("frame_by_frame", **{"image_size": (24, 12), "channels": 3, "frames": 3, **wrong})
-    made = Tokenizer.create("frame_by_frame", image_size=(24, 12), channels=3, frames=3)
-    assert made.tokenizer.name == "vqvae" and made.tokenizer.image_shape == (3, 8, 12)

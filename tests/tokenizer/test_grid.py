@@ -41,24 +41,13 @@ def test_a_grid_is_written_and_read_again(grid):
 
 WRONG = [
     ({"shape": []}, "shape"),
-    ({"shape": [0, 2]}, "shape"),
-    ({"shape": [2.0]}, "shape"),
     ({"shape": [True]}, "shape"),
-    ({"shape": 21}, "shape"),
     ({"shape": [2048, 2048]}, "2.20"),
-    ({"vocab_size": 0}, "vocab_size"),
     ({"vocab_size": (1 << 20) + 1}, "2.20"),
-    ({"levels": 0}, "levels"),
     ({"levels": 2}, "21 rows"),
     ({"levels": 3, "channels": 3}, "levels"),
-    ({"channels": -1}, "channels"),
-    ({"channels": True}, "channels"),
     ({"scales": [[1, 1], [2, 2]]}, "scales"),
-    ({"scales": [[1, 1], [4, 4], [2, 2]]}, "scales"),
     ({"scales": [[4, 5, 1]]}, "scales"),
-    ({"scales": [[21, -1]]}, "scales"),
-    ({"scales": [[True, 21]]}, "scales"),
-    ({"scales": [21]}, "scales"),
     ({"scales": 21}, "scales"),
     ({"rows": 3}, "rows"),
 ]
@@ -71,7 +60,7 @@ def test_a_wrong_grid_is_refused(values, key):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.int32])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32])
 def test_tokens_may_have_any_integer_type_of_token_files(kind):
     tokenizer, prior = make_tokenizer("vqvae").eval(), make_prior("gpt")
     for model, run in ((tokenizer, tokenizer.decode), (prior, prior.log_prob)):
@@ -111,21 +100,10 @@ def test_the_ids_of_a_position_are_those_of_its_vector_and_its_patch(name):
     assert unknown.tolist() == sorted(grid.cells[2].tolist())
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_ids_of_a_pixel_are_its_channels(channels):
-    pixels = make_tokenizer("pixels", channels=channels, levels=256)
-    images = torch.randint(256, (2, channels, 12, 8)) / 127.5 - 1
-    ids = pixels.encode(images).flatten(1)[:, pixels.grid.cells]  # (B, P, channels)
-    assert pixels.grid.channels == channels and pixels.grid.positions.shape == (12, 8)
-    assert torch.equal(ids, ((images + 1) * 127.5).round().long().flatten(2).transpose(1, 2))
-
-
 # Scales
 
 
-@pytest.mark.parametrize(
-    "scales", [((1, 1), (2, 2), (4, 4), (7, 7)), ((1, 1), (2, 3), (4, 6)), ((3, 5),), ((1, 4), (3, 4), (3, 4))]
-)
+@pytest.mark.parametrize("scales", [((1, 1), (2, 2), (4, 4), (7, 7)), ((1, 4), (3, 4), (3, 4))])
 def test_resizing_by_matrices_is_torchs_resizing(scales):
     """Down is the mean over areas, up is bicubic."""
     resize = Resize(scales)

@@ -1,6 +1,5 @@
 """VAEs as tokenizers: bins of equal probability, the KL and its free bits, and bins fitted to a trained VAE."""
 
-import json
 import math
 
 import pytest
@@ -10,7 +9,6 @@ from small import make_tokenizer
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
 from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample_gaussian
-from tokenizer.quantizers import Quantizer
 
 
 def pictures(count=64, channels=3, size=(12, 8)):
@@ -34,7 +32,7 @@ def fitted(rows, bins):
 # Bins
 
 
-@pytest.mark.parametrize("bins", [2, 3, 16, 4096])
+@pytest.mark.parametrize("bins", [2, 3, 4096])
 def test_gaussian_centres_are_conditional_means(bins):
     """Centres against a numerical integral, edges against the error function."""
     edges, centres = gaussian_bins(bins)
@@ -48,34 +46,14 @@ def test_gaussian_centres_are_conditional_means(bins):
     assert (Bins(1, bins).centres.diff() > 0).all(), "distinct in float32 too"
 
 
-def test_fitted_bins_are_equally_frequent():
+def test_fitted_bins_are_equally_frequent_and_their_centres_are_means():
     rows = torch.cat([torch.randn(1000, 1).exp(), torch.rand(1000, 1) * 0.1 + 5, torch.randn(1000, 1) ** 3], 1)
-    _, tokens = fitted(rows, 8)
-    assert (frequencies(tokens, 3, 8) == 125).all()
-    _, tokens = fitted(rows, 7)
+    quantizer, tokens = fitted(rows, 7)
     counts = frequencies(tokens, 3, 7)
     assert counts.min() == 142 and counts.max() == 143
-
-
-def test_fitted_centres_minimise_the_squared_error():
-    rows = torch.randn(4000, 2).exp()
-    quantizer, tokens = fitted(rows, 8)
-
-    for dimension in range(2):
-        means = torch.stack([rows[tokens[:, dimension] == k, dimension].mean() for k in range(8)])
-        torch.testing.assert_close(quantizer.centres[dimension], means)
-
-
-def test_each_value_lies_between_the_edges_of_its_bin():
-    quantizer, tokens = fitted(torch.randn(500, 3), 6)
     for dimension in range(3):
-        assert (quantizer.edges[dimension].diff() >= 0).all()
-    z = torch.cat([quantizer.edges.t(), torch.randn(20, 3), torch.full((1, 3), math.inf), -torch.full((1, 3), 1e30)])
-    ids = quantizer.quantize(z[:, :, None]).tokens
-    for row, found in zip(z, ids, strict=True):
-        assert [int((quantizer.edges[d] <= row[d]).sum()) for d in range(3)] == found.tolist()
-    centres = quantizer.centres.t()[:, :, None]
-    assert torch.equal(quantizer.quantize(centres).tokens, torch.arange(6)[:, None].expand(6, 3))
+        means = torch.stack([rows[tokens[:, dimension].flatten() == k, dimension].mean() for k in range(7)])
+        torch.testing.assert_close(quantizer.centres[dimension], means)
 
 
 def test_ties_and_collapsed_dimensions():
@@ -88,7 +66,6 @@ def test_ties_and_collapsed_dimensions():
     assert torch.allclose(found[:, 0], constant[:, 0]) and found[:50, 1].abs().max() < 1e-6
     with pytest.raises(ValueError, match="8 bins"):
         quantizer.fit(torch.randn(7, 3))
-    fitted(torch.randn(8, 3), 8)  # one in each
 
 
 def test_bins_stay_float32_and_pass_gradients():
@@ -100,9 +77,6 @@ def test_bins_stay_float32_and_pass_gradients():
     z.requires_grad_()
     quantizer.quantize(z).z_q.square().sum().backward()
     assert (z.grad.abs().sum((0, 2, 3)) > 0).all()
-    with pytest.raises(ValueError, match="channels"):
-        quantizer.quantize(torch.randn(1, 2, 4, 4))
-    assert "bins" not in Quantizer.available(), "their edges are no choice of a quantizer's configuration"
 
 
 # The VAE
@@ -146,16 +120,9 @@ def test_free_bits_cost_nothing():
 
 def test_only_training_adds_noise():
     vae, images = make_tokenizer("klvae"), pictures(4)
-    found = {}
-    for training in (True, False):
-        for seed in (0, 0, 1):
-            torch.manual_seed(seed)
-            found.setdefault(training, []).append(vae.train(training)(images))
-    first, again, other = found[True]
-    assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
-    assert torch.equal(first.tokens, other.tokens), "tokens are those of the mean"
-    assert torch.equal(found[False][0].images, found[False][2].images)
-    assert torch.equal(found[False][0].tokens, first.tokens)
+    first, other = vae.train()(images), vae(images)
+    assert not torch.equal(first.images, other.images) and torch.equal(first.tokens, other.tokens)
+    assert torch.equal(vae.eval()(images).tokens, first.tokens), "tokens are those of the mean"
     mean, log_variance = vae.posterior(images)
     standard = (sample_gaussian(mean.expand(2000, *mean.shape), log_variance) - mean) / (log_variance / 2).exp()
     assert standard.mean().abs() < 0.01 and (standard.std() - 1).abs() < 0.01
@@ -220,9 +187,7 @@ def test_a_loaded_tokenizer_remembers_that_its_vae_is_trained(tmp_path):
     other.start_from(loaded)
     other.initialize(images)
     assert torch.equal(other.vae.posterior(images)[0], vae.posterior(images)[0])
-    config = json.loads((tmp_path / "posthoc" / "config.json").read_text())
-    assert config["image_size"] == [12, 8] and not {"image_size", "channels"} & set(config["vae"])
-    assert loaded.config == model.config and loaded.config.vae.image_size == (12, 8)
+    assert loaded.config == model.config
 
 
 @pytest.mark.parametrize(
@@ -230,20 +195,16 @@ def test_a_loaded_tokenizer_remembers_that_its_vae_is_trained(tmp_path):
     [
         ("vqvae", {}, "klvae"),
         ("klvae", {"widths": (16, 8), "blocks": (1, 1)}, r"vae\.widths .*vae\.blocks"),
-        ("klvae", {"likelihood": {"kind": "categorical"}}, r"vae\.likelihood"),
     ],
 )
 def test_a_vae_of_other_sizes_is_refused(kind, config, key):
     model = make_tokenizer("posthoc")
     with pytest.raises(ConfigError, match=key):
         model.start_from(make_tokenizer(kind, **config))
-    assert not model.started
     model.start_from(make_tokenizer("klvae", beta=7.0, free_bits=1.0, bins=33))  # settings of training do not matter
 
 
 def test_a_posthoc_tokenizer_has_nothing_to_train():
-    model = make_tokenizer("posthoc").train()
-    images = pictures(4)
+    model, images = make_tokenizer("posthoc").train(), pictures(4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.training and model(images).losses == model.loss_weights == {}
     assert torch.equal(model(images).images, model.decode(model.encode(images))), "in training mode too"

@@ -32,15 +32,14 @@ def values_of(channels, size=(3, 4)):
 
 @every_likelihood
 @each_channel_count
-@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0, 40.0])
+@pytest.mark.parametrize("scale", [0.0, 5.0, 40.0])
 def test_all_256_values_sum_to_one(name, channels, scale):
     model, values = likelihood_of(name, channels), values_of(channels)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 5e-4)):
         parameters = parameters_of(model, scale, dtype)
         for channel in range(channels):
             table = model.table(parameters, values, channel)
-            assert table.shape == (2, 256, 3, 4)
-            assert table.dtype == dtype
+            assert table.shape == (2, 256, 3, 4) and table.dtype == dtype
             assert table.logsumexp(1).abs().max() < tolerance
 
 
@@ -128,20 +127,11 @@ def test_vqvae_trains_its_likelihood(name):
         each = model.pixel_log_probs(images, model.encode(images))
         torch.testing.assert_close(model(images).losses["nll"], -each.mean())
         torch.testing.assert_close(model.pixel_log_prob(images, model.encode(images)), each.flatten(1).sum(1))
-        with pytest.raises(ValueError, match="images should have shape"):
-            model.pixel_log_prob(images[:1], model.encode(images))
         table = model.value_log_probs(model.encode(images), to_values(images), 0)
         torch.testing.assert_close(table.gather(1, to_values(images)), each)
-
-
-def test_a_tokenizer_without_a_likelihood_refuses():
-    model = make_tokenizer("vqvae", (8, 8), 1).eval()
-    tokens = model.encode(images_of())
-    assert model.pixel_log_prob(images_of(), tokens) is None
+    plain = make_tokenizer("vqvae", (8, 8), 1).eval()
     with pytest.raises(LikelihoodError, match="likelihood"):
-        model.pixel_log_probs(images_of(), tokens)
-    with pytest.raises(LikelihoodError, match="likelihood"):
-        model.value_log_probs(tokens, to_values(images_of()), 0)
+        plain.pixel_log_probs(images, plain.encode(images))
 
 
 # In the pipeline

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from small import PRIORS, QUANTIZERS, make_prior, make_tokenizer, node_of
+from small import PRIORS, make_prior, make_tokenizer, node_of
 
 from prior import Prior
 from prior.gpt import GPT
@@ -22,32 +22,22 @@ from tokenizer.model import VARIANTS, build_on_meta, round_weights, weights_name
 # Names
 
 
-def modules_after(code: str) -> set[str]:
-    """The modules that a new process has after this code."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.split())
-
-
 def test_a_model_is_found_without_importing_its_family(tmp_path):
     make_tokenizer("vqvae").save_pretrained(tmp_path / "tokenizer")
     make_prior("gpt").save_pretrained(tmp_path / "prior")
     folders = str(tmp_path / "tokenizer"), str(tmp_path / "prior")
-    found = modules_after(
-        "from tokenizer import Tokenizer; from prior import Prior\n"
-        "Tokenizer.from_pretrained({!r}); Prior.from_pretrained({!r})".format(*folders)
+    code = (
+        "import sys; from tokenizer import Tokenizer; from prior import Prior\n"
+        "Tokenizer.from_pretrained({!r}); Prior.from_pretrained({!r}); print(*sys.modules)".format(*folders)
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set(done.stdout.split())
     assert {"tokenizer.vqvae", "prior.gpt"} <= found
     unused = {"tokenizer.titok", "tokenizer.published", "tokenizer.quantizers.rvq", "prior.made", "prior.pixelsnail"}
     assert not found & (unused | {"huggingface_hub", "datasets", "accelerate", "wandb"})
 
 
-def test_files_and_configurations_need_no_torch():
-    assert "torch" not in modules_after("import tokenizer.files, tokenizer.config")
-
-
-@pytest.mark.parametrize("name", ["os.system", "..", "GPT", "quantum", None, ["gpt"]])
+@pytest.mark.parametrize("name", ["os.system", "..", "GPT", None])
 def test_a_name_is_only_found_in_the_registry(tmp_path, name):
     assert not Prior.has(name) and not Tokenizer.has(name)
     with pytest.raises(ConfigError, match="blocks, causal_conv, "):
@@ -63,8 +53,6 @@ def test_a_name_belongs_to_one_class(monkeypatch):
     monkeypatch.setattr(Prior, "_members", dict(Prior._members))
     with pytest.raises(ConfigError, match="'made'"):  # whether or not ours has been imported
         type("Other", (GPT,), {"__module__": "elsewhere"}, name="made")
-    with pytest.raises(ConfigError, match="not a valid name"):
-        type("Other", (GPT,), {"__module__": "elsewhere"}, name="My GPT")
 
 
 # Strict loading
@@ -102,15 +90,14 @@ def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """They could not be loaded again. The folder stays as it was."""
     model = make_prior("gpt")
     model.save_pretrained(tmp_path / "a")
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
     name, weight = next(iter(model.named_parameters()))
     with torch.no_grad():
-        weight[(0,) * weight.ndim] = value
+        weight[(0,) * weight.ndim] = float("inf")
     with pytest.raises(WeightsError, match=name):
         model.save_pretrained(tmp_path / "a")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -136,7 +123,7 @@ def test_a_prior_in_a_variant_is_the_rounded_prior(name, variant, tmp_path):
     assert Prior.from_pretrained(tmp_path / "prior").stored_dtype == torch.float32
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ["ema", "multiscale", "gumbel"])
 def test_a_quantizer_stays_float32_in_a_variant(quantizer, tmp_path):
     node = {**node_of(quantizer), **({"scales": ("1x1", "3x2")} if quantizer == "multiscale" else {})}
     tokenizer = make_tokenizer("vqvae", quantizer=node).eval()
@@ -144,17 +131,13 @@ def test_a_quantizer_stays_float32_in_a_variant(quantizer, tmp_path):
     stored = load_file(tmp_path / "tokenizer" / "model.fp16.safetensors")
     half = make_tokenizer("vqvae", quantizer=node).to(torch.float16).state_dict()
     assert {name: value.dtype for name, value in stored.items()} == {name: value.dtype for name, value in half.items()}
-    loaded = Tokenizer.from_pretrained(tmp_path / "tokenizer", dtype="auto")
-    assert loaded.dtype == torch.float16
+    assert Tokenizer.from_pretrained(tmp_path / "tokenizer", dtype="auto").dtype == torch.float16
 
 
 def test_a_missing_variant_is_named(tmp_path):
     make_prior("gpt").save_pretrained(tmp_path / "prior")
     with pytest.raises(PathError, match=r"model\.bf16\.safetensors.*model\.safetensors"):
         Prior.from_pretrained(tmp_path / "prior", variant="bf16")
-    (tmp_path / "prior" / "model.safetensors").unlink()
-    with pytest.raises(PathError, match="model.safetensors"):
-        Prior.from_pretrained(tmp_path / "prior")
 
 
 # Subclasses of users
@@ -163,15 +146,12 @@ def test_a_missing_variant_is_named(tmp_path):
 class Mine(GPT):
     """A user's subclass without a name."""
 
-    def extra(self):
-        return self.num_parameters()
-
 
 def test_a_subclass_without_a_name_loads_what_its_parent_saved(tmp_path):
     model = make_prior("gpt")
     model.save_pretrained(tmp_path / "prior")
     mine = Mine.from_pretrained(tmp_path / "prior")
-    assert type(mine) is Mine and mine.fingerprint() == model.fingerprint() and mine.extra() == model.num_parameters()
+    assert type(mine) is Mine and mine.fingerprint() == model.fingerprint()
     mine.save_pretrained(tmp_path / "again")
     assert type(Prior.from_pretrained(tmp_path / "again")) is GPT
     assert type(Mine.from_pretrained(tmp_path / "again")) is Mine
@@ -192,11 +172,7 @@ def test_a_subclass_with_a_name_is_a_kind_of_its_own(tmp_path, monkeypatch):
             self.other, self.tied = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
             self.tied.weight = self.other.weight
 
-    model = make_prior("gpt")
-    model.save_pretrained(tmp_path / "prior")
-    with pytest.raises(ConfigError, match="kind: .*'gpt'.*'named_gpt'"):
-        Named.from_pretrained(tmp_path / "prior")
-    named = Prior.create("named_gpt", grid=model.grid, dim=32, depth=1, heads=2)
+    named = Prior.create("named_gpt", grid=TokenGrid((2, 2), 4), dim=32, depth=1, heads=2)
     named.save_pretrained(tmp_path / "named")
     again = Prior.from_pretrained(tmp_path / "named")
     assert type(again) is Named and again.fingerprint() == named.fingerprint()

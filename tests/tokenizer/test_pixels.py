@@ -11,7 +11,6 @@ from launch import metrics, train_prior, train_tokenizer
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline, encode
-from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
@@ -20,7 +19,7 @@ from tokenizer.palette import distinct_colors, lattice
 from tokenizer.quantizers import codebook
 from tokenizer.spec import to_float, to_uint8
 
-LEVELS = [2, 3, 7, 100, 256]
+LEVELS = [2, 7, 256]
 BYTES = torch.arange(256, dtype=torch.uint8)
 
 
@@ -68,25 +67,9 @@ def test_a_known_pixel_is_known_in_each_channel():
     mask = tokenizer.known_tokens(known)
     assert mask.dtype == torch.bool and mask.shape == (2, 12, 5)
     assert torch.equal(mask.unflatten(1, (4, 3)).all(2), known) and torch.equal(mask.unflatten(1, (4, 3)).any(2), known)
-    for name in ("pixels", "palette"):
-        grey = make_tokenizer(name, (4, 5), 1)
-        assert torch.equal(grey.known_tokens(known), known)
     assert torch.equal(make_tokenizer("palette", (4, 5), 3).known_tokens(known), known)
     changed = torch.where(known.unsqueeze(1), 0.0, 1.0).expand(2, 3, 4, 5)  # known tokens are those of known pixels
     assert torch.equal(tokenizer.encode(torch.zeros(2, 3, 4, 5)) == tokenizer.encode(changed), mask)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("levels", LEVELS)
-def test_uniform_pixels_cost_eight_bits(levels, channels):
-    """The prior under which all 256 values are equally likely gives 8 bits to every image, whatever the levels."""
-    tokenizer = pixels_of(levels, (3, 4), channels)
-    prior = make_prior("marginal", grid=tokenizer.grid, num_classes=0)
-    with torch.no_grad():
-        prior.table.copy_((tokenizer.sizes / 256).log().expand_as(prior.table))
-    pipe = ImagePipeline(tokenizer, prior)
-    bits = pipe.bits_per_dim(bytes_for(tokenizer, 20))
-    torch.testing.assert_close(bits, torch.full((20,), 8.0), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -129,22 +112,6 @@ def test_an_id_names_the_levels_of_a_square(levels, patch):
     assert torch.equal(tokenizer.known_tokens(known), whole)
 
 
-def test_squares_of_pixels_have_exact_likelihoods():
-    """A uniform prior over ids gives the same bits as one over single pixels."""
-    tokenizer = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2, patch=2)
-    images = bytes_for(tokenizer, 6)
-    single = pixels_of(2, (4, 4))
-    flat = make_prior("marginal", grid=single.grid, num_classes=0)
-    prior = make_prior("marginal", grid=tokenizer.grid, num_classes=0)
-    with torch.no_grad():
-        flat.table.zero_()
-        prior.table.zero_()
-    both = [ImagePipeline(*pair).bits_per_dim(images) for pair in ((tokenizer, prior), (single, flat))]
-    torch.testing.assert_close(*both)
-    inside = tokenizer.pixel_log_probs(to_float(images), tokenizer.encode(to_float(images)))
-    torch.testing.assert_close(inside, single.pixel_log_probs(to_float(images), single.encode(to_float(images))))
-
-
 # Palette
 
 
@@ -163,7 +130,6 @@ def test_planted_colors_are_found(channels):
     tokenizer.initialize(images)
     distances = (tokenizer.table.unsqueeze(1) - to_float(planted)).norm(dim=2)
     assert sorted(distances.argmin(1).tolist()) == [0, 1, 2, 3, 4] and float(distances.min(1).values.max()) < 0.01
-    assert (tokenizer.table.sum(1).diff() >= 0).all()
     pixels = images.movedim(1, -1)[tokenizer.encode(images) == 2]
     torch.testing.assert_close(tokenizer.table[2], pixels.mean(0), atol=1e-6, rtol=0)
 
@@ -176,19 +142,14 @@ def test_a_palette_of_all_colors_is_exact(channels):
     tokenizer = make_tokenizer("palette", (8, 16), channels, colors=count)
     tokenizer.initialize(images)
     assert torch.equal(tokenizer.decode(tokenizer.encode(images)), images)
-    more = make_tokenizer("palette", (8, 16), channels, colors=count + 1)
-    before = more.table.clone()
     with pytest.raises(ConfigError, match=rf"colors: .*{count}\D.*{count + 1}"):
-        more.initialize(images)
-    assert torch.equal(more.table, before)
+        make_tokenizer("palette", (8, 16), channels, colors=count + 1).initialize(images)
 
 
-@pytest.mark.parametrize("count", [2, 7, 512])
+@pytest.mark.parametrize("count", [2, 512])
 def test_a_palette_that_is_not_fitted_is_a_lattice_of_distinct_colors(count):
     for channels in (1, 3):
-        colors = lattice(count, channels)
-        assert colors.shape == (count, channels) and len(colors.unique(dim=0)) == count
-        assert colors[0].tolist() == [-1] * channels and colors[-1].tolist() == [1] * channels
+        assert lattice(count, channels).shape == (count, channels) == lattice(count, channels).unique(dim=0).shape
 
 
 def shaded_images(count=4, size=16) -> torch.Tensor:
@@ -216,14 +177,12 @@ def test_a_palette_is_a_function_of_its_images_and_seed(monkeypatch):
 
 def test_every_color_is_used_and_different():
     """Even if most pixels are white."""
-    for seed in range(2):
-        torch.manual_seed(seed)
-        images = torch.where(torch.rand(4, 1, 16, 16) < 0.9, 1.0, shaded_images())
-        for iterations in (0, 1, 2, 50):
-            tokenizer = fitted(images, 60, iterations=iterations, seed=seed)
-            tokens = tokenizer.encode(images)
-            assert len(tokenizer.table.unique(dim=0)) == 60 == len(tokens.unique())
-            assert torch.equal(tokenizer.encode(tokenizer.decode(tokens)), tokens)
+    images = torch.where(torch.rand(4, 1, 16, 16) < 0.9, 1.0, shaded_images())
+    for iterations in (0, 1, 2, 50):
+        tokenizer = fitted(images, 60, iterations=iterations)
+        tokens = tokenizer.encode(images)
+        assert len(tokenizer.table.unique(dim=0)) == 60 == len(tokens.unique())
+        assert torch.equal(tokenizer.encode(tokenizer.decode(tokens)), tokens)
 
 
 def test_a_palette_is_precise_in_every_dtype():
@@ -242,25 +201,11 @@ def test_a_palette_is_precise_in_every_dtype():
 PALETTE = {"kind": "palette", "colors": 9, "seed": 3}
 
 
-def test_a_palette_is_fitted_to_a_sample_of_the_training_images(tmp_path, monkeypatch):
-    """The seed chooses the sample."""
-    samples = []
-    monkeypatch.setattr(Tokenizer.find("palette"), "initialize", lambda self, images: samples.append(images))
-    monkeypatch.setattr("pipelines.train_tokenizer.INITIAL_PIXELS", 28 * 28 * 30)
-    monkeypatch.setattr("pipelines.train_tokenizer.INITIAL_IMAGES", 10)
-    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        train_tokenizer(tmp_path / name, model=PALETTE, train__seed=seed)
-    one, again, other = samples
-    assert one.shape == (30, 1, 28, 28) and torch.equal(one, again) and not torch.equal(one, other)
-
-
 def test_from_pixels_to_a_pipeline(tmp_path):
-    """Fit, encode, train a prior, sample, complete, save and load."""
+    """Fit, encode, train a prior, save, load and sample."""
     run = train_tokenizer(tmp_path / "tokenizer", model=PALETTE, data__image_size=8)
     (line,) = metrics(run)
     assert line["step"] == 0 and 20 < line["held_out/psnr"] < 60
-    with pytest.raises(UserError, match=r"model\.colors"):  # a run keeps its settings
-        train_tokenizer(run, data__image_size=8, model={**PALETTE, "colors": 5})
     argv = [f"tokenizer={run / 'tokenizer'}", f"out={tmp_path / 'tokens'}"]
     config = parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=tokenizer_defaults)
     assert config.data.limit == 72 and config.data.image_size == 8
@@ -270,9 +215,5 @@ def test_from_pixels_to_a_pipeline(tmp_path):
     assert pipe.tokenizer.fingerprint() == Tokenizer.from_pretrained(run / "tokenizer").fingerprint()
     images = pipe(num_images=3, labels=[1, 2, None], seed=0, output_type="pt").images
     assert torch.equal(pipe.reconstruct(images, output_type="pt"), images) and images.shape == (3, 1, 8, 8)
-    known = torch.arange(8).expand(8, 8) < 4
-    filled = pipe.complete(images, known, seed=1, output_type="pt")
-    assert torch.equal(filled.images[..., :4], images[..., :4]) and not torch.equal(filled.images, images)
-    assert torch.equal(filled.tokens[..., :4], pipe.encode(images)[..., :4])
     facts = json.loads((trained / "pipeline" / "provenance.json").read_text())
     assert facts["tokenizer"]["evaluation"]["psnr"] == line["held_out/psnr"]

@@ -121,7 +121,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_setting(family, kind):
         configure(family, kind, {**small(family, kind), "nonsense": 1})
 
 
-SIZES = [0, -1, 28.0, True, "28", None, {}, (16,), (16, 16, 16), (16, 0), (16, "a"), (True, 16), 1 << 20]
+SIZES = [0, 28.0, True, None, {}, (16,), (16, 0), 1 << 20]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -134,39 +134,28 @@ WRONG = {
     "tokenizer": [
         ("vqvae", {"image_size": (30, 28)}, "factor"),
         ("vqvae", {"widths": (16, 16), "blocks": (1, 1, 1)}, "blocks"),
-        ("vqvae", {"widths": (12,)}, "widths"),
         ("vqvae", {"tail": (8, 8), "upsampling": "nearest"}, "tail"),
-        ("vqvae", {"tail": (8,), "factor": 4, "widths": (8,) * 3, "blocks": (1,) * 3}, "tail"),
         ("vqvae", {"quantizer": {"kind": "ema", "codez": 3}}, r"quantizer\.codez: .*'quantizer\.codes'"),
-        ("vqvae", {"width": (16,)}, "width: .*'widths'"),
         ("vit", {"heads": 3}, "heads"),
         ("titok", {"registers": 257}, "registers"),
         ("titok", {"quantizer": {"kind": "multiscale"}}, r"quantizer\.kind"),
         ("vqgan", {"image_size": (31, 32)}, "widths"),
         ("vqgan", {"widths": (8, 18, 8)}, "groups"),
         ("vqgan", {"encoder_attention": (2,)}, "encoder_attention"),
-        ("vqgan", {"decoder_attention": (0, -3)}, "decoder_attention"),
         ("cosmos", {"image_size": (18, 16)}, "patch"),
-        ("cosmos", {"image_size": (17, 16)}, "widths"),
         ("cosmos", {"halvings": 3}, "halvings"),
-        ("posthoc", {"image_size": (30, 28)}, r"vae\.factor"),
         ("posthoc", {"vae": "vqvae"}, r"vae\.kind"),
         ("posthoc", {"vae": {"kind": "klvae", "image_size": [8, 8]}}, r"vae\.image_size"),
         ("pixels", {"image_size": (15, 16), "channels": 1, "levels": 2, "patch": 2}, "patch"),
         ("pixels", {"patch": 2, "levels": 2}, "patch"),
-        ("pixels", {"channels": 1, "levels": 256, "patch": 2}, "patch"),
     ],
     "quantizer": [
         ("fsq", {"levels": (256, 256, 5)}, "levels"),
         ("lfq", {"bits": 36, "levels": 1}, "bits"),
-        ("bsq", {"bits": 2, "levels": 4}, "levels"),
         ("vq", {"dim": 1, "normalize": True}, "normalize"),
         ("rvq", {"book": {"kind": "fsq"}}, "book"),
         ("rvq", {"book": {"kind": "ema", "normalize": True}}, r"book\.normalize"),
         ("multiscale", {"scales": (1, 4, 2, 7)}, "scales"),
-        ("multiscale", {"scales": (1, "7x")}, "scales"),
-        ("multiscale", {"book": {"kind": "gumbel"}}, "book"),
-        ("multiscale", {"book": {"kind": "ema", "normalize": True}}, r"book\.normalize"),
         ("multiscale", {"book": {"kind": "lfq", "bits": 8, "levels": 2}}, r"book\.levels"),
     ],
 }

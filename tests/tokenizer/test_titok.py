@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from givens.waves import trained_on_waves
 from small import QUANTIZERS, images_for, make_tokenizer, quantizer_of
 from torch import Tensor
 
 from tokenizer import Tokenizer, titok
 from tokenizer.files import ConfigError
-from tokenizer.losses import psnr, total_loss
+from tokenizer.losses import total_loss
 from tokenizer.titok import draw_counts, powers
-
-SINGLE = [kind for kind in QUANTIZERS if kind not in ("multiscale", "rvq", "lfq")]
 
 
 def responsive(**config: Any) -> Any:
@@ -35,24 +32,21 @@ def some_tokens(tokenizer: Tokenizer, count: int = 3) -> Tensor:
 
 @pytest.mark.sparse
 @pytest.mark.parametrize("kind", [kind for kind in QUANTIZERS if kind != "multiscale"])
-@pytest.mark.parametrize("keep", [None, "uniform", "powers"])
-def test_every_quantizer(kind, keep):
-    if keep and kind not in SINGLE:
-        with pytest.raises(ConfigError, match=r"^keep: needs a quantizer[^\n]*$"):
-            make_tokenizer("titok", quantizer=quantizer_of(kind, 1, 1), keep=keep)
-        return
-    tokenizer = make_tokenizer("titok", quantizer=quantizer_of(kind, 1, 1), keep=keep).train()
-    assert tokenizer.grid.shape == (5 * tokenizer.levels,) and sum(tokenizer.parts) == len(tokenizer.grid)
-    assert (tokenizer.levels == 1) == (kind in SINGLE) and not tokenizer.placed
+def test_every_quantizer(kind):
+    tokenizer = make_tokenizer("titok", quantizer=quantizer_of(kind, 1, 1), keep=None).train()
+    assert tokenizer.grid.shape == (5 * tokenizer.levels,) and not tokenizer.placed
     images = images_for(tokenizer)
-    loss, _ = total_loss(tokenizer(images), images, {"l1": 1.0, "l2": 1.0, **tokenizer.loss_weights})
-    loss.backward()
+    total_loss(tokenizer(images), images, {"l1": 1.0, "l2": 1.0, **tokenizer.loss_weights})[0].backward()
     assert all(parameter.grad is not None for parameter in tokenizer.parameters())
-    tokenizer.eval()
-    tokens, output = tokenizer.encode(images), tokenizer(images)
-    assert tokens.shape == (3, *tokenizer.grid.shape) and torch.equal(tokens, output.tokens)
+    tokens, output = tokenizer.eval().encode(images), tokenizer(images)
+    assert torch.equal(tokens, output.tokens)
     with torch.inference_mode():
         assert torch.equal(tokenizer.decode(tokens), output.images)
+
+
+def test_prefixes_need_one_token_per_register():
+    with pytest.raises(ConfigError, match=r"^keep: needs a quantizer[^\n]*$"):
+        make_tokenizer("titok", quantizer=quantizer_of("rvq", 1, 1), keep="uniform")
 
 
 @pytest.mark.parametrize("keep", [None, "uniform"])
@@ -65,15 +59,6 @@ def test_a_gradient_reaches_every_register(keep):
         assert table.shape == (5, 16) and (table.grad.abs().amax(1) > 0).all()
     for table in (tokenizer.encoder.positions, tokenizer.decoder[0].queries):
         assert table.shape == (6, 16) and (table.grad.abs().amax(1) > 0).all()
-
-
-def test_the_order_of_codes_matters():
-    """Through the positions in the decoder: without them, it does not."""
-    tokenizer = responsive()
-    tokens = torch.arange(5)[None]
-    assert (tokenizer.decode(tokens) - tokenizer.decode(tokens.flip(1))).abs().max() > 2e-3
-    torch.nn.init.zeros_(tokenizer.decoder[0].positions)
-    torch.testing.assert_close(tokenizer.decode(tokens), tokenizer.decode(tokens.flip(1)), atol=1e-5, rtol=0)
 
 
 def test_every_patch_depends_on_every_token():
@@ -121,38 +106,20 @@ def test_counts_are_drawn_from_the_named_distribution():
 def test_training_draws_a_count_for_each_image_from_the_global_generator():
     tokenizer = make_tokenizer("titok", keep="uniform").train()
     images = images_for(tokenizer, 1).expand(8, -1, -1, -1)
-
-    @torch.no_grad()  # so that the codebook stays as it is
-    def forward(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return tokenizer(images).images
-
-    made = forward(0)
-    assert torch.equal(made, forward(0)) and not torch.equal(made, forward(1))
-    assert len(made.flatten(1).unique(dim=0)) > 1, "each image of a batch has its own count"
-    tokenizer.eval()
-    assert len(tokenizer(images).images.flatten(1).unique(dim=0)) == 1
+    made = []
+    with torch.no_grad():  # so that the codebook stays as it is
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            made.append(tokenizer(images).images)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert len(made[0].flatten(1).unique(dim=0)) > 1, "each image of a batch has its own count"
 
 
-@pytest.mark.parametrize(("keep", "count"), [("uniform", 0), ("powers", 6), (None, 3)])
+@pytest.mark.parametrize(("keep", "count"), [("uniform", 0), (None, 3)])
 def test_a_wrong_number_of_tokens_is_refused(keep, count):
     tokenizer = make_tokenizer("titok", keep=keep)
     with pytest.raises(ValueError, match=f"got {count}"):
         tokenizer.decode(torch.zeros(2, count, dtype=torch.long))
-    with pytest.raises(ValueError, match="32 to 32"):
-        tokenizer.decode(torch.full((1, 5), 32))
-
-
-@pytest.mark.slow
-def test_images_get_better_with_every_token_and_codes_are_used():
-    tokenizer, images = trained_on_waves("titok", 250, dim=32, registers=8, keep="uniform")
-    with torch.no_grad():
-        tokens = tokenizer.encode(images)
-        usage = len(tokens.unique()) / tokenizer.grid.vocab_size
-        found = [float(psnr(tokenizer.decode(tokens[:, :count]), images).mean()) for count in tokenizer.prefixes]
-    assert tokenizer.prefixes == (1, 2, 4, 8) and found == sorted(found) and found[-1] > found[0] + 1.5
-    mean = float(psnr(images.mean(0).expand_as(images), images).mean())
-    assert found[-1] > mean + 1.5 and usage >= 0.75
 
 
 def test_initialize_removes_the_mean_of_each_register():
@@ -166,5 +133,3 @@ def test_initialize_removes_the_mean_of_each_register():
     center = tokenizer.encoder.center.detach().clone()
     tokenizer.initialize(images[:5])
     assert torch.equal(tokenizer.encoder.center, center)
-    with pytest.raises(ValueError, match="images should be floats of shape"):
-        tokenizer.initialize(images[..., :4])

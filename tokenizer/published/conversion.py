@@ -13,7 +13,6 @@ from torch import Tensor
 from ..autoencoder import Autoencoder
 from ..files import FormatError, WeightsError
 from ..model import build_on_meta
-from ..quantizers.vq import VQ
 from .cosmos import COSMOS
 from .layouts import Layout, Weights
 from .magvit2 import MAGVIT2
@@ -59,22 +58,15 @@ def build_published(config: Any, weights: Weights, layout: Layout, path: Path) -
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(convert(weights[names[key]], parameter, names[key], path))
-        mark_as_trained(model)
+        # The codebook is trained: fine-tuning should neither initialize it nor revive its codes at once.
+        for name, buffer in model.quantizer.named_buffers():
+            if name in ("started", "counts"):
+                buffer.fill_(1)
     return model.eval(), unused
 
 
-def mark_as_trained(model: Autoencoder) -> None:
-    """Mark the codebook as trained, so that fine-tuning neither reinitializes it nor revives its codes at once."""
-    buffers = dict(model.quantizer.named_buffers())
-    if "started" in buffers:
-        buffers["started"].fill_(1)
-    if isinstance(model.quantizer, VQ):
-        model.quantizer.counts.fill_(1)
-
-
 def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
-    """Convert `weight` to float32 and to the shape of `expected`. (Some projects store 1x1 convolutions as matrices.)
-    Raises `WeightsError`."""
+    """Convert `weight` to float32 and the expected shape: some projects store 1x1 convolutions as matrices."""
     if squeezed_shape(weight) != squeezed_shape(expected):
         raise WeightsError(f"{path}: {name} has shape {list(weight.shape)}, expected {list(expected.shape)}")
     if not weight.is_floating_point():

@@ -7,17 +7,17 @@ The network therefore has fewer halvings than levels. Vectors are rounded (`fsq`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
-from ..config import ModelConfig, Node
 from ..files import WeightsError
+from ..quantizers.base import QuantizerNode
 from ..quantizers.fsq import FSQConfig
-from ..vqgan import NetworkConfig, decoder_layers, encoder_layers, named_sequential
+from ..vqgan import LevelNumbers, NetworkConfig, Width, decoder_layers, encoder_layers, named_sequential
 from .layouts import Layout, Shapes, Weights
 from .vqgans import TAMING_FIRST, TAMING_NAMES, network_sizes
 
@@ -28,30 +28,13 @@ BUFFERS = r"(encoder\.patcher|decoder\.unpatcher)\.(wavelets|_arange)$|quantizer
 class CosmosConfig(NetworkConfig):
     """Sizes of the networks; the defaults match DI16x16."""
 
-    widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
-        (256, 512, 512), min_length=1, description="channels at each level, finest first"
-    )
-    stem: int | None = Field(
-        128, ge=1, le=4096, description="channels of the encoder's first convolution; null: as at the finest level"
-    )
-    patch: Literal[1, 2, 4, 8, 16] = Field(
-        4, description="side in pixels of the patches that the wavelets fold into channels"
-    )
-    halvings: int = Field(
-        2,
-        ge=0,
-        le=12,
-        description="number of levels that halve height and width: the encoder's finest, and the decoder's coarsest",
-    )
-    encoder_attention: tuple[int, ...] | None = Field(
-        None, min_length=1, description="encoder levels with self-attention after every block; 0 is the finest"
-    )
-    decoder_attention: tuple[int, ...] | None = Field(
-        None, min_length=1, description="decoder levels with self-attention after every block; 0 is the finest"
-    )
-    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        FSQConfig(levels=LEVELS), description="maps vectors to ids"
-    )
+    widths: tuple[Width, ...] = Field((256, 512, 512), min_length=1, description="channels at each level, finest first")
+    stem: int | None = Field(128, ge=1, le=4096, description="channels of the first convolution; null: widths[0]")
+    patch: Literal[1, 2, 4, 8, 16] = Field(4, description="side of the patches that the wavelets fold into channels")
+    halvings: int = Field(2, ge=0, le=12, description="number of levels that halve the sides, the encoder's finest")
+    encoder_attention: LevelNumbers | None = Field(None, description="encoder levels with attention; 0 is the finest")
+    decoder_attention: LevelNumbers | None = Field(None, description="decoder levels with attention; 0 is the finest")
+    quantizer: QuantizerNode = Field(FSQConfig(levels=LEVELS), description="maps vectors to ids")
 
     @property
     def halved(self) -> int:

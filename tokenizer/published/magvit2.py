@@ -7,7 +7,7 @@ encodes the signs of 18 channels (`lfq`).
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
-from ..config import ModelConfig, Node
 from ..layers import group_norm
+from ..quantizers.base import QuantizerNode
 from ..quantizers.lfq import LFQConfig
-from ..vqgan import Block, Level, conv3
+from ..vqgan import Block, conv3
 from .layouts import Layout, Weights
-from .plain import PLAIN_NAMES, PlainConfig, decoder_ends, level_blocks, plain_encoder
+from .plain import PLAIN_NAMES, PlainConfig, plain_decoder, plain_encoder
 from .vqgans import take_averages
 
 EPS = 1e-6
@@ -30,9 +30,7 @@ class MAGVIT2Config(PlainConfig):
     """Sizes of the networks; the defaults match the ImageNet models."""
 
     blocks: int = Field(4, ge=1, le=64, description="residual blocks at each level, and at the token resolution")
-    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        LFQConfig(bits=18), description="maps vectors to ids"
-    )
+    quantizer: QuantizerNode = Field(LFQConfig(bits=18), description="maps vectors to ids")
 
 
 class OpenMAGVIT2(Autoencoder, name="magvit2"):
@@ -52,23 +50,20 @@ class AdaptiveDecoder(nn.Module):
 
     def __init__(self, config: MAGVIT2Config, dim: int, outputs: int) -> None:
         super().__init__()
-        before, after = decoder_ends(config, dim, outputs, Block)
-        self.stem, self.middle = before["stem"], before["middle"]
-        self.adaptive, self.levels = nn.ModuleList(), nn.ModuleList()
-        width = config.widths[-1]
-        for level, wide in reversed(list(enumerate(config.widths))):
-            self.adaptive.append(AdaptiveNorm(width, config.groups, dim))
-            blocks = level_blocks(config, Block, width, wide)
-            double = nn.Sequential(conv3(wide, 4 * wide), nn.PixelShuffle(2)) if level else nn.Identity()
-            self.levels.append(Level(blocks, double))
-            width = wide
-        self.norm, self.head = after["norm"], after["head"]
+        layers: Any = plain_decoder(config, dim, outputs, Block, double, lambda w: AdaptiveNorm(w, config.groups, dim))
+        self.stem, self.middle = layers["stem"], layers["middle"]
+        self.adaptive, self.levels = layers["adaptive"], layers["levels"]
+        self.norm, self.head = layers["norm"], layers["head"]
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.middle(self.stem(z))
         for adapt, level in zip(self.adaptive, self.levels, strict=True):
             x = level(adapt(x, z))
         return self.head(F.silu(self.norm(x)))
+
+
+def double(width: int) -> nn.Module:
+    return nn.Sequential(conv3(width, 4 * width), nn.PixelShuffle(2))
 
 
 class AdaptiveNorm(nn.Module):
@@ -94,8 +89,7 @@ class AdaptiveNorm(nn.Module):
 
 
 def prepare_magvit2(weights: Weights) -> Weights:
-    """Use running means, and reorder the outputs of upsampling convolutions from (sub-pixel, channel) to torch's
-    (channel, sub-pixel)."""
+    """Use running means, and reorder outputs of upsampling convolutions to torch's (channel, sub-pixel)."""
     prepared = take_averages(weights)
     for name, value in prepared.items():
         if ".upsample.conv1." in name and value.ndim and value.shape[0] % 4 == 0:

@@ -7,27 +7,23 @@ trained with it.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
-from ..config import ModelConfig, Node
 from ..layers import Upsample
+from ..quantizers.base import QuantizerNode
 from ..quantizers.vq import VQConfig
-from ..vqgan import Block, Level, named_sequential
+from ..vqgan import Block, named_sequential
 from .layouts import Layout
-from .plain import PLAIN_NAMES, PlainConfig, decoder_ends, level_blocks, plain_encoder
+from .plain import PLAIN_NAMES, PlainConfig, plain_decoder, plain_encoder
 
 
 class MaskGITConfig(PlainConfig):
     """Sizes of the networks; the defaults match the ImageNet model with 16x16 ids."""
 
-    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        VQConfig(codes=1024, dim=256), description="maps vectors to ids"
-    )
+    quantizer: QuantizerNode = Field(VQConfig(codes=1024, dim=256), description="maps vectors to ids")
 
 
 class MaskGIT(Autoencoder, name="maskgit"):
@@ -37,8 +33,10 @@ class MaskGIT(Autoencoder, name="maskgit"):
 
     def __init__(self, config: MaskGITConfig) -> None:
         super().__init__(config, config.factor)
-        self.encoder = plain_encoder(config, self.quantizer.dim, MaskGITBlock, lambda width: nn.AvgPool2d(2))
-        self.decoder = maskgit_decoder(config, self.quantizer.dim, self.outputs)
+        dim, block = self.quantizer.dim, MaskGITBlock
+        self.encoder = plain_encoder(config, dim, block, lambda width: nn.AvgPool2d(2))
+        layers = plain_decoder(config, dim, self.outputs, block, lambda width: Upsample(width, width))
+        self.decoder = named_sequential(**layers)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -58,17 +56,6 @@ class MaskGITBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         residual = self.residual(x)
         return residual + (x if isinstance(self.skip, nn.Identity) else self.skip(residual))
-
-
-def maskgit_decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
-    """Build a network from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, coarsest level first."""
-    width, levels = config.widths[-1], []
-    before, after = decoder_ends(config, dim, outputs, MaskGITBlock)
-    for level, wide in reversed(list(enumerate(config.widths))):
-        blocks = level_blocks(config, MaskGITBlock, width, wide)
-        levels.append(Level(blocks, Upsample(wide, wide) if level else nn.Identity()))
-        width = wide
-    return named_sequential(**before, levels=nn.Sequential(*levels), **after)
 
 
 MASKGIT = Layout(

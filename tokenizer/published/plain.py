@@ -40,19 +40,36 @@ def plain_encoder(
 
 
 def level_blocks(config: PlainConfig, block: type[Block], width: int, wide: int) -> list[nn.Module]:
-    """Build the blocks of a level; the first changes the width."""
     return [block(wide if index else width, wide, config.groups, bias=False) for index in range(config.blocks)]
 
 
-def decoder_ends(
-    config: PlainConfig, dim: int, outputs: int, block: type[Block]
-) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Build the layers before and after a decoder's levels."""
-    coarsest, finest = config.widths[-1], config.widths[0]
-    middle = nn.Sequential(*level_blocks(config, block, coarsest, coarsest))
-    before = {"stem": conv3(dim, coarsest), "middle": middle}
-    after = {"norm": norm(finest, config.groups), "swish": nn.SiLU(), "head": conv3(finest, outputs)}
-    return before, after
+def plain_decoder(
+    config: PlainConfig,
+    dim: int,
+    outputs: int,
+    block: type[Block],
+    double: Callable[[int], nn.Module],
+    adapt: Callable[[int], nn.Module] | None = None,
+) -> dict[str, nn.Module]:
+    """Build named layers from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, coarsest level first. double: builds
+    the layer that doubles the sides. adapt: builds one of the layers `adaptive`, which precede the levels."""
+    width, finest = config.widths[-1], config.widths[0]
+    middle = nn.Sequential(*level_blocks(config, block, width, width))
+    stem, head, adaptive, levels = conv3(dim, width), conv3(finest, outputs), [], []
+    for level, wide in reversed(list(enumerate(config.widths))):
+        adaptive += [adapt(width)] if adapt else []
+        blocks = level_blocks(config, block, width, wide)
+        levels.append(Level(blocks, double(wide) if level else nn.Identity()))
+        width = wide
+    return {
+        "stem": stem,
+        "middle": middle,
+        **({"adaptive": nn.ModuleList(adaptive)} if adapt else {}),
+        "levels": nn.Sequential(*levels),
+        "norm": norm(finest, config.groups),
+        "swish": nn.SiLU(),
+        "head": head,
+    }
 
 
 PLAIN_NAMES = (

@@ -49,30 +49,24 @@ def rename_old_attention(weights: Weights) -> Weights:
 
 
 def take_averages(weights: Weights) -> Weights:
-    """Replace weights by the running means that SEED-Voken evaluates with and stores in the same file, under names
-    without dots."""
+    """Use the running means that SEED-Voken evaluates with and stores beside the weights, under names without dots."""
     return {key: weights.get(f"model_ema.{key.replace('.', '')}", value) for key, value in weights.items()}
 
 
 def network_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Return the sizes of a network with attention, without its quantizer."""
-    numbers = range(shapes.levels)
-    attention = {
-        "encoder": [level for level in numbers if shapes.has(f"encoder.levels.{level}.attention.0.q.weight")],
-        "decoder": [
-            level for level in numbers if shapes.has(f"decoder.levels.{shapes.levels - 1 - level}.attention.0.q.weight")
-        ],
-    }
+    numbers, last = range(shapes.levels), shapes.levels - 1
+    encoder = [level for level in numbers if shapes.has(f"encoder.levels.{level}.attention.0.q.weight")]
+    decoder = [level for level in numbers if shapes.has(f"decoder.levels.{last - level}.attention.0.q.weight")]
     return {
         **shapes.stem_and_levels(),
-        **{f"{part}_attention": tuple(levels) or None for part, levels in attention.items()},
+        "encoder_attention": tuple(encoder) or None,
+        "decoder_attention": tuple(decoder) or None,
         "mid_attention": shapes.has("encoder.middle.1.q.weight"),
         "z_channels": shapes.of("encoder.head.weight")[0],
     }
 
 
 def vqgan_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Return the configuration of a `vqgan`."""
     quantizer: dict[str, Any] = {"kind": "gumbel"}
     if shapes.has("quantizer.proj.weight"):
         quantizer["codes"], quantizer["dim"] = shapes.of("quantizer.embed.weight", axes=2)
@@ -82,18 +76,11 @@ def vqgan_sizes(shapes: Shapes) -> dict[str, Any]:
     return {**network_sizes(shapes), "quantizer": {**quantizer, **more.pop("quantizer", {})}, **more}
 
 
-def is_coarsest_first(weights: Weights) -> bool:
-    """Return whether the decoder's level 0, under taming's names, is the coarsest: all levels except the finest
-    upsample."""
-    return TAMING_FIRST in weights and "decoder.up.0.upsample.conv.weight" in weights
-
-
 # The weights' `config.json`
 
 
 def diffusers_settings(settings: dict[str, Any], sizes: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read `image_size` and `groups` of diffusers' `VQModel`. Raises `FormatError` or `ConfigError`, also for an
-    unknown setting, which might change the model."""
+    """Read the settings of diffusers' `VQModel`. Refuses unknown ones, which might change the model."""
     name = settings.get("_class_name")
     if name != "VQModel":
         raise FormatError(f"{path}: _class_name: must be VQModel (found {name!r})")
@@ -112,8 +99,7 @@ def diffusers_settings(settings: dict[str, Any], sizes: dict[str, Any], path: Pa
 
 
 def transformers_settings(settings: dict[str, Any], sizes: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read `image_size`, if known, of transformers' `JanusVQVAE` or of a model that contains one; ignore settings of
-    other models. Raises `ConfigError`."""
+    """Read the settings of transformers' `JanusVQVAE`, or of a model that contains one; ignore those of others."""
     settings = settings.get("vq_config", settings)
     if not isinstance(settings, dict) or settings.get("model_type") != "janus_vqgan":
         return {}
@@ -161,7 +147,8 @@ SEED_IBQ = replace(TAMING, title="SEED-Voken IBQ", prepare=take_averages, more={
 JANUS = replace(
     TAMING,
     title="transformers JanusVQVAE",
-    fits=is_coarsest_first,
+    # The decoder's level 0 is the coarsest: all levels except the finest upsample.
+    fits=lambda weights: {TAMING_FIRST, "decoder.up.0.upsample.conv.weight"} <= set(weights),
     finest_first=False,
     settings=transformers_settings,
     more={"unit_codes": True},

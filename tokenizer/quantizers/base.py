@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, Node
 from ..model import Registered
 from ..precision import full_float32
 from ..scales import Scales
@@ -22,6 +22,10 @@ class Quantized(NamedTuple):
     z_q: Tensor
     tokens: Tensor
     losses: dict[str, Tensor]
+
+
+QuantizerNode = Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")]
+"""The type of a field that holds the configuration of a quantizer."""
 
 
 class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):

@@ -20,9 +20,7 @@ EPSILON = 1e-6  # added to |z|^2, because the gradient of the direction is unbou
 class BSQConfig(LFQConfig):
     """Settings of `lfq`; the temperature applies to cosines."""
 
-    temperature: float = Field(
-        0.03, gt=0, description="temperature of the cosine between vector and code; 0.015 suits 18 bits"
-    )
+    temperature: float = Field(0.03, gt=0, description="temperature of cosines of vector and code; 0.015 suits 18 bits")
 
 
 class BSQ(LFQ, name="bsq"):

@@ -130,7 +130,6 @@ def _probabilities(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_backward(p: Tensor, upstream: Tensor, temperature: float) -> Tensor:
-    """Return the gradient of the logits, given the gradient `upstream` of their softmax `p` (n, codes). Overwrites
-    `upstream`."""
+    """Return the gradient of the logits from that of their softmax `p` (n, codes), which is overwritten."""
     upstream -= torch.linalg.vecdot(p, upstream).unsqueeze(1)
     return upstream.mul_(p).div_(temperature)

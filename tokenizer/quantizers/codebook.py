@@ -25,14 +25,10 @@ class CodebookConfig(ModelConfig):
     codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
     dim: int = Field(64, ge=1, le=4096, description="width of a code")
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls vectors to their codes")
-    kmeans_iterations: int = Field(
-        10, ge=0, description="k-means steps that initialize the codebook from the first batch"
-    )
+    kmeans_iterations: int = Field(10, ge=0, description="k-means steps on the first batch that set the codebook")
     seed: int = Field(0, ge=0, description="seed of the initial codes and of the candidates for revival")
     normalize: bool = Field(
-        False,
-        description="compare by cosine similarity: vectors and codes are scaled to length 1, which suits large "
-        "codebooks with few dimensions (LlamaGen: 16384 x 8)",
+        False, description="compare directions: vectors and codes of length 1, for large codebooks of few dimensions"
     )
     gradient: Gradient = Field("straight_through", description="gradient estimator for the nearest code")
 
@@ -43,9 +39,7 @@ class CodebookConfig(ModelConfig):
 
 class CountedConfig(CodebookConfig):
     decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch")
-    revive_below: float = Field(
-        0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
-    )
+    revive_below: float = Field(0.05, ge=0, lt=1, description="a code is revived below this share of the mean use")
     revive_every: int = Field(10, ge=1, description="training batches between revivals")
 
 
@@ -88,7 +82,6 @@ class Codebook(SelfUpdating, Quantizer):
         return tokens.reshape(z.shape[0], *z.shape[2:])
 
     def comparable(self, rows: Tensor) -> Tensor:
-        """Prepare rows `(n, dim)` for comparison with the table."""
         return F.normalize(rows, dim=1) if self.config.normalize else rows
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
@@ -101,8 +94,7 @@ class Codebook(SelfUpdating, Quantizer):
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means over the rows `(n, dim)` of all ranks and use rank 0's result everywhere. With fewer rows than
-        codes, repeat them with a little noise."""
+        """Use the k-means centres of the rows of all ranks; fewer rows than codes are repeated with a little noise."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         iterations = self.config.kmeans_iterations
         if len(sample) < self.vocab_size:
@@ -198,8 +190,7 @@ def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """Gather rows `(len(indices), D)` from the concatenated rows of all ranks, which hold equally many. Each rank fills
-    in its own rows, and summing over ranks gives all ranks the same result."""
+    """Gather rows `(len(indices), D)` from those of all ranks, which hold equally many; the same on all ranks."""
     if world_size() == 1:
         return rows[indices]
     rank, row = indices // len(rows), indices % len(rows)

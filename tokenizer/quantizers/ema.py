@@ -19,11 +19,7 @@ from .updates import sum_over_ranks
 
 class EMAConfig(CountedConfig):
     decay: float = Field(
-        0.9,
-        ge=0,
-        lt=1,
-        description="decay of the running counts and sums, per training batch; an unused code counts as dead after "
-        "about 3 / (1 - decay) batches; long runs can use 0.99",
+        0.9, ge=0, lt=1, description="decay of the running means per training batch; long runs can use 0.99"
     )
 
 

@@ -23,9 +23,7 @@ from .gradients import straight_through
 
 class FSQConfig(ModelConfig):
     levels: tuple[Annotated[int, Field(ge=3, le=256)], ...] = Field(
-        (8, 8, 8),
-        min_length=1,
-        description="number of levels of each channel, at least 3 (the paper: 5); the product is the vocabulary size",
+        (8, 8, 8), min_length=1, description="levels of each channel (paper: 5 or more); the product is the vocabulary"
     )
 
     def check(self) -> Iterator[str]:

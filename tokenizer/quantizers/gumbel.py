@@ -26,18 +26,12 @@ from .updates import SelfUpdating, world_size
 class GumbelConfig(ModelConfig):
     codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
     dim: int = Field(64, ge=1, le=4096, description="width of a code")
-    hard: bool = Field(
-        True, description="train the decoder on the sampled code; false: on the softmax-weighted mean of codes"
-    )
+    hard: bool = Field(True, description="decode the sampled code in training; false: the softmax's mean of codes")
     temperature: float = Field(1.0, gt=0, description="initial temperature of the softmax that passes gradients")
     final_temperature: float = Field(1 / 16, gt=0, description="final temperature (DALL-E: 1/16)")
-    anneal_steps: int = Field(
-        2000, ge=0, description="number of training batches over which a cosine anneals the temperature"
-    )
+    anneal_steps: int = Field(2000, ge=0, description="training batches over which a cosine anneals the temperature")
     kl: float = Field(5e-4, ge=0, description="weight of KL(p(code | z), uniform) in nats per vector")
-    kmeans_iterations: int = Field(
-        10, ge=0, description="k-means steps that initialize logits and codes from the first batch"
-    )
+    kmeans_iterations: int = Field(10, ge=0, description="k-means steps on the first batch that set logits and codes")
     seed: int = Field(0, ge=0, description="seed of the initial codes")
 
 

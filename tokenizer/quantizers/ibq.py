@@ -26,31 +26,15 @@ class IBQConfig(CodebookConfig):
     """Weights and temperatures. With `normalize`, inner products are cosines."""
 
     beta: float = Field(
-        0.25,
-        ge=0,
-        description="weight of the codebook loss, which pulls codes to their vectors; the losses that pull vectors "
-        "have weight 1",
+        0.25, ge=0, description="weight of the loss that pulls codes to vectors; the others have weight 1"
     )
     gradient: Literal["index"] = Field(  # type: ignore[assignment]
         "index", description="gradients pass through the softmax over indices"
     )
-    temperature: float = Field(
-        0.1,
-        gt=0,
-        description="temperature of the softmax that passes gradients (the paper: 1); a nearly flat softmax passes "
-        "little of the decoder's gradient",
-    )
-    entropy_temperature: float = Field(
-        0.01, gt=0, description="temperature of the softmax in the entropy and diversity losses"
-    )
-    entropy: float = Field(
-        0.02, ge=0, description="weight of the entropy of p(code | vector), in nats (the paper: 0.05)"
-    )
-    diversity: float = Field(
-        0.02,
-        ge=0,
-        description="weight of log(codes) minus the entropy of the batch's mean p(code), in nats (the paper: 0.05)",
-    )
+    temperature: float = Field(0.1, gt=0, description="of the softmax that passes gradients (the paper: 1)")
+    entropy_temperature: float = Field(0.01, gt=0, description="of the softmax in the entropy and diversity losses")
+    entropy: float = Field(0.02, ge=0, description="weight of the entropy of p(code | vector) in nats (paper: 0.05)")
+    diversity: float = Field(0.02, ge=0, description="weight of log(codes) - H(mean p(code)) in nats (the paper: 0.05)")
 
 
 class IBQ(Codebook, name="ibq"):

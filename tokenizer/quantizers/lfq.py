@@ -27,25 +27,14 @@ LARGEST = 18  # bits of an id, and of a group
 class LFQConfig(ModelConfig):
     bits: int = Field(9, ge=2, le=256, description="number of channels, each of which becomes one bit")
     levels: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="ids per position, which share the bits evenly: 18 bits can be 2 ids of 512 values instead of 1 id "
-        "of 262144 values, too many for a prior",
+        1, ge=1, le=64, description="ids per position, which share the bits evenly; a prior needs small vocabularies"
     )
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls vectors to their codes")
     entropy: float = Field(0.02, ge=0, description="weight of the entropy of p(code | vector), in nats")
-    diversity: float = Field(
-        0.1, ge=0, description="weight of log(codes) minus the entropy of the batch's mean p(code), in nats"
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="temperature of p(code | vector) in the entropy and diversity losses"
-    )
+    diversity: float = Field(0.1, ge=0, description="weight of log(codes) - H(mean p(code)), in nats")
+    temperature: float = Field(1.0, gt=0, description="of p(code | vector) in the entropy and diversity losses")
     group: int = Field(
-        10,
-        ge=1,
-        le=LARGEST,
-        description="number of bits whose joint distribution `diversity` measures; exact if `bits` is no larger",
+        10, ge=1, le=LARGEST, description="bits whose joint distribution `diversity` measures (exact for all bits)"
     )
 
     def check(self) -> Iterator[str]:

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import ModelConfig, Node
+from ..config import ModelConfig
 from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
-from .base import Quantized, Quantizer
+from .base import Quantized, Quantizer, QuantizerNode
 from .codebook import Codebook, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
@@ -35,27 +35,14 @@ DECAY = 0.9  # of the running means, per training batch, if the codebook has no 
 
 class MultiScaleConfig(ModelConfig):
     scales: tuple[Annotated[int, Field(ge=1, le=256)] | str, ...] = Field(
-        (1, 2, 4, 7),
-        min_length=1,
-        description="sizes of the maps of ids, coarse to fine, each the side of a square or HEIGHTxWIDTH; the last "
-        "must be the size of the latents",
+        (1, 2, 4, 7), min_length=1, description="sides or HEIGHTxWIDTH of the maps, up to the size of the latents"
     )
-    book: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description=f"the common codebook, one of {', '.join(BOOKS)}"
-    )
-    rms: bool = Field(
-        True, description="divide each scale by its running root mean square, so that all scales use the whole codebook"
-    )
+    book: QuantizerNode = Field(EMAConfig(), description=f"the common codebook, one of {', '.join(BOOKS)}")
+    rms: bool = Field(True, description="divide each scale by its running root mean square, to use all codes")
     center: bool = Field(True, description="subtract the running mean of latents before the first scale")
-    phi: int = Field(
-        0, ge=0, le=64, description="number of smoothing convolutions, shared by neighbouring scales (VAR: 4)"
-    )
+    phi: int = Field(0, ge=0, le=64, description="smoothing convolutions, shared by neighbouring scales (VAR: 4)")
     truncate: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="in training, the share of images for which the decoder sees only a random number of the first "
-        "scales, so that coarse scales can be decoded alone",
+        0.0, ge=0, le=1, description="share of training images without their last scales, to decode coarse scales alone"
     )
 
     @property

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import ModelConfig, Node
-from .base import Quantized, Quantizer
+from ..config import ModelConfig
+from .base import Quantized, Quantizer, QuantizerNode
 from .codebook import CodebookConfig, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
@@ -27,15 +27,9 @@ SHARED_STARTS = 2  # the first reduces the error by 15 to 90 %, the second by up
 
 
 class RVQConfig(ModelConfig):
-    depth: int = Field(
-        4, ge=1, le=64, description="ids per position; each quantizes the residual of the preceding ones"
-    )
-    shared: bool = Field(
-        False, description="use one codebook for all levels (RQ-VAE) instead of one per level (SoundStream)"
-    )
-    book: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description=f"codebook of every level, one of {', '.join(BOOKS)}; levels share these settings"
-    )
+    depth: int = Field(4, ge=1, le=64, description="ids per position; each quantizes the residual of those before")
+    shared: bool = Field(False, description="one codebook for all levels (RQ-VAE), not one each (SoundStream)")
+    book: QuantizerNode = Field(EMAConfig(), description=f"codebook of every level, one of {', '.join(BOOKS)}")
 
     def check(self) -> Iterator[str]:
         if not isinstance(self.book, CodebookConfig) or self.book.kind not in BOOKS:

@@ -35,17 +35,14 @@ def one_training_forward() -> Iterator[None]:
     try:
         yield
         if _pending.depth == 1:
-            _update_all()
+            with torch.no_grad():
+                for module, batches in _pending.batches.items():
+                    parts = zip(*batches, strict=True)
+                    module.update(*(part[0] if len(part) == 1 else torch.cat(part) for part in parts))
     finally:
         _pending.depth -= 1
         if not _pending.depth:
             _pending.batches.clear()
-
-
-@torch.no_grad()
-def _update_all() -> None:
-    for module, batches in _pending.batches.items():
-        module.update(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
 class SelfUpdating(nn.Module):

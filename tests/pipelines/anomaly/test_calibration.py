@@ -39,49 +39,6 @@ def test_a_saved_pipeline_gives_the_same_scores(trained, tmp_path):
     assert "columns" not in json.loads(trained.calibration.to_json())
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "field"),
-    [
-        ("count", "del", "count"),
-        ("more", 1, "more"),
-        ("count", 3.5, "count"),
-        ("labels", 1, "labels"),
-        ("columns", ["a\nb"], "columns.0"),
-        ("columns", ["a"] * 65, "columns"),
-        ("false_alarms", 1.0, "false_alarms"),
-        ("digests", ["0" * 17], "digests.0"),
-        ("digests", ["0" * 16] * 50_001, "digests"),
-        ("fitted", None, "fitted"),
-        ("fitted.typical_bits", 10**400, "fitted.typical_bits"),
-        ("fitted.typical_bits", float("inf"), "fitted.typical_bits"),
-        ("fitted.statistics.mean", lambda mean: mean[1:], "fitted.statistics.whitener"),
-        ("fitted.statistics.mean", lambda mean: ["a", *mean[1:]], "fitted.statistics.mean"),
-        ("fitted.statistics.mean", lambda mean: [float("inf"), *mean[1:]], "fitted.statistics.mean"),
-        ("fitted.statistics.whitener", lambda rows: [rows[0][1:], *rows[1:]], "fitted.statistics.whitener"),
-        ("fitted.features.points", [], "fitted.features.points"),
-        ("fitted.features.points", lambda rows: [row[1:] for row in rows], "fitted.features.points"),
-        ("scores", {}, "scores"),
-        ("scores.nll.values", [], "scores.nll.values"),
-        ("scores.nll.tie", -1, "scores.nll.tie"),
-        ("scores.nll.threshold", None, "scores.nll.threshold"),
-        ("surprise", lambda rows: rows[1:], "surprise"),
-        ("error", lambda rows: [[-value for value in row] for row in rows], "error"),
-    ],
-)
-def test_a_damaged_calibration_is_one_line_that_names_the_field(trained, path, value, field):
-    data = whole = json.loads(trained.calibration.to_json())
-    *parents, last = path.split(".")
-    for parent in parents:
-        data = data[parent]
-    if value == "del":
-        del data[last]
-    else:
-        data[last] = value(data[last]) if callable(value) else value
-    file = Path("somewhere/calibration.json")
-    with pytest.raises(FormatError, match=f"^{re.escape(f'{file}: {field}: ')}[^\\n]+$"):
-        Calibration.from_dict(whole, file)
-
-
 @pytest.fixture(scope="module")
 def folded(trained):
     """A calibration with three folds."""
@@ -89,30 +46,49 @@ def folded(trained):
     return pipe.calibrate(stripes(30, seed=2), folds=3)
 
 
+WHOLE = [
+    ("count", "del", "count"),
+    ("more", 1, "more"),
+    ("labels", 1, "labels"),
+    ("columns", ["a\nb"], "columns.0"),
+    ("digests", ["0" * 17], "digests.0"),
+    ("fitted", None, "fitted"),
+    ("fitted.typical_bits", 10**400, "fitted.typical_bits"),
+    ("fitted.statistics.mean", lambda mean: mean[1:], "fitted.statistics.whitener"),
+    ("fitted.statistics.mean", lambda mean: ["a", *mean[1:]], "fitted.statistics.mean"),
+    ("fitted.statistics.mean", lambda mean: [float("inf"), *mean[1:]], "fitted.statistics.mean"),
+    ("fitted.features.points", lambda rows: [row[1:] for row in rows], "fitted.features.points"),
+    ("scores", {}, "scores"),
+    ("scores.nll.values", [], "scores.nll.values"),
+    ("scores.nll.threshold", None, "scores.nll.threshold"),
+    ("surprise", lambda rows: rows[1:], "surprise"),
+    ("error", lambda rows: [[-value for value in row] for row in rows], "error"),
+]
+FOLDED = [
+    ("folds", "del", "fitted"),
+    ("folds", lambda folds: folds[:1], "folds"),
+    ("folds.1.scores.nll", "del", "folds.1"),
+    ("folds.1.scores.nll", [], "folds.1.scores.nll"),
+    ("scores.nll.threshold", 1.0, "scores.nll.threshold"),
+    ("confidence", 0.9, "confidence"),
+]
+
+
 @pytest.mark.parametrize(
-    ("path", "value", "field"),
-    [
-        ("folds", "del", "fitted"),
-        ("folds", lambda folds: folds[:1], "folds"),
-        ("folds.1.fitted.statistics.mean", lambda mean: mean[1:], "folds.1.fitted.statistics.whitener"),
-        ("folds.1.scores.nll", "del", "folds.1"),
-        ("folds.1.scores.nll", [], "folds.1.scores.nll"),
-        ("scores.nll.threshold", 1.0, "scores.nll.threshold"),
-        ("confidence", 0.9, "confidence"),
-    ],
+    ("has_folds", "path", "value", "field"), [(False, *c) for c in WHOLE] + [(True, *c) for c in FOLDED]
 )
-def test_damaged_folds_are_one_line_that_names_the_field(folded, path, value, field):
-    whole = json.loads(folded.to_json())
+def test_a_damaged_calibration_is_one_line_that_names_the_field(trained, folded, has_folds, path, value, field):
+    data = whole = json.loads((folded if has_folds else trained.calibration).to_json())
     *parents, last = path.split(".")
-    data = whole
     for parent in parents:
         data = data[int(parent) if isinstance(data, list) else parent]
     if value == "del":
         del data[last]
     else:
         data[last] = value(data[last]) if callable(value) else value
-    with pytest.raises(FormatError, match=f"^{re.escape(f'calibration.json: {field}: ')}[^\\n]+$"):
-        Calibration.from_dict(whole, Path("calibration.json"))
+    file = Path("somewhere/calibration.json")
+    with pytest.raises(FormatError, match=f"^{re.escape(f'{file}: {field}: ')}[^\\n]+$"):
+        Calibration.from_dict(whole, file)
 
 
 def test_a_calibration_of_many_images_can_be_read_again(trained):

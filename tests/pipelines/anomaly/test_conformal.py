@@ -26,7 +26,7 @@ def test_the_false_alarm_rate_is_as_requested_for_scores_of_any_scale(scale, sam
     """5 %, or less with ties, also under the rounding noise of another machine."""
     chance, (mean, deviation) = np.random.default_rng(0), scale
     below, above = [], []
-    for _ in range(300):
+    for _ in range(200):
         scores = mean + deviation * chance.normal(size=300)
         scores[chance.random(300) < same] = mean + 3.3333333 * deviation
         noise = deviation * 1e-5 * chance.normal(size=200)
@@ -74,7 +74,7 @@ def test_a_confidence_is_the_share_of_calibrations_below_the_rate(confidence, di
         assert 0.45 < np.mean(usual) < 0.7 and (confidence == 0.5 or np.mean(usual) < confidence - 0.15)
 
 
-@pytest.mark.parametrize("confidence", [None, 0.01, 0.3, 0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("confidence", [None, 0.01, 0.5, 0.95, 0.999])
 def test_least_scores_is_the_smallest_number_with_a_threshold(confidence):
     """The first n for which 1 / (n + 1) <= share or, with a confidence, (1 - share)^n <= 1 - confidence."""
     for share in (0.001, 0.01, 1 / 30, 0.05, 0.07, 0.1, 1 / 7, 0.25, 1 / 3, 0.5, 0.75, 0.99):
@@ -159,11 +159,11 @@ def flag_new_objects(folds, seed, alpha=0.05, objects=49, views=4):
 def test_promises_hold_over_many_calibrations():
     """Of objects of several images. Two halves keep alpha on average; folds keep their bound, and in practice alpha
     with less spread between calibrations."""
-    rates = {folds: np.array([flag_new_objects(folds, seed) for seed in range(200)]) for folds in (1, 5)}
+    rates = {folds: np.array([flag_new_objects(folds, seed) for seed in range(100)]) for folds in (1, 5)}
     for folds, found in rates.items():
         print(f"folds={folds}: mean {found.mean():.4f}, deviation {found.std():.4f}, 5 to 95 % of calibrations "
               f"{np.quantile(found, 0.05):.3f} to {np.quantile(found, 0.95):.3f}")  # fmt: skip
-    error = {folds: found.std() / math.sqrt(200) for folds, found in rates.items()}
+    error = {folds: found.std() / math.sqrt(100) for folds, found in rates.items()}
     exact = math.floor(0.05 * 26) / 26  # of 25 scored objects: p <= .05 for the highest alone
     assert abs(rates[1].mean() - exact) < 4 * error[1] and rates[1].mean() < 0.05 + 3 * error[1]
     assert rates[5].mean() + 3 * error[5] < cross_bound(0.05, 49, 5)

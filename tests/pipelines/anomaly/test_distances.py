@@ -19,13 +19,13 @@ def test_a_distance_from_the_mean_is_mahalanobis():
 
 def test_a_distance_from_neighbours_is_that_from_the_fifth_nearest():
     chance = np.random.default_rng(0)
-    rows, others = chance.normal(size=(3000, 4)) * [1, 2, 5, 3] + 7, chance.normal(size=(2500, 4)) * 4 + 7
-    fitted = Distance.fit(rows, 1000)
-    white = (np.concatenate([rows[:1000], others]) - fitted.mean) @ fitted.whitener.T
-    np.testing.assert_allclose(white[:1000], fitted.points, atol=1e-4)
-    away = np.linalg.norm(white[1000:, None] - fitted.points, axis=2)
+    rows, others = chance.normal(size=(2000, 4)) * [1, 2, 5, 3] + 7, chance.normal(size=(1100, 4)) * 4 + 7
+    fitted = Distance.fit(rows, 300)
+    white = (np.concatenate([rows[:300], others]) - fitted.mean) @ fitted.whitener.T
+    np.testing.assert_allclose(white[:300], fitted.points, atol=1e-4)
+    away = np.linalg.norm(white[300:, None] - fitted.points, axis=2)
     np.testing.assert_allclose(fitted.of(others), np.sort(away, 1)[:, 4], rtol=1e-4)
-    assert 0.005 < (fitted.of(rows[1000:]) > 1).mean() <= 0.01
+    assert 0.005 < (fitted.of(rows[300:]) > 1).mean() <= 0.01
     assert np.isfinite(to_nearest(white, white[:3])).all()  # fewer than five
 
 

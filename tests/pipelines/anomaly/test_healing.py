@@ -11,7 +11,8 @@ from small_pipelines import make_conditioned, make_pipeline, pixels_for
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.examine import Examination
-from pipelines.anomaly.healing import anomaly_map, heal
+from pipelines.anomaly.healing import heal
+from pipelines.anomaly.maps import anomaly_map
 from pipelines.anomaly.scores import anomaly_score
 
 

@@ -14,12 +14,24 @@ from hypothesis import strategies as st
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import divide_objects
 from pipelines.anomaly.calibration import Calibration
-from pipelines.anomaly.conformal import p_values_of, round_scores
+from pipelines.anomaly.conformal import p_values_of
 from pipelines.anomaly.distances import CalibrationError
+from pipelines.anomaly.examine import Examination
 from pipelines.anomaly.filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
 from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
-from pipelines.anomaly.maps import HANDICAP, measure_image, peak_of, score_image
+from pipelines.anomaly.maps import (
+    HANDICAP,
+    MAPPED,
+    Roles,
+    blur_maps,
+    map_hidden,
+    peak_and_changes,
+    peak_of,
+    score_map,
+    standard_cells,
+)
 from pipelines.completion import region_log_prob
 
 ANY_ORDER = [("masked", {}), ("blocks", {"any_order": True}), ("gpt", {"any_order": True})]
@@ -69,21 +81,6 @@ def test_a_single_hidden_token_has_its_conditional_probability_which_sums_to_one
             assert float(bits.flatten()[cell]) == pytest.approx(-float(expected) / math.log(2), abs=1e-4)
 
 
-@pytest.mark.parametrize(("prior", "config"), ANY_ORDER[:2])
-def test_the_tokens_of_its_block_do_not_explain_a_token_and_others_do(prior, config):
-    pipe = make(prior, **config)
-    tokens, other = tokens_of(pipe), tokens_of(pipe)
-    inside = hidden_masks(4, 4, 2)[0]  # the block of the upper left token; on 4 x 4, each pass hides one block
-    before = hidden_bits(pipe.prior, tokens, nothing(pipe, tokens), size=2)[:, 0, 0]
-    for changed, same in ((inside, True), (~inside, False)):
-        mixed = torch.where(changed, other, tokens)
-        mixed[:, 0, 0] = tokens[:, 0, 0]
-        assert (
-            torch.allclose(hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2)[:, 0, 0], before, atol=1e-5)
-            is same
-        )
-
-
 @pytest.mark.parametrize(("prior", "config"), [*ANY_ORDER, ("made", {"order_agnostic": True}), ("gpt", {})])
 def test_only_priors_whose_hidden_tokens_do_not_explain_one_another_can_hide(prior, config):
     """On a grid of which a pass hides several tokens of a block."""
@@ -101,16 +98,6 @@ def test_only_priors_whose_hidden_tokens_do_not_explain_one_another_can_hide(pri
             float((hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2) - before).abs()[:, others].max()),
         )
     assert can_hide(pipe.prior) == (changes < 1e-5)
-
-
-def test_a_block_of_a_model_without_blocks_has_its_conditional_probability():
-    pipe = make("gpt", size=(8, 8), any_order=True)
-    tokens = tokens_of(pipe)
-    for mask in hidden_masks(2, 2, 1):
-        nats = pipe.prior.hidden_log_probs(tokens, (~mask).flatten().expand(3, -1), nothing(pipe, tokens))
-        torch.testing.assert_close(
-            (nats * mask).sum((1, 2)), region_log_prob(pipe.prior, tokens, ~mask, nothing(pipe, tokens))
-        )
 
 
 def test_a_prior_of_one_order_gives_the_bits_after_earlier_tokens():
@@ -170,6 +157,17 @@ def test_a_calibration_keeps_its_maps_and_one_without_them_reads_as_before(mappe
         loaded.anomaly_map(IMAGES, method="combined")
 
 
+def test_both_parts_of_the_combined_map_are_standardized_over_normal_pixels(mapped):
+    reference, examination, parts = mapped.calibration.maps, Examination.open(mapped, IMAGES), []
+    chosen = Roles.choose(divide_objects(np.arange(60), 60, 0)[0].fitting).of_pixels
+    for evidence in examination.examine(MAPPED, chosen):
+        surprisal = map_hidden(examination, reference.codes, evidence)
+        parts.append(blur_maps(examination, reference, standard_cells(reference, evidence), surprisal).flatten(1))
+    values = torch.cat(parts, 1).numpy()
+    np.testing.assert_allclose(values.mean(1), reference.pixel_mean, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(values.std(1), reference.pixel_deviation, rtol=1e-3)
+
+
 def test_a_prior_of_one_order_has_maps_of_tiles_only():
     pipe = make("gpt")
     pipe.calibrate(IMAGES)
@@ -180,17 +178,17 @@ def test_a_prior_of_one_order_has_maps_of_tiles_only():
 
 def test_p_values_hold_for_whole_images_of_larger_size():
     pipe = make()
-    images = [image[0, :24, :20].numpy() for image in stripes(360, 0, side=24)[:, None, 0]]
-    pipe.calibrate(images[:200], stride=8)
-    heats = pipe.anomaly_map(images[200:], method="combined", stride=8)
+    images = [image[0, :24, :20].numpy() for image in stripes(180, 0, side=24)[:, None, 0]]
+    pipe.calibrate(images[:100], stride=8)
+    heats = pipe.anomaly_map(images[100:], method="combined", stride=8)
     regions = pipe.calibration.scores["map"]
     highest = np.array([float(heat.max()) for heat in heats])
     for p in (
-        pipe.anomaly_score(images[200:], "hidden", stride=8, p_values=True).numpy(),
+        pipe.anomaly_score(images[100:], "hidden", stride=8, p_values=True).numpy(),
         p_values_of(highest, regions.values, regions.tie),
     ):
         for share in (0.05, 0.2, 0.5):
-            assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 160 + 1 / 100))
+            assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 80 + 1 / 50))
     assert (highest > regions.threshold).tolist() == (p <= 0.05).tolist()
 
 
@@ -203,7 +201,7 @@ def test_the_score_of_a_map_is_its_top_less_its_median():
 def test_an_image_is_as_unusual_as_its_peak_or_its_change_along_the_calmer_axis(mapped):
     heat, cells = torch.zeros(16, 16), torch.zeros(8, 6, 21)
     heat[3, 4], cells[4:] = 3, 0.5
-    peak, down, across = measure_image(heat, cells)
+    peak, down, across = peak_and_changes(heat, cells)
     assert down == pytest.approx(math.log(0.501)) and across == pytest.approx(math.log(1e-3))
     for mean, expected in (
         ([peak - 3, down - 1, across], 3),
@@ -211,7 +209,7 @@ def test_an_image_is_as_unusual_as_its_peak_or_its_change_along_the_calmer_axis(
         ([peak + 1, down + 9, across - 9], 9 - HANDICAP),  # rows of normal images differ, columns do not
     ):
         update = {"image_mean": np.array(mean), "image_deviation": np.ones(3)}
-        assert score_image(mapped.calibration.maps.model_copy(update=update), heat, cells) == pytest.approx(expected)
+        assert score_map(mapped.calibration.maps.model_copy(update=update), heat, cells) == pytest.approx(expected)
 
 
 # Filters ------------------------------------------------------------------------------------------
@@ -263,8 +261,3 @@ def test_a_blur_keeps_the_mean_of_flat_regions_and_spreads_a_point():
     assert float(found.sum()) == pytest.approx(1, abs=1e-4)
     assert float(found[20, 20] / found[20, 22]) == pytest.approx(math.exp(0.5), rel=1e-3)
     torch.testing.assert_close(smooth(torch.full((5, 9), 3.0), 4.0), torch.full((5, 9), 3.0))
-
-
-def test_rounding_of_scores_covers_the_maps(mapped):
-    values = mapped.calibration.scores["hidden"].values
-    assert np.array_equal(round_scores(values)[0], values) and len(values) == 30

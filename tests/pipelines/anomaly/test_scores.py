@@ -20,7 +20,7 @@ from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.examine import Examination
-from pipelines.anomaly.scores import METHODS, anomaly_score, list_methods, log_statistics, score_tiles
+from pipelines.anomaly.scores import anomaly_score, list_methods, log_statistics, score_tiles
 
 
 def auroc(pipe, normal, anomalous, method="joint"):
@@ -61,7 +61,7 @@ def test_a_larger_score_is_more_anomalous(trained, method, least):
         assert min(auroc(trained, normal, images) for images in (constant(), 255 - normal)) > 0.95
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "hidden"])
+@pytest.mark.parametrize("method", ["joint", "typicality", "ratio", "top_bits"])
 def test_every_score_is_finite_for_constant_images(likely, method):
     pipe = copy.copy(likely)
     pipe.background = pipe.prior if method == "ratio" else None
@@ -134,16 +134,6 @@ def test_methods_fit_their_formulas(likely):
     assert inside[:400].mean() > 0.85 and inside[400:].mean() < 0.1
     np.testing.assert_array_equal(score["joint"][inside], score["neighbours"][inside])
     np.testing.assert_allclose(score["joint"][~inside], (score["neighbours"] + far - 1)[~inside])
-
-
-def test_the_scale_of_distances_fits_new_images(trained):
-    """It would not if images were their own neighbours."""
-    found, fitted = statistics(trained, stripes(600, seed=5)), trained.calibration.fitted
-    for distances in (
-        fitted.features.of(found["features"].numpy()),
-        fitted.statistics.of(log_statistics(found, fitted.names)),
-    ):
-        assert 0 < (distances > 1).mean() < 0.06
 
 
 def test_a_prior_without_layers_has_no_neighbours():

@@ -12,9 +12,7 @@ import pytest
 import torch
 from optional import Late, needs_gradio
 from PIL import Image
-from servers.app_server import Driver, app
-from servers.chromium import browser
-from small_pipelines import COLUMNS, as_pil, make_conditioned, make_pipeline, pixels_for
+from small_pipelines import COLUMNS, as_pil, make_conditioned, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
@@ -140,42 +138,3 @@ def test_an_image_is_scored_given_what_the_calibration_was_given(served, pipe, t
     assert "'nll', labels='dog', condition={'age': 63})" in code
     with pytest.raises(ValueError, match="calibrated with age, label given, but now with label"):
         anomaly.score_upload(served, quiet, picked, "nll", 1, *fields(served))
-
-
-def test_a_missing_or_broken_picture_is_one_line(served, pipe, tmp_path):
-    (tmp_path / "bad.png").write_text("no picture")
-    for picked, line in (
-        (None, "outline: choose an image"),
-        ([(str(tmp_path / "bad.png"), None)], "outline: the image"),
-    ):
-        with pytest.raises(ValueError, match=line):
-            sample.sample_images(
-                served, quiet, [1], 3, 5, "", *settings(pipe), *fields(served, ["outline"], outline=picked)
-            )
-
-
-def test_pipelines_without_columns_have_no_fields():
-    torch.manual_seed(0)
-    plain = served_.Served(make_pipeline("pixels", size=(4, 6)), "plain")
-    with gr.Blocks() as page:
-        assert controls.make_condition_fields(plain, "tab") == []
-        assert len(controls.make_sliders(plain.pipeline)) == len(controls.get_slider_values(plain.pipeline))
-    assert not any(isinstance(block, gr.Markdown | gr.CheckboxGroup) for block in page.blocks.values())
-
-
-@pytest.mark.slow  # starts a server: 30 s
-def test_fields_appear_when_their_column_is_chosen(pipe, picture, tmp_path):
-    pipe.save_pretrained(tmp_path / "pipeline")
-    with browser() as chromium, app(tmp_path / "pipeline", tmp_path, "max_images=2", "search=false") as server:
-        driver = Driver(chromium.new_page(), server.url)
-        driver.wait("#samples .thumbnail-item >> nth=1")
-        assert not driver.page.locator("#sample-outline").is_visible()
-        for name in ("age", "outline"):
-            driver.page.get_by_label(name, exact=True).locator("visible=true").first.check()
-        driver.wait("#sample-outline >> visible=true")
-        driver.pick("sample-outline", picture)
-        driver.wait("#sample-outline .thumbnail-item")
-        driver.number("number input for age", 33)
-        driver.click("Sample")
-        driver.page.wait_for_function("document.body.innerText.includes(\"'age': 33\")")
-        assert "no field for embedding" in driver.page.inner_text("body") and not driver.problems

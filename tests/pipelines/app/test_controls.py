@@ -42,9 +42,7 @@ def test_untouched_settings_are_the_pipelines_own(kind):
     ("sampler", "changed", "same"),
     [
         ({}, {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}),
-        ({}, {"top_p": 0.9}, {"top_p": 0.9}),
         ({"top_k": 3, "top_p": 0.5}, {"top_k": 5, "top_p": 1}, {}),
-        ({"guidance_scale": 2.0}, {"guidance_scale": 1.0}, {}),
         ({"guidance_scale": 2.0, "guidance_end": 3.0}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0}),
     ],
 )
@@ -57,42 +55,9 @@ def test_samples_are_drawn_with_the_settings_shown(sampler, changed, same):
     assert torch.equal(*drawn)
 
 
-@pytest.mark.parametrize("labels", [LABELS, []])
-def test_images_cycle_through_classes(labels):
-    pipe = pipeline(labels=labels, num_classes=3)
-    names = labels or [0, 1, 2]
-    assert controls.cycle_labels(pipe, [], 5) == [names[k % 3] for k in range(5)]
-    assert controls.cycle_labels(pipe, [2, 0], 3) == [names[2], names[0], names[2]]
-    assert controls.cycle_labels(pipe, 1, 2) == [names[1]] * 2
+def test_images_cycle_through_classes():
+    pipe, bare = pipeline(), pipeline(labels=[], num_classes=3)
+    assert controls.cycle_labels(pipe, [], 5) == [LABELS[k % 3] for k in range(5)]
+    assert controls.cycle_labels(bare, [2, 0], 3) == [2, 0, 2]
+    assert controls.cycle_labels(pipe, [1, controls.UNCONDITIONAL], 2) == [LABELS[1], None]
     assert controls.cycle_labels(pipe, [controls.UNCONDITIONAL], 2) is None
-    assert controls.cycle_labels(pipe, [1, controls.UNCONDITIONAL], 2) == [names[1], None]
-    unconditional = pipeline(labels=[])
-    assert [*controls.get_slider_values(unconditional)] == ["temperature", "top_k", "top_p"]
-    assert controls.cycle_labels(unconditional, None, 3) is None
-
-
-@pytest.mark.parametrize("seed", [-5, 1e23, 0.5])
-def test_a_bad_seed_is_named(seed):
-    pipe = pipeline()
-    with pytest.raises(ValueError, match="^seed: "):
-        controls.sampling_arguments(pipe, [], 1, seed, *controls.get_slider_values(pipe).values())
-
-
-@pytest.mark.parametrize("classes", [[], [0], [1, 2], [1, -1], [-1]])
-def test_arguments_are_valid_python(classes):
-    pipe = pipeline()
-    given = arguments(pipe, classes, count=4, top_k=2)
-    assert torch.equal(
-        eval(f"pipe(4{controls.format_arguments(given)}, progress=False).tokens"),
-        pipe(4, **given, progress=False).tokens,
-    )
-
-
-@pytest.mark.parametrize("kind", ["gpt", "blocks", "masked"])
-def test_every_offered_order_can_be_sampled(kind):
-    pipe = pipeline(kind, **({} if kind == "masked" else {"any_order": True}))
-    with gr.Blocks():
-        names = [name for _, name in controls.make_order_menu(pipe.prior).choices if name]
-    assert "halton" in names and ("dyadic" in names) == (kind != "gpt")
-    for name in names:
-        assert pipe(1, seed=0, order=name, progress=False).tokens.shape == (1, *pipe.prior.grid.shape)

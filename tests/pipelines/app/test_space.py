@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import httpx
 import pytest
 import yaml
+from command import fails
 from optional import needs_digits, needs_gradio
 from servers.app_server import ROOT, free_port, running
 
@@ -47,26 +47,10 @@ def test_three_files_say_how_the_hub_runs_it(tmp_path, capsys):
     assert (tmp_path / "space" / "requirements.txt").read_text() == f"smalti[app,compress]=={version('smalti')}\n"
 
 
-@pytest.mark.parametrize(
-    ("keys", "problem"),
-    [
-        (["pipeline=not_there"], "not_there"),
-        (["pipeline={here}", "space={here}/space"], "space: the pipeline must be on the Hub"),
-        (["pipeline=digits", "space={here}"], "space: "),
-        (["data.source={here}"], "data: the pipelines in the package"),
-    ],
-)
-def test_what_is_wrong_is_one_line(tmp_path, capsys, keys, problem):
+def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(SystemExit) as caught:
-        main(["app", *(key.format(here=tmp_path) for key in keys)])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and problem in error and error.count("\n") == 1
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["thesis.txt"]
-
-
-def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
+    assert "must be on the Hub" in fails(capsys, "app", f"pipeline={tmp_path}", f"space={tmp_path}/space")
+    assert "space: " in fails(capsys, "app", "pipeline=digits", f"space={tmp_path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     monkeypatch.setattr("pipelines.commands.app.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        main(["app", "pipeline=digits"])
-    assert "smalti[app]" in capsys.readouterr().err
+    assert "smalti[app]" in fails(capsys, "app", "pipeline=digits")

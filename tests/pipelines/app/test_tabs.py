@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import base64
 import re
-import struct
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from givens.images import header_only
 from optional import Late, needs_digits, needs_gradio
 from PIL import Image
 from small import make_prior, make_tokenizer
@@ -116,10 +115,8 @@ def test_a_pixel_counts_as_painted_if_half_of_it_is(served, picked):
     strokes = layer(mask, 28)
     strokes["layers"][0][84:98, 112:126, 3] = 0  # a quarter of the pixel is erased
     assert np.array_equal(complete.find_painted(strokes, SIDE, SIDE), mask)
-    strokes["layers"][0][84:112, 112:128, 3] = 0
-    for editor in (strokes, None, {"layers": []}, layer(np.zeros((SIDE, SIDE)), 28)):
-        with pytest.raises(ValueError, match="nothing is painted"):
-            complete.find_painted(editor, SIDE, SIDE)
+    with pytest.raises(ValueError, match="nothing is painted"):
+        complete.find_painted(layer(np.zeros((SIDE, SIDE)), 28), SIDE, SIDE)
     canvas = complete.enlarge_image(served, quiet, picked[:1])
     assert np.array_equal(canvas[14::28, 14::28, 0], np.asarray(Image.open(picked[0][0])))
 
@@ -141,9 +138,8 @@ def test_an_anomaly_has_a_score_and_a_p_value(served, pipe, picked):
     p_value = float(pipe.anomaly_score(image, method, p_values=True))
     assert f"score: **{float(pipe.anomaly_score(image, method)):.4g}**" in facts
     assert f"p-value: **{p_value:.3g}**" in facts and len(images) == 2
-    for most, value in ((1, None), (1, []), (2, picked)):  # no image, and too many
-        with pytest.raises(ValueError):
-            served_.picked_files(value, most)
+    with pytest.raises(ValueError):
+        served_.picked_files(picked, 2)  # too many
 
 
 def test_a_calibration_with_a_mixture_scores_by_it(served, pipe, picked, monkeypatch):
@@ -289,9 +285,6 @@ def test_streams_of_clips_come_back(clips):
     facts, found = compress.decompress_stream(served, quiet, data)
     assert np.array_equal(np.stack([frames_of(path) for path, _ in found]), to_array(some))
     assert facts.startswith("3 clips from ") and "3 clips: " in link
-    for wrong in (None, b"no stream"):
-        with pytest.raises(ValueError):
-            compress.decompress_stream(served, quiet, wrong)
     served.max_images = 2
     with pytest.raises(ValueError, match="3 clips.*limit is 2"):
         compress.compress_images(served, quiet, picked, True)
@@ -310,48 +303,16 @@ def test_visitors_bring_gif_and_animated_png_and_webp(clips, tmp_path, monkeypat
     for name in ("a.gif", "a.png", "a.webp"):
         assert torch.equal(served_.picked_image([(str(tmp_path / name), None)], clips.spec)[0], clip), name
     pictures[0].save(tmp_path / "still.png")
-    pictures[0].resize((9, 9)).save(tmp_path / "short.gif", save_all=True, append_images=[pictures[1]])
-    np.save(tmp_path / "a.npy", to_array(clip))
-    (tmp_path / "cut.gif").write_bytes((tmp_path / "a.gif").read_bytes()[:-200])
-    png(tmp_path / "bomb.png", 20_000)
+    (tmp_path / "bomb.png").write_bytes(header_only(20_000, 20_000))
+    (tmp_path / "text.gif").write_text("no picture")
     loaded, load = [], Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda image: loaded.append(image.size) or load(image))
-    (tmp_path / "text.gif").write_text("no picture")
-    for name in ("still.png", "short.gif", "a.npy", "cut.gif", "bomb.png", "text.gif", "gone.gif"):
-        for work, values in (
-            (compare.compare_image, [-1]),
-            (compress.compress_images, [False]),
-            (anomaly.score_upload, ["joint"]),
-        ):
-            with pytest.raises(gr.Error) as caught:
-                served.handler(work)(visitor(), quiet_progress, [(str(tmp_path / name), None)], *values)
-            assert caught.value.print_exception is False, name
-            assert "\n" not in caught.value.message and str(tmp_path) not in caught.value.message
+    for name in ("still.png", "bomb.png", "text.gif"):
+        with pytest.raises(gr.Error) as caught:
+            served.handler(compare.compare_image)(visitor(), quiet_progress, [(str(tmp_path / name), None)], -1)
+        assert caught.value.print_exception is False, name
+        assert "\n" not in caught.value.message and str(tmp_path) not in caught.value.message
     assert not [size for size in loaded if max(size) > 1000]
-    monkeypatch.setattr("pipelines.app.served.MAX_PIXELS", T * 8 * 12 - 1)
-    with pytest.raises(ValueError, match="3 x 12 x 8 pixels; the limit is 287"):
-        served_.picked_image([(str(tmp_path / "a.gif"), None)], clips.spec)
-
-
-def test_a_page_of_clips(clips, monkeypatch):
-    """Painting makes way for the frames to keep."""
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")
-    built = page.build_page([served_.Served(clips, "a/b/c")])
-    blocks = [*built.blocks.values()]
-    assert not [block for block in blocks if isinstance(block, gr.ImageEditor)]
-    (kept,) = [block for block in blocks if getattr(block, "label", "") == "Frames to keep"]
-    assert (kept.minimum, kept.maximum) == (1, T - 1)
-    assert any("clips of 3 frames of 8 x 12" in str(getattr(block, "value", "")) for block in blocks)
-
-
-def png(path, side, data=b""):
-    """Write a file of a few bytes whose header claims `side` by `side` pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)))
 
 
 def visitor(name="me"):
@@ -366,7 +327,6 @@ def quiet_progress(*progress, **more):
     ("error", "shown"),
     [
         (ValueError("a <b>\nc\x1b[1m"), "a &lt;b&gt; c"),
-        (RuntimeError("shapes [2, 3]"), "Something went wrong"),
         (KeyError("/secret"), "Something went wrong"),
     ],
 )
@@ -410,22 +370,8 @@ def test_a_page_of_every_kind_of_pipeline(kind, monkeypatch):
     assert [len(event.outputs) for event in opened] == [4], "it samples when it is opened"
 
 
-def test_several_pipelines_have_a_page_each(monkeypatch):
-    """Below their names, with their own samples at a whole multiple of their own width."""
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")
-    torch.manual_seed(0)
-    pipes = [make_pipeline(size=(8, 12)), make_pipeline(size=(20, 20))]
-    served = [served_.Served(pipe, name) for pipe, name in zip(pipes, ("digits", "garments"), strict=True)]
-    built = page.build_page(served)
-    assert built.title == "Smalti: digits, garments"
-    assert [(path, name) for path, name, _ in built.pages] == [("", "Home"), ("garments", "garments")]
-    css = page.make_css(served)
-    assert ".smalti-of-12 .smalti-small { --side: 108px; }" in css
-    assert ".smalti-of-20 .smalti-small { --side: 120px; }" in css
-
-
 @needs_digits
-def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp_path, capsys):
+def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp_path):
     """Even if a local folder has the name of one; with the training images that are on this machine, to search."""
     calls = []
     monkeypatch.setattr("pipelines.app.serving.serve", lambda *given: calls.append(given))
@@ -436,8 +382,3 @@ def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp
     assert [each.name for each in served] == list_shipped() and (host, port) == ("127.0.0.1", 7999)
     for each in served:
         assert each.max_images == 3 and (each.train is not None) == (each.name == "digits")  # others are on the Hub
-    digits = next(each for each in served if each.name == "digits")
-    assert digits.train is not None and digits.train.spec == digits.spec
-    with pytest.raises(SystemExit):
-        main(["app", "data.source=photos"])
-    assert "error: data: " in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,7 @@ from small_pipelines import make_pipeline
 
 @pytest.fixture(scope="session")
 def two_classes(tmp_path_factory):
-    """A folder: `run/pipeline`, with random weights; its data set `images`, bright above or below; images all of one
-    class; a broken image; an empty folder."""
+    """A folder: `run/pipeline`, with random weights; its data set `images`, bright above or below."""
     root = tmp_path_factory.mktemp("two_classes")
     torch.manual_seed(0)
     pipe = make_pipeline(size=(8, 8), labels=[], num_classes=2, sizes={"factor": 2})
@@ -29,7 +26,4 @@ def two_classes(tmp_path_factory):
             Image.fromarray(pixels).save(path)
     pipe.provenance = {"data": {"source": str(root / "images"), "image_size": 8}}
     pipe.save_pretrained(root / "run" / "pipeline")
-    (root / "broken.png").write_bytes(b"no picture")
-    (root / "empty").mkdir()
-    shutil.copytree(root / "images" / "test" / "above", root / "one_class" / "above")
     return root

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command import fails
+from folders import rows_of
 from givens.token_datasets import make_split
 from PIL import Image
 from small import make_prior, make_tokenizer
@@ -20,7 +21,6 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.commands.complete import ORANGE
 from pipelines.images.animations import gif_bytes
 from pipelines.images.clip_files import open_clip
 from pipelines.metrics.likelihood import evaluate_frames
@@ -59,10 +59,6 @@ def save_clips(folder: Path, count=6, frames=T, seed=0) -> np.ndarray:
     return clips
 
 
-def describe_data(source) -> list[str]:
-    return [f"data.source={source}", "data.frames=3", "data.image_size=[8,12]", "data.channels=1"]
-
-
 def read_clip(path) -> np.ndarray:
     clip = open_clip(str(path))
     return np.stack(
@@ -89,22 +85,6 @@ def test_a_folder_holds_the_clips_of_the_pipeline(pipe, folder, tmp_path):
     assert rows[1] == {"file_name": "00001.gif", "label": "dog"}
 
 
-def test_a_sheet_of_clips_moves_or_shows_strips(pipe, folder, tmp_path):
-    clips = pipe(4, [0, 1, 0, 1], seed=3, output_type="np").images
-    for name in ("it.gif", "it.png", "it.npz"):
-        generate(folder, tmp_path / name, "captions=false", "columns=4")
-    moving = read_clip(tmp_path / "it.gif")
-    assert len(moving) == T
-    for number in range(T):  # enlarged five times, with two pixels around each
-        for column in range(4):
-            cell = moving[number, 2:-2, 2 + 62 * column :][:, :60][::5, ::5]
-            assert np.array_equal(cell, clips[column, number, ..., 0])
-    assert Image.open(tmp_path / "it.png").height == 4 + T * H * 5
-    with np.load(tmp_path / "it.npz") as found:
-        assert np.array_equal(found["arr_0"], clips) and found["arr_1"].tolist() == [0, 1, 0, 1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.gif", "it.npz", "it.png"]
-
-
 def test_one_clip_as_a_film(folder, tmp_path):
     pytest.importorskip("av")
     main(["generate", f"pipeline={folder}", "num_images=1", f"out={tmp_path / 'it.mp4'}"])
@@ -113,17 +93,16 @@ def test_one_clip_as_a_film(folder, tmp_path):
     assert len(open_clip(str(next((tmp_path / "out").glob("*.gif"))))) == T
 
 
-@pytest.mark.parametrize("form", ["files", "folder", "frames"])
+@pytest.mark.parametrize("form", ["files", "frames"])
 def test_files_of_clips_are_continued(pipe, folder, tmp_path, form):
-    """From files, a folder of clips, or a folder of frames: as `pipe.complete` does, and given frames are kept."""
+    """From files, or a folder of frames: as `pipe.complete` does, and given frames are kept."""
     clips = save_clips(tmp_path / "in", 2)
-    named = {"files": [f"{tmp_path}/in/cat/00.npy", f"{tmp_path}/in/dog/01.npy"], "folder": [f"{tmp_path}/in"]}
+    images = f"images=[{tmp_path}/in/cat/00.npy, {tmp_path}/in/dog/01.npy]"
     if form == "frames":
         for number, frame in enumerate(clips[0]):
             (tmp_path / "stills").mkdir(exist_ok=True)
             Image.fromarray(frame).save(tmp_path / f"stills/{number}.png")
-        named["frames"], clips = [f"{tmp_path}/stills"], clips[:1]
-    images = f"images=[{','.join(named[form])}]"
+        images, clips = f"images={tmp_path}/stills", clips[:1]
     main(["complete", f"pipeline={folder}", "frames=2", images, "draws=2", f"out={tmp_path / 'out'}"])
     expected = pipe.complete(clips[..., None], frames=2, draws=2, seed=0, output_type="np").images[..., 0]
     for clip in range(len(clips)):
@@ -133,43 +112,22 @@ def test_files_of_clips_are_continued(pipe, folder, tmp_path, form):
             assert np.array_equal(found[:2], clips[clip, :2])
 
 
-def test_the_sheet_marks_what_was_drawn(folder, tmp_path):
-    save_clips(tmp_path / "in", 2)
-    run = ["complete", f"pipeline={folder}", "frames=1", f"images={tmp_path / 'in'}", "draws=1"]
-    main([*run, f"out={tmp_path / 'it.png'}"])
-    main([*run, f"out={tmp_path / 'it.gif'}"])
-    corners = np.asarray(Image.open(tmp_path / "it.png"))[:: H * 5 + 4, :: W * 5 + 4]
-    drawn = (corners == ORANGE).all(-1)
-    assert drawn.tolist() == [[False] * T, [False, True, True]] * 2
-    clip = open_clip(str(tmp_path / "it.gif"))
-    for number in range(T):
-        corners = np.asarray(clip.read(number, False).convert("RGB"))[:: H * 5 + 4, :: W * 5 + 4]
-        near = np.abs(corners.astype(int) - ORANGE).max(-1) < 20
-        assert near.tolist() == [[False, number >= 1]] * 2
-
-
-def test_windows_of_files_are_scored(folder, tmp_path, capsys):
+def test_windows_of_files_are_scored(folder, tmp_path):
     """Each window of a file of several, under the name of the file and with the class of its folder."""
     ImagePipeline.from_pretrained(folder).save_pretrained(tmp_path / "pipeline")
     for split in ("train", "test"):
         save_clips(tmp_path / "data" / split, 40, seed=len(split))
-    main(["calibrate", f"pipeline={tmp_path / 'pipeline'}", *describe_data(tmp_path / "data"), "false_alarms=0.2"])
+    data = [f"data.source={tmp_path}/data", "data.frames=3", "data.image_size=[8,12]", "data.channels=1"]
+    main(["calibrate", verb := f"pipeline={tmp_path}/pipeline", *data, "false_alarms=0.2"])
     pipe = ImagePipeline.from_pretrained(tmp_path / "pipeline")
     assert len(pipe.calibration.digests) == 20, "each second of the 40 held-out windows"
     clips = save_clips(tmp_path / "in", 4, frames=2 * T + 1)
-    out = tmp_path / "out"
-    main(
-        ["detect", f"pipeline={tmp_path / 'pipeline'}", f"images={tmp_path / 'in'}", "normal_labels=cat", f"out={out}"]
-    )
-    rows = [line.split(",") for line in (out / "scores.csv").read_text().splitlines()]
-    found = {row[0]: float(row[rows[0].index("score")]) for row in rows[1:]}
-    assert len(found) == 8 and [row[1] for row in rows[1:]] == ["cat"] * 4 + ["dog"] * 4
+    main(["detect", verb, f"images={tmp_path}/in", "normal_labels=cat", f"out={tmp_path}/out"])
+    rows = rows_of(tmp_path / "out/scores.csv")
+    assert len(rows) == 8 and [row["class"] for row in rows] == ["cat"] * 4 + ["dog"] * 4
+    found = {row["file"]: float(row["score"]) for row in rows}
     window = clips[2, T : 2 * T]
     assert found[f"{tmp_path}/in/cat/02.npy[3:6]"] == pytest.approx(float(pipe.anomaly_score(window)), rel=1e-4)
-    scored = ["detect", f"pipeline={tmp_path / 'pipeline'}", f"images={tmp_path / 'in'}", f"out={tmp_path / 'new'}"]
-    truth = ["normal_labels=cat", f"ground_truth={tmp_path}"]
-    assert "ground_truth: is for images" in fails(capsys, *scored, *truth)
-    assert "tile" in fails(capsys, *scored, "tile=true")
 
 
 def test_bits_of_frames_are_those_given_the_past():
@@ -186,9 +144,6 @@ def test_bits_of_frames_are_those_given_the_past():
     assert found["bits_per_frame"] == pytest.approx(float(total) / T, rel=1e-5)
     assert found["frame_bits"][:2] == pytest.approx(changed["frame_bits"][:2])
     assert found["frame_bits"][2] != pytest.approx(changed["frame_bits"][2])
-    assert evaluate_frames(pipe.prior, 1, make_split(tokens, label=labels)) == {}
-    backwards = make_prior("gpt", grid=pipe.tokenizer.grid, num_classes=0, any_order=True, order="random:0")
-    assert evaluate_frames(backwards, T, make_split(tokens)) == {}
 
 
 # Streams
@@ -204,11 +159,9 @@ def read_values(path: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("kind", "channels", "lossless", "form"),
     [
-        ("pixels", 1, False, "arrays"),
         ("pixels", 1, True, "pictures"),
         ("vqvae", 1, False, "pictures"),
         ("vqvae", 3, True, "arrays"),
-        ("vqvae", 3, True, "pictures"),
     ],
 )
 def test_a_folder_of_clips_comes_back(tmp_path, capsys, kind, channels, lossless, form):
@@ -248,79 +201,17 @@ def test_a_folder_of_clips_comes_back(tmp_path, capsys, kind, channels, lossless
     assert np.array_equal(stored, expected)
 
 
-def test_only_clips_of_the_size_are_compressed_or_resized_ones(tmp_path, capsys):
-    """Exact pixels: no clip of another size, none of other values than 8 bits, no colours in grey."""
-    pytest.importorskip("constriction")
-    pipe = make_clips("marginal", sizes={"levels": 256}, kind="pixels")
-    pipe.save_pretrained(tmp_path / "pipeline")
-    clip = np.random.default_rng(1).integers(0, 256, (T, H, W, 1), dtype=np.uint8)
-    argv = [f"pipeline={tmp_path / 'pipeline'}", f"out={tmp_path / 'it.smalti'}", "lossless=true"]
-    (tmp_path / "large.gif").write_bytes(gif_bytes(clip.repeat(2, 1)))
-    (tmp_path / "cut.gif").write_bytes(gif_bytes(clip)[:-60])
-    (tmp_path / "colours.gif").write_bytes(gif_bytes(np.concatenate([clip, 255 - clip, clip], -1)))
-    np.save(tmp_path / "large.npy", clip.repeat(2, 2))
-    np.save(tmp_path / "deep.npy", clip.astype(np.uint16))
-    for name, word in {
-        "large.gif": "frame 0: the pipeline's images are 12 x 8 pixels, this one is 12 x 16; resize=true",
-        "large.npy": "this one is 24 x 8",
-        "deep.npy": "its values are uint16, not uint8",
-        "cut.gif": "remove or replace this file",
-        "colours.gif": "frame 0: shape (8, 12, 3)",
-    }.items():
-        line = fails(capsys, "compress", *argv, f"images={tmp_path / name}")
-        assert word in line and name in line and not (tmp_path / "it.smalti").exists()
-    few = clip // 64 * 64  # with a palette of four greys, which Pillow reads as colours
-    (tmp_path / "few.gif").write_bytes(gif_bytes(few.repeat(3, -1)))
-    main(["compress", *argv, f"images={tmp_path / 'few.gif'}"])
-    assert np.array_equal(pipe.decompress((tmp_path / "it.smalti").read_bytes(), output_type="np")[0], few)
-    main(["compress", *argv, f"images={tmp_path / 'large.gif'}", "resize=true", "overwrite=true"])
-    assert len(pipe.decompress((tmp_path / "it.smalti").read_bytes())) == 1
-
-
-def test_one_table_serves_both_ways_for_folders_and_longer_clips(folder, tmp_path):
-    pytest.importorskip("constriction")
-    frames = np.random.default_rng(0).integers(0, 256, (2 * T, H, W, 1), dtype=np.uint8)
-    (tmp_path / "in" / "walk").mkdir(parents=True)
-    (tmp_path / "in" / "long.gif").write_bytes(gif_bytes(frames))
-    (tmp_path / "in" / "run_00001.gif").write_bytes(gif_bytes(frames[:T]))
-    for number, frame in enumerate(frames[:T]):
-        Image.fromarray(frame[..., 0]).save(tmp_path / "in" / "walk" / f"{number}.png")
-    (tmp_path / "rows.csv").write_text("file_name,label\nwalk,dog\nlong.gif,cat\nrun_00001.gif,dog\n")
-    run = [f"pipeline={folder}", f"conditions={tmp_path / 'rows.csv'}"]
-    main(["compress", *run, f"images={tmp_path / 'in'}", f"out={tmp_path / 'it.smalti'}"])
-    main(["decompress", *run, f"stream={tmp_path / 'it.smalti'}", f"out={tmp_path / 'out'}"])
-    found = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert found == ["long_00000.gif", "long_00001.gif", "run_00001.gif", "walk.gif"]
-
-
-BAD = {
-    "no frames": (["complete"], "frames: give the number of frames to keep, from 1 to 2"),
-    "none kept": (["complete", "frames=0"], "frames: keep from 1 to 2 of the 3 frames (got 0)"),
-    "a mask": (["complete", "frames=1", "mask=top"], "mask: is that of images"),
-    "too short": (["complete", "frames=1", "images=SHORT"], "2 frames, fewer than data.frames=3"),
-    "no clips": (["complete", "frames=1", "images=EMPTY"], "images: no clips in"),
-    "another suffix": (["complete", "frames=1", "out=it.txt"], "should end in"),
-    "a format of a file": (["generate", "format=gif", "out=it.npz"], "format: is that of files in a folder"),
-    "tiles": (["compress", "images=SHORT", "out=it.smalti", "tile=true"], "tile: clips are not cut into tiles"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, case):
+def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys):
+    """Settings of images, and of the other kind of output; a clip that is too short."""
     monkeypatch.chdir(tmp_path)
     save_clips(tmp_path / "short", 1, frames=2)
-    (tmp_path / "empty").mkdir()
-    (verb, *more), word = BAD[case]
-    more = [each.replace("SHORT", f"{tmp_path}/short/cat/00.npy").replace("EMPTY", "empty") for each in more]
-    assert word in fails(capsys, verb, f"pipeline={folder}", *more)
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["empty", "short"]
-
-
-def test_settings_of_clips_are_refused_for_images(folder, tmp_path, capsys):
-    images = f"pipeline={folder.parent / 'images'}"
-    for more, word in (
-        (["complete", images, "frames=1"], "frames: this pipeline makes images, not clips"),
-        (["generate", images, "format=gif", f"out={tmp_path / 'out'}"], "format: is that of clips"),
-        (["generate", images, f"out={tmp_path / 'it.gif'}"], "out: .gif shows clips"),
+    for (verb, *more), key in (
+        (["complete", "frames=0"], "frames: "),
+        (["complete", "frames=1", "mask=top"], "mask: "),
+        (["complete", "frames=1", "images=short/cat/00.npy"], "fewer than data.frames=3"),
+        (["generate", "format=gif", "out=it.npz"], "format: "),
+        (["compress", "images=short", "out=it.smalti", "tile=true"], "tile: "),
+        (["complete", f"pipeline={folder.parent}/images", "frames=1"], "frames: "),
     ):
-        assert word in fails(capsys, *more)
+        assert key in fails(capsys, verb, f"pipeline={folder}", *more)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["short"]

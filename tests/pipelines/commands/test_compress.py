@@ -3,8 +3,6 @@
 Covers: pipelines/commands/decompress.py.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -70,29 +68,18 @@ def test_what_cannot_be_compressed_is_an_error_and_leaves_nothing(tmp_path, caps
     saved(tmp_path, "tokens")
     folder, stream, other = (tmp_path / name for name in ("images", "all.smalti", "images/other.png"))
 
-    def refused(*more, images=folder, out=stream):
-        line = fails(capsys, "compress", *arguments(tmp_path, f"images={images}", f"out={out}", *more))
-        assert not Path(out).exists() and not [path for path in tmp_path.iterdir() if "smalti" in path.name]
+    def refused(*more):
+        line = fails(capsys, "compress", *arguments(tmp_path, f"images={folder}", f"out={stream}", *more))
+        assert not stream.exists() and not [path for path in tmp_path.iterdir() if "smalti" in path.name]
         return line
 
     assert "likelihood" in refused("lossless=true")
-    Image.new("L", (9, 9)).save(other)
-    assert "other.png" in refused()
     other.write_bytes(b"no image")
-    line = refused()
-    assert "other.png" in line and "remove" in line
-    other.unlink()
-    assert "out" in refused(out=folder / "some" / "all.smalti")
-
-
-def test_names_that_could_not_be_restored_are_refused(tmp_path, capsys):
-    saved(tmp_path, channels=1, prior="marginal")
-    (tmp_path / "mine").mkdir()
-    for name in ("a.bmp", "a.bmp.png"):
-        Image.new("L", (8, 8)).save(tmp_path / "mine" / name)
-    stream = tmp_path / "mine.smalti"
-    line = fails(capsys, "compress", *arguments(tmp_path, f"images={tmp_path / 'mine'}", f"out={stream}"))
-    assert "a.bmp" in line and not stream.exists()
+    assert "other.png" in refused()
+    Image.new("L", (8, 8)).save(other)
+    Image.new("L", (8, 8)).save(other.with_name("other.png.bmp"))
+    Image.new("L", (8, 8)).save(other.with_name("other.png.bmp.png"))
+    assert "other.png.bmp" in refused(), "its name could not be restored"
 
 
 def test_what_cannot_be_decompressed_is_an_error_and_leaves_nothing(tmp_path, capsys):
@@ -100,15 +87,12 @@ def test_what_cannot_be_decompressed_is_an_error_and_leaves_nothing(tmp_path, ca
     stream, out = tmp_path / "all.smalti", tmp_path / "out"
     data = compress(pipe, pipe.to_images(images_of(pipe)), progress=False)
 
-    def refused(wrong, out=out):
+    def refused(wrong):
         stream.write_bytes(wrong)
         line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={stream}", f"out={out}"))
-        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+        assert not out.exists() and not list(tmp_path.glob(".*"))
         return line
 
-    for wrong in (b"words\n", data[:-9]):
-        assert f"stream: {stream}: " in refused(wrong)
-    assert "out" in refused(data, tmp_path / "images") and len(files_in(tmp_path / "images")) == 9
-    assert "stream" in fails(capsys, "decompress", *arguments(tmp_path, "stream=nowhere", f"out={out}"))
+    assert f"stream: {stream}: " in refused(data[:-9])
     pipeline_of("tokens", "made").save_pretrained(tmp_path / "pipeline")
     assert "another pipeline" in refused(data)

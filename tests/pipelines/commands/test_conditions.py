@@ -5,13 +5,13 @@ Covers: pipelines/commands/complete.py, pipelines/commands/detect.py, pipelines/
 
 from __future__ import annotations
 
-import csv
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from command import fails
+from folders import rows_of
 from givens.images import write_rows
 from PIL import Image
 from small_pipelines import COLUMNS, as_pil, make_conditioned, pixels_for
@@ -81,8 +81,7 @@ def test_completions_are_conditioned(world, tmp_path, capsys):
 def test_anomalies_are_scored_given_the_condition_of_each_image(world, calibrated, tmp_path):
     argv = ["detect", f"pipeline={calibrated}", f"out={tmp_path}/found", "method=nll", "num_shown=2", "device=cpu"]
     main([*argv, *given(world)])
-    with (tmp_path / "found" / "scores.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / "found" / "scores.csv")
     numbers = [int(row["file"].rpartition("/")[2].removesuffix(".png")) for row in rows]
     assert len(numbers) == COUNT // 4
     pipe = ImagePipeline.from_pretrained(calibrated)

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import fails
 from givens.images import write_pictures
-from small import make_tokenizer
 from small_pipelines import make_pipeline
 
 from pipelines.commands import export
-from pipelines.exports import ExportError
 
 
 def test_the_tokenizer_of_a_pipeline_is_checked_on_given_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -28,23 +25,3 @@ def test_the_tokenizer_of_a_pipeline_is_checked_on_given_images(tmp_path: Path, 
     encode = torch.export.load(tmp_path / "out" / "encoder.pt2").module()
     images = torch.rand(2, *pipe.tokenizer.image_shape) * 2 - 1
     assert torch.equal(encode(images), pipe.tokenizer.encode(images))
-
-
-@pytest.mark.parametrize("images", ["nowhere", "bad/a.png"])
-def test_images_that_cannot_be_read_are_an_error(images, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_tokenizer("pixels", (8, 8), 1).save_pretrained("tokenizer")
-    Path("bad").mkdir()
-    Path("bad/a.png").write_text("no image")
-    line = fails(capsys, "export", "tokenizer=tokenizer", "out=out", "format=torch", f"images={images}")
-    assert line.startswith("error: images: ") and images in line and not Path("out").exists()
-
-
-def test_a_failed_check_is_an_error(tmp_path, monkeypatch, capsys) -> None:
-    def refuse(*_, **__):
-        raise ExportError("other ids")
-
-    monkeypatch.setattr(export, "export_tokenizer", refuse)
-    make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
-    line = fails(capsys, "export", f"tokenizer={tmp_path}/tokenizer", f"out={tmp_path}/out")
-    assert line.startswith("error: format: onnx: other ids")

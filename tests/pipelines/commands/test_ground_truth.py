@@ -5,28 +5,22 @@ Covers: pipelines/anomaly/ground_truth.py.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from command import fails
-from givens.stripes import SIZE, planted, stripes
+from folders import rows_of
+from givens.stripes import SIZE, planted, save_images, stripes
 from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.anomaly.ground_truth import measure_defects, read_mask
-from pipelines.images import DataConfig, load_images
+from pipelines.anomaly.ground_truth import evaluate_defects, read_mask
 from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
-
-
-def write(folder, images, names):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(names, images, strict=True):
-        Image.fromarray(image).save(folder / f"{name}.png")
 
 
 def views(first, count, each=2):
@@ -35,18 +29,19 @@ def views(first, count, each=2):
 
 MASK = np.zeros((SIZE, SIZE), np.uint8)
 MASK[4:10, 4:10] = 255
+MASKS = torch.from_numpy(MASK).expand(12, 1, SIZE, SIZE)
 
 
 @pytest.fixture(scope="module")
 def world(trained, tmp_path_factory):
     """A pipeline that is calibrated by object, and a test set with masks: 36 pixels of noise, or nothing odd at all."""
     root = tmp_path_factory.mktemp("world")
-    write(root / "normal", stripes(440, seed=20)[:, 0].numpy(), views(0, 220))
-    write(root / "test/good", stripes(20, seed=21)[:, 0].numpy(), views(300, 10))
-    write(root / "test/noise", planted(stripes(12, seed=22))[:, 0].numpy(), views(310, 6))
-    write(root / "test/none", stripes(8, seed=23)[:, 0].numpy(), views(316, 4))
-    write(root / "truth/noise", [MASK] * 12, [f"{name}_mask" for name in views(310, 6)])
-    write(root / "truth/none", [MASK] * 8, views(316, 4))
+    save_images(root / "normal", stripes(440, seed=20), views(0, 220))
+    save_images(root / "test/good", stripes(20, seed=21), views(300, 10))
+    save_images(root / "test/noise", planted(stripes(12, seed=22)), views(310, 6))
+    save_images(root / "test/none", stripes(8, seed=23), views(316, 4))
+    save_images(root / "truth/noise", MASKS[:12], [f"{name}_mask" for name in views(310, 6)])
+    save_images(root / "truth/none", MASKS[:8], views(316, 4))
     pipe = ImagePipeline(trained.tokenizer, trained.prior)
     source = {"source": str(root / "normal"), "image_size": SIZE, "held_out_fraction": 0.4, "group": r"tile(\d+)"}
     pipe.provenance = {"data": source}
@@ -60,11 +55,6 @@ def detect(world, out, *more):
     main(["detect", f"pipeline={world}/pipe", *given, *more])
 
 
-def rows_of(path):
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_calibration_takes_whole_objects(world, tmp_path, capsys):
     found = ImagePipeline.from_pretrained(world / "pipe").calibration
     assert (found.objects, found.count, len(found.scores["nll"].values)) == (44, 88, 22)
@@ -73,25 +63,6 @@ def test_a_calibration_takes_whole_objects(world, tmp_path, capsys):
     assert printed.startswith("scoring 88 of 176 ") and "compared with 22 normal objects" in printed
     objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
     assert len(set(objects)) == 44 and all(objects.count(name) == 2 for name in objects)
-
-
-def test_objects_may_be_named_by_a_column(world, tmp_path, capsys):
-    """The same objects, by a sheet instead of an expression."""
-    root = tmp_path / "normal"
-    shutil.copytree(world / "normal", root)
-    rows = "".join(f"{path.name},{path.name[:7]}\n" for path in sorted(root.iterdir()))
-    (root / "metadata.csv").write_text("file_name,thing\n" + rows)
-    pipe = ImagePipeline.from_pretrained(world / "pipe")
-    pipe.calibration = None
-    source = {"source": str(root), "image_size": SIZE, "held_out_fraction": 0.4, "group": "thing"}
-    pipe.provenance = {"data": source, "splits": load_images(DataConfig(**source)).facts.to_dict()}
-    pipe.save_pretrained(tmp_path / "pipe")
-    main(["calibrate", f"pipeline={tmp_path}/pipe"])
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe").calibration.objects == 44
-    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", "method=nll"])
-    assert "compared with 22 normal objects" in capsys.readouterr().out
-    objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
-    assert len(set(objects)) == 44 and all(name.startswith("tile") for name in objects)
 
 
 def test_figures_are_those_of_the_maps(world, tmp_path, capsys):
@@ -138,47 +109,25 @@ def test_an_image_whose_mask_vanished_counts_as_an_image_only():
     masks[~anomalous], masks[-1], maps[-1] = False, False, 9
     names = ["good"] * 5 + ["odd"] * 7
     given = (chance.random(12), maps, masks, names, anomalous, [str(number) for number in range(12)])
-    (odd, both), (fewer, _) = (measure_defects(*(part[:count] for part in given)) for count in (12, 11))
+    (odd, both), (fewer, _) = (evaluate_defects(*(part[:count] for part in given)) for count in (12, 11))
     assert (odd["images"], fewer["images"]) == (7, 6) and {**both, "defect": "odd"} == odd
     assert (odd["pixel_auroc"], odd["pro"]) == (fewer["pixel_auroc"], fewer["pro"])
     assert odd["image_auroc"] != fewer["image_auroc"]
 
 
-NAME = "noise/tile312_view1"
-MISTAKES = {
-    "size": (lambda at: Image.fromarray(MASK[:, :10]).save(at / f"truth/{NAME}_mask.png"), "10 x 16 pixels, its image"),
-    "missing": (lambda at: (at / f"truth/{NAME}_mask.png").unlink(), f"{NAME}.png has no mask"),
-    "damaged": (lambda at: (at / f"truth/{NAME}_mask.png").write_bytes(b"no image"), NAME),
-    "loose": (lambda at: shutil.copy(at / f"test/{NAME}.png", at / "test"), "is in no folder"),
-    "no folder": (lambda at: shutil.rmtree(at / "truth"), "no such folder"),
-    "no images": (lambda at: None, "needs images=FOLDER"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_one_line(world, tmp_path, capsys, case):
-    shutil.copytree(world / "test", tmp_path / "test")
+def test_mistakes_are_one_line(world, tmp_path, capsys):
     shutil.copytree(world / "truth", tmp_path / "truth")
-    change, message = MISTAKES[case]
-    change(tmp_path)
-    images = "seed=0" if case == "no images" else f"images={tmp_path}/test"
-    given = [f"pipeline={world}/pipe", images, f"ground_truth={tmp_path}/truth", f"out={tmp_path}/out"]
-    line = fails(capsys, "detect", *given)
-    assert message in line and "ground_truth: " in line and not (tmp_path / "out").exists()
-
-
-def test_other_names_of_good_images_and_masks_that_vanish(world, tmp_path, capsys):
-    shutil.copytree(world / "test", tmp_path / "test")
-    shutil.copytree(world / "truth", tmp_path / "truth")
-    (tmp_path / "test/good").rename(tmp_path / "test/free")
-    for path in (tmp_path / "truth/none").iterdir():
-        Image.fromarray(0 * MASK).save(path)
-    given = [f"images={tmp_path}/test", f"ground_truth={tmp_path}/truth", "normal_labels=[free]", "data.group=null"]
-    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/out", *given])
-    printed = capsys.readouterr().out
-    rows = rows_of(tmp_path / "out/ground_truth.csv")
-    assert [row["pro"] == "" for row in rows] == [False, True, False]
-    assert "without a pixel in the mask at this size: 8 defective images" in printed
+    mask = tmp_path / "truth/noise/tile312_view1_mask.png"
+    given = [f"pipeline={world}/pipe", f"images={world}/test", f"out={tmp_path}/out"]
+    for change, message in (
+        (lambda: Image.fromarray(MASK[:, :10]).save(mask), "10 x 16 pixels, its image"),
+        (mask.unlink, "tile312_view1.png has no mask"),
+    ):
+        change()
+        line = fails(capsys, "detect", *given, f"ground_truth={tmp_path}/truth")
+        assert message in line and "ground_truth: " in line and not (tmp_path / "out").exists()
+    write_table(tmp_path / "masks.csv", list(list_masks(world))[1:])
+    assert "no row with the file_name of" in fails(capsys, "detect", *given, f"ground_truth={tmp_path}/masks.csv")
 
 
 def list_masks(world):
@@ -194,28 +143,7 @@ def write_table(path, rows):
 
 
 def test_a_table_names_masks_as_the_layout_does(world, tmp_path):
-    """With labels, or without: then each image with a mask is a defect."""
     detect(world, tmp_path / "folders", "method=nll")
-    rows = list(list_masks(world))
-    write_table(world / "labelled.csv", rows)
-    write_table(world / "plain.csv", [(name, mask, "") for name, mask, _ in rows])
-    for table in ("labelled", "plain"):
-        detect(world, tmp_path / table, "method=nll", f"ground_truth={world}/{table}.csv")
-    assert rows_of(tmp_path / "labelled/ground_truth.csv") == rows_of(tmp_path / "folders/ground_truth.csv")
-    plain, expected = rows_of(tmp_path / "plain/ground_truth.csv"), rows_of(tmp_path / "folders/ground_truth.csv")[-1]
-    assert [row["defect"] for row in plain] == ["defect", "all"] and plain[-1] == expected
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: rows[1:], "no row with the file_name of"),
-        (lambda rows: [(name, "", kind) for name, _, kind in rows], "has no mask"),
-        (lambda rows: [(name, mask or rows[-1][1], kind) for name, mask, kind in rows], "has a mask"),
-    ],
-)
-def test_mistakes_in_a_table_of_masks_are_one_line(world, tmp_path, capsys, change, message):
-    rows = list(list_masks(world))
-    write_table(tmp_path / "masks.csv", change(rows))
-    given = [f"images={world}/test", f"ground_truth={tmp_path}/masks.csv", f"out={tmp_path}/found"]
-    assert message in fails(capsys, "detect", f"pipeline={world}/pipe", *given)
+    write_table(world / "masks.csv", list_masks(world))
+    detect(world, tmp_path / "table", "method=nll", f"ground_truth={world}/masks.csv")
+    assert rows_of(tmp_path / "table/ground_truth.csv") == rows_of(tmp_path / "folders/ground_truth.csv")

@@ -55,22 +55,10 @@ def test_random_weights_are_the_control(two_classes):
     assert other.prior.config == pipe.prior.config and other.tokenizer is pipe.tokenizer
 
 
-@pytest.mark.parametrize(
-    ("wrong", "key"),
-    [
-        (["data.label_column=null"], "data.label_column: "),
-        (["data.source={world}/one_class"], "data.label_column: "),
-        (["out={world}/broken.png"], "out: "),
-    ],
-)
-def test_what_probe_refuses(two_classes, tmp_path, capsys, wrong, key):
+def test_what_probe_refuses(two_classes, tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
-    given = [f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/out"]
-    given += [each.format(world=two_classes) for each in wrong]
-    assert key in fails(capsys, "probe", *given) and not list(tmp_path.iterdir())
-
-
-def test_probe_without_scikit_learn(two_classes, capsys, monkeypatch):
+    given = ["probe", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/out"]
+    assert "data.label_column: " in fails(capsys, *given, "data.label_column=null") and not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    assert "smalti[probe]" in fails(capsys, "probe", f"pipeline={two_classes}/run/pipeline")
+    assert "smalti[probe]" in fails(capsys, *given)

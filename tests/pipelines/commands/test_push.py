@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from command import fails
+from folders import files_in
+from givens.images import write_pictures
 from givens.token_datasets import add_columns, make_dataset, same_rows
 from servers.fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
@@ -38,13 +41,13 @@ MINE = {"notes.md", "images/cat.png", "prior/notes.txt", "data/train-00000-of-00
 MY_DATA = {"notes.md", "README.md", "data/mine.parquet", "other-00000-of-00001.safetensors"}
 
 
-def pipeline_to_push(rich: bool, classes: int = 2) -> ImagePipeline:
+def pipeline_to_push(rich: bool) -> ImagePipeline:
     """A fixed pipeline, with all optional parts or without."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
-    options = {"num_classes": classes, "tokenizer": tokenizer.fingerprint()}
+    options = {"num_classes": 2, "tokenizer": tokenizer.fingerprint()}
     priors = [make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size, **options) for _ in range(2)]
-    pipe = ImagePipeline(tokenizer, priors[0], labels=["cat", "dog"] if classes else [])
+    pipe = ImagePipeline(tokenizer, priors[0], labels=["cat", "dog"])
     if rich:
         pipe.set_background(priors[1])
         pipe.calibrate(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), false_alarms=0.2)
@@ -71,10 +74,6 @@ def test_each_push_replaces_the_pipeline_in_one_commit(report):
     assert [set(commit["deleted"]) for commit in commits] == [set(), RICH - PLAIN, set()]
 
 
-def test_a_push_that_fails_changes_nothing(report):
-    assert report["refused"] == {"files": report["files"][1], "loaded": [False, False]}
-
-
 def test_each_push_replaces_the_token_dataset(report):
     """Files of the user stay."""
     common = {".gitattributes", "meta.json", "manifest.json", "test.safetensors"}
@@ -83,7 +82,6 @@ def test_each_push_replaces_the_token_dataset(report):
     many |= {"splits.json", "conditions/outline/config.json", "conditions/outline/model.safetensors"}
     one = common | {"train.safetensors"}
     assert [set(files) for files in report["token files"]] == [many, one | MY_DATA]
-    assert report["token rows"] == [60, 8]
     assert report["token columns"] == [["label", "view", "tags", "age", "place", "wind", "text", "outline"], ["label"]]
     assert len([commit for commit in report["commits"] if commit["repository"] == "datasets/me/tokens"]) == 2
 
@@ -119,10 +117,8 @@ FOLDER = "a local folder of images"
     ("source", "local", "shown"),
     [
         ("/data/photos", False, FOLDER),
-        ("~/photos", False, FOLDER),
         ("photos", True, FOLDER),  # it existed where it was trained
         ("https://me:key@example.org/a.tar?signature=1", False, "`https://example.org/a.tar`"),
-        ("hf://datasets/me/x/a-?.tar", False, "`hf://datasets/me/x/a-?.tar`"),
     ],
 )
 def test_the_card_names_public_sources_only(tmp_path, monkeypatch, source, local, shown):
@@ -139,14 +135,11 @@ def test_the_card_names_public_sources_only(tmp_path, monkeypatch, source, local
 def test_training_records_that_its_source_is_a_folder(tmp_path, monkeypatch, one_process):
     """Its name may look like a Hub id, and it may be pushed from another machine."""
     from launch import train_tokenizer
-    from PIL import Image
 
     from pipelines.encode import EncodeConfig
     from pipelines.encode import run as encode
 
-    for number in range(12):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        Image.new("L", (28, 28), number).save(tmp_path / "photos" / f"{number}.png")
+    write_pictures(tmp_path / "photos", 12)
     monkeypatch.chdir(tmp_path)
     run = train_tokenizer(tmp_path / "run", data__source="photos", train__steps=1, train__batch_size=4)
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
@@ -167,30 +160,17 @@ def failed(push: Any, repo_id: str, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("item", ["pipeline", "tokens"])
-def test_an_unreachable_hub_is_an_immediate_error(tmp_path, monkeypatch, capsys, item):
-    thing = pipeline_to_push(rich=False) if item == "pipeline" else make_dataset()
-    thing.save_pretrained(tmp_path / item) if item == "pipeline" else thing.save(tmp_path / item)
-    monkeypatch.setattr(ImagePipeline, "sample_picture", lambda *_: pytest.fail("samples were made for nothing"))
-    for offline, url, named in (
-        (True, "https://huggingface.co", "HF_HUB_OFFLINE"),
-        (False, "http://127.0.0.1:9", "http://127.0.0.1:9"),
-    ):
-        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", offline)
-        monkeypatch.setattr(hub.constants, "ENDPOINT", url)
-        began = time.monotonic()
-        message = failed(thing.push_to_hub, "me/it")
-        assert "me/it" in message and named in message
-        with pytest.raises(SystemExit) as ended:
-            main(["push", f"folder={tmp_path / item}", "to=me/it"])
-        assert ended.value.code == 2 and time.monotonic() - began < hub.TIMEOUT
-        assert capsys.readouterr().err == f"error: to: {message}\n"
+def test_an_unreachable_hub_is_an_immediate_error(tmp_path, monkeypatch, capsys):
+    make_dataset().save(tmp_path / "tokens")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    line = fails(capsys, "push", f"folder={tmp_path}/tokens", "to=me/it")
+    assert line.startswith("error: to: ") and "http://127.0.0.1:9" in line and time.monotonic() - began < hub.TIMEOUT
 
 
-@pytest.mark.parametrize("variant", [None, "bf16"])
-def test_weights_are_pushed_as_they_are_stored(tmp_path, monkeypatch, variant):
-    pipe = pipeline_to_push(rich=True) if variant else pipeline_to_push(rich=True).to(torch.bfloat16)
-    pipe.save_pretrained(tmp_path / "runs/it/pipeline", variant=variant)
+def test_weights_are_pushed_as_they_are_stored(tmp_path, monkeypatch):
+    pipeline_to_push(rich=True).save_pretrained(tmp_path / "runs/it/pipeline", variant="bf16")
     files = {path.name: path.read_bytes() for path in tmp_path.glob("runs/it/pipeline/prior/*")}
     pushed = []
 
@@ -208,17 +188,11 @@ REFUSING = {"forbidden": "403", "broken": "500", "dropped": "", "a//b": ""}
 
 
 def test_an_error_of_the_hub_is_one_line(report):
-    for errors in report["errors"]:
-        for error, (owner, reason) in zip(errors, REFUSING.items(), strict=True):
-            assert f"{owner}/it" in error and reason in error
+    for error, (owner, reason) in zip(report["errors"], REFUSING.items(), strict=True):
+        assert f"{owner}/it" in error and reason in error
 
 
 # The client process
-
-
-def files_of(folder: Path) -> list[str]:
-    """The names of all files in a folder."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def add(folder: Path, names: set[str]) -> None:
@@ -230,7 +204,7 @@ def add(folder: Path, names: set[str]) -> None:
 
 def client(cache: str, root: str) -> None:
     """Push and load in turn, and print the results."""
-    found: dict[str, Any] = {"files": [], "loaded": [], "token files": [], "token rows": [], "token columns": []}
+    found: dict[str, Any] = {"files": [], "loaded": [], "token files": [], "token columns": []}
     main_branch, grid = Path(root) / "me" / "mosaic" / "main", pipeline_to_push(rich=False).sample_picture(2)
     ImagePipeline.sample_picture = lambda *_: grid
 
@@ -241,17 +215,13 @@ def client(cache: str, root: str) -> None:
         return [pipe.calibration is not None, pipe.background is not None]
 
     for rich in (True, False, True):
-        if len(found["files"]) == 2:
-            failed(pipeline_to_push(rich).push_to_hub, "me/mosaic", commit_message="refuse this")
-            found["refused"] = {"files": files_of(main_branch), "loaded": load()}
         pipeline_to_push(rich).push_to_hub("me/mosaic")
-        found["files"].append(files_of(main_branch))
+        found["files"].append(files_in(main_branch))
         found["loaded"].append(load())
         add(main_branch, MINE)
     found["strangers"] = list(map(push_over, STRANGERS))
     tokens(found, Path(cache), Path(root))
-    items = {"pipeline": pipeline_to_push(False), "tokens": make_dataset()}
-    found["errors"] = [[failed(item.push_to_hub, f"{owner}/it") for owner in REFUSING] for item in items.values()]
+    found["errors"] = [failed(make_dataset().push_to_hub, f"{owner}/it") for owner in REFUSING]
     print(json.dumps(found))
 
 
@@ -283,9 +253,8 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
             data = replace(add_columns(data), condition_sources={"age": {"source": HOME}})
             data.source["splits"] = SPLITS
         data.push_to_hub("me/tokens")
-        found["token files"].append(files_of(folder))
+        found["token files"].append(files_in(folder))
         loaded = load_tokens("me/tokens", cache_dir=cache / "ours")
-        found["token rows"].append(len(loaded.splits["train"]))
         assert same_rows(*(some.splits["train"].given[[0, rows - 1]] for some in (data, loaded)))
         found["token columns"].append(list(loaded.columns))
         found["token source"] = loaded.source

@@ -12,23 +12,23 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partialmethod
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from givens.coded import KINDS, LOGISTIC, images_of, pipeline_of
+from givens.coded import KINDS, images_of, pipeline_of
 from givens.images import encoded
 from givens.token_datasets import draw_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import PRIORS, make_prior, make_tokenizer
-from small_pipelines import COLUMNS, make_conditioned, make_pipeline
+from small import PRIORS
+from small_pipelines import COLUMNS, make_conditioned
 
-from pipelines import ImagePipeline
 from pipelines.compression import codec, coding
-from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_steps
+from pipelines.compression.codec import SymbolDecoder, SymbolEncoder, exponentials, grid_steps
 from pipelines.compression.coding import exact_pixels, identify_given
 from pipelines.compression.container import DamagedStream, ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
@@ -87,8 +87,9 @@ def test_every_kind_of_tokenizer_comes_back(kind, channels):
     assert not lossless or torch.equal(as_bytes(found), images)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "levels"])
-@pytest.mark.parametrize(("prior", "channels"), [("gpt", 1), ("gpt", 3), ("blocks", 3), ("gated_pixelcnn", 3)])
+@pytest.mark.parametrize(
+    ("prior", "channels", "kind"), [("gpt", 1, "bytes"), ("blocks", 3, "levels"), ("gated_pixelcnn", 3, "bytes")]
+)
 def test_logistic_and_depth_heads_code(prior, channels, kind):
     lossless = kind == "bytes"
     pipe = pipeline_of(kind, prior, channels=channels, head="logistic" if lossless else "depth")
@@ -128,14 +129,12 @@ def test_batch_size_threads_and_autocast_do_not_matter(kind, batch_size, threads
     assert torch.equal(found, expected(pipe, images, lossless))
 
 
-@pytest.mark.parametrize("prior", ["gpt", "made", "gated_pixelcnn", "pixelcnn_pp"])
+@pytest.mark.parametrize("prior", ["gpt", "gated_pixelcnn"])
 def test_a_stream_decodes_without_the_cache(prior, monkeypatch):
     pipe = pipeline_of(prior=prior)
     images = images_of(pipe)
     data = compressed(pipe, images)
-    member = type(pipe.prior)
-    monkeypatch.setattr(member, "start", member.start_uncached)
-    monkeypatch.setattr(member, "next_logits", member.next_logits_uncached)
+    monkeypatch.setattr(type(pipe.prior), "start", partialmethod(type(pipe.prior).start, cache=False))
     assert torch.equal(decompressed(pipe, data), expected(pipe, images, False))
 
 
@@ -143,7 +142,7 @@ def test_float32_would_not_suffice(monkeypatch):
     """The negative control: with float32 models, streams do not decode in other batches."""
     monkeypatch.setattr(coding, "to_double", lambda model, device: model.float().eval())
     pipe = pipeline_of("bytes", "gpt", size=(16, 16))
-    data = compressed(pipe, images_of(pipe, 24))
+    data = compressed(pipe, images_of(pipe, 12))
     with pytest.raises(ModelMismatch):
         decompressed(pipe, data, batch_size=1)
 
@@ -209,18 +208,6 @@ def test_logits_near_a_rounding_boundary_are_coded_uniformly(monkeypatch):
         decompressed(pipe, compressed(pipe, images))
 
 
-def test_exceptions_count_tokens_first_then_pixels(monkeypatch):
-    """A wide guard makes many of both."""
-    monkeypatch.setattr(codec, "GUARD", 1e-3)
-    pipe = pipeline_of("pixels given tokens")
-    images = images_of(pipe)
-    data = compressed(pipe, images, lossless=True)
-    exceptions = read_stream(data)[1][0].exceptions
-    assert exceptions[0] < 9 * 4 <= exceptions[-1]
-    perturb(monkeypatch, 1e-4)
-    assert torch.equal(decompressed(pipe, data), expected(pipe, images, True))
-
-
 @pytest.mark.parametrize(("device", "used"), [("mps", "cpu"), ("cpu", "cpu"), ("meta", "meta")])
 def test_devices_without_float64_are_replaced_by_the_cpu(device, used):
     pipe = pipeline_of()
@@ -246,14 +233,6 @@ def test_streams_are_as_long_as_the_model_says(kind):
     assert len(data) - coded < 100 * header.num_chunks, "the container adds little"
 
 
-def test_weights_of_another_type_give_the_same_stream():
-    pipe = pipeline_of()
-    pipe.to(dtype=torch.bfloat16).to(dtype=torch.float32)  # now both types hold the same numbers
-    images = images_of(pipe)
-    data = compressed(pipe, images)
-    assert compressed(pipe.to(dtype=torch.float64), images) == data
-
-
 def test_exponentials_fit_their_formula():
     table = exponentials()
     assert int(table[0]) == 1 << 32 and int(table[-1]) == 0 and int(table[-2]) == 1
@@ -261,29 +240,30 @@ def test_exponentials_fit_their_formula():
     assert np.abs(table.numpy() - exact).max() <= 0.5 + 1e-5
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_any_logits_code_and_decode(rows):
     """NaN and infinities too; rows near a rounding boundary are uniform."""
     logits = torch.tensor(rows, dtype=torch.float64)
     symbols = torch.arange(len(rows)) % 4
-    encoder = Encoder()
+    encoder = SymbolEncoder()
     likely = grid_steps(logits)[0].argmin(1)  # a symbol of probability zero is never coded
     symbols = torch.where(grid_steps(logits)[1], symbols, likely)
     encoder.code(logits, symbols)
-    decoder = Decoder(encoder.bytes(), torch.cat(encoder.unsure))
+    decoder = SymbolDecoder(encoder.bytes(), torch.cat(encoder.unsure))
     assert torch.equal(decoder.code(logits, torch.zeros_like(symbols)), symbols)
     decoder.finish()
 
 
 def test_symbols_that_are_left_over_are_an_error():
     logits, symbols = torch.zeros(500, 9, dtype=torch.float64), torch.arange(500) % 9
-    encoder = Encoder()
+    encoder = SymbolEncoder()
     encoder.code(logits, symbols)
     unsure = torch.zeros(500, dtype=torch.bool)
     with pytest.raises(ModelMismatch):
-        Decoder(encoder.bytes(), unsure).finish()
+        SymbolDecoder(encoder.bytes(), unsure).finish()
     with pytest.raises(StreamError):
-        Decoder(bytes(5), unsure)  # not a whole number of words
+        SymbolDecoder(bytes(5), unsure)  # not a whole number of words
 
 
 def test_the_coder_still_makes_the_same_bytes():
@@ -321,8 +301,10 @@ def test_every_prior_codes_given_a_condition(prior, monkeypatch):
     """With the probabilities of `forward`, in any batches."""
     pipe, seen = conditioned(prior), []
     images, condition = images_of(pipe, 8), rows_of(pipe, 8)
-    code = Encoder.code
-    monkeypatch.setattr(Encoder, "code", lambda coder, logits, ids: code(coder, seen.append(logits) or logits, ids))
+    code = SymbolEncoder.code
+    monkeypatch.setattr(
+        SymbolEncoder, "code", lambda coder, logits, ids: code(coder, seen.append(logits) or logits, ids)
+    )
     data = compressed(pipe, images, condition=condition)
     for batch_size in (1, 3, None):
         found = decompressed(pipe, data, condition=condition, batch_size=batch_size)
@@ -337,7 +319,7 @@ def test_every_prior_codes_given_a_condition(prior, monkeypatch):
         assert bool(close.all() if is_used else (~close).any())
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(0, 9),
     st.integers(0, 1000),
@@ -393,14 +375,9 @@ def test_a_stream_needs_its_condition_and_says_so():
         decompressed(pipe, plain, condition=condition)
     with pytest.raises(StreamError, match="limit"):  # before a value for each of very many images is made
         decompressed(pipe, data, condition={"age": [1, 2]}, max_images=2)
-    for null in ({}, {"age": None}, {"age": [None] * 3, "label": [None] * 3}):
-        assert compressed(pipe, images, condition=null) == plain and plain[7] == 1
-        assert torch.equal(decompressed(pipe, plain, condition=null), decompressed(pipe, plain))
-    classes = make_pipeline(size=(8, 8))
-    data = compressed(classes, images_of(classes, 2), condition={"label": "dog"})
-    assert len(decompressed(classes, data, condition={"label": ["dog", "dog"]})) == 2
-    with pytest.raises(StreamError, match="columns are label"):
-        decompressed(classes, data)
+    null = {"age": [None] * 3, "label": [None] * 3}
+    assert compressed(pipe, images, condition=null) == plain and plain[7] == 1
+    assert torch.equal(decompressed(pipe, plain, condition=null), decompressed(pipe, plain))
 
 
 def test_a_condition_of_which_some_numbers_are_null_is_coded_as_in_03():
@@ -409,15 +386,6 @@ def test_a_condition_of_which_some_numbers_are_null_is_coded_as_in_03():
     assert identify_given(pipe.read_given(None, half)) == identify_given(pipe.read_given()) == b""
     both = pipe.read_given(None, {**half, "age": 63})
     assert identify_given(both) == bytes.fromhex(both.digest)[:8] != identify_given(both.without(["motion"]))
-
-
-def test_lossless_streams_take_conditions():
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer("vqvae", (8, 12), 1, **LOGISTIC).eval()
-    pipe = ImagePipeline(tokenizer, make_prior("gpt", grid=tokenizer.grid, conditions={"age": COLUMNS["age"]}))
-    images, condition = images_of(pipe, 5), {"age": [20, 30, 40, None, 60]}
-    data = compressed(pipe, images, condition=condition, lossless=True)
-    assert torch.equal(as_bytes(decompressed(pipe, data, condition=condition, batch_size=2)), images)
 
 
 def test_an_earlier_type_of_the_weights_does_not_matter():
@@ -443,6 +411,20 @@ def test_an_earlier_type_of_the_weights_does_not_matter():
 # Classes
 
 
+@pytest.mark.parametrize("has_classes", [False, True])
+def test_exceptions_count_classes_first_then_tokens_then_pixels(has_classes, monkeypatch):
+    """A wide guard makes many among tokens and pixels, none among classes."""
+    monkeypatch.setattr(codec, "GUARD", 1e-3)
+    pipe = with_strong_classes("pixels given tokens")
+    images, more = images_of(pipe), {} if has_classes else {"condition": {"label": None}}
+    data = compressed(pipe, images, lossless=True, **more)
+    (chunk,) = read_stream(data)[1]
+    first = 9 * has_classes
+    assert chunk.classes == has_classes and first <= chunk.exceptions[0] < first + 9 * 4 <= chunk.exceptions[-1]
+    perturb(monkeypatch, 1e-4)
+    assert torch.equal(decompressed(pipe, data), expected(pipe, images, True))
+
+
 def with_strong_classes(kind="pixels given levels", prior="gpt", **config):
     """A pipeline of three classes that matter, although it is not trained."""
     pipe = pipeline_of("tokens" if prior == "next_scale" else kind, prior, **config)
@@ -466,9 +448,9 @@ def no_scores(monkeypatch):
     monkeypatch.setattr(Prior, "log_prob", lambda *_, **__: pytest.fail("a class was tried"))
 
 
-@pytest.mark.parametrize("prior", PRIORS)
-def test_every_prior_stores_the_best_classes(prior, monkeypatch):
-    """In chunks; the decoder tries nothing, in any batches."""
+@pytest.mark.parametrize("prior", ["gpt", "made", "next_scale"])
+def test_a_stream_stores_the_best_classes(prior, monkeypatch):
+    """In chunks; the decoder tries nothing, in any batches. The null class is one of the choices."""
     pipe = with_strong_classes(prior=prior)
     images = images_of(pipe, 11)
     monkeypatch.setattr(coding, "CHUNK_IMAGES", 4)
@@ -490,7 +472,7 @@ def test_every_prior_stores_the_best_classes(prior, monkeypatch):
         assert torch.equal(decompressed(pipe, data, batch_size=batch_size), expected(pipe, images, False))
 
 
-@pytest.mark.parametrize("kind", ["pixels given tokens", "bytes"])
+@pytest.mark.parametrize("kind", ["pixels given tokens"])
 def test_a_stream_with_classes_is_as_long_as_the_model_says(kind):
     """Each class costs log2(classes + 1) bits."""
     pipe, lossless = with_strong_classes(kind), KINDS[kind][2]
@@ -514,16 +496,6 @@ def test_classes_are_stored_only_if_that_pays():
     assert not read_stream(data)[1][0].classes and data == compressed(pipe, images, condition={"label": None})
     nats = nats_of(pipe, images)
     assert 0 < float((nats[3] - nats.amin(0)).sum()) < 9 * np.log(4)
-
-
-def test_an_image_may_have_no_class(monkeypatch):
-    """The null class is one of the choices."""
-    pipe = with_strong_classes(prior="made")
-    images = images_of(pipe)
-    best = nats_of(pipe, images).argmin(0)
-    assert {3} < {*best.tolist()}
-    data = compressed(pipe, images)
-    assert read_stream(data)[1][0].classes and torch.equal(decompressed(pipe, data), expected(pipe, images, False))
 
 
 @pytest.mark.parametrize("why", ["labels", "no label", "no labels", "many classes", "no classes"])
@@ -564,30 +536,6 @@ def test_classes_are_chosen_given_columns(monkeypatch):
         decompressed(strong, data)
 
 
-def test_exceptions_count_classes_first(monkeypatch):
-    """A wide guard makes many among tokens and pixels, none among classes."""
-    monkeypatch.setattr(codec, "GUARD", 1e-3)
-    pipe = with_strong_classes("pixels given tokens")
-    images = images_of(pipe)
-    data = compressed(pipe, images, lossless=True)
-    (chunk,) = read_stream(data)[1]
-    assert chunk.classes and 9 <= chunk.exceptions[0] < 9 + 9 * 4 <= chunk.exceptions[-1]
-    perturb(monkeypatch, 1e-4)
-    assert torch.equal(decompressed(pipe, data), expected(pipe, images, True))
-
-
-def test_small_differences_between_machines_do_not_change_the_classes(monkeypatch):
-    """The decoder reads them."""
-    pipe = with_strong_classes("bytes")
-    images = images_of(pipe)
-    data = compressed(pipe, images, lossless=True)
-    perturb(monkeypatch, 1e-10)
-    assert torch.equal(decompressed(pipe, data), expected(pipe, images, True))
-    perturb(monkeypatch, 1e-2)
-    with pytest.raises(ModelMismatch):
-        decompressed(pipe, data)
-
-
 def test_classes_that_do_not_fit_are_one_error():
     """In a pipeline without classes, beside labels, and other ones."""
     pipe, none = with_strong_classes(), with_strong_classes(num_classes=0)
@@ -608,11 +556,6 @@ def test_classes_that_do_not_fit_are_one_error():
         assert read_stream(stream)[1][0].classes == classes
         with pytest.raises(StreamError):
             decompressed(pipe, forge(pipe, stream, classes=not classes))
-    tokens = bytes(read_stream(data)[1][0].tokens)
-    for first in range(0, 256, 5):  # the first bytes decide on the classes
-        if first != tokens[3]:
-            with pytest.raises(StreamError):
-                decompressed(pipe, forge(pipe, data, tokens=tokens[:3] + bytes([first]) + tokens[4:]))
 
 
 # Refusals
@@ -630,15 +573,6 @@ def test_another_model_is_refused(kind):
                 decompressed(pipe, data)
             parameter.copy_(before)
     decompressed(pipe, data)
-
-
-def test_every_byte_matters():
-    pipe = pipeline_of("pixels given tokens", "marginal")
-    data = compressed(pipe, images_of(pipe, 2), lossless=True)
-    for at in range(len(data)):
-        for wrong in (data[:at], data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]):
-            with pytest.raises(StreamError):
-                decompressed(pipe, wrong)
 
 
 FORGED = pipeline_of("pixels given tokens", "marginal")
@@ -660,7 +594,7 @@ OTHER_CHUNKS = {
 }
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.just({}) | st.sampled_from(OTHER_HEADERS), st.fixed_dictionaries({}, optional=OTHER_CHUNKS))
 def test_a_forged_stream_with_valid_checksums_is_one_error(header, chunk):
     changed = FORGED_CHUNK._replace(**chunk)

@@ -29,7 +29,7 @@ def noise(channels, *sizes):
     return [torch.randint(0, 256, (channels, *size), dtype=torch.uint8) for size in sizes]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.tuples(st.integers(8, 30), st.integers(8, 30)), min_size=1, max_size=4))
 def test_images_of_any_size_come_back(sizes):
     images = noise(3, *sizes)
@@ -115,10 +115,7 @@ def test_the_verbs(tmp_path, capsys):
     for number, image in enumerate(images):
         assert (np.asarray(Image.open(tmp_path / "again" / f"{number}.png")) == image.movedim(0, -1).numpy()).all()
     Image.new("RGB", (7, 9)).save(tmp_path / "images" / "small.png")
-    line = fails(capsys, "compress", *own, "tile=true", "overwrite=true")
-    assert "small.png: 9 x 7 pixels" in line and "smaller than a tile" in line
-    compress_verb([*argv, f"images={tmp_path}/images/0.png", f"out={tmp_path}/b.smalti", "tile=true"])
-    assert "tile: not needed" in "".join(capsys.readouterr())
+    assert "smaller than a tile" in fails(capsys, "compress", *own, "tile=true", "overwrite=true")
 
 
 def test_each_tile_has_its_class():

@@ -10,27 +10,23 @@ import errno
 import json
 import re
 import shlex
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
-from command import fails
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from optional import needs_digits
 from pydantic import Field
 
-import pipelines
 from pipelines.__main__ import load_verb, main, verbs
 from pipelines.config import Config, UserError, errors, run_command
 from pipelines.config.command import build_config, parse
-from pipelines.config.errors import Interrupted, ProcessFailed, ReportedElsewhere, at_a_shell
-from pipelines.config.schema import difference, to_yaml
+from pipelines.config.errors import ReportedElsewhere
+from pipelines.config.schema import to_yaml
 from pipelines.config.yaml_text import read_yaml, write_yaml
 from tokenizer.config import ModelConfig, Node
-from tokenizer.files import PathError
 from tokenizer.model import Registered
 
 ROOT = Path(__file__).parents[3]
@@ -119,7 +115,6 @@ class Run(Config):
     side: Side | tuple[Side, Side] = 8
     labels: int | str | list[int | str] | None = None
     paths: list[str] | None = None
-    numbers: list[int] | None = None
     model: Annotated[dict[str, Any], Node(f"{__name__}:Net")] = Field({"kind": "conv"}, description="the net")
     train: Training = Field(Training(steps=7), description="how long")
 
@@ -202,13 +197,9 @@ def test_every_spelling_of_a_float_is_read(number: float, spelling: str) -> None
         ("side=32, 96", (32, 96)),
         ("labels=3,big dog,-1", [3, "big dog", -1]),  # zsh would expand brackets as a pattern
         ("paths=a", ["a"]),
-        ("numbers=3", [3]),
         ("labels=tench, Tinca tinca", "tench, Tinca tinca"),  # the name of one class
-        ('labels="a,b"', "a,b"),  # the name of one file
         ("out=3,8", "3,8"),
-        ("out=~/run", "/home/me/run"),
         ("labels=~/a.png,3", ["/home/me/a.png", 3]),
-        ("out=run~/a", "run~/a"),
     ],
 )
 def test_values(word: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,51 +262,26 @@ def test_another_kind_replaces_its_node(tmp_path: Path, capsys: Any) -> None:
     assert read("--config", path, "model.coder.kind=book").model["coder"]["codes"] == 9
 
 
-COVER = "model: {coder: {kind: book, codes: 9, beta: 0.5}}\n"
-
-
-@pytest.mark.parametrize(
-    ("words", "coder", "line"),
-    [
-        (["kind=tree"], {"codes": 9}, "tree with codes=9; it does not take beta=0.5"),
-        (["codes=7", "kind=tree"], {"codes": 7}, "tree with codes=7; it does not take beta=0.5"),
-        (["kind=tree", "depth=3"], {"codes": 9, "depth": 3}, "tree with codes=9, depth=3; it does not take beta=0.5"),
-        (["kind=steps"], {}, "steps with its defaults; it does not take codes=9, beta=0.5"),
-        (["kind=book"], {"codes": 9, "beta": 0.5}, None),
-    ],
-)
-def test_a_part_of_a_model_keeps_the_settings_that_its_new_kind_takes(
-    tmp_path: Path, capsys: Any, words: list[str], coder: dict[str, Any], line: str | None
-) -> None:
+def test_a_part_of_a_model_keeps_the_settings_that_its_new_kind_takes(tmp_path: Path, capsys: Any) -> None:
     """Those that were given: defaults are those of the new kind."""
-    path = write(tmp_path / "a.yaml", COVER)
-    config = read("--config", path, *(f"model.coder.{word}" for word in words))
-    kind = words[["kind" in word for word in words].index(True)].removeprefix("kind=")
-    assert config.model["coder"] == {**Coder.find(kind).Config().to_dict(), **coder}
-    assert capsys.readouterr().err == ("" if line is None else f"model.coder: {line}\n")
-    written = {f"model.coder.{key}": read_yaml(value) for key, _, value in (word.partition("=") for word in words)}
-    assert build_config(Run, [path], {"out": "x", **written}) == config
-    assert capsys.readouterr().err == ("" if line is None else f"model.coder: {line}\n")
+    path = write(tmp_path / "a.yaml", "model: {coder: {kind: book, codes: 9, beta: 0.5}}\n")
+    for words, coder, line in (
+        ({"kind": "tree", "depth": 3}, {"codes": 9}, "tree with codes=9, depth=3; it does not take beta=0.5"),
+        ({"kind": "steps"}, {"levels": [8, 8]}, "steps with its defaults; it does not take codes=9, beta=0.5"),
+    ):
+        config = read("--config", path, *(f"model.coder.{key}={value}" for key, value in words.items()))
+        assert config.model["coder"].items() >= {**words, **coder}.items()
+        assert capsys.readouterr().err == f"model.coder: {line}\n"
+        written = {f"model.coder.{key}": value for key, value in words.items()}
+        assert build_config(Run, [path], {"out": "x", **written}) == config
+        capsys.readouterr()
+    assert read("model.coder.kind=tree").model["coder"]["codes"] == 64, "a default is not kept"
 
 
-def test_a_kind_that_is_unknown_or_has_no_other_settings_keeps_nothing(tmp_path: Path, capsys: Any) -> None:
-    path = write(tmp_path / "a.yaml", COVER)
-    assert problems("--config", path, "model.coder.kind=nope")[0].startswith("model.coder.kind: ")
-    assert read("model.coder.kind=tree").model["coder"]["codes"] == 64
-    assert read("--config", path, "model.kind=plain", "model.kind=conv").model["coder"]["codes"] == 256
-    large = write(tmp_path / "b.yaml", "model: {coder: {codes: 301}}\n")
-    assert read("--config", large, "model.coder.kind=tree").model["coder"]["codes"] == 64  # at most 300
-    assert capsys.readouterr().err == "model.coder: tree with its defaults; it does not take codes=301\n"
-
-
-@pytest.mark.parametrize(
-    "words", [["coder=book"], ["coder.beta=1", "coder=book"], ["coder.levels=[3,3]", "coder=steps"]]
-)
-def test_a_kind_may_follow_the_keys_of_its_node(words: list[str], tmp_path: Path) -> None:
-    path = write(tmp_path / "a.yaml", "model: {width: 32, coder: {codes: 9}}\n")
-    words = [f"model.{word}" for word in words]
-    expected = read("--config", path, *(word.replace("coder=", "coder.kind=") for word in reversed(words)))
-    assert read("--config", path, "model=conv", *words) == read("--config", path, *words, "model=conv") == expected
+def test_a_kind_may_follow_the_keys_of_its_node(tmp_path: Path) -> None:
+    words = ["model.coder.levels=[3,3]", "model.coder=steps"]
+    expected = read("model.coder.kind=steps", "model.coder.levels=[3,3]")
+    assert read("model=conv", *words) == read(*words, "model=conv") == expected
 
 
 # Refusals
@@ -325,36 +291,19 @@ def test_a_kind_may_follow_the_keys_of_its_node(words: list[str], tmp_path: Path
     ("argument", "key"),
     [
         ("train.lr=abc", "train.lr"),
-        ("seed=true", "seed"),
         ("seed.x=1", "seed.x"),
-        ("mode=c", "mode"),
         ("side=[8,2]", "side"),
         ("model=cnov", "model.kind"),
-        ("train.betas=1,,2", "train.betas"),
-        ("model.coder.kind=vq", "model.coder.kind"),
         ("labels=[1", "labels"),
         ("train={lr: 1, lr: 2}", "train"),
+        ("model.coder.coeds=3", "model.coder.coeds"),
+        ("a.yaml", "a.yaml"),
+        ("--x", "--x"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key(argument: str, key: str) -> None:
     (line,) = problems(argument)
     assert line.startswith(f"{key}: ")
-
-
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [("train.stesp", "'train.steps'"), ("lr", "'train.lr'"), ("model.coder.coeds", "'model.coder.codes'"), ("zz", "")],
-)
-def test_the_error_of_an_unknown_key_names_the_key_that_was_meant(key: str, meant: str) -> None:
-    (line,) = problems(f"{key}=3")
-    assert line.startswith(f"{key}: ") and meant in line
-
-
-@pytest.mark.parametrize("word", ["train", "--x", "a..b=1", "=3", "a.yaml", "gpt_digits"])
-def test_a_word_outside_the_grammar_is_refused(word: str) -> None:
-    (line,) = problems(word)
-    assert line.startswith(f"{word}: ")
-    assert line.endswith(f"--config {word}") == (word in ("a.yaml", "gpt_digits"))
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
@@ -368,13 +317,10 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        ("seed: 1\ntrain: [1\nfast: true\n", r"a.yaml, line [23]: "),
         ("seed: 1\ntrain:\n  lr: 1\n  lr: 2\n", r"a.yaml, line 4: "),
         ("seed: 1\non: 2\n", r"a.yaml, line 2: "),  # which YAML reads as true
-        ("- 1\n- 2\n", r"a.yaml: "),
         ("out: !!python/object/apply:os.mkdir [b]", "a.yaml, "),
         ("train.lr: 0.1\n", "train.lr: .*nested"),
-        ("model: {zzz: 1}\n", "model.zzz: "),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, text: str, start: str) -> None:
@@ -382,23 +328,10 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, start: str) -> None:
     assert re.match(start, line.removeprefix(f"{tmp_path}/")) and line.isprintable()
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "latin.yaml").write_bytes(b"out: \xe9\n")
-    for path in (str(tmp_path), f"{tmp_path}/latin.yaml"):
-        assert problems("--config", path)[0].startswith(f"{path}: ")
-    assert problems("--config")[0].startswith("--config: ")
-
-
 def test_unprintable_characters_are_escaped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", '"\\e[2Jk": 1\n"a\\n error: forged": 3')
     lines = problems("--config", path, "\x1b[2Jx=1")
     assert len(lines) == 3 and all(line.isprintable() for line in lines)
-
-
-def test_an_unknown_verb_suggests_the_nearest(capsys: Any) -> None:
-    for typed, verb in (("genrate", "generate"), ("train-piror", "train_prior"), ("encoder", "encode")):
-        assert f"'{verb}'" in fails(capsys, typed)
-    assert all(verb in fails(capsys, "xyzzy") for verb in verbs())
 
 
 class Part(Config):
@@ -446,24 +379,6 @@ def test_names_of_a_mapping_are_chosen_by_the_user(tmp_path: Path) -> None:
     assert read_parts("--config", write(tmp_path / "b.yaml", to_yaml(expected))) == expected
 
 
-def test_a_mistake_in_a_mapping_names_the_key() -> None:
-    argv = ["parts.a.size=3", "parts.b.kind=flat", "parts.c=3", "parts.d.sizes=x", "part.e=3"]
-    with pytest.raises(UserError) as caught:
-        read_parts(*argv)
-    lines = str(caught.value).splitlines()
-    starts = ("parts.a.size: unknown key", "parts.b.kind: should be", "parts.c: ", "parts.d.sizes: ", "part.e: ")
-    for start in starts:
-        assert sum(line.startswith(start) for line in lines) == 1, start
-    assert len(lines) == 5 and "did you mean 'parts.NAME.sizes'" in str(caught.value)
-
-
-def test_difference_names_dotted_keys() -> None:
-    old = {"a": 1, "t": {"lr": 0.1, "b": [1, 2]}, "gone": None}
-    lines = difference(old, {"a": 1.0, "t": {"lr": 0.2, "b": (1, 2)}, "new": {"x": 1}})
-    assert [line.partition(":")[0] for line in lines] == ["t.lr", "gone", "new"] and "0.1 -> 0.2" in lines[0]
-    assert difference(old, old) == []
-
-
 # How a command ends
 
 
@@ -483,24 +398,17 @@ def ended(error: BaseException, *argv: str) -> Any:
     ("error", "code", "printed"),
     [
         (UserError("one: a\ntwo: b"), 2, "error: one: a\nerror: two: b\n"),
-        (PathError("no such folder"), 2, "error: no such folder\n"),
         (PermissionError(errno.EACCES, "denied", "a/b"), 2, "error: a/b: denied\n"),
         (OSError(errno.ENOSPC, "No space left"), 1, "error: disk full: No space left\n"),
-        (ProcessFailed("process 1 failed: no"), 1, "error on process 0: process 1 failed: no\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; left x\n"),
-        (Interrupted(), 130, ""),  # the run has already reported it
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_exit_codes(error: BaseException, code: int, printed: str, capsys: Any) -> None:
     assert ended(error) == code
     assert capsys.readouterr() == ("", printed)
-
-
-@pytest.mark.parametrize("bug", [ZeroDivisionError(), ConnectionResetError(), PermissionError(1, "without a file")])
-def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
-    with pytest.raises(type(bug)):
-        ended(bug)
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        ended(ZeroDivisionError())
 
 
 def test_one_process_of_several_prints(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -512,12 +420,3 @@ def test_one_process_of_several_prints(monkeypatch: pytest.MonkeyPatch, capsys: 
     pauses: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)  # the launcher ends this process meanwhile
     assert ended(ReportedElsewhere("all have it")) == 2 and pauses == [errors.HEAD_START]
-
-
-def test_our_warnings_are_one_line_and_others_keep_their_place(monkeypatch):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    with at_a_shell():
-        pass
-    ours = warnings.formatwarning("too old", UserWarning, pipelines.__file__, 3)
-    theirs = warnings.formatwarning("too old", UserWarning, warnings.__file__, 3)
-    assert ours == "warning: too old\n" and "UserWarning" in theirs and ":3:" in theirs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
-from typing import Any
 
 import pytest
 
@@ -70,27 +69,9 @@ def test_the_page_of_all_has_every_key_with_a_sentence(verb: str, capsys: Captur
     assert {*often} <= {row.key for row in rows} and len({*often}) == len(often)
 
 
-def test_a_row_has_type_range_default_and_sentence(capsys: Captured) -> None:
-    page = printed(capsys, "train_tokenizer", "--help", "all")[0]
-    for row in [
-        r"out +text +required +\w",
-        r"init +text +null +\w",  # that null is allowed goes without saying
-        r"data.label_column +text or null +label +\w",
-        r"data.channels +int 1..16 +1 +\w",
-        r"model.kind +kind +vqvae +\w.*cosmos, ",
-        r"train.betas +\[float >= 0, < 1, +\[0.9, 0.95\] +\w",
-    ]:
-        assert re.search(rf"^  {row}", page, re.M), row
-    for title in ["data: ", r"model.kind=vit: ", r"model.quantizer.kind=fsq: ", "train: "]:
-        assert re.search(rf"^{title}", page, re.M)
-    assert "model.image_size" not in page  # a fact of the data
-
-
 def test_the_page_follows_the_rest_of_the_command_line(capsys: Captured) -> None:
     page = printed(capsys, "train_tokenizer", "model.kind=vit", "--help", "all")[0]
     assert "model.registers" not in page and "model.heads" in page and "model.kind=vqvae" not in page
-    page = printed(capsys, "train_tokenizer", "model.quantizer.kind=fsq", "--help", "model.quantizer")[0]
-    assert keys_of(page) == ["model.quantizer.levels"]
     page = printed(capsys, "train_prior", "--config", "gpt_digits", "train.lr=0.5", "--help")[0]
     for row in [r"out +text +runs/gpt_digits ", r"train.lr +\S.* 0.5 "]:
         assert re.search(rf"^  {row}", page, re.M), row
@@ -100,23 +81,12 @@ def test_the_page_follows_the_rest_of_the_command_line(capsys: Captured) -> None
     assert not printed(capsys, "train_prior", "--help")[1]  # a missing key is not an error yet
 
 
-@pytest.mark.parametrize("argv", [["train_prior", "--help"], ["help", "train_prior"], ["train-prior", "-h"]])
-def test_ways_to_ask_for_help(argv: list[str], capsys: Captured) -> None:
-    assert printed(capsys, *argv)[0].startswith("usage: smalti train_prior")
-    assert {key.partition(".")[0] for key in keys_of(printed(capsys, *argv, "sampler")[0])} == {"sampler"}
-    assert keys_of(printed(capsys, *argv, "train.lr")[0]) == ["train.lr"]
+def test_ways_to_ask_for_help(capsys: Captured) -> None:
+    for argv in (["train_prior", "--help"], ["help", "train_prior"], ["train-prior", "-h"]):
+        assert printed(capsys, *argv)[0].startswith("usage: smalti train_prior")
+        assert keys_of(printed(capsys, *argv, "train.lr")[0]) == ["train.lr"]
     page, error = printed(capsys, *argv, "trian", code=2)
     assert not page and "'train'" in error and error.count("\n") == 1
-
-
-def test_defaults_that_come_from_a_model(tmp_path: Any, capsys: Captured) -> None:
-    """They are attributed to the model until it is known."""
-    page = printed(capsys, "encode", "--help", "data")[0]
-    assert re.search(r"^  data.image_size +\S.* tokenizer's ", page, re.M)
-    assert re.search(r"^  data.augment.flip +\S.* tokenizer's ", page, re.M)
-    (tmp_path / "provenance.json").write_text('{"data": {"image_size": 64, "channels": 3}}')
-    page = printed(capsys, "encode", f"tokenizer={tmp_path}", "--help", "data")[0]
-    assert re.search(r"^  data.image_size +\S.* 64 ", page, re.M) and "tokenizer's" not in page
 
 
 def test_every_verb_is_a_module_and_is_listed(capsys: Captured) -> None:
@@ -129,7 +99,6 @@ def test_every_verb_is_a_module_and_is_listed(capsys: Captured) -> None:
     assert {*verbs()} == {*STEPS, *(path.stem.removesuffix("_") for path in files)}
     page = printed(capsys, "--help")[0]
     for verb, sentence in (verbs() | OTHER).items():
-        assert sentence.endswith(".") and sentence in " ".join(page.split())
         assert re.search(rf"^  {verb} +{re.escape(sentence[:30])}", page, re.M)
     assert all(sentence == (load_verb(verb).__doc__ or "").splitlines()[0] for verb, sentence in verbs().items())
     assert printed(capsys, code=2)[0] == page == printed(capsys, "help")[0]

@@ -143,21 +143,6 @@ def test_a_kind_in_a_file_is_never_imported(folder: Path) -> None:
         Prior.from_pretrained(folder / "pipeline/prior")
 
 
-@pytest.mark.parametrize("name", ["my_piror", "my_piror.py", "../my_prior", "tokens/meta.json", "json.py"])
-def test_names_that_cannot_be_imported(name: str, folder: Path, capsys: Any) -> None:
-    """Also `json.py`, which would import the standard library's module."""
-    (folder / "json.py").write_text("")
-    line = fails(capsys, "verify", "folder=tokens", "--import", name)
-    assert line.startswith(f"error: --import {name}: ") and name not in importing.IMPORTED
-
-
-def test_a_bug_in_a_module_keeps_its_traceback(folder: Path) -> None:
-    for text, error in ("1 / 0", ZeroDivisionError), ("import not_there", ModuleNotFoundError):
-        (folder / "broken.py").write_text(text)
-        with pytest.raises(error):
-            main(["verify", "folder=tokens", "--import", "broken.py"])
-
-
 def test_the_name_of_another_model_cannot_be_taken(folder: Path, capsys: Any) -> None:
     (folder / "my_other.py").write_text(MINE.replace("my_unigram", "gpt"))
     line = fails(capsys, "verify", "folder=tokens", "--import", "my_other")

@@ -46,15 +46,16 @@ def test_valid_data_is_converted_to_the_class():
 @pytest.mark.parametrize(
     ("data", "field", "word"),
     [
-        ({"count": True}, "count", "True"),
+        ({"count": True}, "count", "true"),
+        ({"count": 2.0}, "count", "2.0"),
         ({"count": 0}, "count", "equal to 1"),
         ({"count": "x" * 10_000}, "count", "xxx"),
         ({"inner": {"low": 1}}, "inner.high", "missing"),
         ({"inner": {"low": 3, "high": 2}}, "inner.high", "above low"),
-        ({"names": ["a", 3]}, "names.1", "string"),
-        ({"flag": 1}, "flag", "boolean"),
-        ({"numbers": {"a\x1b[2J\n": None}}, r"numbers.a\x1b[2J\n", "None"),
-        ({"other": 1}, "other", "not permitted"),
+        ({"names": ["a", 3]}, "names.1", "text"),
+        ({"flag": 1}, "flag", "true or false"),
+        ({"numbers": {"a\x1b[2J": None}}, r"numbers.a\x1b[2J", "null"),
+        ({"other": 1}, "other", "unknown key"),
     ],
 )
 def test_the_first_invalid_field_is_reported_in_a_line(data, field, word):
@@ -62,4 +63,10 @@ def test_the_first_invalid_field_is_reported_in_a_line(data, field, word):
         validate(Needy, {"wanted": data}, PATH)
     message = str(caught.value)
     assert message.startswith(f"{PATH}: wanted.{field}: ") and word in message
-    assert message.isprintable() and len(message) < 200
+    assert message.isprintable() and len(message) < 400
+
+
+def test_lone_surrogates_and_line_breaks_are_escaped():
+    with pytest.raises(FormatError, match=r"folder/file\.json: ") as caught:
+        validate(Outer, {"\ud800\n": 1}, PATH)
+    assert str(caught.value).isprintable()

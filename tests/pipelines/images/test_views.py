@@ -18,7 +18,7 @@ from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.calibration import Calibration
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.healing import anomaly_map
+from pipelines.anomaly.maps import anomaly_map
 from pipelines.anomaly.scores import anomaly_score, score_tiles
 from pipelines.commands.reconstruct import main as reconstruct_verb
 from pipelines.images.views import LazyImages, View, as_lazy, cut, list_images, paste, read_large, side_weights

@@ -6,34 +6,34 @@ import numpy as np
 import pytest
 
 from pipelines.metrics import charts
-from pipelines.metrics.charts import charts_in_row, draw_histogram, draw_usage, page
+from pipelines.metrics.charts import draw_histogram, draw_usage, page
 
 
-def drawn(chart, *given):
+def rendered(chart, *given):
     """Draw a chart; return its picture and its axes."""
-    drawn_axes = []
+    found = []
 
-    def draw(axes):
-        chart(axes, *given)
-        drawn_axes.append(axes)
+    def draw(figure):
+        found.append(figure.subplots())
+        chart(found[0], *given)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = charts_in_row([draw])
-    assert picture.shape == (charts.HEIGHT, charts.WIDTH, 3) and picture.dtype == np.uint8
-    return picture, drawn_axes[0]
+        picture = charts.render(400, 300, draw)
+    assert picture.shape == (300, 400, 3) and picture.dtype == np.uint8
+    return picture, found[0]
 
 
 @pytest.mark.parametrize("uses", [[[5.0, 0, 1e6]], [[1.0, 2], [0, 7]], np.zeros((9, 2))])
 def test_codes_are_sorted_by_use(uses):
-    _, axes = drawn(draw_usage, np.array(uses), [f"level {n}" for n in range(len(uses))], "uses")
+    _, axes = rendered(draw_usage, np.array(uses), [f"level {n}" for n in range(len(uses))], "uses")
     assert [sorted(row, reverse=True) for row in uses] == [p.get_data().values.tolist() for p in axes.patches]
     assert (axes.get_legend() is not None) == (1 < len(uses) <= 6)
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 1e-30, 1e30], [-3.0, 2.0]])
 def test_histograms_are_in_percent(values):
-    _, axes = drawn(draw_histogram, np.array(values), "", "")
+    _, axes = rendered(draw_histogram, np.array(values), "", "")
     assert sum(axes.patches[0].get_data().values) == pytest.approx(100)
 
 
@@ -53,7 +53,7 @@ def test_a_page_holds_its_pictures_pixel_by_pixel():
 def test_matplotlib_settings_of_the_user_have_no_effect():
     import matplotlib
 
-    expected, _ = drawn(draw_histogram, np.arange(9.0), "a title", "x")
+    expected, _ = rendered(draw_histogram, np.arange(9.0), "a title", "x")
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "figure.dpi": 300, "text.usetex": True}):
-        assert np.array_equal(drawn(draw_histogram, np.arange(9.0), "a title", "x")[0], expected)
+        assert np.array_equal(rendered(draw_histogram, np.arange(9.0), "a title", "x")[0], expected)
         assert matplotlib.rcParams["font.size"] == 30

@@ -33,7 +33,7 @@ def test_distance_of_known_gaussians(dim):
     assert frechet_distance(rows, 2 * rows - rows.mean(0)) == pytest.approx(spread, rel=1e-9)
 
 
-@pytest.mark.parametrize("count", [2, 64, 300])
+@pytest.mark.parametrize("count", [2, 300])
 def test_distance_to_itself_is_zero(count):
     """Also with fewer rows than features, when the covariance is singular."""
     rows = gaussian(count, 64, scale=10)

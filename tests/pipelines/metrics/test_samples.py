@@ -1,4 +1,4 @@
-"""Samples are drawn in small batches, stored as 8-bit images, and selected by number."""
+"""Samples are made in small batches, stored as 8-bit images, and selected by number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.metrics import samples as module
-from pipelines.metrics.samples import Samples
+from pipelines.metrics.samples import EvaluatedSamples
 from pipelines.processes.group import ProcessGroup
 from tokenizer.spec import to_float, to_uint8
 
@@ -19,12 +19,12 @@ def numbered(start: int, end: int) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(module, "AT_A_TIME", 10)
-    monkeypatch.setattr(module, "DRAWN", 4)
+    monkeypatch.setattr(module, "SAMPLED_AT_A_TIME", 4)
 
 
-def test_each_sample_is_drawn_once_and_found_by_its_number():
+def test_each_sample_is_made_once_and_found_by_its_number():
     asked: list[tuple[int, int]] = []
-    made = Samples(lambda start, end: (asked.append((start, end)), numbered(start, end))[1], 23)
+    made = EvaluatedSamples(lambda start, end: (asked.append((start, end)), numbered(start, end))[1], 23)
     assert asked == [(0, 4), (4, 8), (8, 10), (10, 14), (14, 18), (18, 20), (20, 23)]
     assert list(made.parts) == [0, 10, 20] and made.count == 23
     assert torch.equal(torch.cat([made.images(part) for part in made.parts]), numbered(0, 23))
@@ -41,6 +41,6 @@ def test_a_process_stores_only_its_own_parts():
         def gather(self, act):
             return [act()]
 
-    made = Samples(numbered, 23, Second(1, 2))
+    made = EvaluatedSamples(numbered, 23, Second(1, 2))
     ((part, images),) = made._mine.items()
     assert part == 10 and torch.equal(images, to_uint8(numbered(10, 20)))

@@ -1,6 +1,7 @@
 """Small pipelines for compression, and images."""
 
 import torch
+from small import node_of
 from small_pipelines import make_pipeline
 
 LOGISTIC = {"likelihood": {"kind": "discretized_logistic", "components": 2}}
@@ -10,11 +11,7 @@ KINDS = {
     "pixels given tokens": ("vqvae", LOGISTIC, True),
     "pixels given levels": ("pixels", {"levels": 5}, True),
     "bytes": ("pixels", {"levels": 256}, True),
-    "levels": (
-        "vqvae",
-        {"quantizer": {"kind": "rvq", "depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}}},
-        False,
-    ),
+    "levels": ("vqvae", {"quantizer": node_of("rvq")}, False),
 }
 
 

@@ -45,6 +45,14 @@ def planted(images):
     return images
 
 
+def save_images(folder, images, names=None, sizes=((SIZE, SIZE),)):
+    """Save grey images as PNGs with these names, or numbered; they are cut to these sizes in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images[:, 0].numpy()):
+        height, width = sizes[number % len(sizes)]
+        Image.fromarray(image[:height, :width]).save(folder / f"{names[number] if names else f'{number:03d}'}.png")
+
+
 def trained_on_stripes() -> ImagePipeline:
     """A small pipeline, trained on stripes and calibrated."""
     torch.manual_seed(0)

@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         for line in lines:
             listed[line["key"]].append(line["value"].get("path", line["value"].get("summary")))
         added, deleted = listed["file"], listed["deletedFile"]
-        if "refuse this" in listed["header"] or set(added) & set(deleted) or len(added) > len(set(added)):
+        if set(added) & set(deleted) or len(added) > len(set(added)):
             return self.answer(403, {"X-Error-Message": "not this commit"})
         if missing := [name for name in deleted if not (folder / name).is_file()]:
             return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": f"no file {missing[0]}"})

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from command import fails
 from givens.published import agree, imported, random_images, random_weights
 from safetensors.torch import load_file, save_file
 
@@ -33,17 +32,10 @@ def janus_says(model, images):
         return tokens, model.decode(tokens)
 
 
-def parameters_of(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-# Janus
-
-
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"channel_multiplier": [1, 1, 2], "num_res_blocks": 2, "num_patches": 4}, {"embed_dim": 4}],
-    ids=["small", "three levels", "narrow codes"],
+    [{}, {"channel_multiplier": [1, 1, 2], "num_res_blocks": 2, "num_patches": 4, "embed_dim": 4}],
+    ids=["small", "three levels, narrow codes"],
 )
 def test_janus_tokens_and_images_are_the_same(tmp_path, changes):
     model = saved(tmp_path / "model", "JanusVQVAE", {**JANUS, **changes})
@@ -53,7 +45,6 @@ def test_janus_tokens_and_images_are_the_same(tmp_path, changes):
     assert tokenizer.image_shape == (3, 16, 16) and tokenizer.config.unit_codes
     images = random_images(4, tokenizer.image_shape)
     agree(tokenizer, images, *janus_says(model, images))
-    assert parameters_of(tokenizer) == parameters_of(model)
 
 
 def test_a_whole_models_file_is_read(tmp_path):
@@ -66,20 +57,7 @@ def test_a_whole_models_file_is_read(tmp_path):
     settings = json.loads((tmp_path / "model" / "config.json").read_text())
     outer = {"model_type": "janus", "vq_config": {**settings, "num_patches": 4}}
     (tmp_path / "whole" / "config.json").write_text(json.dumps(outer))
-    tokenizer = imported(tmp_path / "whole", tmp_path / "out")
-    assert tokenizer.image_shape == (3, 8, 8)
-    assert parameters_of(tokenizer) == parameters_of(model)
+    assert imported(tmp_path / "whole", tmp_path / "out").image_shape == (3, 8, 8)
     tokenizer = imported(tmp_path / "whole", tmp_path / "out", "image_size=16")
     images = random_images(2, (3, 16, 16))
     agree(tokenizer, images, *janus_says(model, images))
-
-
-# Its config.json
-
-
-def test_settings_of_another_network_are_refused(tmp_path, capsys):
-    saved(tmp_path / "model", "JanusVQVAE", JANUS)
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 2}))
-    error = fails(capsys, "import", f"source={tmp_path}/model", f"out={tmp_path}/out", "image_size=16")
-    assert "num_attention_heads" in error and str(path) in error and not (tmp_path / "out").exists()

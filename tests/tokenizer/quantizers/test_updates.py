@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -60,8 +59,6 @@ def test_each_training_forward_updates_once(kind):
         tokenizer(images(step)).images.square().mean().backward()
         assert any(name.endswith("counts") for name in changed(tokenizer, before))
         assert counters(tokenizer) == {step + 1}
-    book = BOOK["kind"] if kind != "vq" else "vq"
-    assert book == "vq" or any(name.endswith("codebook") for name in changed(tokenizer, before))
 
 
 @every_kind
@@ -127,44 +124,17 @@ def test_a_forward_that_fails_updates_nothing(monkeypatch):
         patch.setattr(tokenizer.decoder, "forward", lambda z: z @ z.new_zeros(3, 3, 3, 7))
         tokenizer(images(1))
     assert not changed(tokenizer, before)
-    other = vqvae("ema")
-    other.load_state_dict(before)
-    tokenizer(images(2)), other(images(2))
-    assert not changed(other, state(tokenizer))  # nothing of the failed batch is left
 
 
-@pytest.mark.parametrize(
-    ("wrapped", "kind"),
-    [("compiled", "ema"), *(("checkpointed", kind) for kind in NODES)],
-)
-def test_wrapped_tokenizers_update_once(wrapped, kind):
+@pytest.mark.parametrize("kind", ["ema", "shared", "multiscale"])
+def test_checkpointed_tokenizers_update_once(kind):
     plain, other = vqvae(kind), vqvae(kind)
-    calls = {
-        "compiled": torch.compile(other, backend="eager"),
-        "checkpointed": lambda x: checkpoint(lambda y: other(y).images, x, use_reentrant=False),
-    }
     for step in range(3):
         plain(images(step))
         with set_checkpoint_early_stop(False):  # so that the whole forward is repeated
-            found = calls[wrapped](images(step).requires_grad_())
-        (found if isinstance(found, Tensor) else found.images).mean().backward()
-        assert counters(other) == {step + 1}
-        assert not changed(other, state(plain))
-
-
-@every_kind
-def test_a_copy_that_is_evaluated_and_then_trained_continues_from_its_buffers(kind):
-    """As for the averaged weights of a run, into which buffers are copied."""
-    tokenizer = vqvae(kind)
-    tokenizer(images(0))
-    average = copy.deepcopy(tokenizer).eval()
-    for step in range(1, 4):
-        tokenizer(images(step))
-    with torch.no_grad():
-        for name, value in average.state_dict().items():
-            value.copy_(tokenizer.state_dict()[name])
-    average.train()(images(4)), tokenizer(images(4))
-    assert not changed(average, state(tokenizer))
+            found = checkpoint(lambda x: other(x).images, images(step).requires_grad_(), use_reentrant=False)
+        found.mean().backward()
+        assert counters(other) == {step + 1} and not changed(other, state(plain))
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if not name.startswith("f")])
