@@ -24,11 +24,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from processes import FORKS, LIGHT, kill, printed_in, start_ranks
+from processes import FORKS, kill, printed_in, start_ranks
 
-IMPORTED = [f"pipelines.{verb}" for verb in ("train_prior", "train_tokenizer", "encode", "generate")]
-IMPORTED += ["accelerate", "torch.distributed.checkpoint", "torchvision.utils", "matplotlib.figure"]
-FORKS.set_forkserver_preload([*LIGHT, *IMPORTED])
 Contents = dict[str, str]
 
 ROWS = 75  # batches of 16 cross the ends of epochs

@@ -179,11 +179,6 @@ def two_processes(name: str, argv: list[str], count: int = 2) -> list[str]:
     return launched(["--multi_gpu", "--num_processes", str(count), *MACHINE], "-m", f"pipelines.{name}", *argv)
 
 
-def one_launched(name: str, argv: list[str]) -> list[str]:
-    """The command for one process under `accelerate launch`."""
-    return ["accelerate", "launch", "--num_processes", "1", *MACHINE, "-m", f"pipelines.{name}", *argv]
-
-
 def free_port() -> int:
     """Find a free port."""
     with socket.socket() as probe:
@@ -243,6 +238,13 @@ def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, tor
     assert sorted(found) == sorted(expected) and expected
     different = [key for key, value in expected.items() if not torch.equal(found[key], value)]
     assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:5]}"
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+    """Assert equal names and nearly equal values."""
+    assert list(found) == list(expected) and expected
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 200) -> bool:

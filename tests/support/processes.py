@@ -1,10 +1,10 @@
 """Run Python files in other processes, alone or as ranks of a group. They are forked from a server that has imported
-torch, which saves seconds per process.
+the commands, which saves seconds per process.
 
     printed = run_file("-m", "pipelines.train_prior", "--help")
     fork_twice(__file__, FOLDER)    # a test file whose `__main__` runs as each of two ranks
 
-A process starts like a new interpreter, except that torch is loaded.
+A process starts like a new interpreter, except that modules are loaded, and that PYTHONHASHSEED has no effect.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ import psutil
 import torch.distributed as dist
 
 FORKS = multiprocessing.get_context("forkserver")
-LIGHT = ["torch", "torch.distributed", "numpy", "safetensors.torch", "pydantic", "yaml", "PIL.Image", "pytest"]
-"""Without huggingface_hub, which reads the environment when it is imported."""
-FORKS.set_forkserver_preload(LIGHT)
+VERBS = [f"pipelines.{verb}" for verb in ("train_prior", "train_tokenizer", "encode", "generate")]
+FORKS.set_forkserver_preload(
+    [*VERBS, "accelerate", "torch.distributed.checkpoint", "torchvision.utils", "matplotlib.figure", "pytest"]
+)
+HUB = ("huggingface_hub", "accelerate", "pipelines", "prior", "tokenizer")
+"""Packages that read variables of the Hub when they are imported."""
 
 # In the test process
 
@@ -70,6 +73,9 @@ def become(argv: list[str], variables: dict[str, str], output: Path, folder: str
     for number, path in ((1, output), (2, errors_of(output))):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(folder)
+    if any(variables.get(name) != os.environ.get(name) for name in {*variables, *os.environ} if name[:3] == "HF_"):
+        for name in [name for name in sys.modules if name.partition(".")[0] in HUB]:
+            del sys.modules[name]
     os.environ.clear()
     os.environ.update(variables)
     random.seed()

@@ -11,6 +11,7 @@ from prior.condition_encoder import Encoded
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.quantizers import Quantized, Quantizer
 
+EMA = {"kind": "ema", "codes": 32, "dim": 8}
 # Settings of small models. A model that is not listed is tested with its defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "gpt": {"dim": 32, "depth": 2, "heads": 2},
@@ -23,16 +24,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "masked": {"dim": 32, "depth": 2, "heads": 2},
     "blocks": {"dim": 32, "depth": 2, "heads": 2},
     "next_scale": {"dim": 32, "depth": 2, "heads": 2, "channels": 8},
-    "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
-    "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
-    "titok": {
-        "dim": 16,
-        "depth": 1,
-        "heads": 2,
-        "registers": 5,
-        "keep": "uniform",
-        "quantizer": {"kind": "ema", "codes": 32, "dim": 8},
-    },
+    "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": EMA},
+    "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": EMA},
+    "titok": {"dim": 16, "depth": 1, "heads": 2, "registers": 5, "keep": "uniform", "quantizer": EMA},
     "vqgan": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
     "cosmos": {
         "widths": (8, 16),
@@ -48,24 +42,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "magvit2": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "lfq", "bits": 8}},
     "frame_by_frame": {
         "frames": 2,
-        "tokenizer": {
-            "kind": "vqvae",
-            "factor": 2,
-            "widths": (16,),
-            "blocks": (1,),
-            "quantizer": {"kind": "ema", "codes": 32, "dim": 8},
-        },
+        "tokenizer": {"kind": "vqvae", "factor": 2, "widths": (16,), "blocks": (1,), "quantizer": EMA},
     },
     "ema": {"codes": 32, "dim": 8},
     "vq": {"codes": 32, "dim": 8},
     "ibq": {"codes": 32, "dim": 8},
     "gumbel": {"codes": 32, "dim": 8},
     "simvq": {"codes": 32, "dim": 8},
-    "rvq": {"depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}},
+    "rvq": {"depth": 3, "book": EMA},
     "fsq": {"levels": (5, 4, 3)},
     "lfq": {"bits": 8, "levels": 2, "group": 3},
     "bsq": {"bits": 6},
-    "multiscale": {"scales": (1, 3, 7), "book": {"kind": "ema", "codes": 32, "dim": 8}},
+    "multiscale": {"scales": (1, 3, 7), "book": EMA},
     "pixels": {"levels": 5},
     "palette": {"colors": 12},
     "klvae": {"widths": (16,), "blocks": (1,), "latent": 3, "bins": 6},

@@ -1,4 +1,4 @@
-"""Joining the processes that share a command's work: their devices, and leaving the group at the end."""
+"""Joining the processes that share a command's work: their devices, unsupported options, and leaving the group."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils.dataclasses import DistributedType
+from launch import launched, metrics, output_of, start, tokenizer_arguments, train_tokenizer
 
 from pipelines.config import UserError
+from pipelines.images import loading
 from pipelines.processes import launch
 from pipelines.processes.group import ALONE, ProcessGroup
-from pipelines.processes.launch import LAUNCHERS, TWO_PROCESSES, build_accelerator, join_group, own_device
+from pipelines.processes.launch import LAUNCHERS, REFUSED, TWO_PROCESSES, build_accelerator, join_group, own_device
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +77,26 @@ def test_launched_processes_leave_their_group_once_also_after_a_refusal(monkeypa
         if error:
             raise error
     end.assert_called_once()
+
+
+@pytest.mark.parametrize("variable", REFUSED)
+def test_unsupported_options_are_refused_before_images_are_read(one_process, variable, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setattr(loading, "open_digits", lambda *_, **__: pytest.fail("images were read"))
+    with pytest.raises(UserError, match="--use_fsdp --fsdp_version 2"):
+        train_tokenizer(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_file_of_accelerate_config_works_unchanged(tmp_path):
+    """For two GPUs, whose processes share the CPU here."""
+    path = tmp_path / "home" / "accelerate" / "default_config.yaml"
+    path.parent.mkdir(parents=True)
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": DistributedType.MULTI_GPU}
+    config |= {"mixed_precision": "no", "use_cpu": False, "debug": False, "gpu_ids": "all", "same_network": True}
+    ClusterConfig(num_processes=2, **config).to_yaml_file(str(path))
+    argv = tokenizer_arguments(tmp_path / "run", train__steps=2, data__limit=24)
+    command = launched([], "-m", "pipelines.train_tokenizer", *argv)
+    assert "2 process" in output_of(start(command, HF_HOME=str(tmp_path / "home")))
+    assert metrics(tmp_path / "run")[-1]["step"] == 2

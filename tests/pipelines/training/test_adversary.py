@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launch import (
-    VQVAE,
-    losses,
-    metrics,
-    output_of,
-    start,
-    tokenizer_arguments,
-    train_tokenizer,
-    two_processes,
-)
+from launch import VQVAE, losses, metrics, output_of, start, tokenizer_arguments, train_tokenizer, two_processes
 from one_process import one_process
 
 from pipelines.config import UserError

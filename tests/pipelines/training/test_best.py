@@ -12,12 +12,7 @@ import pytest
 import torch
 from launch import metrics, states
 from safetensors.torch import load_file
-from tiny_task import (
-    TinyTask,
-    assert_same_tensors,
-    read_checkpoint,
-    train_tiny,
-)
+from tiny_task import TinyTask, assert_same_tensors, read_checkpoint, train_tiny
 
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
@@ -34,55 +29,24 @@ def weights_of(checkpoint: Path, part: str = "average") -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"),
-    [((3.0, 2.0, 2.0, 4.0), 4), ((4.0, 3.0, 2.0, 1.0), 8), ((math.nan, 2.0, math.inf, 3.0), 4)],
+    ("scores", "best"), [((3.0, 2.0, 2.0, 4.0), 4), ((4.0, 3.0, 2.0, 1.0), 8), ((math.nan, 2.0, math.inf, 3.0), 4)]
 )
 def test_a_run_delivers_the_first_of_its_best_weights(tmp_path, capsys, scores, best):
     """Its checkpoint still holds the last average."""
-    tasks: list[TinyTask] = []
-
-    def task() -> TinyTask:
-        tasks.append(TinyTask(scores=dict(zip((2, 4, 6, 8), scores, strict=True))))
-        return tasks[-1]
-
-    run = train_tiny(tmp_path / "run", task, **EVERY)
-    seen = [weights for split, weights in tasks[0].evaluations if split == "validation"]
-    assert len(seen) == 4
-    expected = dict(sorted(seen[best // 2 - 1].items()))
-    assert_same_tensors(load_file(run / "net.safetensors"), expected)
-    (split, reported) = tasks[0].evaluations[-1]
-    assert split == "held_out"  # evaluated once, with the delivered weights
-    assert_same_tensors(dict(sorted(reported.items())), expected)
-    assert len(tasks[0].evaluations) == 5
-    assert_same_tensors(weights_of(states(run)[-1]), dict(sorted(seen[-1].items())))
-    assert_same_tensors(weights_of(states(run)[-1], "best"), expected)
-    facts = tasks[0].facts
+    task = TinyTask(scores=dict(zip((2, 4, 6, 8), scores, strict=True)))
+    run = train_tiny(tmp_path / "run", lambda: task, **EVERY)
+    assert [split for split, _ in task.evaluations] == ["validation"] * 4 + ["held_out"]
+    *seen, reported = [dict(sorted(weights.items())) for _, weights in task.evaluations]
+    expected = seen[best // 2 - 1]
+    for found in (load_file(run / "net.safetensors"), reported, weights_of(states(run)[-1], "best")):
+        assert_same_tensors(found, expected)
+    assert_same_tensors(weights_of(states(run)[-1]), seen[-1])
+    facts, error = task.facts, metrics(run)[-1]["held_out/error"]
     assert facts["steps"] == 8 and facts["best_step"] == best and facts["images"] == {"validation": 4, "held_out": 4}
-    assert facts["evaluation"] == {
-        "validation_error": scores[best // 2 - 1],
-        "error": metrics(run)[-1]["held_out/error"],
-    }
+    assert facts["evaluation"] == {"validation_error": scores[best // 2 - 1], "error": error}
     logged = [line.get("validation/error", math.nan) for line in metrics(run)]
     assert logged == pytest.approx([score if math.isfinite(score) else math.nan for score in scores], nan_ok=True)
-    assert [line["step"] for line in metrics(run) if "held_out/error" in line] == [8]
     assert (f"best at step {best}" in capsys.readouterr().out) == (best != 8)
-
-
-def test_the_snapshot_during_training_is_of_the_newest_weights(tmp_path, monkeypatch):
-    saved: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
-
-    def save(task: TinyTask, model: Any, run: Path, facts: dict[str, Any], pictures: Any) -> None:
-        saved.append(({name: value.clone() for name, value in model.state_dict().items()}, facts))
-
-    monkeypatch.setattr(TinyTask, "save", save)
-    scores = {2: 1.0, 4: 2.0, 6: 3.0, 8: 4.0}
-    run = train_tiny(tmp_path / "run", partial(TinyTask, scores=scores), **EVERY)
-    assert [facts["steps"] for _, facts in saved] == [2, 4, 6, 8]
-    assert [int(weights["net.norm.num_batches_tracked"]) for weights, _ in saved] == [2, 4, 6, 2]
-    assert [facts.get("best_step") for _, facts in saved] == [None, None, None, 2]
-    assert [facts["evaluation"]["validation_error"] for _, facts in saved] == [1.0, 2.0, 3.0, 1.0]
-    assert ["error" in facts["evaluation"] for _, facts in saved] == [False, False, False, True]
-    assert_same_tensors(weights_of(states(run)[-1], "best"), dict(sorted(saved[0][0].items())))
 
 
 def test_an_extended_run_may_find_better_weights(tmp_path):

@@ -20,6 +20,7 @@ from launch import (
     MACHINE,
     VQVAE,
     arguments,
+    assert_near,
     exact,
     launched,
     losses,
@@ -50,10 +51,10 @@ from pipelines.training.trainer import Trainer
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_process")]
 
-STEPS = 12
+STEPS = 8
 TOLERANCE = 1e-6  # relative; sums are taken in another order
 BUSY = {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 2, "revive_below": 0.3}  # many codes are revived
-EVERY = {"train__steps": STEPS, "train__evaluate_every": 3, "train__save_every": 4, "train__preview_every": 12}
+EVERY = {"train__steps": STEPS, "train__evaluate_every": 4, "train__save_every": 4, "train__preview_every": 8}
 RUNS: dict[str, dict[str, Any]] = {
     "train_tokenizer": {
         **EVERY,
@@ -63,17 +64,11 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "train_prior": {**EVERY, "train__optimizer": "muon", "train__accumulate": 2},
 }
+COMMON = ("loss", "gradient_norm")
+PSNR, BITS = ("validation/psnr", "held_out/psnr"), ("validation/bits_per_token", "held_out/bits_per_token")
 FIGURES = {
-    "train_tokenizer": (
-        "loss",
-        "l2",
-        "commitment",
-        "gradient_norm",
-        "codebook_usage",
-        "validation/psnr",
-        "held_out/psnr",
-    ),
-    "train_prior": ("loss", "bits_per_token", "gradient_norm", "validation/bits_per_token", "held_out/bits_per_token"),
+    "train_tokenizer": (*COMMON, "l2", "commitment", "codebook_usage", *PSNR),
+    "train_prior": (*COMMON, "bits_per_token", *BITS),
 }
 SMALL_BATCHES = {  # an uneven number of batches of 24 rows and of 72 images
     "pipelines.metrics.likelihood.LOGITS": 5 * 49 * 16,
@@ -93,9 +88,9 @@ def basic(watch: Watch) -> None:
         for stage, more in RUNS.items():
             watch.run(stage, lambda stage=stage, more=more: train_stage(stage, folder / stage, tokens, **more))
     rank = int(os.environ["RANK"])
-    with patch.object(TokenizerTask, "loss", not_finite_in({0, 5, 6, 11} if rank == 1 else set())):
+    with patch.object(TokenizerTask, "loss", not_finite_in({0, 3, 4, 7} if rank == 1 else set())):
         watch.run("non-finite", lambda: train_tokenizer(folder / "non-finite", **RUNS["train_tokenizer"]))
-    for stop in (7, -1):  # SIGTERM to the second process only
+    for stop in (4, -1):  # SIGTERM to the second process only
         with patch.object(PriorTask, "loss", stopping_at(stop if rank == 1 else -1)):
             watch.run("stopped", lambda: train_prior(folder / "stopped", tokens, **RUNS["train_prior"]))
     seed = {"train__seed": rank}
@@ -164,23 +159,17 @@ def test_two_train_as_one_does(pair, alone, stage):
     assert f"{both}: starting; " in pair[2] and pair[2].count("2 processes on cpu") == 5  # once per run
     for name in FIGURES[stage]:
         expected = losses(alone[stage], name)
-        assert len(expected) == {"v": 4, "h": 1}.get(name[0] if "/" in name else "", STEPS)
+        assert len(expected) == {"v": 2, "h": 1}.get(name[0] if "/" in name else "", STEPS)
         tolerance = 10 * TOLERANCE if name == "gradient_norm" else TOLERANCE
         assert losses(both, name) == pytest.approx(expected, rel=tolerance), name
     assert losses(both)[-1] < losses(both)[0]
-    for part in ("tokenizer", "pipeline", "state/step-00000012"):
+    for part in ("tokenizer", "pipeline", "state/step-00000008"):
         if (both / part).is_dir():
-            assert_near(tensors(both / part), tensors(alone[stage] / part))
+            assert_near(tensors(both / part), tensors(alone[stage] / part), 1e-4, 2e-6)
     if stage == "train_tokenizer":  # both processes have refined the codebook
         codes = tensors(both)["tokenizer/model.safetensors:quantizer.codebook"]
-        name = "state/step-00000012/tensors:average.tokenizer.quantizer.codebook"
+        name = "state/step-00000008/tensors:average.tokenizer.quantizer.codebook"
         assert not torch.allclose(codes, tensors(both)[name], rtol=1e-3, atol=1e-3)
-
-
-def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert list(found) == list(expected) and expected
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", ["train_tokenizer", "train_prior", "non-finite"])
@@ -199,7 +188,7 @@ def test_an_evaluation_is_shared_and_its_figures_are_the_same(pair, stage):
     """Also for an uneven number of batches."""
     rounds = list(zip(*pair[1][stage]["evaluations"], strict=True))
     finished = ["validation"] * (stage == "train_tokenizer")  # with the codebook after Lloyd steps
-    assert [one["split"] for one, _ in rounds] == ["validation"] * 4 + finished + ["held_out"]
+    assert [one["split"] for one, _ in rounds] == ["validation"] * 2 + finished + ["held_out"]
     for one, two in rounds:
         assert one["figures"] == two["figures"]
         ((mine, count),), ((others, _),) = one["shares"], two["shares"]
@@ -208,7 +197,7 @@ def test_an_evaluation_is_shared_and_its_figures_are_the_same(pair, stage):
 
 def test_a_signal_to_one_stops_both_and_the_same_command_resumes_to_the_bit(pair):
     folder, found, printed = pair
-    assert f"{folder / 'stopped'}: stopped at step 8;" in printed and len(found["stopped"]["steps"]) == STEPS
+    assert f"{folder / 'stopped'}: stopped at step 5;" in printed and len(found["stopped"]["steps"]) == STEPS
     assert found["stopped"]["errors"] == [""] * 4
     assert [both["weights"] for both, _ in found["stopped"]["steps"]] == [
         both["weights"] for both, _ in found["train_prior"]["steps"]
@@ -219,7 +208,7 @@ def test_a_step_that_is_not_finite_on_one_is_skipped_by_both(pair):
     steps = [one for one, _ in pair[1]["non-finite"]["steps"]]
     for step in range(1, STEPS):
         same = [steps[step][part] == steps[step - 1][part] for part in ("weights", "moments")]
-        assert same == [step in (5, 6, 11)] * 2
+        assert same == [step in (3, 4, 7)] * 2
     assert metrics(pair[0] / "non-finite")[-1]["skipped_steps"] == 4
 
 
@@ -246,41 +235,30 @@ def test_two_encode_as_one_does(pair, tmp_path):
 
 # The documented command
 
-FAULTY = """
-import os, signal, sys
+FROZEN = """
+import os, signal
 from pipelines import train_tokenizer
 from pipelines.training.trainer import Trainer
-fault, take_step = sys.argv[1], Trainer.take_step
-def fail(trainer, *rest):
+take_step = Trainer.take_step
+def freeze(trainer, *rest):
     if trainer.step == 5 and os.environ["RANK"] == "1":
-        if fault == "freeze":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        raise RuntimeError("a planted fault")
+        os.kill(os.getpid(), signal.SIGSTOP)
     take_step(trainer, *rest)
-Trainer.take_step = fail
-train_tokenizer.main(sys.argv[2:])
+Trainer.take_step = freeze
+train_tokenizer.main()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "reported", "seconds"),
-    [
-        ("raise", "RuntimeError: a planted fault", 60),
-        ("freeze", "imed out", 120),  # torchrun waits for 30 more seconds
-    ],
-)
-def test_a_failing_or_frozen_process_ends_the_run(tmp_path, fault, reported, seconds):
-    """By its traceback, or after `train.timeout`; the same command then resumes."""
-    (tmp_path / "faulty.py").write_text(FAULTY)
-    run, settings = tmp_path / "run", {"train__save_every": 4, "train__steps": 8}
-    settings |= {"train__timeout": 1} if fault == "freeze" else {}
-    options = ["--multi_gpu", "--num_processes", "2", *MACHINE]
+def test_a_frozen_process_ends_the_run_after_its_timeout(tmp_path):
+    """The same command then resumes."""
+    (tmp_path / "frozen.py").write_text(FROZEN)
+    run, settings = tmp_path / "run", {"train__save_every": 4, "train__steps": 8, "train__timeout": 1}
     argv = tokenizer_arguments(run, **settings)
-    process = start(launched(options, str(tmp_path / "faulty.py"), fault, *argv))
+    process = start(launched(["--multi_gpu", "--num_processes", "2", *MACHINE], str(tmp_path / "frozen.py"), *argv))
     began = time.monotonic()
-    printed = output_of(process, 150, code=None)
-    assert process.returncode == 1 and time.monotonic() - began < seconds and reported in printed, printed
+    printed = output_of(process, 150, code=1)
+    assert time.monotonic() - began < 120 and "imed out" in printed, printed  # torchrun waits for 30 more seconds
     assert [state.name for state in states(run)] == ["step-00000004"]
     train_tokenizer(run, **settings)
     assert [line["step"] for line in metrics(run) if "loss" in line] == [*range(1, 9)]

@@ -7,32 +7,27 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 
 import pytest
+from kills import interrupt, make_case
 from launch import output_of, start
-
-TABLE = re.compile(r"^\| (kill -9|Ctrl-C) \| (.*?) \| (\d+) \| .* \| (\d+) \| 0 \| ", re.MULTILINE)
-
-
-def campaign(*counts: str, seconds: float = 280) -> list[tuple[str, ...]]:
-    """Run a campaign; return signal, case, number of signals and number of compared runs, all of them equal."""
-    printed = output_of(start([sys.executable, "-m", "benchmarks.trust.faults", *counts]), seconds, code=None)
-    assert "NOT AS PROMISED" not in printed and "Traceback" not in printed, printed
-    return TABLE.findall(printed)
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_run_ends_as_an_uninterrupted_one():
+@pytest.mark.parametrize(("stage", "processes", "sharded"), [("tokenizer", 1, False), ("prior", 2, True)])
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, stage, processes, sharded):
     """With equal tensors, records, metrics, previews and names of files."""
-    seed = os.environ.get("SMALTI_SEED", "0")
-    found = campaign("kills=1", "sharded=1", "steps=20", f"seed={seed}")
-    runs = ("tokenizer, 1 process", "prior, 2 processes, FSDP2")
-    assert [row[:3] for row in found] == [("kill -9", run, "1") for run in runs]
+    case = make_case(stage, processes, tmp_path, 14, sharded)
+    found = interrupt(case, int(os.environ.get("SMALTI_SEED", "0")), 1, signal.SIGKILL)
+    assert found["interrupted"] == 1 and found["broken"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_dozens_of_kills_and_interruptions():
-    found = campaign("kills=50", "ctrl_c=20", "sharded=20", seconds=3500)
-    assert sum(int(count) for _, _, count, _ in found) == 90
+    argv = ["-m", "benchmarks.trust.faults", "kills=50", "ctrl_c=20", "sharded=20"]
+    printed = output_of(start([sys.executable, *argv]), 3500)
+    counts = re.findall(r"^\| (?:kill -9|Ctrl-C) \| .*? \| (\d+) \| .* \| \d+ \| 0 \| ", printed, re.MULTILINE)
+    assert sum(map(int, counts)) == 90

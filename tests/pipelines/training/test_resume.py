@@ -48,20 +48,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("due", ["log", "evaluate", "preview", "save"])
-def test_work_due_at_a_stop_is_done_once(tmp_path, due):
-    """Even if the process that did it is killed before the next checkpoint."""
-    never = {f"{name}_every": 100 for name in ("log", "evaluate", "preview", "save")}
-    every = {**never, f"{due}_every": 4}
-    whole, run = train_tiny(tmp_path / "whole", **every), tmp_path / "run"
-    with stopped_at(4):
-        train_tiny(run, **every)
-    with killed_at(6):
-        train_tiny(run, **every)
-    train_tiny(run, **every)
-    assert_same_run(run, whole)
-
-
 def test_runs_repeat_and_depend_on_the_seed(tmp_path):
     one, two, other = (train_tiny(tmp_path / str(number), seed=number // 2) for number in range(3))
     assert_same_run(one, two)

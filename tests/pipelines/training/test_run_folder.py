@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,15 +16,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from folders import contents, half_written
-from launch import (
-    metrics,
-    prior_arguments,
-    states,
-    tokenizer_arguments,
-    train_prior,
-    train_tokenizer,
-)
+from folders import contents
+from launch import metrics, prior_arguments, states, tokenizer_arguments, train_prior, train_tokenizer
 from one_process import one_process
 from tiny_task import (
     TinyTask,
@@ -78,9 +70,7 @@ def assert_refused(run: Path, *parts: str, error: type[Exception] = UserError, *
 # Folders that are not this run's
 
 
-@pytest.mark.parametrize(
-    "name", ["notes.txt", "config.yaml", ".tmp-config.json-mine", "state/step-00000001/state.json"]
-)
+@pytest.mark.parametrize("name", ["notes.txt", ".tmp-config.json-mine", "state/step-00000001/state.json"])
 def test_a_folder_with_other_files_is_refused(tmp_path, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
@@ -88,7 +78,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path, name):
     assert_refused(tmp_path / "run", str(tmp_path / "run"), "out=")
 
 
-@pytest.mark.parametrize("text", ["", '{"out": [1', "[1]"])
+@pytest.mark.parametrize("text", ['{"out": [1', "[1]"])
 def test_a_damaged_configuration_is_refused(run, text):
     (run / "config.json").write_text(text)
     assert_refused(run, "config.json", error=PipelineLoadError)
@@ -124,13 +114,6 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         train_tiny(tmp_path / "new" / "run", Mock(side_effect=UserError("data.source: nowhere")))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_holds_only_a_half_written_configuration_can_be_used(tmp_path):
-    half = half_written(tmp_path / "run" / "config.json")
-    half.write_text("{")
-    train_tiny(tmp_path / "run", steps=1)
-    assert not half.exists() and states(tmp_path / "run")
 
 
 # The model that a run started from
@@ -188,15 +171,9 @@ def test_a_finished_run_continues_to_another_end(run, capsys):
     assert_refused(run, "train.steps", steps=8)
 
 
-@pytest.mark.parametrize("end", [{"steps": 9, "minutes": 1e-9}, {"steps": 7}, {"steps": 3, "minutes": 9.0}])
+@pytest.mark.parametrize("end", [{"steps": 9, "minutes": 1e-9}, {"steps": 7}])
 def test_an_end_that_is_already_past_is_refused(run, end):
     assert_refused(run, "train.steps", str(run), **end)
-
-
-def test_a_run_with_all_its_steps_is_finished_whatever_the_limit_in_minutes(run, capsys):
-    """Presets of 0.3 had limits."""
-    train_tiny(run, **EVERY, minutes=1e-9)
-    assert "already finished: 8 steps" in capsys.readouterr().out
 
 
 # Other settings
@@ -259,18 +236,6 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> list[str]:
 # Output
 
 
-def test_a_run_reports_its_result_and_the_next_command(tmp_path, tokens, capsys):
-    """A finished run does so, too; a name with a space is quoted for a shell."""
-    one, two = tmp_path / "my run", tmp_path / "prior"
-    for begin in ("done", "already finished"):
-        train_tokenizer(one, train__steps=2)
-        train_prior(two, tokens, train__steps=2)
-        psnr, bits = metrics(one)[-1]["held_out/psnr"], metrics(two)[-1]["held_out/bits_per_token"]
-        first, second = [line for line in capsys.readouterr().out.splitlines() if f": {begin}: 2 steps" in line]
-        assert f"PSNR {psnr:.2f} dB" in first and f"smalti encode tokenizer='{one}/tokenizer'" in first
-        assert f"{bits:.3f} bits per token" in second and f"smalti generate pipeline={two}/pipeline" in second
-
-
 def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, capsys):
     """A notebook gets lines on stdout, because it shows stderr as errors."""
     train_tiny(tmp_path / "log", steps=4, log_every=2)
@@ -287,34 +252,16 @@ def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, c
     assert "of 0.002 min left" in terminal.getvalue() and "step 2: loss" not in terminal.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("end", "expected"),
-    [
-        ({"steps": 10**4}, ["step 2 of 10,000; about 17 hours left"]),
-        ({"steps": 100, "minutes": 0.5}, ["step 2 of 100; about 20 seconds left, until train.minutes=0.5"]),
-        ({"steps": None, "minutes": 10.0}, ["step 2; about 10 minutes left, until train.minutes=10"]),
-        ({"steps": 1}, []),
-    ],
-)
-def test_a_run_reports_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, capsys, end, expected):
-    """Each step takes six seconds but the first, which is not timed. One line, unless there is a bar."""
+def test_a_run_reports_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, capsys):
+    """Each step takes six seconds but the first, which is not timed."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    with trainer_of(tmp_path / "run", **end) as trainer:
-        for bar, main in ((True, True), (False, True), (True, False)):
-            clock.now, trainer.step, trainer.minutes, trainer.main, pace = 0.0, 0, 0.0, main, Pace()
-            for seconds in (4.0, 6.0, 6.0)[: end["steps"] or 3]:
-                pace.start_step()
-                clock.now += seconds
-                trainer.step, trainer.minutes = trainer.step + 1, clock.now / 60
-                pace.announce_once(trainer, SimpleNamespace(disable=bar))
-            assert capsys.readouterr().err.splitlines() == (expected if bar and main else [])
-
-
-def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):
-    class Closed(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(sys, "stderr", Closed())
-    assert states(train_tiny(tmp_path / "run", steps=2))
+    with trainer_of(tmp_path / "run", steps=100, minutes=0.5) as trainer:
+        pace = Pace()
+        for step, seconds in enumerate((4.0, 6.0, 6.0), start=1):
+            pace.start_step()
+            clock.now += seconds
+            trainer.step, trainer.minutes = step, clock.now / 60
+            pace.announce_once(trainer, SimpleNamespace(disable=True))
+        found = capsys.readouterr().err
+        assert found == "step 2 of 100; about 20 seconds left, until train.minutes=0.5\n"

@@ -7,32 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from folders import half_written
-from launch import (
-    ROOT,
-    end,
-    environment,
-    metrics,
-    one_launched,
-    states,
-    tensors,
-    tokenizer_arguments,
-    two_processes,
-    verb,
-    wait_for,
-)
+from launch import ROOT, end, environment, metrics, states, tensors, tokenizer_arguments, two_processes
 from one_process import one_process
 from processes import kill, printed_in, start_file
-from tiny_task import TinyTask, assert_same_run, train_tiny
+from tiny_task import TinyTask, assert_same_run, stopped_at, train_tiny
 
-from pipelines import encode, generate
+from pipelines import generate
 from pipelines import train_tokenizer as train_tokenizer_verb
 from pipelines.config import run_command
 from pipelines.config.errors import Interrupted
@@ -83,10 +73,8 @@ def on_call(monkeypatch: Any, owner: Any, name: str, turn: int = 1, number: int 
 PHASES = {
     "the first step": (Trainer, "take_step", 1),
     "a step": (Trainer, "take_step", 7),
-    "a step before an evaluation": (Trainer, "take_step", 4),
     "the last evaluation": (TinyTask, "evaluate", 4),
     "the evaluation": (TinyTask, "evaluate", 2),
-    "the preview": (TinyTask, "preview", 2),
     "the snapshot": (TinyTask, "save", 2),
     "the checkpoint": (trainer, "write_checkpoint", 1),  # in the writing thread
 }
@@ -123,16 +111,17 @@ def test_other_signals_save_and_end_the_command_with_success(tmp_path, whole, mo
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_leftovers_of_killed_processes_are_deleted_and_nothing_else(tmp_path, whole, monkeypatch):
+def test_leftovers_of_killed_processes_are_deleted_and_nothing_else(tmp_path, whole):
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        on_call(patch, Trainer, "take_step", 7, signal.SIGTERM)
+    with stopped_at(7):
         train_tiny(run, **EVERY)
     (run / "tokenizer").mkdir()
-    targets = ("metrics.jsonl", "config.json", "trackers.json", "bad_images.jsonl", "previews/shade-00000006.png")
-    leftovers = [run / half_written(tmp_path / "other" / name).relative_to(tmp_path / "other") for name in targets]
-    folders = ("state/.tmp-step-00000009-0123abcd", "state/.del-step-123456789-0123abcd", ".tmp-tokenizer-0123abcd")
-    leftovers += [run / name / "config.json" for name in (*folders, ".del-tokenizer-0123abcd")]
+    names = ("metrics.jsonl", "config.json", "trackers.json", "bad_images.jsonl", "previews/shade-00000006.png")
+    leftovers = [run / half_written(tmp_path / "other" / name).relative_to(tmp_path / "other") for name in names]
+    leftovers += [
+        run / "state" / name / "x" for name in (".tmp-step-00000009-0123abcd", ".del-step-123456789-0123abcd")
+    ]
+    leftovers += [run / f".{name}-tokenizer-0123abcd" / "config.json" for name in ("tmp", "del")]
     others = [run / ".tmp-notes-0123abcd", run / "state" / ".tmp-step-00000009-mine"]
     for path in (*leftovers, *others):
         path.parent.mkdir(exist_ok=True)
@@ -179,117 +168,38 @@ def test_sigterm_after_ctrl_c_is_a_second_ctrl_c_under_torchrun(tmp_path, monkey
 
 
 def test_ignored_signals_stay_ignored(tmp_path):
-    """`nohup` ignores SIGHUP, and a shell ignores SIGINT for background jobs."""
-    stop, before = Stop(tmp_path), {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGHUP)}
-    try:
-        with handle_signals(stop, alone=True):
-            for number in before:
-                os.kill(os.getpid(), number)
-            assert not stop.is_requested()
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.is_requested()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_other_verbs_report_ctrl_c_in_a_line(tmp_path, monkeypatch, capsys):
-    interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    monkeypatch.setattr(encode, "build_accelerator", interrupt)
-    monkeypatch.setattr(generate, "join_group", interrupt)
-    for command, argv in ((encode, ["tokenizer=x", f"out={tmp_path}/tokens"]), (generate, ["pipeline=x"])):
-        with pytest.raises(SystemExit) as caught:
-            command.main(argv)
-        assert caught.value.code == 130
-        assert capsys.readouterr() == ("", "error: interrupted; the same command continues\n")
+    """`nohup` ignores SIGHUP."""
+    stop, before = Stop(tmp_path), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with handle_signals(stop, alone=True):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_requested()
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_the_command_line_ends_by_the_signal(monkeypatch, capsys):
     """A shell's loop continues after any exit code, but not after a command that died of SIGINT."""
-
-    def interrupted(config: Any) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(sys, "argv", ["smalti", "pipeline=x"])
     monkeypatch.setattr(sys, "excepthook", print)
     with pytest.raises(KeyboardInterrupt):
-        run_command(generate.GenerateConfig, interrupted, verb="generate", description=None)
-    assert capsys.readouterr().err == "error: interrupted\n"
-    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert capsys.readouterr() == ("", "")
+        run_command(generate.GenerateConfig, Mock(side_effect=KeyboardInterrupt), verb="generate", description=None)
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)  # prints nothing
+    assert capsys.readouterr() == ("", "error: interrupted\n")
 
 
 # Commands
 
-LAUNCHERS = {
-    "a launcher": lambda argv: ["bash", "-c", 'ACCELERATE_MIXED_PRECISION=no "$@" & wait', "", *verb(*argv)],
-    "accelerate, 1 process": lambda argv: one_launched(*argv),
-    "accelerate, 2 processes": lambda argv: two_processes(*argv),
-}
-
-
-@pytest.fixture
-def start_command(tmp_path):
-    """Return a function that starts a command in its own process group, as a shell does, and returns it and the file of
-    its output; kill all of them at the end."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(argv: list[str]) -> tuple[subprocess.Popen[str], Path]:
-        path = tmp_path / f"printed-{len(started)}"
-        with path.open("w") as file:
-            process = subprocess.Popen(
-                argv, cwd=ROOT, env=environment(), stdout=file, stderr=file, text=True, start_new_session=True
-            )
-        started.append(process)
-        return process, path
-
-    yield start
-    for process in started:
-        end(process)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("launcher", "number"),
-    [
-        ("a launcher", signal.SIGKILL),
-        *(
-            pytest.param(f"accelerate, {processes}", number, marks=pytest.mark.slow)
-            for processes, number in (
-                ("1 process", signal.SIGTERM),
-                ("1 process", signal.SIGINT),
-                ("2 processes", signal.SIGTERM),
-                ("2 processes", signal.SIGINT),
-                ("2 processes", signal.SIGKILL),
-            )
-        ),
-    ],
-)
-def test_a_run_saves_once_and_ends_with_its_launcher(tmp_path, start_command, launcher, number):
-    """Ctrl-C reaches the whole process group, other signals only the launcher. A killed launcher cannot stop its
-    processes; they notice that it is gone."""
-    run = tmp_path / "run"
-    argv = tokenizer_arguments(run, train__steps=20000)
-    job, output = start_command(LAUNCHERS[launcher](("train_tokenizer", argv)))
-    log = run / "metrics.jsonl"
-    assert wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3, job, 90), output.read_text()
-    workers = psutil.Process(job.pid).children(recursive=True)
-    assert len(workers) == (2 if "2" in launcher else 1)
-    (os.killpg if number == signal.SIGINT else os.kill)(job.pid, number)
-    job.wait(40)
-    assert not psutil.wait_procs(workers, timeout=40)[1], output.read_text()  # they may outlive the launcher
-    printed, (state,) = output.read_text(), states(run)
-    step = int(state.name[5:])
-    assert printed.count(f"{run}: stopped at step {step}; the same command continues\n") == 1 and step < 20000
-    assert printed.count(f"{run}: {FIRST}\n") == (number == signal.SIGINT)
-    assert metrics(run)[-1]["step"] in (step - 1, step) and tensors(state) and not list(run.glob(".tmp-*"))
-    assert job.returncode or number == signal.SIGTERM
-
-
+LAUNCHER = """
+import os
+if os.fork():
+    os.wait()
+else:
+    from pipelines import train_tokenizer
+    train_tokenizer.main()
+"""
 STUCK = """
-import sys, time
+import time
 from pipelines import train_tokenizer
 from pipelines.training.trainer import Trainer
 take_step = Trainer.take_step
@@ -303,26 +213,96 @@ train_tokenizer.main()
 """
 
 
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("saved", [4, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_second_ctrl_c_ends_a_stuck_step_at_once(tmp_path, saved):
-    """The last line names what is saved."""
-    run, script, output = tmp_path / "run", tmp_path / "stuck.py", tmp_path / "printed"
-    script.write_text(STUCK)
-    argv = tokenizer_arguments(run, train__steps=20000, train__save_every=saved or 1000)
-    process = start_file([str(script), *argv], output)
-    try:
-        for text, pause in (("stuck", 0.0), (FIRST, 1.2 * stopping.FORWARDED)):
-            until = time.monotonic() + 90
-            while text not in printed_in(output):
-                assert time.monotonic() < until, printed_in(output)
-                time.sleep(0.01)
-            time.sleep(pause)
-            os.kill(process.pid, signal.SIGINT)
-        process.join(20)
-    finally:
+@pytest.fixture
+def start_script(tmp_path: Path) -> Any:
+    """Start a script with arguments; returns its process and the file of its output. Kills all processes at the end."""
+    started: list[ForkServerProcess] = []
+
+    def start(script: str, argv: list[str]) -> tuple[ForkServerProcess, Path]:
+        (tmp_path / "script.py").write_text(script)
+        process = start_file(
+            [str(tmp_path / "script.py"), *argv], tmp_path / "printed", ACCELERATE_MIXED_PRECISION="no"
+        )
+        started.append(process)
+        return process, tmp_path / "printed"
+
+    yield start
+    for process in started:
         kill(process)
-    expected = "step 4 is saved; the same command continues from there" if saved else "nothing was saved yet"
+
+
+def wait_until(condition: Callable[[], bool], output: Path) -> None:
+    until = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < until, printed_in(output)
+        time.sleep(0.01)
+
+
+def is_training(run: Path) -> bool:
+    log = run / "metrics.jsonl"
+    return log.exists() and log.read_text().count("\n") >= 3
+
+
+def assert_saved_once(run: Path, printed: str) -> None:
+    """Assert that the run was saved at the step that it names."""
+    (state,) = states(run)
+    step = int(state.name[5:])
+    assert printed.count(f"{run}: stopped at step {step}; the same command continues\n") == 1 and step < 20000
+    assert metrics(run)[-1]["step"] in (step - 1, step) and tensors(state) and not list(run.glob(".tmp-*"))
+
+
+@pytest.mark.timeout(180)
+def test_a_run_saves_once_and_ends_when_its_launcher_is_killed(tmp_path, start_script):
+    """It notices that it is an orphan."""
+    run = tmp_path / "run"
+    launcher, output = start_script(LAUNCHER, tokenizer_arguments(run, train__steps=20000))
+    wait_until(lambda: is_training(run), output)
+    (worker,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    running = psutil.wait_procs([worker], timeout=40)[1]
+    for process in running:
+        process.kill()
+    assert not running, printed_in(output)
+    assert_saved_once(run, printed_in(output))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_two_processes_save_once_and_end_with_their_launcher(tmp_path, number):
+    """Ctrl-C reaches the whole process group, other signals only the launcher."""
+    run, output = tmp_path / "run", tmp_path / "printed"
+    argv = two_processes("train_tokenizer", tokenizer_arguments(run, train__steps=20000))
+    with output.open("w") as file:
+        job = subprocess.Popen(
+            argv, cwd=ROOT, env=environment(), stdout=file, stderr=file, text=True, start_new_session=True
+        )
+    try:
+        wait_until(lambda: is_training(run), output)
+        workers = psutil.Process(job.pid).children(recursive=True)
+        (os.killpg if number == signal.SIGINT else os.kill)(job.pid, number)
+        job.wait(40)
+        assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=40)[1], output.read_text()
+    finally:
+        end(job)
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert_saved_once(run, output.read_text())
+    assert output.read_text().count(f"{run}: {FIRST}\n") == (number == signal.SIGINT)
+    assert job.returncode or number == signal.SIGTERM
+
+
+@pytest.mark.timeout(180)
+def test_a_second_ctrl_c_ends_a_stuck_step_at_once(tmp_path, start_script):
+    """The last line names what is saved."""
+    run = tmp_path / "run"
+    process, output = start_script(STUCK, tokenizer_arguments(run, train__steps=20000, train__save_every=4))
+    for text, pause in (("stuck", 0.0), (FIRST, 1.2 * stopping.FORWARDED)):
+        wait_until(lambda text=text: text in printed_in(output), output)
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGINT)
+    process.join(20)
     printed = printed_in(output)
-    assert printed.count(f"{run}: stopped at once; {expected}\n") == 1 and "stopped at step" not in printed
-    assert process.exitcode == -signal.SIGINT and len(states(run)) == bool(saved)
+    line = f"{run}: stopped at once; step 4 is saved; the same command continues from there\n"
+    assert printed.count(line) == 1 and "stopped at step" not in printed
+    assert process.exitcode == -signal.SIGINT and len(states(run)) == 1
