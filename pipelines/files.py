@@ -333,7 +333,9 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
         owner, heartbeat = lock.owner, _read_heartbeat(place)
         if owner is None:  # just released, or not written yet
             if heartbeat and time.monotonic() - start > MOMENT:
-                raise UserError(f"{out}: {place} names no holder; delete it if no process is writing here")
+                if time.time() - heartbeat < LEASE or place.read_bytes().strip(b"\0"):
+                    raise UserError(f"{out}: {place} names no holder; delete it if no process is writing here")
+                place.unlink(missing_ok=True)  # empty, because power was lost while it was written
         elif heartbeat:
             host = quote(owner.hostname.partition("?")[0])[1:-1]  # the rest identifies the container
             holder = f"process {owner.pid} on {host}"
@@ -344,6 +346,7 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
                 wait = f"waiting up to {LEASE + HEARTBEAT:g} s for its heartbeat"
                 print(f"{out}: {holder} may be writing here; {wait}", file=sys.stderr, flush=True)
                 first = heartbeat
+            start = time.monotonic()
         time.sleep(0.05)
     with suppress(OSError):  # after power loss, an unflushed lock would be empty
         fsync(place)

@@ -206,6 +206,18 @@ def test_a_file_in_the_place_of_a_lock_is_reported_and_left(tmp_path, monkeypatc
     assert lock.read_text() == "a"
 
 
+def test_an_empty_lock_that_is_old_is_replaced(tmp_path, monkeypatch):
+    """Power was lost while it was written."""
+    monkeypatch.setattr(files, "MOMENT", 0.1)
+    lock = lock_beside(tmp_path / "out")
+    lock.touch()
+    with pytest.raises(UserError, match="names no holder"), lock_output(tmp_path / "out"):
+        pytest.fail("it was locked")
+    os.utime(lock, (1, 1))
+    with lock_output(tmp_path / "out"):
+        assert lock.stat().st_size > 0
+
+
 def test_an_unwritable_folder_is_an_error_of_the_key(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir()
