@@ -14,7 +14,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .quantizers.updates import mean_over_ranks, updates_now
 
-NORMS = ("spectral", "batch", "none")
 KERNEL = 4  # of every convolution, with zero padding of 1
 DECAY = 0.999  # of the running means of logits
 LARGEST_WEIGHT = 1e4
