@@ -65,8 +65,10 @@ class SamplingOptions:
             check_finite("guidance_end", self.guidance_end)
         if self.guidance_power is not None:
             check_finite("guidance_power", self.guidance_power)
-            if not self.guidance_power or self.guidance_end is None:
-                raise ValueError(f"guidance_power needs guidance_end, and must be > 0 (got {self.guidance_power})")
+            if not self.guidance_power:
+                raise ValueError("guidance_power must be > 0 (got 0)")
+            if self.guidance_end is None:
+                raise ValueError("guidance_power needs guidance_end")
         if self.guidance_on is not None:
             names = [self.guidance_on] if isinstance(self.guidance_on, str) else self.guidance_on
             if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):

@@ -121,7 +121,8 @@ def settle_values(config: DataConfig, train: SplitPart) -> DataConfig:
             first = int(positions[0])
             reason = try_decode(source.payloads([first])[0], replace(config.spec, dtype=dtype))
             found = reason if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
-            raise UserError(f"data.range: it cannot be measured; the first is {source.name(first)}: {found}")
+            what = f"the values of {len(positions)} training images cannot be measured"
+            raise UserError(f"data.range: {what}; the first is {source.name(first)}: {found}")
         config = config.model_copy(update={"dtype": dtype, "range": limits})
         if is_first_process():
             tell(f"data.range: {dtype} from {limits[0]:g} to {limits[1]:g}, measured on the training images")
