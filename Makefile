@@ -62,7 +62,7 @@ $(DONE)/evaluation: $(DONE)/gpt_digits
 	@touch $@
 
 test: $(TESTS) check
-	$(BIN)/python -m pytest -n $(CORES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(TESTS)
 	$(BIN)/ruff check .

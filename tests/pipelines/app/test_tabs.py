@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from givens.images import header_only
+from givens.images import png_of
 from optional import Late, needs_digits, needs_gradio
 from PIL import Image
 from small import make_prior, make_tokenizer
@@ -303,7 +303,7 @@ def test_visitors_bring_gif_and_animated_png_and_webp(clips, tmp_path, monkeypat
     for name in ("a.gif", "a.png", "a.webp"):
         assert torch.equal(served_.picked_image([(str(tmp_path / name), None)], clips.spec)[0], clip), name
     pictures[0].save(tmp_path / "still.png")
-    (tmp_path / "bomb.png").write_bytes(header_only(20_000, 20_000))
+    (tmp_path / "bomb.png").write_bytes(png_of(20_000, 20_000))
     (tmp_path / "text.gif").write_text("no picture")
     loaded, load = [], Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda image: loaded.append(image.size) or load(image))
