@@ -135,7 +135,7 @@ def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
             ", ".join(f"{name}={show_value(value)}" for name, value in settings.items() if name != "kind")
             for settings in (node, reset)
         )
-        tell(f"{key}: {node['kind']} with {kept or 'its defaults'}" + f"; it does not take {lost}" * bool(lost))
+        tell(f"{key}: {node['kind']} with {kept or 'its defaults'}" + (f"; it does not take {lost}" if lost else ""))
     return split_lists(cls, data)
 
 

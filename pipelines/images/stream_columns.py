@@ -98,7 +98,8 @@ def choose_column_kinds(
     shards suggest."""
     found = list[StreamedColumn]()
     for name, source in sources.items():
-        names, kind = names_in(inputs[0].path, source.column or name), source.kind or "vector" * bool(source.encoder)
+        names = names_in(inputs[0].path, source.column or name)
+        kind = source.kind or ("vector" if source.encoder else "")
         found.append(StreamedColumn(name, source, names, kind))
     for shard in inputs:
         if all(each.kind for each in found) or shard.split != "train":
