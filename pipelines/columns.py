@@ -118,7 +118,7 @@ class ColumnFormat(Generic[C]):
 
     @classmethod
     def parse_cells(cls, cells: RawColumn, encoder: str) -> Any:
-        """Raises `ValueError`, which names the cell."""
+        """Return the values of cells. Raises `ValueError`, which names the cell."""
         raise NotImplementedError
 
     @classmethod
@@ -129,7 +129,7 @@ class ColumnFormat(Generic[C]):
 
     @classmethod
     def make_column(cls, summary: Any, encoder: str) -> Column:
-        """Raises `ValueError` without values to train on."""
+        """Make a column from a summary. Raises `ValueError` without values to train on."""
         raise NotImplementedError
 
     @classmethod

@@ -54,7 +54,7 @@ class UsesPipeline(Config):
     device: str = Field("auto", description=DEVICE)
 
     def load_pipeline(self) -> ImagePipeline:
-        """Raises `PipelineLoadError`, or `UserError` if the device is not available."""
+        """Load the pipeline onto its device. Raises `PipelineLoadError`, or `UserError` if it is not available."""
         return ImagePipeline.from_pretrained(self.pipeline, device=choose_device(self.device))
 
 
@@ -78,7 +78,7 @@ class UsesImages(UsesPipeline):
         whole: images are read at their own size, and none is decoded now. check, distributed: see `load_images`. Raises
         `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were trained on."""
         require_same_spec(self.data, pipeline.tokenizer)
-        data = self.data.model_copy(update={"crop": None, "crops_per_image": 1}) if whole else self.data
+        data = self.data.without_crop() if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
         splits = load_images(data, inherited=inherited, check=check and not whole, distributed=distributed)
         may_change = inherited.rule == "position" and data.source != "digits"
@@ -138,7 +138,7 @@ class UsesTokenizer(Config):
         single = tokenizer.spec.frames == 1  # trained on the frames of clips
         require_same_spec(self.data, tokenizer, "tokenizer", single_frames=single)
         inherited = find_division(self.data, read_training_facts(self.tokenizer), "held_out")
-        data = self.data.model_copy(update={"crop": None, "crops_per_image": 1}) if whole else self.data
+        data = self.data.without_crop() if whole else self.data
         splits = load_images(data, inherited=inherited, single_frames=single, check=not whole)
         if splits.note and is_first_process():
             tell(splits.note)

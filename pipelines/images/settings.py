@@ -176,6 +176,9 @@ class DataConfig(Config):
         found: dict[str, Any] = handler(self)
         return {key: value for key, value in found.items() if (key, value) not in OPTIONAL.items()}
 
+    def without_crop(self) -> DataConfig:
+        return self.model_copy(update={"crop": None, "crops_per_image": 1})
+
     @property
     def path(self) -> Path | None:
         """The local path of the source; None for the digits, a Hub id, a pattern or a URL."""

@@ -217,10 +217,10 @@ class MetricsFile:
 
 
 def read_step(line: bytes) -> int:
-    """Return the step of a line of `metrics.jsonl`; -1 for a truncated one."""
+    """Return the step of a line of `metrics.jsonl`; -1 for a truncated or edited one."""
     try:
         return int(json.loads(line)["step"])
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return -1
 
 

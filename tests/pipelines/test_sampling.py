@@ -34,6 +34,7 @@ def test_signatures_show_the_common_settings_and_none_is_the_pipelines_own(metho
     assert all(parameters[name].kind == inspect.Parameter.KEYWORD_ONLY for name in ASKED)
     assert of(own).equal(of(plain, **ASKED)) and of(own).equal(of(own, **dict.fromkeys(ASKED)))
     assert of(own, temperature=1.0, guidance_scale=1.0, top_k=99, top_p=1).equal(of(plain))
+    assert not of(own).equal(of(plain))
     for name, value in ASKED.items():
         assert of(plain, **{name: value}).equal(of(make_like(plain, {name: value})))
 
@@ -182,25 +183,6 @@ def test_steps_of_a_masked_token_prior(tmp_path):
         assert torch.equal(loaded(64, seed=0, **given).tokens, exact)
     with pytest.raises(TypeError, match="'steps'"):
         make_pipeline()(2, steps=3)
-
-
-ASKED = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "guidance_scale": 2.0}
-
-
-@pytest.mark.parametrize("method", ["__call__", "complete"])
-def test_a_setting_that_is_none_is_the_pipelines_own(method):
-    """Also for a prior whose `Sampling` has more settings."""
-    plain, known = make_pipeline(prior="masked"), torch.zeros(8, 12, dtype=torch.bool)
-    own, first = make_like(plain, ASKED), [2, 1] if method == "__call__" else [pixels_for(plain, 2), known, 1]
-
-    def of(pipe, **settings):
-        return getattr(pipe, method)(*first, seed=0, output_type="latent", **settings).tokens
-
-    assert of(own).equal(of(plain, **ASKED)) and of(own).equal(of(own, **dict.fromkeys(ASKED)))
-    assert of(own, temperature=1.0, guidance_scale=1.0, top_k=99, top_p=1).equal(of(plain))
-    assert not of(own).equal(of(plain))
-    for name, value in ASKED.items():
-        assert of(plain, **{name: value}).equal(of(make_like(plain, {name: value})))
 
 
 NO_GUIDANCE = {"guidance_scale": 1.0, "guidance_end": None, "guidance_power": None}
