@@ -37,7 +37,9 @@ from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts, join_split
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
 from .metrics.reconstruction import (
+    CODE_COST,
     PIXEL_BITS,
+    evaluate_code_cost,
     evaluate_pixel_bits,
     evaluate_reconstruction,
     images_at_a_time,
@@ -265,7 +267,10 @@ class TokenizerTask(Task):
         return {f"tokenizer.quantizer.{name}": after[name].cpu() for name in changed}
 
     def accepts(self, finished: dict[str, float], evaluation: dict[str, float]) -> bool:
-        """Return whether the pixels of a decoder with a likelihood take no more bits, or else PSNR is not lower."""
+        """Return whether codes with a price do not cost more, the pixels of a decoder with a likelihood take no more
+        bits, or else PSNR is not lower."""
+        if CODE_COST in finished and CODE_COST in evaluation:
+            return finished[CODE_COST] <= evaluation[CODE_COST]
         if PIXEL_BITS in finished and PIXEL_BITS in evaluation:
             return finished[PIXEL_BITS] <= evaluation[PIXEL_BITS]
         return finished.get("psnr", -math.inf) >= evaluation.get("psnr", -math.inf)
@@ -282,10 +287,10 @@ class TokenizerTask(Task):
         }
 
     def evaluate(self, model: Any, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
-        """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split, and bits of pixels given the
-        tokens if the decoder has a likelihood."""
+        """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split, bits of pixels given the tokens if
+        the decoder has a likelihood, and the cost of codes if they have a price."""
         some = model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group
-        return {**evaluate_reconstruction(*some), **evaluate_pixel_bits(*some)}
+        return {**evaluate_reconstruction(*some), **evaluate_pixel_bits(*some), **evaluate_code_cost(*some)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Return PSNR; None with a critic or LPIPS, which trade PSNR for perceptual quality that no figure here
@@ -323,10 +328,14 @@ def read_division(config: TrainTokenizerConfig) -> Inherited | None:
 
 @torch.inference_mode()
 def is_better(tokenizer: Autoencoder, quantizer: Any, parts: Sequence[Tensor]) -> bool:
-    """Whether a tokenizer reconstructs images, in `parts`, no worse with another quantizer: by the log-probability of
-    their pixels, or else by PSNR."""
+    """Whether a tokenizer reconstructs images, in `parts`, no worse with another quantizer: by the cost of codes if
+    they have a price, the log-probability of pixels, or else PSNR."""
 
     def score() -> float:
+        if tokenizer.quantizer.price is not None:
+            return -sum(
+                tokenizer.quantizer.cost(tokenizer.embed(part.to(tokenizer.device))) * len(part) for part in parts
+            )
         found = list[Tensor]()
         for part in parts:
             images = part.to(tokenizer.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenizer.base import codebook_usage
 from tokenizer.losses import psnr
+from tokenizer.quantizers.price import count_tokens
 from tokenizer.spec import ImageSpec
 
 from ..config import OutputConfig, run_command
@@ -20,7 +21,7 @@ from ..images import ImageDataset
 from ..images.grids import class_grid
 from ..images.pictures import PICTURE_SUFFIXES, write_picture
 from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
-from ..metrics.codebook import count_tokens, part_names
+from ..metrics.codebook import part_names
 from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, reconstruction_picture
 from ..options import UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults

@@ -7,7 +7,6 @@ dead codes and the perplexity show it long before the reconstructions do.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.base import codebook_usage
-from tokenizer.quantizers.codebook import uses
+from tokenizer.quantizers.price import count_tokens
 from tokenizer.quantizers.updates import sum_over_ranks
 
 from .charts import Pixels, draw_usage, page
@@ -57,15 +56,6 @@ class CodebookUse(nn.Module):
         chart = partial(draw_usage, uses=counts.numpy(), names=part_names(tokenizer), label=label)
         figures = f"perplexity {perplexity:.1f}, {dead:,} of {counts.numel():,} codes dead"
         return page(["Codebook", figures], [chart], {})
-
-
-def count_tokens(tokens: Tensor, parts: tuple[int, ...], vocab_size: int) -> Tensor:
-    """Return how often each id occurs in each part of `tokens` (B, *grid), int64 `(parts, vocab_size)`. parts: the
-    number of tokens in each of the consecutive parts."""
-    shape = (len(parts), vocab_size)
-    each = tokens.long().flatten(1).split(parts, 1)
-    ids = torch.cat([(part + number * vocab_size).flatten() for number, part in enumerate(each)])
-    return uses(ids, math.prod(shape)).reshape(shape)
 
 
 def part_names(tokenizer: Any) -> list[str]:

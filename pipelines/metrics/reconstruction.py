@@ -23,6 +23,7 @@ from .quality import ssim
 
 EVALUATED_PIXELS = 1 << 20  # limit on the pixels reconstructed at a time
 PIXEL_BITS = "pixel_bits_per_dim"
+CODE_COST = "code_cost"
 SOME = 2000  # number of held-out images for slow figures
 
 
@@ -78,6 +79,24 @@ def evaluate_pixel_bits(
 
     nats = -sum(group.map(measure, range(0, len(rows), size)))
     return {PIXEL_BITS: nats / (len(rows) * math.log(2) * math.prod(images.spec.shape))}
+
+
+@torch.inference_mode()
+def evaluate_code_cost(
+    model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE
+) -> dict[str, float]:
+    """Return the mean cost of a vector's code, distance and price, over `limit` evenly spread images; empty if codes
+    have no price."""
+    quantizer = getattr(model, "quantizer", None)
+    if quantizer is None or quantizer.price is None:
+        return {}
+    rows, size = spread_rows(len(images), limit), images_at_a_time(images.spec)
+
+    def measure(start: int) -> float:
+        batch = images.batch(rows[start : start + size]).to(model.device)
+        return float(quantizer.cost(model.embed(batch))) * len(batch)
+
+    return {CODE_COST: sum(group.map(measure, range(0, len(rows), size))) / len(rows)}
 
 
 def list_prefix_decoders(model: Any) -> list[Callable[[Tensor], Tensor]]:

@@ -12,6 +12,7 @@ from ..config import ModelConfig, Node
 from ..model import Registered
 from ..precision import full_float32
 from ..scales import Scales
+from .price import Price
 from .updates import one_training_forward
 
 
@@ -39,6 +40,7 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     dim: int
     levels: int = 1  # ids per position: level l of row r is row l * rows + r of the token grid, coarse levels first
     has_means: bool = False  # whether codes are means of their nearest vectors, so that `lloyd_step` can improve them
+    price: Price | None = None  # of codes; None: the search ignores how frequent they are
     scales: Scales = ()
     """(height, width) of each map of ids, coarse to fine, if there are several; vectors form a map of the last size."""
 
@@ -60,6 +62,19 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
         """Move each code to the mean of its nearest vectors (Lloyd 1982) among `batches` of z `(B, dim, *spatial)`, on
         any device; a code without vectors stays. Raises `ValueError` unless `has_means`."""
         raise ValueError(f"the codes of a {self.name!r} quantizer are not means of vectors")
+
+    def comparable(self, z: Tensor) -> Tensor:
+        """Return vectors `(B, dim, ...)` in the form in which they are compared with codes."""
+        return z
+
+    @torch.no_grad()
+    def cost(self, z: Tensor) -> float:
+        """Return what a quantizer with a price minimises, |z - e|^2 plus the price of the code, averaged over vectors
+        of `z` `(B, dim, *spatial)`."""
+        assert self.price is not None
+        tokens = self.encode(z)
+        error = (self.comparable(z.float()) - self.lookup(tokens)).square().sum()
+        return float(error + self.price.total(tokens)) / (z.numel() // z.shape[1])
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of the ids for `height` x `width` vectors. Raises `ConfigError` for an unsupported size."""

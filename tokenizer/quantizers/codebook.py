@@ -3,7 +3,7 @@ dead codes (Dhariwal et al. 2020, Jukebox)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
+from .price import MEASURED, Price, PricedConfig, uses
 from .updates import SelfUpdating, sum_over_ranks, world_size
 
 # Distances per block on a CPU, so that they fit in cache; a GPU uses 64 times as many.
@@ -37,7 +38,7 @@ class CodebookConfig(ModelConfig):
             yield f"normalize: needs a dim of 2 or more (got {self.dim})"
 
 
-class CountedConfig(CodebookConfig):
+class CountedConfig(PricedConfig, CodebookConfig):
     decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch")
     revive_below: float = Field(0.05, ge=0, lt=1, description="a code is revived below this share of the mean use")
     revive_every: int = Field(10, ge=1, description="training batches between revivals")
@@ -55,6 +56,8 @@ class Codebook(SelfUpdating, Quantizer):
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
         self.vocab_size, self.dim = config.codes, config.dim
+        rate = config.rate if isinstance(config, PricedConfig) else 0.0
+        self.price = Price(rate, config.codes) if rate else None
 
     def table(self) -> Tensor:
         """Return the codes, (codes, dim), of length 1 with `normalize`."""
@@ -69,20 +72,28 @@ class Codebook(SelfUpdating, Quantizer):
         rows = self.comparable(rows_of(z))
         recorded = self.may_record(rows.detach())
         table = self.table()
-        tokens = nearest_codes(rows.detach(), table.detach())
+        tokens = self.search(rows.detach(), table.detach())
         codes = F.embedding(tokens, table)
         losses = self.losses(rows, codes)
         z_q = pass_gradient(self.config.gradient, rows, codes)
         if recorded:
             self.record(rows.detach(), tokens)
+            if self.price is not None:
+                some = rows[:MEASURED].detach()
+                nearest = F.embedding(nearest_codes(some, table.detach()), table.detach())
+                self.price.record(tokens.unsqueeze(1), (some - nearest).square().sum(1))
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def _encode(self, z: Tensor) -> Tensor:
-        tokens = nearest_codes(self.comparable(rows_of(z)), self.table())
+        tokens = self.search(self.comparable(rows_of(z)), self.table())
         return tokens.reshape(z.shape[0], *z.shape[2:])
 
-    def comparable(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=1) if self.config.normalize else rows
+    def search(self, rows: Tensor, table: Tensor) -> Tensor:
+        """Return the id of the code in `table` for each row, `(n,)`: the nearest, or the best by distance and price."""
+        return nearest_codes(rows, table, None if self.price is None else self.price.of_codes()[0])
+
+    def comparable(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=1) if self.config.normalize else z
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Return |sg(z) - e|^2 and |z - sg(e)|^2 of rows z and their codes e, `(n, dim)`, averaged over elements."""
@@ -120,26 +131,48 @@ class CountedCodebook(Codebook):
 
     @torch.no_grad()
     def lloyd_step(self, batches: Sequence[Tensor]) -> None:
-        """See `Quantizer`. Sums are taken on the CPU, where they do not depend on the order of threads."""
+        """See `Quantizer`."""
+        rows = [self.comparable(rows_of(z.float())) for z in batches]
+        tokens = [self.encode(z.to(self.codebook.device)).flatten() for z in batches]
+        counts = self.move_to_means(zip(rows, tokens, strict=True))
+        if self.price is not None:
+            self.price.set_counts(counts.unsqueeze(0))
+
+    @torch.no_grad()
+    def move_to_means(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Move each code to the mean of its vectors, given parts of vectors `(n, dim)` and their ids `(n,)`; return how
+        many each has, `(codes,)`. Sums are taken on the CPU, where they do not depend on the order of threads."""
         sums = torch.zeros(self.vocab_size, self.dim, dtype=torch.float64)
-        counts = torch.zeros(self.vocab_size, 1, dtype=torch.float64)
-        for z in batches:
-            tokens = self.encode(z.to(self.codebook.device)).flatten().cpu()
-            sums.index_add_(0, tokens, self.comparable(rows_of(z.float())).cpu().double())
-            counts += uses(tokens, self.vocab_size).unsqueeze(1)
-        means = torch.where(counts > 0, sums / counts.clamp(min=1), self.codebook.detach().cpu())
-        self.codebook.copy_(means)
+        counts = torch.zeros(self.vocab_size, dtype=torch.float64)
+        for rows, tokens in parts:
+            sums.index_add_(0, tokens.cpu(), rows.cpu().double())
+            counts += uses(tokens.cpu(), self.vocab_size)
+        means = sums / counts.clamp(min=1).unsqueeze(1)
+        self.codebook.copy_(torch.where(counts.unsqueeze(1) > 0, means, self.codebook.detach().cpu()))
+        return counts
 
     def revives(self, step: int) -> bool:
         return (step + 1) % self.config.revive_every == 0
 
     def dead_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids `(k,)` of codes to revive, and a new vector for each, `(k, dim)`: rows of the batch `(n, dim)`
-        on all ranks, chosen by (seed, step) only. Syncs with the GPU."""
+        on all ranks, chosen by (seed, step) only. Syncs with the GPU.
+
+        An unused code with a price may be too dear rather than dead. It is moved only to a row that would choose it
+        there, because what the row pays now is more than the price of a new code."""
         total = len(rows) * world_size()
         dead = (self.counts < self.config.revive_below * self.counts.mean()).nonzero().squeeze(1)[:total]
         chosen = seeded(total, len(dead), self.config.seed, self.step + 1, rows.device)
-        return dead, gather_rows(rows, chosen) if len(dead) else rows[:0]
+        vectors = gather_rows(rows, chosen) if len(dead) else rows[:0]
+        if self.price is not None and len(dead):
+            vectors = vectors[self.cost_of(vectors) > self.price.of_new_code()]
+        return dead[: len(vectors)], vectors
+
+    def cost_of(self, rows: Tensor) -> Tensor:
+        """Return |z - e|^2 of each row and its code, plus the price of the code, `(n,)`."""
+        assert self.price is not None
+        tokens = self.search(rows, self.table())
+        return (rows - self.table()[tokens]).square().sum(1) + self.price.of_codes()[0][tokens]
 
 
 def rows_of(z: Tensor) -> Tensor:
@@ -152,18 +185,15 @@ def map_of(rows: Tensor, z: Tensor) -> Tensor:
     return rows.reshape(z.shape[0], *z.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index `(n,)` of the code `(V, D)` nearest to each row `(n, D)`: argmin |e|^2 - 2 z.e, in blocks."""
+def nearest_codes(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) -> Tensor:
+    """Return the index `(n,)` of the code `(V, D)` nearest to each row `(n, D)`: argmin |e|^2 - 2 z.e, in blocks.
+    prices: of the codes, `(V,)`, to be added to the squared distances."""
     squares, transposed = codebook.square().sum(1), codebook.t()
+    squares = squares if prices is None else squares + prices
     elements = SEARCH_ELEMENTS if rows.device.type == "cpu" else 64 * SEARCH_ELEMENTS
     blocks = rows.split(max(1, elements // len(codebook)))
     ids = [torch.addmm(squares, block, transposed, alpha=-2).argmin(1) for block in blocks]
     return ids[0] if len(ids) == 1 else torch.cat(ids)
-
-
-def uses(tokens: Tensor, size: int) -> Tensor:
-    """Count each id in `tokens` `(n,)`, int64 `(size,)`. (`torch.bincount` would sync with the GPU.)"""
-    return tokens.new_zeros(size).index_add_(0, tokens, torch.ones_like(tokens))
 
 
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:

@@ -6,14 +6,15 @@ vectors of the current batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from .codebook import CountedCodebook, CountedConfig, uses
+from .codebook import CountedCodebook, CountedConfig
+from .price import uses
 from .updates import sum_over_ranks
 
 
@@ -48,10 +49,11 @@ class EMA(CountedCodebook, name="ema"):
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 
     @torch.no_grad()
-    def lloyd_step(self, batches: Sequence[Tensor]) -> None:
+    def move_to_means(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """See `CountedCodebook`. Counts stay, and sums follow the codes, so that training can continue from them."""
-        super().lloyd_step(batches)
+        counts = super().move_to_means(parts)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
+        return counts
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
         """Update N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N. Non-finite batches are

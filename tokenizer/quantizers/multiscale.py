@@ -8,6 +8,7 @@ default there are no convolutions `phi`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
@@ -25,6 +26,7 @@ from .base import Quantized, Quantizer, QuantizerNode
 from .codebook import Codebook, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
+from .price import MEASURED, Price
 from .updates import SelfUpdating, mean_over_ranks
 
 BOOKS = ("bsq", "ema", "fsq", "lfq", "simvq", "vq")
@@ -91,9 +93,11 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
     def __init__(self, config: MultiScaleConfig) -> None:
         super().__init__(config)
         kind: Any = Quantizer.find(config.book.kind)
-        self.book: Any = kind(config.book)
+        rate = getattr(config.book, "rate", 0.0)
+        self.book: Any = kind(config.book.model_copy(update={"rate": 0.0}) if rate else config.book)
         self.scales, self.vocab_size, self.dim = config.sides, self.book.vocab_size, self.book.dim
         self.resize = Resize(self.scales)
+        self.price = Price(rate, self.vocab_size, tuple(areas(self.scales))) if rate else None
         self.phis = nn.ModuleList(nn.Conv2d(self.dim, self.dim, 3, padding=1) for _ in range(config.phi))
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("squares", torch.ones(len(self.scales)))
@@ -164,29 +168,46 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         if recorded:
             self._record(z.detach(), found)
         tokens = torch.cat([ids.flatten(1) for ids in found.tokens], 1)
+        if recorded and self.price is not None:
+            self.price.record(tokens, self._nearest_distances(z.detach()))
         return Quantized(map_of(z_q, z), tokens, self._losses(z, found))
 
-    def _descend(self, z: Tensor) -> Descent:
+    @torch.no_grad()
+    def _nearest_distances(self, z: Tensor) -> Tensor:
+        """Return the squared distance of `MEASURED` vectors to what the nearest codes of all scales add up to."""
+        some = z[: -(-MEASURED // math.prod(self.scales[-1]))]
+        return (some - self._descend(some, priced=False).sums[-1]).square().sum(1).flatten()
+
+    def _prices(self, sigma: Tensor) -> list[Tensor | None]:
+        """Return the prices of each scale's codes, `(codes,)`, in units of squared distances of vectors of this scale,
+        each of which stands for the vectors of an area of the full size."""
+        if self.price is None:
+            return [None] * len(self.scales)
+        shares = torch.tensor(areas(self.scales), device=sigma.device) / math.prod(self.scales[-1])
+        return list(self.price.of_codes() * (shares / sigma.square()).unsqueeze(1))
+
+    def _descend(self, z: Tensor, priced: bool = True) -> Descent:
         """Quantize `z` `(B, dim, H, W)` scale by scale. Gradients flow from residuals to `z`, and from sums to
-        parameters."""
+        parameters. priced: False chooses the nearest codes."""
         if tuple(z.shape[2:]) != self.scales[-1]:
             raise ValueError(f"z should have the last scale's size {by(self.scales[-1])}, got {by(z.shape[2:])}")
         found, total = Descent([], [], [], []), self.mean[:, None, None].expand_as(z)
         table, sigma = self._table(), self.sigma()
+        prices = self._prices(sigma) if priced else [None] * len(self.scales)
         for k in range(len(self.scales)):
             rest = self.resize.down(z - total.detach(), k)
-            ids, losses = self._search(rest / sigma[k], table)
+            ids, losses = self._search(rest / sigma[k], table, prices[k])
             total = total + self._added(self._codes(ids, table), k, sigma)
             for results, new in zip(found, (rest, ids, total, losses), strict=True):
                 results.append(new)  # type: ignore[attr-defined]
         return found
 
-    def _search(self, vectors: Tensor, table: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _search(self, vectors: Tensor, table: Tensor | None, prices: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the codebook's losses but the commitment."""
         if table is None:
             found = self.book.quantize(vectors)
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
-        ids = nearest_codes(rows_of(vectors.detach()), table.detach())
+        ids = nearest_codes(rows_of(vectors.detach()), table.detach(), prices)
         return ids.reshape(vectors.shape[0], *vectors.shape[2:]), {}
 
     def _truncate(self, sums: list[Tensor]) -> Tensor:

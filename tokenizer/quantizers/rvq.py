@@ -17,10 +17,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..precision import full_float32
 from .base import Quantized, Quantizer, QuantizerNode
 from .codebook import CodebookConfig, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
+from .price import MEASURED, Price, uses
 
 BOOKS = ("ema", "simvq", "vq")
 SHARED_STARTS = 2  # the first reduces the error by 15 to 90 %, the second by up to 30 %, a third by nothing
@@ -56,7 +58,9 @@ class RVQ(Quantizer, name="rvq"):
         seeds = [book.seed + level for level in range(1 if config.shared else config.depth)]
         kind: Any = Quantizer.find(book.kind)
         self.has_means = kind.has_means
-        self.books: Any = nn.ModuleList(kind(book.model_copy(update={"seed": seed})) for seed in seeds)
+        books = [book.model_copy(update={"seed": seed, "rate": 0.0}) for seed in seeds]
+        self.books: Any = nn.ModuleList(map(kind, books))
+        self.price = Price(book.rate, book.codes, (1,) * config.depth) if book.rate else None
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -75,20 +79,29 @@ class RVQ(Quantizer, name="rvq"):
     def _quantize(self, z: Tensor) -> Quantized:
         rows = rows_of(z)
         recorded = self.books[0].may_record(rows.detach(), self.start)
-        residuals, tokens, codes = self._descend(rows, self.tables())
+        tables = self.tables()
+        residuals, tokens, codes = self._descend(rows, tables, self._prices())
         losses = self._losses(residuals, codes)
         z_q = pass_gradient(self.config.book.gradient, rows, sum_in_order(codes))
         if recorded:
             self._record(residuals, tokens)
+            if self.price is not None:
+                left, _, nearest = self._descend(rows[:MEASURED].detach(), [table.detach() for table in tables])
+                self.price.record(torch.stack(tokens, 1), (left[-1] - nearest[-1]).square().sum(1))
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
         return Quantized(map_of(z_q, z), torch.cat(ids, 1), losses)
 
-    def _descend(self, rows: Tensor, tables: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _prices(self) -> Sequence[Tensor | None]:
+        return [None] * self.levels if self.price is None else list(self.price.of_codes())
+
+    def _descend(
+        self, rows: Tensor, tables: list[Tensor], prices: Sequence[Tensor | None] | None = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return for each level its input (the residual of rows `(n, dim)`, with their gradient), its tokens `(n,)` and
-        codes `(n, dim)`."""
+        codes `(n, dim)`. prices: of each level's codes."""
         residuals, tokens, codes = [rows], [], []
-        for table in tables:
-            tokens.append(nearest_codes(residuals[-1].detach(), table.detach()))
+        for table, price in zip(tables, prices or [None] * len(tables), strict=True):
+            tokens.append(nearest_codes(residuals[-1].detach(), table.detach(), price))
             codes.append(F.embedding(tokens[-1], table))
             residuals.append(residuals[-1] - codes[-1].detach())
         return residuals[:-1], tokens, codes
@@ -113,15 +126,25 @@ class RVQ(Quantizer, name="rvq"):
     def lloyd_step(self, batches: Sequence[Tensor]) -> None:
         """See `Quantizer`. Levels follow one another, each on the residuals of the preceding ones; a shared codebook
         takes one step on the residuals of all levels."""
-        residuals, every = list(batches), list[Tensor]()
-        for book in self._per_level(self.books):
+        residuals = [rows_of(z.float()) for z in batches]
+        every, counts = list[tuple[Tensor, Tensor]](), list[Tensor]()
+        for book, prices in zip(self._per_level(self.books), self._prices(), strict=True):
+            parts = [(rows, self._search(rows, book, prices)) for rows in residuals]
             if self.config.shared:
-                every += residuals
+                every += parts
+                counts.append(torch.stack([uses(tokens, self.vocab_size) for _, tokens in parts]).sum(0))
             else:
-                book.lloyd_step(residuals)
-            residuals = [z - book.lookup(book.encode(z.to(book.codebook.device))).to(z.device) for z in residuals]
+                counts.append(book.move_to_means(parts))
+                parts = [(rows, self._search(rows, book, prices)) for rows in residuals]
+            residuals = [rows - F.embedding(tokens, book.table().to(rows.device)) for rows, tokens in parts]
         if self.config.shared:
-            self.books[0].lloyd_step(every)
+            self.books[0].move_to_means(every)
+        if self.price is not None:
+            self.price.set_counts(torch.stack(counts))
+
+    def _search(self, rows: Tensor, book: Any, prices: Tensor | None) -> Tensor:
+        with full_float32():
+            return nearest_codes(rows.to(book.codebook.device), book.table(), prices).to(rows.device)
 
     def _record(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
         each = self.levels // len(self.books)

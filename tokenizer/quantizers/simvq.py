@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .codebook import Codebook, CodebookConfig
+from .price import PricedConfig
 
 
-class SimVQConfig(CodebookConfig):
+class SimVQConfig(PricedConfig, CodebookConfig):
     """Settings shared by all codebooks."""
 
 

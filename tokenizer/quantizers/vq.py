@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .codebook import CountedCodebook, CountedConfig, uses
+from .codebook import CountedCodebook, CountedConfig
+from .price import uses
 from .updates import sum_over_ranks
 
 
