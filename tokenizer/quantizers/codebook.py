@@ -77,12 +77,17 @@ class Codebook(SelfUpdating, Quantizer):
         losses = self.losses(rows, codes)
         z_q = pass_gradient(self.config.gradient, rows, codes)
         if recorded:
-            self.record(rows.detach(), tokens)
-            if self.price is not None:
-                some = rows[:MEASURED].detach()
-                nearest = F.embedding(nearest_codes(some, table.detach()), table.detach())
-                self.price.record(tokens.unsqueeze(1), (some - nearest).square().sum(1))
+            self._record(rows.detach(), tokens, table.detach())
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
+
+    @torch.no_grad()
+    def _record(self, rows: Tensor, tokens: Tensor, table: Tensor) -> None:
+        if self.price is None:
+            self.record(rows, tokens)
+            return
+        self.record(rows, tokens, overpay(rows, table[tokens], tokens, self.price.of_codes()[0]))
+        some = rows[:MEASURED]
+        self.price.record(tokens.unsqueeze(1), (some - table[nearest_codes(some, table)]).square().sum(1))
 
     def _encode(self, z: Tensor) -> Tensor:
         tokens = self.search(self.comparable(rows_of(z)), self.table())
@@ -154,25 +159,21 @@ class CountedCodebook(Codebook):
     def revives(self, step: int) -> bool:
         return (step + 1) % self.config.revive_every == 0
 
-    def dead_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def dead_codes(self, rows: Tensor, overpaying: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the ids `(k,)` of codes to revive, and a new vector for each, `(k, dim)`: rows of the batch `(n, dim)`
         on all ranks, chosen by (seed, step) only. Syncs with the GPU.
 
         An unused code with a price may be too dear rather than dead. It is moved only to a row that would choose it
-        there, because what the row pays now is more than the price of a new code."""
+        there, of which `overpaying` `(n,)` is True (see `overpay`)."""
         total = len(rows) * world_size()
         dead = (self.counts < self.config.revive_below * self.counts.mean()).nonzero().squeeze(1)[:total]
         chosen = seeded(total, len(dead), self.config.seed, self.step + 1, rows.device)
-        vectors = gather_rows(rows, chosen) if len(dead) else rows[:0]
-        if self.price is not None and len(dead):
-            vectors = vectors[self.cost_of(vectors) > self.price.of_new_code()]
+        if not len(dead):
+            return dead, rows[:0]
+        vectors = gather_rows(rows, chosen)
+        if overpaying is not None:
+            vectors = vectors[gather_rows(overpaying.float().unsqueeze(1), chosen).squeeze(1) > 0]
         return dead[: len(vectors)], vectors
-
-    def cost_of(self, rows: Tensor) -> Tensor:
-        """Return |z - e|^2 of each row and its code, plus the price of the code, `(n,)`."""
-        assert self.price is not None
-        tokens = self.search(rows, self.table())
-        return (rows - self.table()[tokens]).square().sum(1) + self.price.of_codes()[0][tokens]
 
 
 def rows_of(z: Tensor) -> Tensor:
@@ -194,6 +195,12 @@ def nearest_codes(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) 
     blocks = rows.split(max(1, elements // len(codebook)))
     ids = [torch.addmm(squares, block, transposed, alpha=-2).argmin(1) for block in blocks]
     return ids[0] if len(ids) == 1 else torch.cat(ids)
+
+
+def overpay(rows: Tensor, codes: Tensor, tokens: Tensor, prices: Tensor) -> Tensor:
+    """Return whether each row `(..., dim)` pays for its code, in distance and price, more than the dearest code costs,
+    so that it would choose any code that is moved to it, bool `(...)`."""
+    return (rows - codes).square().sum(-1) + prices[tokens] > prices.max()
 
 
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:

@@ -55,7 +55,7 @@ class EMA(CountedCodebook, name="ema"):
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
         return counts
 
-    def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
+    def update(self, rows: Tensor, tokens: Tensor, overpaying: Tensor | None = None) -> None:  # type: ignore[override]
         """Update N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N. Non-finite batches are
         ignored."""
         sums = torch.zeros_like(self.sums).index_add_(0, tokens, rows)
@@ -67,7 +67,7 @@ class EMA(CountedCodebook, name="ema"):
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))
         self.codebook.copy_(torch.where(finite, self.sums / smoothed.unsqueeze(1), self.codebook))
         if self.revives(self.step) and bool(finite):
-            dead, vectors = self.dead_codes(rows)
+            dead, vectors = self.dead_codes(rows, overpaying)
             mean = self.counts.mean()
             self.codebook[dead], self.counts[dead], self.sums[dead] = vectors, mean, vectors * mean
         super().update()

@@ -23,7 +23,7 @@ from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import Codebook, map_of, nearest_codes, rows_of
+from .codebook import Codebook, map_of, nearest_codes, overpay, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price
@@ -168,8 +168,6 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         if recorded:
             self._record(z.detach(), found)
         tokens = torch.cat([ids.flatten(1) for ids in found.tokens], 1)
-        if recorded and self.price is not None:
-            self.price.record(tokens, self._nearest_distances(z.detach()))
         return Quantized(map_of(z_q, z), tokens, self._losses(z, found))
 
     @torch.no_grad()
@@ -178,13 +176,11 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         some = z[: -(-MEASURED // math.prod(self.scales[-1]))]
         return (some - self._descend(some, priced=False).sums[-1]).square().sum(1).flatten()
 
-    def _prices(self, sigma: Tensor) -> list[Tensor | None]:
-        """Return the prices of each scale's codes, `(codes,)`, in units of squared distances of vectors of this scale,
-        each of which stands for the vectors of an area of the full size."""
-        if self.price is None:
-            return [None] * len(self.scales)
+    def _scaled_prices(self, price: Price, sigma: Tensor) -> Tensor:
+        """Return the prices of each scale's codes, `(scales, codes)`, in units of squared distances of vectors of this
+        scale, each of which stands for the vectors of an area of the full size."""
         shares = torch.tensor(areas(self.scales), device=sigma.device) / math.prod(self.scales[-1])
-        return list(self.price.of_codes() * (shares / sigma.square()).unsqueeze(1))
+        return price.of_codes() * (shares / sigma.square()).unsqueeze(1)
 
     def _descend(self, z: Tensor, priced: bool = True) -> Descent:
         """Quantize `z` `(B, dim, H, W)` scale by scale. Gradients flow from residuals to `z`, and from sums to
@@ -193,10 +189,10 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
             raise ValueError(f"z should have the last scale's size {by(self.scales[-1])}, got {by(z.shape[2:])}")
         found, total = Descent([], [], [], []), self.mean[:, None, None].expand_as(z)
         table, sigma = self._table(), self.sigma()
-        prices = self._prices(sigma) if priced else [None] * len(self.scales)
+        prices = self._scaled_prices(self.price, sigma) if priced and self.price is not None else None
         for k in range(len(self.scales)):
             rest = self.resize.down(z - total.detach(), k)
-            ids, losses = self._search(rest / sigma[k], table, prices[k])
+            ids, losses = self._search(rest / sigma[k], table, None if prices is None else prices[k])
             total = total + self._added(self._codes(ids, table), k, sigma)
             for results, new in zip(found, (rest, ids, total, losses), strict=True):
                 results.append(new)  # type: ignore[attr-defined]
@@ -268,8 +264,17 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         if isinstance(self.book, Codebook):
             sigma = self.sigma()
             rows = [(rest.detach() / sigma[k]).flatten(2) for k, rest in enumerate(found.residuals)]
+            vectors = torch.cat(rows, 2).transpose(1, 2)
             ids = torch.cat([part.flatten(1) for part in found.tokens], 1)
-            self.book.record(torch.cat(rows, 2).transpose(1, 2).flatten(0, 1), ids.flatten())
+            parts = [vectors.flatten(0, 1), ids.flatten()]
+            if self.price is not None:
+                codes, sizes = self.book.table()[ids], areas(self.scales)
+                levels = zip(*(each.split(sizes, 1) for each in (vectors, codes, ids)), strict=True)
+                prices = self._scaled_prices(self.price, sigma)
+                paid = [overpay(*level, of_codes) for level, of_codes in zip(levels, prices, strict=True)]
+                parts.append(torch.cat(paid, 1).flatten())
+                self.price.record(ids, self._nearest_distances(z))
+            self.book.record(*parts)
 
     def update(self, statistics: Tensor) -> None:  # type: ignore[override]
         """Move the running means towards the batch's means, if these are finite."""

@@ -62,10 +62,6 @@ class Price(SelfUpdating):
         """Return the price of each code in units of squared distances, `(levels, codes)`."""
         return self.rate * self.distance * self.nats()
 
-    def of_new_code(self) -> Tensor:
-        """Return the price of a code that is never used, a scalar."""
-        return self.rate * self.distance * math.log(self.frequencies.shape[1] / FLOOR)
-
     def update(self, tokens: Tensor, distances: Tensor) -> None:  # type: ignore[override]
         """Move p towards the shares of the ids in `tokens` `(n, ids)`, and s towards the mean of `distances`; ignore
         batches that are not finite."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..precision import full_float32
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import CodebookConfig, map_of, nearest_codes, rows_of
+from .codebook import CodebookConfig, map_of, nearest_codes, overpay, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price, uses
@@ -84,10 +84,7 @@ class RVQ(Quantizer, name="rvq"):
         losses = self._losses(residuals, codes)
         z_q = pass_gradient(self.config.book.gradient, rows, sum_in_order(codes))
         if recorded:
-            self._record(residuals, tokens)
-            if self.price is not None:
-                left, _, nearest = self._descend(rows[:MEASURED].detach(), [table.detach() for table in tables])
-                self.price.record(torch.stack(tokens, 1), (left[-1] - nearest[-1]).square().sum(1))
+            self._record(residuals, tokens, codes)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
         return Quantized(map_of(z_q, z), torch.cat(ids, 1), losses)
 
@@ -146,11 +143,18 @@ class RVQ(Quantizer, name="rvq"):
         with full_float32():
             return nearest_codes(rows.to(book.codebook.device), book.table(), prices).to(rows.device)
 
-    def _record(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
-        each = self.levels // len(self.books)
+    @torch.no_grad()
+    def _record(self, residuals: list[Tensor], tokens: list[Tensor], codes: list[Tensor]) -> None:
+        each, parts = self.levels // len(self.books), [residuals, tokens]
+        if self.price is not None:
+            parts.append(
+                [overpay(*level) for level in zip(residuals, codes, tokens, self.price.of_codes(), strict=True)]
+            )
+            left, _, nearest = self._descend(residuals[0][:MEASURED], self.tables())
+            self.price.record(torch.stack(tokens, 1), (left[-1] - nearest[-1]).square().sum(1))
         for index, book in enumerate(self.books):
-            levels = slice(index * each, (index + 1) * each)
-            book.record(interleave(residuals[levels]).detach(), interleave(tokens[levels]))
+            own = slice(index * each, (index + 1) * each)
+            book.record(*(interleave(part[own]).detach() for part in parts))
 
 
 def sum_in_order(codes: Iterable[Tensor]) -> Tensor:

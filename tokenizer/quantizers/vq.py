@@ -31,14 +31,14 @@ class VQ(CountedCodebook, name="vq"):
         )
         self.register_buffer("counts", torch.zeros(config.codes))
 
-    def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
+    def update(self, rows: Tensor, tokens: Tensor, overpaying: Tensor | None = None) -> None:  # type: ignore[override]
         """Update usage counts, and move each dead code to a vector of the batch with the mean count."""
         invalid = torch.isfinite(rows).logical_not().any().float().unsqueeze(0)
         totals = sum_over_ranks(torch.cat([uses(tokens, self.vocab_size).float(), invalid]))
         used, finite = totals[:-1], totals[-1] == 0
         self.counts.lerp_(torch.where(finite, used, self.counts), 1 - self.config.decay)
         if self.revives(self.step) and bool(finite):
-            dead, vectors = self.dead_codes(rows)
+            dead, vectors = self.dead_codes(rows, overpaying)
             self.codebook[dead] = vectors
             self.counts[dead] = self.counts.mean()
         super().update()
