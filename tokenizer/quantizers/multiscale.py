@@ -269,9 +269,9 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
             parts = [vectors.flatten(0, 1), ids.flatten()]
             if self.price is not None:
                 codes, sizes = self.book.table()[ids], areas(self.scales)
-                levels = zip(*(each.split(sizes, 1) for each in (vectors, codes, ids)), strict=True)
                 prices = self._scaled_prices(self.price, sigma)
-                paid = [overpay(*level, of_codes) for level, of_codes in zip(levels, prices, strict=True)]
+                levels = zip(vectors.split(sizes, 1), codes.split(sizes, 1), ids.split(sizes, 1), prices, strict=True)
+                paid = [overpay(*level) for level in levels]
                 parts.append(torch.cat(paid, 1).flatten())
                 self.price.record(ids, self._nearest_distances(z))
             self.book.record(*parts)
