@@ -40,13 +40,14 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     dim: int
     levels: int = 1  # ids per position: level l of row r is row l * rows + r of the token grid, coarse levels first
     has_means: bool = False  # whether codes are means of their nearest vectors, so that `lloyd_step` can improve them
-    price: Price | None = None  # of codes; None: the search ignores how frequent they are
+    price: Price | None  # of codes; None: the search ignores how frequent they are
     scales: Scales = ()
     """(height, width) of each map of ids, coarse to fine, if there are several; vectors form a map of the last size."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
         self.config: Any = config
+        self.price = None
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -79,9 +79,9 @@ class Codebook(SelfUpdating, Quantizer):
         if recorded:
             self.record(rows.detach(), tokens)
             if self.price is not None:
-                some = rows[:MEASURED].detach()
+                some = first_rows(rows.detach(), MEASURED, self.config.seed)
                 nearest = F.embedding(nearest_codes(some, table.detach()), table.detach())
-                self.price.record(tokens.unsqueeze(1), (some - nearest).square().sum(1))
+                self.price.record_ids(rows.detach(), tokens.unsqueeze(1), (some - nearest).square().sum(1))
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def _encode(self, z: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -
 
 
 def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
-    """Return up to `most` rows out of the rows `(n, D)` of all ranks, chosen by the seed, to initialize a codebook."""
+    """Return up to `most` rows out of the rows `(n, D)` of all ranks, chosen by the seed."""
     total = len(rows) * world_size()
     return gather_rows(rows, seeded(total, min(total, most), seed, 0, rows.device))
 

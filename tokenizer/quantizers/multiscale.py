@@ -23,7 +23,7 @@ from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import Codebook, map_of, nearest_codes, rows_of
+from .codebook import Codebook, first_rows, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price
@@ -169,13 +169,14 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
             self._record(z.detach(), found)
         tokens = torch.cat([ids.flatten(1) for ids in found.tokens], 1)
         if recorded and self.price is not None:
-            self.price.record(tokens, self._nearest_distances(z.detach()))
+            self.price.record_ids(z.detach(), tokens, self._nearest_distances(z.detach()))
         return Quantized(map_of(z_q, z), tokens, self._losses(z, found))
 
     @torch.no_grad()
     def _nearest_distances(self, z: Tensor) -> Tensor:
-        """Return the squared distance of `MEASURED` vectors to what the nearest codes of all scales add up to."""
-        some = z[: -(-MEASURED // math.prod(self.scales[-1]))]
+        """Return the squared distances of vectors of some images to what the nearest codes of all scales add up to."""
+        count = -(-MEASURED // math.prod(self.scales[-1]))
+        some = first_rows(z.flatten(1), count, self.config.book.seed).view(-1, *z.shape[1:])
         return (some - self._descend(some, priced=False).sums[-1]).square().sum(1).flatten()
 
     def _prices(self, sigma: Tensor) -> list[Tensor | None]:

@@ -25,7 +25,7 @@ from .updates import SelfUpdating, mean_over_ranks, sum_over_ranks
 DECAY = 0.98  # of p and s, per training batch
 WARM_UP = 100  # training batches without a price: first, the codes have to move apart
 FLOOR = 1 / 8  # of p, as a share of the mean: a code that moved has to be affordable
-MEASURED = 1024  # vectors of a batch that s is measured on
+MEASURED = 1024  # vectors of a batch of all ranks that s is measured on
 
 
 class PricedConfig(ModelConfig):
@@ -65,6 +65,11 @@ class Price(SelfUpdating):
     def of_new_code(self) -> Tensor:
         """Return the price of a code that is never used, a scalar."""
         return self.rate * self.distance * math.log(self.frequencies.shape[1] / FLOOR)
+
+    def record_ids(self, vectors: Tensor, tokens: Tensor, distances: Tensor) -> None:
+        """Record the ids of a training batch `(n, ids)`, and the squared distances of some vectors to the nearest codes,
+        none of which counts if any of `vectors` is not finite."""
+        self.record(tokens, distances.where(torch.isfinite(vectors).all(), math.nan))
 
     def update(self, tokens: Tensor, distances: Tensor) -> None:  # type: ignore[override]
         """Move p towards the shares of the ids in `tokens` `(n, ids)`, and s towards the mean of `distances`; ignore

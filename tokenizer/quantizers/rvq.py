@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..precision import full_float32
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import CodebookConfig, map_of, nearest_codes, rows_of
+from .codebook import CodebookConfig, first_rows, map_of, nearest_codes, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price, uses
@@ -86,8 +86,10 @@ class RVQ(Quantizer, name="rvq"):
         if recorded:
             self._record(residuals, tokens)
             if self.price is not None:
-                left, _, nearest = self._descend(rows[:MEASURED].detach(), [table.detach() for table in tables])
-                self.price.record(torch.stack(tokens, 1), (left[-1] - nearest[-1]).square().sum(1))
+                some = first_rows(rows.detach(), MEASURED, self.config.book.seed)
+                left, _, nearest = self._descend(some, [table.detach() for table in tables])
+                distances = (left[-1] - nearest[-1]).square().sum(1)
+                self.price.record_ids(rows.detach(), torch.stack(tokens, 1), distances)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
         return Quantized(map_of(z_q, z), torch.cat(ids, 1), losses)
 
