@@ -86,8 +86,8 @@ class Codebook(SelfUpdating, Quantizer):
             self.record(rows, tokens)
             return
         self.record(rows, tokens, overpay(rows, table[tokens], tokens, self.price.of_codes()[0]))
-        some = rows[:MEASURED]
-        self.price.record(tokens.unsqueeze(1), (some - table[nearest_codes(some, table)]).square().sum(1))
+        some = first_rows(rows, MEASURED, self.config.seed)
+        self.price.record_ids(rows, tokens.unsqueeze(1), (some - table[nearest_codes(some, table)]).square().sum(1))
 
     def _encode(self, z: Tensor) -> Tensor:
         tokens = self.search(self.comparable(rows_of(z)), self.table())

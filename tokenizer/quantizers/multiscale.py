@@ -23,7 +23,7 @@ from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import Codebook, map_of, nearest_codes, overpay, rows_of
+from .codebook import Codebook, first_rows, map_of, nearest_codes, overpay, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price
@@ -172,8 +172,9 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @torch.no_grad()
     def _nearest_distances(self, z: Tensor) -> Tensor:
-        """Return the squared distance of `MEASURED` vectors to what the nearest codes of all scales add up to."""
-        some = z[: -(-MEASURED // math.prod(self.scales[-1]))]
+        """Return the squared distances of vectors of some images to what the nearest codes of all scales add up to."""
+        count = -(-MEASURED // math.prod(self.scales[-1]))
+        some = first_rows(z.flatten(1), count, self.config.book.seed).view(-1, *z.shape[1:])
         return (some - self._descend(some, priced=False).sums[-1]).square().sum(1).flatten()
 
     def _scaled_prices(self, price: Price, sigma: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
                 levels = zip(vectors.split(sizes, 1), codes.split(sizes, 1), ids.split(sizes, 1), prices, strict=True)
                 paid = [overpay(*level) for level in levels]
                 parts.append(torch.cat(paid, 1).flatten())
-                self.price.record(ids, self._nearest_distances(z))
+                self.price.record_ids(z, ids, self._nearest_distances(z))
             self.book.record(*parts)
 
     def update(self, statistics: Tensor) -> None:  # type: ignore[override]

@@ -62,6 +62,11 @@ class Price(SelfUpdating):
         """Return the price of each code in units of squared distances, `(levels, codes)`."""
         return self.rate * self.distance * self.nats()
 
+    def record_ids(self, vectors: Tensor, tokens: Tensor, distances: Tensor) -> None:
+        """Record the ids `(n, ids)` of a batch of vectors, and squared distances of some to the nearest codes: NaN if any
+        of the vectors is not finite."""
+        self.record(tokens, distances.where(torch.isfinite(vectors).all(), math.nan))
+
     def update(self, tokens: Tensor, distances: Tensor) -> None:  # type: ignore[override]
         """Move p towards the shares of the ids in `tokens` `(n, ids)`, and s towards the mean of `distances`; ignore
         batches that are not finite."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..precision import full_float32
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import CodebookConfig, map_of, nearest_codes, overpay, rows_of
+from .codebook import CodebookConfig, first_rows, map_of, nearest_codes, overpay, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price, uses
@@ -150,8 +150,8 @@ class RVQ(Quantizer, name="rvq"):
             parts.append(
                 [overpay(*level) for level in zip(residuals, codes, tokens, self.price.of_codes(), strict=True)]
             )
-            left, _, nearest = self._descend(residuals[0][:MEASURED], self.tables())
-            self.price.record(torch.stack(tokens, 1), (left[-1] - nearest[-1]).square().sum(1))
+            left, _, nearest = self._descend(first_rows(residuals[0], MEASURED, self.config.book.seed), self.tables())
+            self.price.record_ids(residuals[0], torch.stack(tokens, 1), (left[-1] - nearest[-1]).square().sum(1))
         for index, book in enumerate(self.books):
             own = slice(index * each, (index + 1) * each)
             book.record(*(interleave(part[own]).detach() for part in parts))
