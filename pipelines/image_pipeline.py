@@ -48,6 +48,7 @@ from .images.pictures import LATENT, find_user_stacklevel, to_images
 from .images.views import LazyImages, View, decode_tiles, encode_tiles, list_images, reconstruct_tiles
 from .processes.group import ALONE, ProcessGroup
 from .provenance import trained_data
+from .rate import check_rate, encode_at_rate
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray | Sequence[PILImage]]
 Label = int | str | None
@@ -168,6 +169,7 @@ class ImagePipeline:
         self.frequencies = Frequencies()
         self.sample_grid: np.ndarray | None = None
         self.calibration: Calibration | None = None
+        self.measured_distance: float | None = None
         self.progress_bar_config: dict[str, Any] = {}
         self._lock = threading.RLock()
 
@@ -176,6 +178,7 @@ class ImagePipeline:
             self.calibration = None
             if name != saving.BACKGROUND:  # the background prior generates no images
                 self.provenance, self.frequencies, self.sample_grid = {}, Frequencies(), None
+                self.measured_distance = None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -305,20 +308,60 @@ class ImagePipeline:
     # Between images and tokens
 
     @serialized
-    def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
+    def encode(
+        self,
+        images: Images,
+        labels: Label | Sequence[Label] = None,
+        *,
+        condition: Condition = None,
+        rate: float = 0.0,
+        batch_size: int = 256,
+    ) -> Tensor:
         """Encode images to tokens `(B, *grid.shape)`.
+
+        rate: above 0, choose ids that cost the prior fewer bits, given labels and condition, where their codes are not
+        much farther: by |z - e|^2 + rate * s * -ln p(id | earlier ids), with s the mean squared distance to the
+        nearest code. Raises `ValueError` if the prior has no order, the tokenizer no nearest codes, or s is not known.
 
         images: PIL images, or uint8 or float in [-1, 1] as tensors `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W,
         C)`, or a list of single images. If the pipeline takes clips (`frames` > 1): tensors `(B, T, C, H, W)` or `(T,
         C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`, lists of lists of T PIL images, or a list of single
         clips."""
-        return self.encode_batch(self.to_images(images), batch_size=batch_size)
+        batch = self.to_images(images)
+        given = self.read_given(labels, condition, len(batch)) if rate else None
+        return self.encode_batch(batch, given, rate=rate, batch_size=batch_size)
 
     @serialized
-    def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
+    def encode_batch(
+        self, batch: Tensor, given: Given | None = None, *, rate: float = 0.0, batch_size: int = 256
+    ) -> Tensor:
         """Like `encode`, for float images `(B, *spec.shape)` in [-1, 1], as returned by `to_images`."""
+        check_rate(self, rate)
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
-        return torch.cat([self.tokenizer.encode(part) for part in self.with_bar(parts, "encoding")])
+        if not rate:
+            return torch.cat([self.tokenizer.encode(part) for part in self.with_bar(parts, "encoding")])
+        rows = (given or self.read_given(count=len(batch))).to(self.device)
+        givens = [rows[start : start + batch_size] for start in range(0, len(batch), batch_size)]
+        every = self.with_bar(list(zip(parts, givens, strict=True)), "encoding")
+        return torch.cat([encode_at_rate(self, part, own, rate) for part, own in every])
+
+    @property
+    def code_distance(self) -> float | None:
+        """The mean squared distance of vectors to their nearest codes: that of a tokenizer trained with a rate, or what
+        `measure_code_distance` found; None if it is not known."""
+        price = getattr(getattr(self.tokenizer, "quantizer", None), "price", None)
+        return float(price.distance) or None if price is not None else self.measured_distance
+
+    @serialized
+    def measure_code_distance(self, images: Images, *, batch_size: int = 256) -> float | None:
+        """Measure `code_distance` on images that were not trained on, unless training did; `save_pretrained` saves
+        it. None if the tokenizer has no nearest codes."""
+        quantizer: Any = getattr(self.tokenizer, "quantizer", None)
+        if quantizer is not None and quantizer.searches_codes and quantizer.price is None:
+            parts = self.to_images(images).to(self.dtype).split(check_count(batch_size, "batch_size"))
+            errors = [quantizer.errors(cast(Any, self.tokenizer).embed(part)).double().cpu() for part in parts]
+            self.measured_distance = float(torch.cat([error.flatten() for error in errors]).mean())
+        return self.code_distance
 
     @serialized
     def decode(self, tokens: Any, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
@@ -541,6 +584,7 @@ class ImagePipeline:
         *,
         condition: Condition = None,
         lossless: bool = False,
+        rate: float = 0.0,
         tile: bool = False,
         progress: bool = True,
     ) -> bytes:
@@ -552,13 +596,14 @@ class ImagePipeline:
         of at most 32 is tried, and the stream stores the best one of each image, if that makes it shorter; `{"label":
         None}` skips this, which is faster. lossless: store every pixel; needs a decoder with a likelihood or a `pixels`
         tokenizer. Otherwise only tokens are stored; the images that two machines decode from them may differ by one
-        grey level in some pixels, because the decoder rounds its float32 differently. tile: take images of any size
+        grey level in some pixels, because the decoder rounds its float32 differently. rate: as in `encode`; a shorter
+        stream of a slightly worse picture. tile: take images of any size
         from the model size on, which are cut into tiles side by side (the last ones of a row and of a column are flush
         with the border), so that decompressed images may show seams unless the stream is lossless. Raises `ValueError`
         for images of another size (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible,
         and `StreamError` without the package constriction."""
         several, frame = [images] if isinstance(images, PILImage) else images, self.spec.frame
-        options: dict[str, Any] = {"lossless": lossless, "progress": progress}
+        options: dict[str, Any] = {"lossless": lossless, "rate": rate, "progress": progress}
         if tile:
             view = View.side_by_side(self.spec)
             if isinstance(several, (list, tuple)) and lossless:

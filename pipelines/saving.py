@@ -85,6 +85,7 @@ class IndexFile(BaseModel):
     variant: Literal["fp16", "bf16"] | None = None
     labels: list[Text]
     sampler: dict[str, Any]
+    code_distance: float | None = Field(None, gt=0)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -308,6 +309,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
             **({} if pipeline.background is None else {"background": pipeline.background.name}),
             **({CONDITIONS: tokenizers} if tokenizers else {}),
             **({} if variant is None else {"variant": variant}),
+            **({} if pipeline.measured_distance is None else {"code_distance": pipeline.measured_distance}),
         }
         write_json(target / INDEX, index)
         write_provenance(target, pipeline.provenance)
@@ -364,6 +366,7 @@ def load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any
         pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
     except (ConfigError, IntegrityError) as error:  # the message begins with the file name
         raise type(error)(f"{folder / str(error)}") from error
+    pipeline.measured_distance = index.get("code_distance")
     if (path := folder / CALIBRATION).exists():
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():

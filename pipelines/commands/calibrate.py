@@ -88,6 +88,8 @@ def run(config: CalibrateConfig) -> Calibration:
                 folds=config.folds,
                 seed=config.seed,
             )
+        if not config.tile:
+            pipeline.measure_code_distance(config.read_pixels(pipeline, images, chosen))
         save_again(pipeline, folder)
     print(format_calibration(calibration))
     used = f"{len(chosen):,} of {count_of(len(images), 'image')}"

@@ -46,12 +46,17 @@ from ..options import REMOVE, UsesPipeline, open_files, read_files, require_pict
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
-    often = "pipeline images out overwrite condition.NAME conditions lossless resize tile device"
+    often = "pipeline images out overwrite condition.NAME conditions lossless rate resize tile device"
 
     images: str = Field(description="image or clip of the pipeline's size, or a folder of these; file names are stored")
     out: str = Field("images.smalti", description="file to write; decompress it with the same pipeline and condition")
     lossless: bool = Field(
         False, description="store every pixel, for which the tokenizer needs a likelihood; false: only the tokens"
+    )
+    rate: float = Field(
+        0.0,
+        ge=0,
+        description="above 0: choose ids that are cheaper for the prior where the picture hardly changes",
     )
     resize: bool = Field(False, description="resize and crop images of another size; false: refuse them")
     tile: bool = Field(False, description="cut larger images of any size into tiles; lossy ones may show seams")
@@ -96,7 +101,12 @@ def run(config: CompressConfig) -> Path:
             tell("tile: not needed, because all images have the size of the pipeline")
     began = time.monotonic()
     chooses = LABEL not in keys.written
-    options: dict[str, Any] = {"lossless": config.lossless, "names": names, "chooses_classes": chooses}
+    options: dict[str, Any] = {
+        "lossless": config.lossless,
+        "rate": config.rate,
+        "names": names,
+        "chooses_classes": chooses,
+    }
     with (
         user_errors(StreamError, LikelihoodError),
         lock_output(config.out),

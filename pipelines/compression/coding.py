@@ -310,6 +310,7 @@ def write_images(
     *,
     chooses_classes: bool = False,
     lossless: bool = False,
+    rate: float = 0.0,
     names: Sequence[str] = (),
     sizes: Sequence[tuple[int, int]] | None = None,
     progress: bool = True,
@@ -317,9 +318,9 @@ def write_images(
     """Write a stream of images in `parts` of `chunk_images`; return its size in bytes.
 
     sizes: (height, width) of each image; `parts` then contain the tiles of all images. given: without the same the
-    stream cannot be decoded. chooses_classes: without a label, store the best class of each image,
-    if that shortens the stream (see `choose_classes`). lossless: decoding returns the exact 8-bit
-    images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError` if the
+    stream cannot be decoded. chooses_classes: without a label, store the best class of each image, if that shortens the
+    stream (see `choose_classes`). lossless: decoding returns the exact 8-bit images instead of reconstructions. rate:
+    as in `ImagePipeline.encode`. Raises `LikelihoodError` if lossless is impossible, and `StreamError` if the
     coder is not installed or a name is not a valid file name."""
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
@@ -334,8 +335,8 @@ def write_images(
             if lossless:
                 check_exact(part)
             pixels = to_values(part) if models.residual else None
-            tokens = pipeline.encode_batch(part if lossless else pipeline.binarize(part))
-            own = coded[index * header.chunk_images :][: len(tokens)].to(models.device)
+            own = coded[index * header.chunk_images :][: len(part)].to(models.device)
+            tokens = pipeline.encode_batch(part if lossless else pipeline.binarize(part), own, rate=rate)
             with torch.inference_mode():
                 classes = choose_classes(pipeline.prior, tokens, own) if chooses_classes else None
             yield models.encode(tokens, own, pixels, classes)

@@ -73,9 +73,22 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
         """Return what a quantizer with a price minimises, |z - e|^2 plus the price of the code, averaged over vectors
         of `z` `(B, dim, *spatial)`."""
         assert self.price is not None
-        tokens = self.encode(z)
-        error = (self.comparable(z.float()) - self.lookup(tokens)).square().sum()
-        return float(error + self.price.total(tokens)) / (z.numel() // z.shape[1])
+        tokens, vectors = self.encode(z), z.numel() // z.shape[1]
+        return float(self.errors(z).sum() + self.price.total(tokens)) / vectors
+
+    @torch.no_grad()
+    def errors(self, z: Tensor) -> Tensor:
+        """Return the squared distance of each vector of `z` `(B, dim, *spatial)` to its code, `(B, *spatial)`."""
+        return (self.comparable(z.float()) - self.lookup(self.encode(z))).square().sum(1)
+
+    searches_codes = False  # whether an id is that of the nearest code, as `distances` requires
+
+    @torch.no_grad()
+    def distances(self, z: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return the squared distances `(B, n, vocab_size)` of all codes to `z` `(B, dim, *spatial)` at the ids
+        `places` `(n,)` of the flat grid, given the coarser ids among `tokens` `(B, N)`, in units of the final error.
+        Raises `ValueError` unless `searches_codes`."""
+        raise ValueError(f"a {self.name!r} quantizer does not search the nearest code")
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of the ids for `height` x `width` vectors. Raises `ConfigError` for an unsupported size."""

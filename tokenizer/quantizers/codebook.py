@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..precision import full_float32
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 from .price import MEASURED, Price, PricedConfig, uses
@@ -51,6 +52,7 @@ class Codebook(SelfUpdating, Quantizer):
     """
 
     Config: ClassVar[type[ModelConfig]] = CodebookConfig
+    searches_codes = True
     codebook: Tensor
 
     def __init__(self, config: CodebookConfig) -> None:
@@ -96,6 +98,12 @@ class Codebook(SelfUpdating, Quantizer):
     def search(self, rows: Tensor, table: Tensor) -> Tensor:
         """Return the id of the code in `table` for each row, `(n,)`: the nearest, or the best by distance and price."""
         return nearest_codes(rows, table, None if self.price is None else self.price.of_codes()[0])
+
+    @torch.no_grad()
+    def distances(self, z: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """See `Quantizer`."""
+        with full_float32():
+            return squared_distances(self.comparable(z.float()).flatten(2).mT[:, places], self.table())
 
     def comparable(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=1) if self.config.normalize else z
@@ -195,6 +203,12 @@ def nearest_codes(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) 
     blocks = rows.split(max(1, elements // len(codebook)))
     ids = [torch.addmm(squares, block, transposed, alpha=-2).argmin(1) for block in blocks]
     return ids[0] if len(ids) == 1 else torch.cat(ids)
+
+
+def squared_distances(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Return |z - e|^2 of rows z `(..., D)` and all codes e, `(V, D)`: `(..., V)`."""
+    squares = rows.square().sum(-1, keepdim=True) + codebook.square().sum(1)
+    return squares - 2 * rows @ codebook.t()
 
 
 def overpay(rows: Tensor, codes: Tensor, tokens: Tensor, prices: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class IBQ(Codebook, name="ibq"):
     """A codebook of parameters in which every code gets a gradient from every vector."""
 
     Config = IBQConfig
+    searches_codes = False
 
     def __init__(self, config: IBQConfig) -> None:
         super().__init__(config)

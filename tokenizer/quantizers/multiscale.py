@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import Codebook, first_rows, map_of, nearest_codes, overpay, rows_of
+from .codebook import Codebook, first_rows, map_of, nearest_codes, overpay, rows_of, squared_distances
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price
@@ -95,6 +97,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         kind: Any = Quantizer.find(config.book.kind)
         rate = getattr(config.book, "rate", 0.0)
         self.book: Any = kind(config.book.model_copy(update={"rate": 0.0}) if rate else config.book)
+        self.searches_codes = isinstance(self.book, Codebook)
         self.scales, self.vocab_size, self.dim = config.sides, self.book.vocab_size, self.book.dim
         self.resize = Resize(self.scales)
         self.price = Price(rate, self.vocab_size, tuple(areas(self.scales))) if rate else None
@@ -206,6 +209,20 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
         ids = nearest_codes(rows_of(vectors.detach()), table.detach(), prices)
         return ids.reshape(vectors.shape[0], *vectors.shape[2:]), {}
+
+    @torch.no_grad()
+    def distances(self, z: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """See `Quantizer`. The places must be those of one scale; a vector of it stands for an area of the full
+        size."""
+        starts = [0, *accumulate(areas(self.scales))]
+        k = bisect(starts, int(places[0])) - 1
+        with full_float32():
+            done = self.lookup_scales(tokens, k) if k else self.mean[:, None, None]
+            sigma = self.sigma()[k]
+            rest = self.resize.down(z.float() - done, k) / sigma
+            area = math.prod(self.scales[-1]) / math.prod(self.scales[k])
+            rows = rest.flatten(2).mT[:, places - starts[k]]
+            return squared_distances(rows, self.book.table()) * sigma.square() * area
 
     def _truncate(self, sums: list[Tensor]) -> Tensor:
         """Return the decoder's input: the last of `sums`, or an earlier one for a random share of training images."""

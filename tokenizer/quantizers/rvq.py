@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..precision import full_float32
 from .base import Quantized, Quantizer, QuantizerNode
-from .codebook import CodebookConfig, first_rows, map_of, nearest_codes, overpay, rows_of
+from .codebook import CodebookConfig, first_rows, map_of, nearest_codes, overpay, rows_of, squared_distances
 from .ema import EMAConfig
 from .gradients import pass_gradient
 from .price import MEASURED, Price, uses
@@ -49,6 +49,7 @@ class RVQ(Quantizer, name="rvq"):
     """
 
     Config = RVQConfig
+    searches_codes = True
 
     def __init__(self, config: RVQConfig) -> None:
         super().__init__(config)
@@ -107,6 +108,18 @@ class RVQ(Quantizer, name="rvq"):
         levels = zip(self._per_level(self.books), residuals, codes, strict=True)
         parts = [book.losses(*level) for book, *level in levels]
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+    @torch.no_grad()
+    def distances(self, z: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """See `Quantizer`. `z` minus the codes of coarser levels is what a level's codes are compared with."""
+        rows, tables, levels = z.float().flatten(2).mT, self.tables(), tokens.chunk(self.levels, 1)
+        positions, found = rows.shape[1], []
+        with full_float32():
+            for level, place in ((place // positions, place % positions) for place in places.tolist()):
+                coarser = [F.embedding(levels[k][:, place], tables[k]) for k in range(level)]
+                left = rows[:, place] - sum_in_order(coarser) if coarser else rows[:, place]
+                found.append(squared_distances(left, tables[level]))
+        return torch.stack(found, 1)
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
