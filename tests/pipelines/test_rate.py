@@ -78,6 +78,11 @@ def test_the_nearest_codes_have_the_smallest_distance(pair):
     for begin, end in zip(starts, starts[1:], strict=False):
         found = quantizer.distances(z, flat, torch.arange(begin, end))
         assert torch.equal(found.argmin(-1), flat[:, begin:end])
+        if quantizer.scales and begin < 5:  # a vector of a coarse scale stands for an area, before it is upsampled
+            k = starts.index(begin)
+            codes = quantizer.book.lookup(flat[:, begin:end]).unflatten(2, quantizer.scales[k])
+            rest = quantizer._descend(z).residuals[k] - codes * quantizer.sigma()[k]
+            assert torch.allclose(found.amin(-1), 9 / (end - begin) * rest.square().sum(1).flatten(1), rtol=1e-4)
     assert torch.allclose(found.amin(-1), quantizer.errors(z).flatten(1), atol=1e-4)
     assert finest == begin
 
