@@ -67,8 +67,8 @@ class Price(SelfUpdating):
         return self.rate * self.distance * math.log(self.frequencies.shape[1] / FLOOR)
 
     def record_ids(self, vectors: Tensor, tokens: Tensor, distances: Tensor) -> None:
-        """Record the ids `(n, ids)` of a batch of vectors, and squared distances of some to the nearest codes, which are
-        NaN if any of the vectors is not finite."""
+        """Record the ids `(n, ids)` of a batch of vectors, and squared distances of some to the nearest codes. These
+        become NaN if any of the vectors is not finite."""
         self.record(tokens, distances.where(torch.isfinite(vectors).all(), math.nan))
 
     def update(self, tokens: Tensor, distances: Tensor) -> None:  # type: ignore[override]

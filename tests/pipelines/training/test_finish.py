@@ -152,7 +152,7 @@ def test_a_worse_codebook_is_not_delivered(tmp_path, monkeypatch, likelihood, ra
 
 @pytest.mark.parametrize("fraction", [0.1, 0])
 def test_the_cost_of_codes_with_a_price_decides(tmp_path, monkeypatch, fraction):
-    """With and without validation images, also against PSNR: here no code but the dearest is used, or p is forgotten."""
+    """With and without validation images, whatever PSNR is. Spoilt prices leave the codes as they are."""
     better = {"psnr": 30.0, "code_cost": 2.1}, {"psnr": 31.0, "code_cost": 2.2}
     assert TokenizerTask.accepts(None, *better) and not TokenizerTask.accepts(None, *better[::-1])
     step = CountedCodebook.lloyd_step

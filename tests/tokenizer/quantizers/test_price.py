@@ -147,7 +147,7 @@ def test_a_higher_rate_never_takes_more_bits_or_less_distance(kind):
     for rate in rates:
         quantizer.price.rate = rate
         ids = quantizer.encode(z)
-        error = (quantizer.comparable(z) - quantizer.lookup(ids)).square().sum(1).mean()
+        error = (quantizer.comparable(z) - quantizer.lookup(ids).detach()).square().sum(1).mean()
         found.append((float(nats[ids].mean()), float(error)))
     for (more, near), (less, far) in itertools.pairwise(found):
         assert less <= more + 1e-6 and far >= near - 1e-6
