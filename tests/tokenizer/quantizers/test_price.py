@@ -91,6 +91,12 @@ def state(module: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def measure(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Take s from this many vectors of a batch."""
+    for module in ("codebook", "rvq", "multiscale"):
+        monkeypatch.setattr(f"tokenizer.quantizers.{module}.MEASURED", count)
+
+
 # Files
 
 
@@ -267,7 +273,7 @@ def test_p_is_the_running_share_of_ids(monkeypatch, kind):
 @every_kind
 def test_prices_change_in_training_only_and_by_finite_batches_only(monkeypatch, kind):
     monkeypatch.setattr(price, "WARM_UP", 2)
-    monkeypatch.setattr(price, "MEASURED", 64)  # fewer than the vectors of a batch
+    measure(monkeypatch, 64)  # fewer than the vectors of a batch
     quantizer = priced(kind)
     for step in range(5):
         quantizer.quantize(batch(step))
@@ -292,8 +298,7 @@ def test_prices_change_in_training_only_and_by_finite_batches_only(monkeypatch, 
 def test_two_ranks_have_the_prices_of_one(monkeypatch, kind):
     """Also if s is measured on a part of a batch."""
     monkeypatch.setattr(price, "WARM_UP", 2)
-    for module in ("codebook", "rvq", "multiscale"):
-        monkeypatch.setattr(f"tokenizer.quantizers.{module}.MEASURED", 128)
+    measure(monkeypatch, 128)
     alone, seen = priced(kind), []
     alone.quantize(batch())
     pair = [copy.deepcopy(alone) for _ in range(2)]
