@@ -53,7 +53,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_process")]
 
 STEPS = 8
 TOLERANCE = 1e-6  # relative; sums are taken in another order
-BUSY = {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 2, "revive_below": 0.3}  # many codes are revived
+BUSY = {"kind": "ema", "codes": 32, "dim": 8, "rate": 0.1, "revive_every": 2, "revive_below": 0.3}  # many are revived
 EVERY = {"train__steps": STEPS, "train__evaluate_every": 4, "train__save_every": 4, "train__preview_every": 8}
 RUNS: dict[str, dict[str, Any]] = {
     "train_tokenizer": {
@@ -70,6 +70,7 @@ FIGURES = {
     "train_tokenizer": (*COMMON, "l2", "commitment", "codebook_usage", *PSNR),
     "train_prior": (*COMMON, "bits_per_token", *BITS),
 }
+WARM_UP = "tokenizer.quantizers.price.WARM_UP", 2
 SMALL_BATCHES = {  # an uneven number of batches of 24 rows and of 72 images
     "pipelines.metrics.likelihood.LOGITS": 5 * 49 * 16,
     "pipelines.metrics.reconstruction.EVALUATED_PIXELS": 5 * 784,
@@ -83,7 +84,7 @@ def basic(watch: Watch) -> None:
     """Both stages, evaluated in small batches; non-finite losses, a signal, and mistakes."""
     folder, tokens = watch.folder, watch.folder / "tokens"
     with pytest.MonkeyPatch.context() as patched:
-        for name, value in SMALL_BATCHES.items():
+        for name, value in [WARM_UP, *SMALL_BATCHES.items()]:
             patched.setattr(name, value)
         for stage, more in RUNS.items():
             watch.run(stage, lambda stage=stage, more=more: train_stage(stage, folder / stage, tokens, **more))
@@ -146,7 +147,7 @@ def pair(tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
 def alone(pair) -> dict[str, Path]:
     """The same runs in one process."""
     folder = pair[0]
-    with one_process():
+    with one_process(), patch(*WARM_UP):
         return {
             stage: train_stage(stage, folder / f"{stage} alone", folder / "tokens", **RUNS[stage]) for stage in RUNS
         }
@@ -170,6 +171,7 @@ def test_two_train_as_one_does(pair, alone, stage):
         codes = tensors(both)["tokenizer/model.safetensors:quantizer.codebook"]
         name = "state/step-00000008/tensors:average.tokenizer.quantizer.codebook"
         assert not torch.allclose(codes, tensors(both)[name], rtol=1e-3, atol=1e-3)
+        assert tensors(both)["tokenizer/model.safetensors:quantizer.price.distance"] > 0
 
 
 @pytest.mark.parametrize("name", ["train_tokenizer", "train_prior", "non-finite"])
@@ -191,8 +193,9 @@ def test_an_evaluation_is_shared_and_its_figures_are_the_same(pair, stage):
     assert [one["split"] for one, _ in rounds] == ["validation"] * 2 + finished + ["held_out"]
     for one, two in rounds:
         assert one["figures"] == two["figures"]
-        ((mine, count),), ((others, _),) = one["shares"], two["shares"]
-        assert mine + others == count and mine - others == 1
+        assert len(one["shares"]) == (2 if stage == "train_tokenizer" else 1)  # images, and the cost of their codes
+        for (mine, count), (others, _) in zip(one["shares"], two["shares"], strict=True):
+            assert mine + others == count and mine - others == 1
 
 
 def test_a_signal_to_one_stops_both_and_the_same_command_resumes_to_the_bit(pair):

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from launch import VQVAE, assert_equal_tensors, metrics, states, train_tokenizer
+from launch import EMA, VQVAE, assert_equal_tensors, metrics, states, train_tokenizer
 from safetensors.torch import load_file
 from small import make_tokenizer
 from tiny_task import TinyTask, assert_same_run, read_checkpoint, train_tiny
 from torch import Tensor
 
 from pipelines.images import DataConfig, load_images
-from pipelines.metrics.reconstruction import evaluate_pixel_bits, evaluate_reconstruction
+from pipelines.metrics.reconstruction import evaluate_code_cost, evaluate_pixel_bits, evaluate_reconstruction
 from pipelines.processes.group import ALONE
 from pipelines.train_tokenizer import TokenizerTask
 from tokenizer import Tokenizer
+from tokenizer.quantizers import price
 from tokenizer.quantizers.codebook import CountedCodebook
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -129,9 +130,13 @@ def test_lloyd_steps_raise_the_psnr_of_the_delivered_tokenizer(pair):
     assert facts["validation_psnr"] > facts_of(plain)["validation_psnr"]
 
 
-@pytest.mark.parametrize(("likelihood", "fraction"), [({"kind": "discretized_logistic"}, 0.1), (None, 0)])
-def test_a_worse_codebook_is_not_delivered(tmp_path, monkeypatch, likelihood, fraction):
+@pytest.mark.parametrize(
+    ("likelihood", "rate", "fraction"),
+    [({"kind": "discretized_logistic"}, 0.0, 0.1), (None, 0.0, 0), (None, 0.3, 0.1), (None, 0.3, 0)],
+)
+def test_a_worse_codebook_is_not_delivered(tmp_path, monkeypatch, likelihood, rate, fraction):
     """With and without validation images; of a decoder with a likelihood, in bits. Here codes are moved to noise."""
+    monkeypatch.setattr(price, "WARM_UP", 1)
 
     def spoil(quantizer: Any, vectors: Any) -> None:
         noise = torch.randn(quantizer.codebook.shape, generator=torch.Generator().manual_seed(0))
@@ -139,9 +144,44 @@ def test_a_worse_codebook_is_not_delivered(tmp_path, monkeypatch, likelihood, fr
 
     monkeypatch.setattr(CountedCodebook, "lloyd_step", spoil)
     options = {"train__steps": 4, "data__validation_fraction": fraction, "model": {**VQVAE, "likelihood": likelihood}}
+    options["model"]["quantizer"] = {**EMA, "rate": rate}
     run = train_tokenizer(tmp_path / "run", **options)
     monkeypatch.setattr(TokenizerTask, "finish", lambda *_: {})
     assert_same_run(run, train_tokenizer(tmp_path / "plain", **options))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0])
+def test_the_cost_of_codes_with_a_price_decides(tmp_path, monkeypatch, fraction):
+    """With and without validation images, whatever PSNR is. Spoilt prices leave the codes as they are."""
+    better = {"psnr": 30.0, "code_cost": 2.1}, {"psnr": 31.0, "code_cost": 2.2}
+    assert TokenizerTask.accepts(None, *better) and not TokenizerTask.accepts(None, *better[::-1])
+    step = CountedCodebook.lloyd_step
+
+    def spoil(quantizer: Any, vectors: Any) -> None:
+        step(quantizer, vectors)
+        quantizer.price.frequencies.copy_(quantizer.price.frequencies.flip(1).argsort(1).float().softmax(1))
+
+    monkeypatch.setattr(price, "WARM_UP", 1)
+    model = {**VQVAE, "quantizer": {**EMA, "rate": 0.3}}
+    options = {"train__steps": 30, "data__limit": 600, "data__validation_fraction": fraction, "model": model}
+    run, spoilt, plain = (tmp_path / name for name in ("run", "spoilt", "plain"))
+    train_tokenizer(run, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(CountedCodebook, "lloyd_step", spoil)
+        train_tokenizer(spoilt, **options)
+        patch.setattr(TokenizerTask, "finish", lambda *_: {})
+        train_tokenizer(plain, **options)
+    assert_same_run(spoilt, plain)
+    tokenizers = [Tokenizer.from_pretrained(each / "tokenizer").eval() for each in (run, plain)]
+    images = load_images(DataConfig(source="digits", limit=600))
+    after, before = (evaluate_code_cost(tokenizer, images.held_out) for tokenizer in tokenizers)
+    assert after["code_cost"] < before["code_cost"]
+    one, other = (tokenizer.state_dict() for tokenizer in tokenizers)
+    changed = {name for name in one if not torch.equal(one[name], other[name])}
+    assert changed == {f"quantizer.{name}" for name in ("codebook", "sums", "price.frequencies")}
+    vectors = tokenizers[0].embed(images.held_out.batch(range(len(images.held_out))))
+    assert after == pytest.approx({"code_cost": tokenizers[0].quantizer.cost(vectors)}, rel=1e-5)
+    assert evaluate_code_cost(make_tokenizer("vqvae", (28, 28), 1), images.held_out) == {}
 
 
 def test_bits_of_pixels_decide_before_psnr():

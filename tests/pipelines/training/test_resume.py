@@ -6,7 +6,10 @@ from functools import partial
 
 import pytest
 from launch import EMA, GPT, VQVAE, losses, states, train_prior, train_tokenizer
+from safetensors.torch import load_file
 from tiny_task import TinyTask, assert_same_run, killed_at, stopped_at, train_tiny
+
+from tokenizer.quantizers import price
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -69,13 +72,17 @@ STAGES = {
     "tokenizer": partial(
         train_tokenizer, model={**VQVAE, "quantizer": {**EMA, "revive_every": 2, "revive_below": 0.3}}, critic=CRITIC
     ),
+    "tokenizer whose codes have a price": partial(
+        train_tokenizer, model={**VQVAE, "quantizer": {**EMA, "rate": 0.5, "revive_every": 2, "revive_below": 0.3}}
+    ),
     "prior": partial(train_prior, model={**GPT, "any_order": True, "dropout": 0.1}, train__optimizer="muon"),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_both_stages_resume_to_the_bit(stage, tmp_path, tokens):
+def test_both_stages_resume_to_the_bit(stage, tmp_path, tokens, monkeypatch):
     """Stopped before and after the critic has started, and killed."""
+    monkeypatch.setattr(price, "WARM_UP", 3)
     given = {"tokens": tokens} if stage == "prior" else {}
     train = partial(STAGES[stage], **given, **OFTEN)
     whole, run = train(tmp_path / "whole"), tmp_path / "run"
@@ -88,3 +95,5 @@ def test_both_stages_resume_to_the_bit(stage, tmp_path, tokens):
         train(run)
     train(run)
     assert_same_run(run, whole)
+    if "price" in stage:
+        assert load_file(run / "tokenizer" / "model.safetensors")["quantizer.price.distance"] > 0
