@@ -88,6 +88,17 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         self.spec.check(images)
         return self.join(self.tokenizer.encode(images.flatten(0, 1)))
 
+    @property
+    def quantizer(self) -> Any:
+        """The quantizer of a frame, if its tokenizer has one."""
+        return self.tokenizer.quantizer
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the vectors `(B, dim, T, h, w)` that `encode` quantizes."""
+        self.spec.check(images)
+        frames: Any = self.tokenizer
+        return self.join(frames.embed(images.flatten(0, 1))).movedim(2, 1)
+
     def decode(self, tokens: Tensor) -> Tensor:
         self.grid.check(tokens)
         return self.join(self.tokenizer.decode(tokens.flatten(0, 1)))

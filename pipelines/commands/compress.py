@@ -42,6 +42,7 @@ from ..images.formats import open_image
 from ..images.sources import Source
 from ..images.views import LazyImages, View
 from ..options import REMOVE, UsesPipeline, open_files, read_files, require_pictures
+from ..rate import check_rate
 
 
 class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
@@ -71,6 +72,8 @@ def run(config: CompressConfig) -> Path:
     out.check_file()
     pipeline = config.load_pipeline()
     require_pictures(pipeline.spec, "compress")
+    with user_errors(ValueError):
+        check_rate(pipeline, config.rate)
     spec, shape, at_once = pipeline.spec, pipeline.spec.shape, chunk_images(pipeline)
     source = open_files([config.images], spec)
     paths, count = source.paths or [], source.size
