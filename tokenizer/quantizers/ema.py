@@ -17,6 +17,8 @@ from .codebook import CountedCodebook, CountedConfig
 from .price import uses
 from .updates import sum_over_ranks
 
+UNUSED = 1e-3  # a smaller running count is that of a code without vectors
+
 
 class EMAConfig(CountedConfig):
     decay: float = Field(
@@ -65,7 +67,9 @@ class EMA(CountedCodebook, name="ema"):
         self.sums.lerp_(torch.where(finite, totals[:, :-1], self.sums), weight)
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))
-        self.codebook.copy_(torch.where(finite, self.sums / smoothed.unsqueeze(1), self.codebook))
+        # With a price, a code without vectors stays where it was: smoothing would move it to the origin.
+        moves = finite if overpaying is None else finite & (self.counts > UNUSED).unsqueeze(1)
+        self.codebook.copy_(torch.where(moves, self.sums / smoothed.unsqueeze(1), self.codebook))
         if self.revives(self.step) and bool(finite):
             dead, vectors = self.dead_codes(rows, overpaying)
             mean = self.counts.mean()

@@ -25,7 +25,7 @@ from .updates import SelfUpdating, mean_over_ranks, sum_over_ranks
 DECAY = 0.98  # of p and s, per training batch
 WARM_UP = 100  # training batches without a price: first, the codes have to move apart
 FLOOR = 1 / 8  # of p, as a share of the mean: a code that moved has to be affordable
-MEASURED = 1024  # vectors of a batch that s is measured on
+MEASURED = 256  # vectors of a batch that s is measured on
 
 
 class PricedConfig(ModelConfig):
