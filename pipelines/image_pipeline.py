@@ -319,14 +319,14 @@ class ImagePipeline:
     ) -> Tensor:
         """Encode images to tokens `(B, *grid.shape)`.
 
-        rate: above 0, choose ids that cost the prior fewer bits, given labels and condition, where their codes are not
-        much farther: by |z - e|^2 + rate * s * -ln p(id | earlier ids), with s the mean squared distance to the
-        nearest code. Raises `ValueError` if the prior has no order, the tokenizer no nearest codes, or s is not known.
-
         images: PIL images, or uint8 or float in [-1, 1] as tensors `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W,
         C)`, or a list of single images. If the pipeline takes clips (`frames` > 1): tensors `(B, T, C, H, W)` or `(T,
         C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`, lists of lists of T PIL images, or a list of single
-        clips."""
+        clips.
+
+        rate: above 0, choose ids that cost the prior fewer bits, given labels and condition, where their codes are not
+        much farther: by |z - e|^2 + rate * s * -ln p(id | earlier ids), with s the `code_distance`. Raises
+        `ValueError` if the prior has no order, the tokenizer no nearest codes, or s is not known."""
         batch = self.to_images(images)
         given = self.read_given(labels, condition, len(batch)) if rate else None
         return self.encode_batch(batch, given, rate=rate, batch_size=batch_size)
@@ -338,7 +338,7 @@ class ImagePipeline:
         """Like `encode`, for float images `(B, *spec.shape)` in [-1, 1], as returned by `to_images`."""
         check_rate(self, rate)
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
-        if not rate:
+        if not rate or not len(batch):
             return torch.cat([self.tokenizer.encode(part) for part in self.with_bar(parts, "encoding")])
         rows = (given or self.read_given(count=len(batch))).to(self.device)
         givens = [rows[start : start + batch_size] for start in range(0, len(batch), batch_size)]
@@ -596,12 +596,11 @@ class ImagePipeline:
         of at most 32 is tried, and the stream stores the best one of each image, if that makes it shorter; `{"label":
         None}` skips this, which is faster. lossless: store every pixel; needs a decoder with a likelihood or a `pixels`
         tokenizer. Otherwise only tokens are stored; the images that two machines decode from them may differ by one
-        grey level in some pixels, because the decoder rounds its float32 differently. rate: as in `encode`; a shorter
-        stream of a slightly worse picture. tile: take images of any size
-        from the model size on, which are cut into tiles side by side (the last ones of a row and of a column are flush
-        with the border), so that decompressed images may show seams unless the stream is lossless. Raises `ValueError`
-        for images of another size (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible,
-        and `StreamError` without the package constriction."""
+        grey level in some pixels, because the decoder rounds its float32 differently. rate: as in `encode`, for a
+        shorter stream. tile: take images of any size from the model size on, which are cut into tiles side by side (the
+        last ones of a row and of a column are flush with the border), so that decompressed images may show seams unless
+        the stream is lossless. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
+        `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction."""
         several, frame = [images] if isinstance(images, PILImage) else images, self.spec.frame
         options: dict[str, Any] = {"lossless": lossless, "rate": rate, "progress": progress}
         if tile:

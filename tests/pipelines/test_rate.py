@@ -63,6 +63,7 @@ def test_ids_are_chosen_greedily_in_the_priors_order(pair):
     alone = [pipe.encode(images[k : k + 1], labels[k], rate=0.5) for k in range(6)]
     assert torch.equal(torch.cat(alone), found), "an image should not depend on its batch"
     assert torch.equal(pipe.encode(images, labels, rate=0.5, batch_size=4), found)
+    assert len(pipe.encode(images[:0], [], rate=0.5)) == 0
 
 
 @pytest.mark.parametrize("pair", PAIRS)

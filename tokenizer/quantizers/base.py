@@ -40,6 +40,7 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     dim: int
     levels: int = 1  # ids per position: level l of row r is row l * rows + r of the token grid, coarse levels first
     has_means: bool = False  # whether codes are means of their nearest vectors, so that `lloyd_step` can improve them
+    searches_codes: bool = False  # whether ids are those of nearest codes, as `distances` requires
     price: Price | None  # of codes; None: the search ignores how frequent they are
     scales: Scales = ()
     """(height, width) of each map of ids, coarse to fine, if there are several; vectors form a map of the last size."""
@@ -80,8 +81,6 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     def errors(self, z: Tensor) -> Tensor:
         """Return the squared distance of each vector of `z` `(B, dim, *spatial)` to its code, `(B, *spatial)`."""
         return (self.comparable(z.float()) - self.lookup(self.encode(z))).square().sum(1)
-
-    searches_codes = False  # whether an id is that of the nearest code, as `distances` requires
 
     @torch.no_grad()
     def distances(self, z: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
