@@ -77,9 +77,10 @@ def run(config: CalibrateConfig) -> Calibration:
             raise UserError(f"data: {error}; {fewer if len(chosen) > most else find_remedy(config, units)}") from error
         given = config.read_given(pipeline, images.names(chosen))
         with user_errors(ValueError, prefix="data: "):
+            pixels = config.read_pixels(pipeline, images, chosen)
             calibration = calibrate(
                 pipeline,
-                config.read_pixels(pipeline, images, chosen),
+                pixels,
                 condition=given,
                 groups=groups,
                 stride=None if view.stride is None else view.stride[0],
@@ -89,7 +90,7 @@ def run(config: CalibrateConfig) -> Calibration:
                 seed=config.seed,
             )
         if not config.tile:
-            pipeline.measure_code_distance(config.read_pixels(pipeline, images, chosen))
+            pipeline.measure_code_distance(pixels)
         save_again(pipeline, folder)
     print(format_calibration(calibration))
     used = f"{len(chosen):,} of {count_of(len(images), 'image')}"

@@ -206,9 +206,9 @@ def nearest_codes(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) 
 
 
 def squared_distances(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Return |z - e|^2 of rows z `(..., D)` and all codes e, `(V, D)`: `(..., V)`."""
-    squares = rows.square().sum(-1, keepdim=True) + codebook.square().sum(1)
-    return squares - 2 * rows @ codebook.t()
+    """Return |z - e|^2 of rows z `(..., n, D)` and all codes e, `(..., V, D)`: `(..., n, V)`."""
+    squares = rows.square().sum(-1, keepdim=True) + codebook.square().sum(-1).unsqueeze(-2)
+    return squares - 2 * rows @ codebook.mT
 
 
 def overpay(rows: Tensor, codes: Tensor, tokens: Tensor, prices: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
     """
 
     Config = MultiScaleConfig
+    shares: Tensor  # (scales,) area of each scale in that of the last
     mean: Tensor  # (dim,) running mean of the latents, the first term of the sum; zero without `center`
     squares: Tensor  # (scales,) running mean square of each scale's residuals
     left: Tensor  # (scales,) running share of the latents' variance that remains after each scale
@@ -102,6 +103,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         self.resize = Resize(self.scales)
         self.price = Price(rate, self.vocab_size, tuple(areas(self.scales))) if rate else None
         self.phis = nn.ModuleList(nn.Conv2d(self.dim, self.dim, 3, padding=1) for _ in range(config.phi))
+        shares = torch.tensor(areas(self.scales)) / math.prod(self.scales[-1])
+        self.register_buffer("shares", shares, persistent=False)
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("squares", torch.ones(len(self.scales)))
         self.register_buffer("left", torch.ones(len(self.scales)))
@@ -183,8 +186,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
     def _scaled_prices(self, price: Price, sigma: Tensor) -> Tensor:
         """Return the prices of each scale's codes, `(scales, codes)`, in units of squared distances of vectors of this
         scale, each of which stands for the vectors of an area of the full size."""
-        shares = torch.tensor(areas(self.scales), device=sigma.device) / math.prod(self.scales[-1])
-        return price.of_codes() * (shares / sigma.square()).unsqueeze(1)
+        return price.of_codes() * (self.shares / sigma.square()).unsqueeze(1)
 
     def _descend(self, z: Tensor, priced: bool = True) -> Descent:
         """Quantize `z` `(B, dim, H, W)` scale by scale. Gradients flow from residuals to `z`, and from sums to

@@ -112,14 +112,13 @@ class RVQ(Quantizer, name="rvq"):
     @torch.no_grad()
     def distances(self, z: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         """See `Quantizer`. `z` minus the codes of coarser levels is what a level's codes are compared with."""
-        rows, tables, levels = z.float().flatten(2).mT, self.tables(), tokens.chunk(self.levels, 1)
-        positions, found = rows.shape[1], []
+        rows, tables = z.float().flatten(2).mT, torch.stack(self.tables())
+        level, position = places // rows.shape[1], places % rows.shape[1]
+        left, ids = rows[:, position], tokens.unflatten(1, (self.levels, -1))[..., position]
         with full_float32():
-            for level, place in ((place // positions, place % positions) for place in places.tolist()):
-                coarser = [F.embedding(levels[k][:, place], tables[k]) for k in range(level)]
-                left = rows[:, place] - sum_in_order(coarser) if coarser else rows[:, place]
-                found.append(squared_distances(left, tables[level]))
-        return torch.stack(found, 1)
+            for k in range(self.levels - 1):
+                left = left - F.embedding(ids[:, k], tables[k]) * (k < level).unsqueeze(1)
+            return squared_distances(left.unsqueeze(2), tables[level]).squeeze(2)
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
