@@ -8,8 +8,8 @@ For each codebook size (by default that of the preset and one four times as larg
 training seed, the presets `vqvae_{data}` and `gpt_{data}` are trained, and `smalti evaluate` measures the pipeline.
 Images are read from the folder `source=`, `data` below SMALTI_DATA or ../shared/data, or the preset's source.
 Dotted keys change the tokenizer's preset, with the prefix `prior.` the prior's. Finished runs below `out` are read
-again. `rate.csv` holds the table; `rate.png` has a curve for the rates of each codebook, and one for the codebooks
-without a rate.
+again. `rate.csv` holds the table, in which the first figures, to choose by, are of validation images, and the others of
+held-out images; `rate.png` has a curve for the rates of each codebook, and one for the codebooks without a rate.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ OPTIONS = {
 PRESETS = ROOT / "configs"
 Runs = list[dict[str, float]]
 COLUMNS = {
+    "validation dB": ("validation/psnr", 2, 1),
+    "validation bits": ("validation/bits_per_token", 3, 1),
     "dB": ("psnr", 2, 1),
     "bits per token": ("bits_per_token", 3, 1),
     "bits per image": ("bits_per_image", 1, 1),
@@ -59,7 +61,7 @@ COLUMNS = {
 
 
 def train_and_evaluate(options: SimpleNamespace, codes: int, rate: float, seed: int) -> dict[str, float]:
-    """Train both stages, unless they are finished, and return the figures of held-out images."""
+    """Train both stages, unless they are finished, and return the figures of validation and held-out images."""
     run = Path(options.out).absolute() / options.data / f"{codes}_{rate:g}_{seed}"
     tokenizer, tokens, prior = run / "tokenizer", run / "tokens", run / "prior"
     result = prior / "evaluation" / "evaluation.json"
@@ -78,7 +80,14 @@ def train_and_evaluate(options: SimpleNamespace, codes: int, rate: float, seed: 
         smalti("evaluate", f"pipeline={prior / 'pipeline'}")
     found: dict[str, float] = json.loads(result.read_text())
     shape = read_json(prior / "pipeline" / "prior" / CONFIG)["grid"]["shape"]
-    return {**found, "bits_per_image": found["bits_per_token"] * math.prod(shape)}
+    last = {**last_metrics(tokenizer), **last_metrics(prior)}
+    return {**last, **found, "bits_per_image": found["bits_per_token"] * math.prod(shape)}
+
+
+def last_metrics(run: Path) -> dict[str, float]:
+    """Return the last figures that a run logged."""
+    found: dict[str, float] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return found
 
 
 def cells(runs: Runs) -> list[str]:
