@@ -14,7 +14,7 @@ from .config.table import width, wrap, wrap_rows
 
 GROUPS = {
     "from images to a pipeline": ("train_tokenizer", "encode", "train_prior", "generate", "evaluate"),
-    "use a pipeline": ("complete", "search", "calibrate", "detect", "compress", "decompress", "app"),
+    "use a pipeline": ("complete", "search", "infer", "calibrate", "detect", "compress", "decompress", "app"),
     "tune and inspect": ("tune", "reconstruct", "inspect", "probe"),
     "plan and share": ("plan", "presets", "import", "export", "push", "verify"),
 }

@@ -46,6 +46,9 @@ from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import LATENT, find_user_stacklevel, to_images
 from .images.views import LazyImages, View, decode_tiles, encode_tiles, list_images, reconstruct_tiles
+from .inference.evidence import evidence_map
+from .inference.infer import infer
+from .inference.scales import Inference, calibrate_column
 from .processes.group import ALONE, ProcessGroup
 from .provenance import trained_data
 from .rate import check_rate, encode_at_rate
@@ -167,6 +170,7 @@ class ImagePipeline:
         self.sampler = saving.make_sampler(prior, sampler or {})
         self.provenance: dict[str, Any] = {}
         self.frequencies = Frequencies()
+        self.inference = Inference()
         self.sample_grid: np.ndarray | None = None
         self.calibration: Calibration | None = None
         self.measured_distance: float | None = None
@@ -178,7 +182,7 @@ class ImagePipeline:
             self.calibration = None
             if name != saving.BACKGROUND:  # the background prior generates no images
                 self.provenance, self.frequencies, self.sample_grid = {}, Frequencies(), None
-                self.measured_distance = None
+                self.measured_distance, self.inference = None, Inference()
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -569,6 +573,12 @@ class ImagePipeline:
     anomaly_score = serialized(scores.anomaly_score)
     anomaly_map = serialized(maps.anomaly_map)
     heal = serialized(healing.heal)
+
+    # Inferring columns
+
+    infer = serialized(infer)
+    evidence_map = serialized(evidence_map)
+    calibrate_column = serialized(calibrate_column)
 
     # Images as vectors
 

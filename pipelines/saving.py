@@ -50,6 +50,7 @@ from .frequencies import FREQUENCIES, Frequencies
 from .images.classes import LONGEST, is_class_name
 from .images.pictures import write_picture
 from .images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
+from .inference.scales import INFERENCE, Inference
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -59,7 +60,7 @@ BACKGROUND, CALIBRATION, CONDITIONS = "background", "calibration.json", "conditi
 FORMAT_VERSION = 1
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
 PARTS = ("tokenizer", "prior", BACKGROUND)
-FILES = [INDEX, PROVENANCE, SPLITS, FREQUENCIES, CARD, GRID, CALIBRATION, MANIFEST] + [
+FILES = [INDEX, PROVENANCE, SPLITS, FREQUENCIES, INFERENCE, CARD, GRID, CALIBRATION, MANIFEST] + [
     f"{part}/{name}" for part in (*PARTS, f"{CONDITIONS}/*") for name in (CONFIG, *weights_names(), PROVENANCE)
 ]
 """Patterns of the names of all files."""
@@ -314,6 +315,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
         write_json(target / INDEX, index)
         write_provenance(target, pipeline.provenance)
         pipeline.frequencies.save(target)
+        pipeline.inference.save(target)
         if grid is not None:
             write_picture(grid, target / GRID)
         (target / CARD).write_text(pipeline_card(pipeline, grid is not None), encoding="utf-8")
@@ -374,6 +376,7 @@ def load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any
         validate(ProvenanceFile, facts, path)
         pipeline.provenance = join_splits(facts, folder / SPLITS)
     pipeline.frequencies = Frequencies.load(folder, pipeline.columns)
+    pipeline.inference = Inference.load(folder)
     if (path := folder / GRID).exists():
         pipeline.sample_grid = parse_picture(read_bytes(path, MAX_PICTURE_BYTES), path)
     return pipeline

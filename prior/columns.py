@@ -34,6 +34,7 @@ RESERVED = (LABEL, "labels", "tokens")  # names of other columns in token datase
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 MAX_COLUMNS = 64
 MAX_NAMES = 1 << 16
+MOST_SUBSETS = 8  # flags whose subsets are listed
 FEW = 24  # names listed in an error
 NUMBERS = (int, float, np.number)
 
@@ -113,6 +114,18 @@ class Column(ModelConfig):
 
     def draw(self, count: int) -> Tensor:
         raise NotImplementedError
+
+    def list_values(self) -> Tensor | None:
+        """Return the raw rows of all values, `(n, *shape)`; None if these cannot be listed."""
+        return None
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """The ends of the range of a column of one number; None for other columns."""
+        return None
+
+    period: ClassVar[float | None] = None
+    """After how much the numbers return, if they do."""
 
     # Files
 
@@ -248,6 +261,9 @@ class ClassColumn(IdColumn):
     @property
     def num_classes(self) -> int:
         return len(self.names)
+
+    def list_values(self) -> Tensor | None:
+        return torch.arange(len(self.names))
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
         return ClassEmbedding(len(self.names), width)
@@ -396,6 +412,21 @@ class FlagsColumn(FloatColumn):
             raise ValueError(f"flags must be 0 or 1 (got {float(wrong[0]):g})")
         return values
 
+    def list_values(self) -> Tensor | None:
+        """Return all subsets of at most `MOST_SUBSETS` flags; None for more flags."""
+        places = torch.arange(len(self.names))
+        if len(places) > MOST_SUBSETS:
+            return None
+        subsets = torch.arange(2 ** len(places))[:, None]
+        return (subsets.bitwise_right_shift(places) % 2).float()
+
+    def list_single(self) -> Tensor:
+        """Return for each flag raw rows in which it is 0 and 1, and all others are null, `(flags, 2, flags)`."""
+        every = torch.arange(len(self.names))
+        rows = torch.full((len(every), 2, len(every)), math.nan)
+        rows[every, :, every] = torch.tensor([0.0, 1.0])
+        return rows
+
     def describe(self) -> str:
         return describe_names(self.names)
 
@@ -429,6 +460,10 @@ class NumberColumn(QuantityColumn):
     def shape(self) -> tuple[int, ...]:
         return (len(self.mean),)
 
+    @property
+    def span(self) -> tuple[float, float] | None:
+        return (self.low[0], self.high[0]) if self.shape == (1,) else None
+
     def limit(self, values: Tensor) -> Tensor:
         # A model does not do this itself, because weights of 0.3 must keep their meaning for every raw value.
         return values.clamp(*torch.tensor([self.low, self.high]).to(values).unbind())
@@ -454,11 +489,16 @@ class AngleColumn(QuantityColumn):
     """One or several angles in degrees: 350 and 10 are near, and 370 is 10."""
 
     kind = "angle"
+    period: ClassVar[float | None] = 360.0
     size: int = Field(1, ge=1, le=64, description="number of angles")
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.size,)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        return (0.0, 360.0) if self.size == 1 else None
 
     def check_raw(self, values: Tensor) -> Tensor:
         """Check that angles are finite or NaN, and bring them to 0 to 360 degrees, of which 360 is 0."""

@@ -1,14 +1,18 @@
-"""Calibrate anomaly scores on held-out normal images, and save the calibration in the pipeline folder."""
+"""Calibrate anomaly scores, or what is inferred of a column, on held-out images; save that in the pipeline folder."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
+from prior.columns import LABEL, find_column
+from prior.given import Given
 from tokenizer.files import require_replaceable
 
 from ..anomaly.calibrating import calibrate, check_promise, least_false_alarms, least_units
@@ -17,14 +21,20 @@ from ..anomaly.scores import METHODS, NEEDS
 from ..condition_keys import ScoresWithCondition
 from ..config import RunSubfolder, UserError, run_command, user_errors
 from ..config.table import count_of, table
+from ..evaluate import are_same_images, check_classes, load_training_tokens, require_rows
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
+from ..images import ImageDataset
+from ..inference.scales import ColumnFit
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
+from ..tokens import TokenSplit
 
 
 class CalibrateConfig(ScoresWithCondition):
-    examples = ("pipeline=runs/gpt_digits/pipeline",)
+    examples = ("pipeline=runs/gpt_digits/pipeline", "pipeline=runs/gpt_digits/pipeline column=label")
+
+    often = "pipeline every false_alarms confidence folds column given condition.NAME marginal tile data.source device"
 
     every: int = Field(
         2, ge=1, description="use every n-th held-out image (or object), and leave the others to `smalti detect`"
@@ -46,10 +56,19 @@ class CalibrateConfig(ScoresWithCondition):
         "`false_alarms`. 5: for few images, all do both; the rate varies less, but less is guaranteed",
     )
     seed: int = Field(0, ge=0, description="seed of the split of the images into halves or folds")
+    column: str | None = Field(
+        None, description="calibrate `smalti infer column=NAME` instead, by the values of held-out images"
+    )
+    given: list[str] = Field([], description="for `column`: other columns whose values `infer` will be given")
+    tokens: str | None = Field(
+        None, description="for `column`: the token dataset with these values; default: that of the prior"
+    )
 
 
-def run(config: CalibrateConfig) -> Calibration:
+def run(config: CalibrateConfig) -> Calibration | ColumnFit:
     """Calibrate, save the result, print a table, and return the calibration."""
+    if config.column is not None:
+        return run_column(config, config.column)
     folder = Path(config.pipeline)
     if not folder.is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, in which the calibration could be saved")
@@ -97,6 +116,69 @@ def run(config: CalibrateConfig) -> Calibration:
     of = "" if objects is None else f", which show {count_of(objects, 'object')}: one score an object, the highest"
     print(f"\n{config.pipeline}: calibrated with {used} of {config.data.source}{of}")
     return calibration
+
+
+def run_column(config: CalibrateConfig, column: str) -> ColumnFit:
+    """Calibrate what is inferred of a column, save and print it, and return it."""
+    folder = Path(config.pipeline)
+    if not folder.is_dir():
+        raise UserError(f"pipeline: {config.pipeline!r} is not a folder, in which the calibration could be saved")
+    require_replaceable(folder, PIPELINE)
+    with lock_output(folder, key="pipeline"):
+        pipeline = config.load_pipeline()
+        with user_errors(ValueError):
+            for name in (column, *config.given):
+                find_column(pipeline.columns, name, "column" if name == column else "given")
+        if column in config.given:
+            raise UserError(f"given: {column!r} cannot be both inferred and given")
+        images = config.load_images(pipeline).held_out
+        objects = images.objects()
+        chosen = np.arange(0, len(images), config.every)
+        if objects is not None:
+            chosen = np.flatnonzero(np.isin(objects, np.unique(objects)[:: config.every]))
+        pixels = config.read_pixels(pipeline, images, chosen)
+        known = read_values(config, pipeline, images, chosen, pixels, [column, *config.given])
+        with user_errors(ValueError):
+            fit = pipeline.calibrate_column(
+                pixels,
+                column,
+                known.raw(column).cpu(),
+                condition=known.without(set(known.columns) - {*config.given}),
+                groups=None if objects is None else [objects[row] for row in chosen],
+                seed=config.seed,
+            )
+        save_again(pipeline, folder)
+    what = "object" if fit.objects else "image"
+    rows = [("images together", "temperature", f"{what}s")]
+    rows += [(str(each.size), f"{each.temperature:.3g}", f"{2 * len(each.denser):,}") for each in fit.sizes]
+    print(table(rows, right=[0, 1, 2]))
+    print(f"\n{config.pipeline}: `smalti infer column={column} level=0.9` is right for 90 % of new {what}s, on average")
+    return fit
+
+
+def read_values(
+    config: CalibrateConfig,
+    pipeline: ImagePipeline,
+    images: ImageDataset,
+    chosen: NDArray[np.int64],
+    pixels: Any,
+    names: list[str],
+) -> Given:
+    """Return the values of columns of held-out images: classes of the data set, other columns of the token dataset.
+    Raises `UserError`."""
+    rows = dict[str, Any]()
+    if LABEL in names:
+        check_classes(pipeline, images)
+        if images.labels is None:
+            raise UserError("column: these images have no classes")
+        rows[LABEL] = images.labels[torch.from_numpy(chosen)]
+    if others := [name for name in names if name != LABEL]:
+        test = require_rows(load_training_tokens(config.tokens, pipeline), "test", images)
+        tokens = TokenSplit(pipeline.encode(pixels).cpu(), Given({}, {}, len(chosen)))
+        if not are_same_images(TokenSplit(test.rows(chosen), tokens.given), tokens):
+            raise UserError("tokens: the rows of its test split are not those of the held-out images")
+        rows |= {name: test.given[torch.from_numpy(chosen)].raw(name) for name in others}
+    return Given(pipeline.columns, rows, len(chosen))
 
 
 def find_remedy(config: CalibrateConfig, units: int) -> str:

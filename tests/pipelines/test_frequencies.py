@@ -92,7 +92,7 @@ def test_without_a_count_all_classes_are_equally_likely():
         assert torch.allclose(
             found.log_prob(name, Given(COLUMNS, {}, 2)).exp(), torch.tensor(1.0).double() / 3, atol=0.1
         )
-    assert not Frequencies.count(Given({"tags": COLUMNS["tags"], "age": COLUMNS["age"]}, {}, 3)).tables
+    assert Frequencies.count(Given({"tags": COLUMNS["tags"], "age": COLUMNS["age"]}, {}, 3)).find_table("tags") is None
 
 
 def test_a_prior_of_some_columns_has_their_frequencies_and_no_others():
