@@ -14,6 +14,7 @@ from .tabs.anomaly import build_anomaly_tab
 from .tabs.compare import build_compare_tab
 from .tabs.complete import build_complete_tab
 from .tabs.compress import build_compress_tab
+from .tabs.infer import build_infer_tab
 from .tabs.sample import build_sample_tab
 from .tabs.search import build_search_tab
 
@@ -55,6 +56,8 @@ def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
                 gr.Markdown("This pipeline cannot complete images, because its tokens have no position in the image.")
         with gr.Tab("Compare"):
             build_compare_tab(served, samples)
+        with gr.Tab("Infer"):
+            build_infer_tab(served, samples)
         with gr.Tab("Anomaly"):
             build_anomaly_tab(served, samples)
         if served.train is not None:

@@ -1,7 +1,7 @@
 """The tabs without a browser: they do the same as the Python code they show; and bad uploads.
 
 Covers: pipelines/app/served.py, pipelines/app/tabs/sample.py, pipelines/app/tabs/complete.py,
-pipelines/app/tabs/compare.py, pipelines/app/tabs/anomaly.py, pipelines/app/tabs/search.py,
+pipelines/app/tabs/compare.py, pipelines/app/tabs/anomaly.py, pipelines/app/tabs/infer.py, pipelines/app/tabs/search.py,
 pipelines/app/tabs/compress.py, pipelines/app/parts.py, pipelines/app/page.py.
 """
 
@@ -31,8 +31,9 @@ from tokenizer.frame_by_frame import FrameByFrame
 gr, page, parts, served_ = (
     Late(name) for name in ("gradio", *(f"pipelines.app.{x}" for x in ("page", "parts", "served")))
 )
-sample, complete, compare, anomaly, search, compress = (
-    Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare", "anomaly", "search", "compress")
+sample, complete, compare, anomaly, infer, search, compress = (
+    Late(f"pipelines.app.tabs.{name}")
+    for name in ("sample", "complete", "compare", "anomaly", "infer", "search", "compress")
 )
 pytestmark = needs_gradio
 SIDE = 12
@@ -129,6 +130,16 @@ def test_an_image_beside_its_reconstruction(served, pipe, picked):
     assert tokens[0].size == bits[0].size == (SIDE, SIDE)
     nats = float(pipe.log_prob(Image.open(picked[0][0])))
     assert f"**{-nats / np.log(2):.1f} bits," in figures
+
+
+def test_a_class_is_inferred_with_its_evidence(served, pipe, picked):
+    facts, chart, pictures, code = infer.infer_upload(served, quiet, picked[:1], "label")
+    found = pipe.infer(Image.open(picked[0][0]), "label")
+    assert f"- label: **{found.mode[0]}**\n- probability: **{float(found.probabilities.max()):.4g}**" in facts
+    assert "not calibrated, so too confident" in facts and "pipe.infer(image, 'label')" in code
+    assert chart.shape[2] == 3 and len(pictures) == 1
+    with pytest.raises(ValueError, match="column: 'label' is given"):
+        infer.infer_upload(served, quiet, picked[:1], "label", 1)
 
 
 def test_an_anomaly_has_a_score_and_a_p_value(served, pipe, picked):
