@@ -37,6 +37,7 @@ from .images.splits import SPLITS, read_splits
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
 from .metrics.figures import DIVISION, format_report
+from .metrics.inferred import evaluate_columns
 from .metrics.likelihood import evaluate_likelihood, evaluate_nats
 from .metrics.pairs import condition_picture
 from .metrics.quality import AT_A_TIME, LEAST, compare_samples, feature_space, fixed_permutation
@@ -220,6 +221,7 @@ class Evaluation:
         figures |= self.bits_per_token_and_dim(tokens.get("train"), test)
         if config.data.binarize is not None:
             figures |= self.nats_per_image(test)
+        figures |= evaluate_columns(pipeline, test, group)
         pictures = {
             "samples": condition_picture(pipeline, test, self.held_out, seed=config.seed, group=group)
             if pipeline.prior.config.conditions

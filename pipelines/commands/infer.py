@@ -24,7 +24,7 @@ from ..image_pipeline import ImagePipeline
 from ..images import ImageDataset
 from ..images.pictures import PICTURE_SUFFIXES, write_picture
 from ..images.splits import find_objects
-from ..inference.infer import ADDED, FIRST, ROUNDS
+from ..inference.infer import POINTS
 from ..inference.posterior import Posterior
 from ..inference.sheets import draw_evidence
 from ..options import ImageChoice, UsesImages, choose_images, split_choice
@@ -131,7 +131,7 @@ def announce(pipeline: ImagePipeline, column: str, pixels: Tensor, given: Given)
     kind = pipeline.columns[column]
     values = kind.list_values()
     flags = 2 * kind.null(1).numel()
-    count = len(values) if values is not None else FIRST + ADDED * ROUNDS if kind.span is not None else flags
+    count = len(values) if values is not None else POINTS if kind.span is not None else flags
     some = pixels[:1].expand(min(64, len(pixels)), *pixels.shape[1:])
     start = time.monotonic()
     pipeline.log_prob(some, condition=given[: len(some)])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FIRST, ADDED, ROUNDS = 32, 12, 3
 """Cells of a range at first, points that a refinement adds, and refinements."""
+POINTS = FIRST + 1 + ADDED * ROUNDS
 UNIFORM = "uniform"
 PriorOf = str | Sequence[float] | Mapping[Any, float] | Callable[[Tensor], Any] | None
 """p(value): None for that of the training split, "uniform", probabilities of the values in their order or by value, or
@@ -53,13 +54,33 @@ def infer(
     temperature, and the levels of `Posterior.conformal`. Raises `ValueError` for a column that the prior lacks or that
     is given, for values that cannot be listed without candidates, for groups of another length, and for a prior that is
     no distribution."""
-    kind: Column = find_column(pipeline.columns, column, "column")
+    find_column(pipeline.columns, column, "column")
     batch = pipeline.to_images(images)
     given = pipeline.read_given(None, condition, len(batch))
     if column in given.rows:
         raise ValueError(f"column: {column!r} is given; leave it out of the condition")
-    rows, members = number_groups(groups, len(batch))
+    number_groups(groups, len(batch))  # which raises errors
+    list_candidates(pipeline, column, candidates)
     tokens = pipeline.encode_batch(batch, batch_size=batch_size)
+    return infer_tokens(
+        pipeline, tokens, given, column, prior=prior, groups=groups, candidates=candidates, batch_size=batch_size
+    )
+
+
+def infer_tokens(
+    pipeline: ImagePipeline,
+    tokens: Tensor,
+    given: Given,
+    column: str,
+    *,
+    prior: PriorOf = None,
+    groups: Sequence[Any] | None = None,
+    candidates: Any = None,
+    batch_size: int = 256,
+) -> Posterior:
+    """Like `infer`, for the tokens of images `(B, *grid.shape)` and what is given of them."""
+    kind: Column = pipeline.columns[column]
+    rows, members = number_groups(groups, len(tokens))
     evidence = Evidence(pipeline, tokens, given, column, members, len(rows), batch_size)
     firsts = given[evidence.firsts].to(torch.device("cpu"))
     sizes = members.bincount(minlength=len(rows)).tolist()

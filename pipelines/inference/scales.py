@@ -6,6 +6,7 @@ those of new objects."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,8 @@ class ColumnFit(BaseModel):
     column: str
     given: list[str]
     objects: bool
+    digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=16 * MAX_UNITS)
+    """Of the tokens of the images, which are no longer new."""
     sizes: list[SizeFit] = Field(min_length=1, max_length=len(SIZES))
 
 
@@ -125,7 +128,7 @@ def calibrate_column(
     members = dict[str, list[int]]()
     for row in np.random.default_rng(seed).permutation(rows).tolist():
         members.setdefault(objects[row], []).append(row)
-    sizes = list[SizeFit]()
+    sizes, used_rows = list[SizeFit](), set[int]()
     for size in SIZES if groups is not None else (1,):
         chosen = [found[:size] for found in members.values() if len(found) >= size][:MAX_UNITS]
         if len(chosen) < LEAST_UNITS:
@@ -136,6 +139,7 @@ def calibrate_column(
                 )
             break
         flat = [row for each in chosen for row in each]
+        used_rows.update(flat)
         names = [unit for unit, each in enumerate(chosen) for _ in each]
         posterior = pipeline.infer(images[flat], column, condition=given[flat], groups=names)
         fitting, scoring = slice(0, len(chosen) // 2), slice(len(chosen) // 2, None)
@@ -147,9 +151,18 @@ def calibrate_column(
         scaled = with_temperature(posterior, temperature)
         denser = scaled.denser(log_scores(scaled, kind, firsts)[:, None])[scoring, 0]
         sizes.append(SizeFit(size=size, temperature=temperature, denser=denser.sort().values.tolist()))
-    fit = ColumnFit(column=column, given=list(given.names), objects=groups is not None, sizes=sizes)
+    used = digest_tokens(pipeline.encode(images[sorted(used_rows)]))
+    fit = ColumnFit(
+        column=column, given=list(given.names), objects=groups is not None, digests=sorted(set(used)), sizes=sizes
+    )
     pipeline.inference = pipeline.inference.with_fit(fit)
     return fit
+
+
+def digest_tokens(tokens: Tensor) -> list[str]:
+    """Identify images by their tokens."""
+    rows = tokens.flatten(1).long().cpu().numpy()
+    return [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in rows]
 
 
 def with_temperature(posterior: Posterior, temperature: float) -> Posterior:

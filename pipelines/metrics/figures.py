@@ -131,6 +131,25 @@ def list_figures(known: Mapping[str, Any]) -> Iterator[Figure]:
             yield _SHUFFLED
         else:
             yield figure
+        if figure.key == "class_unknown_bits_per_token":
+            yield from list_inferred(known)
+
+
+def list_inferred(known: Mapping[str, Any]) -> Iterator[Figure]:
+    """Yield how well each column is inferred."""
+    for key in known:
+        if found := re.fullmatch(r"inferred_(\w{1,64})_(accuracy|error)", key):
+            name, kind = found.groups()
+            if kind == "error" and f"inferred_{name}_log_score" not in known:
+                continue  # `NAME_calibration_error` of the column NAME
+            of = f"inferred_{name}"
+            beside = (
+                f"log score {{{of}_log_score:.3f}}; calibration error {{{of}_calibration_error:.3f}}; "
+                f"sets at 90 % contain {{{of}_coverage:.1%}}; {{{of}_rows:,}} images"
+            )
+            shown = ("{:.1%}", "higher") if kind == "accuracy" else ("{:.4g}", "lower")
+            title = f"{name} inferred" if kind == "accuracy" else f"{name} inferred, mean error"
+            yield Figure(key, title, *shown, "likelihood", beside)  # type: ignore[arg-type]
 
 
 def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
