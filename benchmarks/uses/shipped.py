@@ -35,6 +35,7 @@ def main() -> None:
         save_narrow(chosen.pipeline, made, None)
         images = [f"data.source={chosen.source}"] if chosen.source else []
         calibrate.main([f"pipeline={made}", f"every={chosen.every}", *images])
+        calibrate.main([f"pipeline={made}", f"every={chosen.every}", "column=label", *images])
         evaluate([f"pipeline={made}", *images])
         save_narrow(made, made, chosen.hub)  # the verbs write the weights as they were read, in float32
         size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
