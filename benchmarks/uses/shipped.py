@@ -50,10 +50,9 @@ def save_narrow(source: str | Path, out: Path, hub: str | None) -> None:
     """Save a pipeline with weights of bfloat16; a second time changes nothing of what it computes. hub: the data set
     that its provenance names; None changes nothing."""
     pipeline = ImagePipeline.from_pretrained(source).to(torch.bfloat16)
+    known = {key: value for key, value in pipeline.provenance.items() if key != "tokens"}  # a folder of this machine
+    pipeline.provenance = known
     if hub:
-        known = {
-            key: value for key, value in pipeline.provenance.items() if key != "tokens"
-        }  # a folder of this machine
         figures = known["evaluation"]
         figures["feature_origin"] = figures["feature_origin"].replace("a local folder of images", hub)
         pipeline.provenance = {**known, "data": {**known["data"], "source": hub}, "local": False}

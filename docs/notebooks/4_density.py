@@ -229,7 +229,7 @@ promised = -pipe.log_prob(batch_to_store).sum().item() / math.log(2) / 8
 stored = pipe.reconstruct(batch_to_store, output_type="pt")
 print(f"{len(stream)} bytes for {count} digits, {len(stream) / count:.1f} each")
 print(f"-log2 p without a class is {promised / count:.1f} bytes each")
-print(f"fixed-length ids would take {49 * 7 / 8:.1f}, and 8-bit pixels 784")
+print(f"fixed-length ids would take {49 * 9 / 8:.1f}, and 8-bit pixels 784")
 print("the decompressed images equal the reconstructions:", torch.equal(restored, stored))
 
 # %% [markdown]
@@ -282,17 +282,15 @@ assert len(stream) / count < png / 4
 #
 # ## Classification
 #
-# **Bayes.** The prior models $p(\text{tokens} \mid \text{class})$. If classes are equally likely, the most probable
-# class is the one under which the image is most probable. So the generator is a classifier:
+# **Bayes.** The prior models $p(\text{tokens} \mid \text{class})$. With Bayes' rule the generator is a classifier, and
+# [`infer`](../infer.md) applies it to any column:
 #
-# $$p(\text{class} \mid x) = \frac{p(x \mid \text{class})}{\sum_c p(x \mid c)}.$$
+# $$p(\text{class} \mid x) = \frac{p(\text{class})\, p(x \mid \text{class})}{\sum_c p(c)\, p(x \mid c)}.$$
 
 # %%
 count = len(images)
 tokens, truth = pipe.encode(images[:count]), labels[:count]
-with torch.no_grad():
-    each = [pipe.prior.log_prob(tokens, torch.full((count,), label)) for label in range(10)]
-posterior = torch.stack(each, 1).softmax(1)  # (B, 10)
+posterior = pipe.infer(images[:count], "label").probabilities  # (B, 10)
 guess = posterior.argmax(1)
 accuracy = (guess == truth).double().mean().item()
 confusion = torch.zeros(10, 10).index_put_((truth, guess), torch.ones(count), accumulate=True)
@@ -345,7 +343,11 @@ def vectors(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         layers = [pipe.prior.features(tokens, layer=layer) for layer in range(pipe.prior.feature_layers)]
     found = {f"prior.{k}": F.layer_norm(each, each.shape[-1:]).mean(1) for k, each in enumerate(layers)}
-    return {"pixels": images.flatten(1), "codes": F.one_hot(tokens.flatten(1), 128).double().mean(1), **found}
+    return {
+        "pixels": images.flatten(1),
+        "codes": F.one_hot(tokens.flatten(1), pipe.prior.grid.vocab_size).double().mean(1),
+        **found,
+    }
 
 
 def probe(inside: Tensor, outside: Tensor) -> float:
