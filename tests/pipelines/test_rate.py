@@ -156,16 +156,15 @@ def test_a_rate_without_a_unit_is_refused_and_says_what_measures_it():
 
 @torch.no_grad()
 def test_psnr_falls_slowly_on_shipped_digits():
-    """8 % fewer bits for a tenth of a decibel."""
+    """6 % fewer bits for .2 dB, beyond what the tokenizer's own rate saves."""
     from pipelines.images import DataConfig, load_images
 
     pipe = ImagePipeline.from_pretrained("digits")
     pipe.set_progress_bar_config(disable=True)
     images = load_images(DataConfig())
-    pipe.measure_code_distance(images.validation.pixels(range(100)))
     some, labels = pipe.to_images(images.held_out.pixels(range(100))), images.held_out.labels[:100].tolist()
     figures = []
-    for rate in (0.0, 0.4):
+    for rate in (0.0, 1.0):
         tokens = pipe.encode(some, labels, rate=rate)
         error = psnr(pipe.decode_batch(tokens, progress=False), some).mean()
         figures.append((float(error), -float(pipe.prior.log_prob(tokens, labels).mean())))
