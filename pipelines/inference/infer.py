@@ -177,7 +177,6 @@ def infer_range(
         nats, turn = found.log_likelihood, kind.period
         between = middles(mass, turn).topk(ADDED, 1).indices
         new, guess = middles(found.points, turn, turn).gather(1, between), middles(nats, turn).gather(1, between)
-        new = new if turn is None else new.remainder(turn)
         points, order = torch.cat([found.points, new], 1).sort(1)
         guessed = make(points, torch.cat([nats, guess], 1).gather(1, order), found.error)
         exact = torch.cat([nats, evidence.evaluate(new[..., None].float())], 1).gather(1, order)

@@ -34,6 +34,8 @@ def test_each_column_has_a_line_with_its_calibration_on_other_images():
     names = [pipe.labels[label] for label in rows["label"]]
     inside = [name in values for name, values in zip(names, posterior.conformal(0.9), strict=True)]
     assert found["inferred_label_coverage"] == pytest.approx(sum(inside[40:]) / 20)
+    pipe.calibrate_column(images, "label", rows["label"])
+    assert "inferred_label_coverage" not in evaluate_columns(pipe, test)  # no image is new
     apart = (pipe.infer(images[:50], "age").mean - rows["age"][:50, 0]).abs()
     assert abs(found["inferred_age_error"] - float(apart.mean())) < 6 and "inferred_age_coverage" not in found
     text = format_report(found, exact=True)
