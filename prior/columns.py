@@ -119,6 +119,11 @@ class Column(ModelConfig):
         """Return the raw rows of all values, `(n, *shape)`; None if these cannot be listed."""
         return None
 
+    def list_parts(self) -> dict[str, Tensor]:
+        """Return raw rows of the values of each part alone, `(n, *shape)`, while the others are null, by the name of
+        the part; empty for columns without parts."""
+        return {}
+
     @property
     def span(self) -> tuple[float, float] | None:
         """The ends of the range of a column of one number; None for other columns."""
@@ -420,12 +425,11 @@ class FlagsColumn(FloatColumn):
         subsets = torch.arange(2 ** len(places))[:, None]
         return (subsets.bitwise_right_shift(places) % 2).float()
 
-    def list_single(self) -> Tensor:
-        """Return for each flag raw rows in which it is 0 and 1, and all others are null, `(flags, 2, flags)`."""
+    def list_parts(self) -> dict[str, Tensor]:
         every = torch.arange(len(self.names))
         rows = torch.full((len(every), 2, len(every)), math.nan)
         rows[every, :, every] = torch.tensor([0.0, 1.0])
-        return rows
+        return dict(zip(self.names, rows, strict=True))
 
     def describe(self) -> str:
         return describe_names(self.names)

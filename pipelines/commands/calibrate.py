@@ -67,93 +67,99 @@ class CalibrateConfig(ScoresWithCondition):
 
 def run(config: CalibrateConfig) -> Calibration | ColumnFit:
     """Calibrate, save the result, print a table, and return the calibration."""
-    if config.column is not None:
-        return run_column(config, config.column)
     folder = Path(config.pipeline)
     if not folder.is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, in which the calibration could be saved")
     require_replaceable(folder, PIPELINE)
     with lock_output(folder, key="pipeline"):
         pipeline = config.load_pipeline()
-        if config.background is not None:
-            pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
-        if config.data.crop is not None and not config.tile:
-            raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
-        view = config.choose_view(pipeline.spec)
-        images = config.load_images(pipeline, whole=config.tile).held_out
-        chosen, units, groups, objects = np.arange(0, len(images), config.every), len(images), None, None
-        if (names := images.objects()) is not None:
-            every = np.unique(names)
-            chosen, units = np.flatnonzero(np.isin(names, every[:: config.every])), len(every)
-            groups, objects = [names[row] for row in chosen], len(every[:: config.every])
-        try:
-            check_promise(len(chosen), config.false_alarms, config.confidence, objects, config.folds)
-        except ValueError as error:
-            if config.folds > 1 and config.confidence is not None:
-                raise UserError(str(error)) from error
-            most = MAX_IMAGES if config.folds == 1 else MAX_FOLDED
-            fewer = f"every={1 + (len(images) - 1) // most} selects fewer"
-            raise UserError(f"data: {error}; {fewer if len(chosen) > most else find_remedy(config, units)}") from error
-        given = config.read_given(pipeline, images.names(chosen))
-        with user_errors(ValueError, prefix="data: "):
-            pixels = config.read_pixels(pipeline, images, chosen)
-            calibration = calibrate(
-                pipeline,
-                pixels,
-                condition=given,
-                groups=groups,
-                stride=None if view.stride is None else view.stride[0],
-                false_alarms=config.false_alarms,
-                confidence=config.confidence,
-                folds=config.folds,
-                seed=config.seed,
-            )
-        if not config.tile:
-            pipeline.measure_code_distance(pixels)
+        found, text = (calibrate_scores if config.column is None else calibrate_values)(config, pipeline)
         save_again(pipeline, folder)
-    print(format_calibration(calibration))
+    print(text)
+    return found
+
+
+def calibrate_scores(config: CalibrateConfig, pipeline: ImagePipeline) -> tuple[Calibration, str]:
+    """Calibrate anomaly scores, and return the calibration and a description. Raises `UserError`."""
+    if config.given or config.tokens is not None:
+        raise UserError(f"{'given' if config.given else 'tokens'}: needs column=NAME")
+    if config.background is not None:
+        pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
+    if config.data.crop is not None and not config.tile:
+        raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
+    view = config.choose_view(pipeline.spec)
+    images = config.load_images(pipeline, whole=config.tile).held_out
+    chosen, groups, units = choose_units(images, config.every)
+    objects = None if groups is None else len(set(groups))
+    try:
+        check_promise(len(chosen), config.false_alarms, config.confidence, objects, config.folds)
+    except ValueError as error:
+        if config.folds > 1 and config.confidence is not None:
+            raise UserError(str(error)) from error
+        most = MAX_IMAGES if config.folds == 1 else MAX_FOLDED
+        fewer = f"every={1 + (len(images) - 1) // most} selects fewer"
+        raise UserError(f"data: {error}; {fewer if len(chosen) > most else find_remedy(config, units)}") from error
+    given = config.read_given(pipeline, images.names(chosen))
+    with user_errors(ValueError, prefix="data: "):
+        pixels = config.read_pixels(pipeline, images, chosen)
+        calibration = calibrate(
+            pipeline,
+            pixels,
+            condition=given,
+            groups=groups,
+            stride=None if view.stride is None else view.stride[0],
+            false_alarms=config.false_alarms,
+            confidence=config.confidence,
+            folds=config.folds,
+            seed=config.seed,
+        )
+    if not config.tile:
+        pipeline.measure_code_distance(pixels)
     used = f"{len(chosen):,} of {count_of(len(images), 'image')}"
     of = "" if objects is None else f", which show {count_of(objects, 'object')}: one score an object, the highest"
-    print(f"\n{config.pipeline}: calibrated with {used} of {config.data.source}{of}")
-    return calibration
+    last = f"{config.pipeline}: calibrated with {used} of {config.data.source}{of}"
+    return calibration, f"{format_calibration(calibration)}\n\n{last}"
 
 
-def run_column(config: CalibrateConfig, column: str) -> ColumnFit:
-    """Calibrate what is inferred of a column, save and print it, and return it."""
-    folder = Path(config.pipeline)
-    if not folder.is_dir():
-        raise UserError(f"pipeline: {config.pipeline!r} is not a folder, in which the calibration could be saved")
-    require_replaceable(folder, PIPELINE)
-    with lock_output(folder, key="pipeline"):
-        pipeline = config.load_pipeline()
-        with user_errors(ValueError):
-            for name in (column, *config.given):
-                find_column(pipeline.columns, name, "column" if name == column else "given")
-        if column in config.given:
-            raise UserError(f"given: {column!r} cannot be both inferred and given")
-        images = config.load_images(pipeline).held_out
-        objects = images.objects()
-        chosen = np.arange(0, len(images), config.every)
-        if objects is not None:
-            chosen = np.flatnonzero(np.isin(objects, np.unique(objects)[:: config.every]))
-        pixels = config.read_pixels(pipeline, images, chosen)
-        known = read_values(config, pipeline, images, chosen, pixels, [column, *config.given])
-        with user_errors(ValueError):
-            fit = pipeline.calibrate_column(
-                pixels,
-                column,
-                known.raw(column).cpu(),
-                condition=known.without(set(known.columns) - {*config.given}),
-                groups=None if objects is None else [objects[row] for row in chosen],
-                seed=config.seed,
-            )
-        save_again(pipeline, folder)
+def choose_units(images: ImageDataset, every: int) -> tuple[NDArray[np.int64], list[str] | None, int]:
+    """Return every n-th image or, if it is known which objects images show, all images of every n-th object; the object
+    of each; and the number of all images, or objects."""
+    if (names := images.objects()) is None:
+        return np.arange(0, len(images), every), None, len(images)
+    units = np.unique(names)
+    chosen = np.flatnonzero(np.isin(names, units[::every]))
+    return chosen, [names[row] for row in chosen], len(units)
+
+
+def calibrate_values(config: CalibrateConfig, pipeline: ImagePipeline) -> tuple[ColumnFit, str]:
+    """Calibrate what is inferred of a column, and return the fit and a description. Raises `UserError`."""
+    column = str(config.column)
+    for key in ("tile", "condition", "conditions", "marginal", "background"):
+        if getattr(config, key):
+            raise UserError(f"{key}: is not for column=NAME; `given` names the other columns that `infer` will have")
+    with user_errors(ValueError):
+        for name in (column, *config.given):
+            find_column(pipeline.columns, name, "column" if name == column else "given")
+    if column in config.given:
+        raise UserError(f"given: {column!r} cannot be both inferred and given")
+    images = config.load_images(pipeline).held_out
+    chosen, groups, _ = choose_units(images, config.every)
+    pixels = config.read_pixels(pipeline, images, chosen)
+    known = read_values(config, pipeline, images, chosen, pixels, [column, *config.given])
+    with user_errors(ValueError):
+        fit = pipeline.calibrate_column(
+            pixels,
+            column,
+            known.raw(column).cpu(),
+            condition=known.without(set(known.columns) - {*config.given}),
+            groups=groups,
+            seed=config.seed,
+        )
     what = "object" if fit.objects else "image"
     rows = [("images together", "temperature", f"{what}s")]
     rows += [(str(each.size), f"{each.temperature:.3g}", f"{2 * len(each.denser):,}") for each in fit.sizes]
-    print(table(rows, right=[0, 1, 2]))
-    print(f"\n{config.pipeline}: `smalti infer column={column} level=0.9` is right for 90 % of new {what}s, on average")
-    return fit
+    promise = f"`smalti infer column={column} level=0.9` is right for 90 % of new {what}s, on average"
+    return fit, f"{table(rows, right=[0, 1, 2])}\n\n{config.pipeline}: {promise}"
 
 
 def read_values(

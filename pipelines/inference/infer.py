@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prior.columns import Column, FlagsColumn, find_column
+from prior.columns import Column, find_column
 from prior.given import Given
 from tokenizer.precision import in_finest
 
@@ -96,21 +96,22 @@ def infer_tokens(
         return ListPosterior(column, rows, log_likelihood, log_prior, words, scales, names)
     if kind.span is not None:
         return infer_range(pipeline, column, evidence, rows, firsts, scales, prior)
-    if not isinstance(kind, FlagsColumn):
+    pairs = kind.list_parts()
+    if not pairs:
         raise ValueError(f"column: the values of {column!r} ({kind.kind}) cannot be listed; give candidates")
     if prior is not None and prior != UNIFORM:
         raise ValueError(f"prior: that of single flags is {UNIFORM!r}, or None for their frequencies")
     warnings.warn(
-        f"column: {column!r} has {len(kind.names)} flags; each is inferred alone, with the others unknown",
+        f"column: {column!r} has {len(pairs)} flags; each is inferred alone, with the others unknown",
         stacklevel=find_user_stacklevel(),
     )
-    pairs, parts = kind.list_single(), []
-    for pair in pairs:
+    parts = []
+    for pair in pairs.values():
         log_prior, words = weigh_values(pipeline, column, firsts, pair, ["no", "yes"], prior, False)
         parts.append((evidence.evaluate(pair.expand(len(rows), *pair.shape)), log_prior))
     likelihoods, priors = (torch.stack(each, 1).flatten(0, 1) for each in zip(*parts, strict=True))
-    each = [f"{row}: {flag}" for row in rows for flag in kind.names]
-    several = [scale for scale in scales for _ in kind.names]
+    each = [f"{row}: {flag}" for row in rows for flag in pairs]
+    several = [scale for scale in scales for _ in pairs]
     return ListPosterior(column, each, likelihoods, priors, words, several, ["no", "yes"])
 
 

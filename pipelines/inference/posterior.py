@@ -127,6 +127,16 @@ class Posterior:
         """The densest value of each row."""
         raise NotImplementedError
 
+    def log_density_at(self, truth: Tensor) -> Tensor:
+        """Return the log probability, or density, of the true value of each row, `(B,)`: the place of a listed value,
+        or a number."""
+        raise NotImplementedError
+
+    def errors(self, truth: Tensor) -> Tensor:
+        """Return for each row how far it is from the true value: 0 or 1 whether the mode is wrong or, of a range of
+        numbers, the distance of the mean."""
+        raise NotImplementedError
+
     def sample(self, count: int, generator: torch.Generator | None = None) -> list[list[Any]]:
         """Draw `count` values for each row."""
         raise NotImplementedError
@@ -193,6 +203,12 @@ class ListPosterior(Posterior):
             [self.values[place] for place in places if inside[place]]
             for places, inside in zip(order.tolist(), region.tolist(), strict=True)
         ]
+
+    def log_density_at(self, truth: Tensor) -> Tensor:
+        return self.log_density.gather(1, truth[:, None])[:, 0]
+
+    def errors(self, truth: Tensor) -> Tensor:
+        return (self.log_density.argmax(1) != truth).double()
 
     def rivals(self) -> tuple[list[Any], list[Any]]:
         first, second = self.log_density.topk(2, 1).indices.T.tolist()
@@ -268,9 +284,12 @@ class RangePosterior(Posterior):
         upper end may exceed 360."""
         return torch.tensor(self.credible(level))
 
-    def log_density_at(self, values: Tensor) -> Tensor:
-        """Return the log density of the cells that hold these values `(B,)`."""
-        inside = values.clamp(*self.edges) if self.period is None else values.remainder(self.period)
+    def errors(self, truth: Tensor) -> Tensor:
+        apart = self.mean - truth
+        return apart.abs() if self.period is None else ((apart + self.period / 2) % self.period - self.period / 2).abs()
+
+    def log_density_at(self, truth: Tensor) -> Tensor:
+        inside = truth.clamp(*self.edges) if self.period is None else truth.remainder(self.period)
         ends = self.cells[1].contiguous()
         place = torch.searchsorted(ends, inside[:, None].to(ends.dtype)).clamp(max=ends.shape[1] - 1)
         return self.log_density.gather(1, place)[:, 0]

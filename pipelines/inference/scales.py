@@ -17,11 +17,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from prior.columns import find_column
+from prior.columns import Column, find_column
 from tokenizer.files import check_format_version, parse_json, read_bytes, write_json
 
 from ..files import Whole, validate
-from .posterior import ListPosterior, Posterior, RangePosterior, Scale
+from .posterior import Posterior, Scale
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -143,13 +143,11 @@ def calibrate_column(
         names = [unit for unit, each in enumerate(chosen) for _ in each]
         posterior = pipeline.infer(images[flat], column, condition=given[flat], groups=names)
         fitting, scoring = slice(0, len(chosen) // 2), slice(len(chosen) // 2, None)
-        firsts = truth[[each[0] for each in chosen]]
-        scores = {
-            one: log_scores(with_temperature(posterior, one), kind, firsts)[fitting].mean() for one in TEMPERATURES
-        }
+        firsts = read_truth(kind, truth[[each[0] for each in chosen]])
+        scores = {one: with_temperature(posterior, one).log_density_at(firsts)[fitting].mean() for one in TEMPERATURES}
         temperature = max(TEMPERATURES, key=scores.__getitem__)
         scaled = with_temperature(posterior, temperature)
-        denser = scaled.denser(log_scores(scaled, kind, firsts)[:, None])[scoring, 0]
+        denser = scaled.denser(scaled.log_density_at(firsts)[:, None])[scoring, 0]
         sizes.append(SizeFit(size=size, temperature=temperature, denser=denser.sort().values.tolist()))
     used = digest_tokens(pipeline.encode(images[sorted(used_rows)]))
     fit = ColumnFit(
@@ -169,11 +167,9 @@ def with_temperature(posterior: Posterior, temperature: float) -> Posterior:
     return replace(posterior, scales=[Scale(temperature)] * len(posterior))
 
 
-def log_scores(posterior: Posterior, kind: Any, truth: Tensor) -> Tensor:
-    """Return log p(true value | images), `(B,)`, of raw values; of a range of numbers, the density."""
-    if isinstance(posterior, RangePosterior):
-        return posterior.log_density_at(truth[:, 0].double())
-    assert isinstance(posterior, ListPosterior)
-    values = kind.list_values()
-    same = (truth[:, None] == values).reshape(len(truth), len(values), -1).all(2)
-    return posterior.log_density.gather(1, same.int().argmax(1, keepdim=True))[:, 0]
+def read_truth(column: Column, raw: Tensor) -> Tensor:
+    """Return true values as posteriors take them: the place of a listed value, or a number, `(B,)`."""
+    values = column.list_values()
+    if values is None:
+        return raw[:, 0].double()
+    return (raw[:, None] == values).reshape(len(raw), len(values), -1).all(2).int().argmax(1)

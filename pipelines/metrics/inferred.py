@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inference.infer import POINTS, infer_tokens
-from ..inference.posterior import RangePosterior
-from ..inference.scales import digest_tokens, log_scores
+from ..inference.scales import digest_tokens, read_truth
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread_rows
 from ..tokens import TokenSplit
@@ -52,42 +51,37 @@ def evaluate_columns(pipeline: ImagePipeline, test: TokenSplit, group: ProcessGr
 
 
 def score_rows(pipeline: ImagePipeline, test: TokenSplit, name: str, rows: np.ndarray) -> Tensor:
-    """Return for each row `(n, 5)`: whether it is right, or the distance; the log score; the confidence in the mode;
+    """Return for each row `(n, 5)`: its error; the log score; the confidence in the mode;
     the mass that is denser than the true value; and whether the region of .9 contains it, NaN if there is no such
     region, or the image was used for it."""
-    column, truth = pipeline.columns[name], test.given[rows].rows[name].cpu()
+    truth = read_truth(pipeline.columns[name], test.given[rows].rows[name].cpu())
     tokens = test.rows(rows).to(pipeline.device)
     posterior = infer_tokens(pipeline, tokens, test.given[rows].without(), name)
-    log_score = log_scores(posterior, column, truth)
+    log_score = posterior.log_density_at(truth)
     denser = posterior.denser(log_score[:, None])[:, 0]
-    if isinstance(posterior, RangePosterior):
-        apart = posterior.mean - truth[:, 0].double()
-        right = apart.abs() if column.period is None else ((apart + 180).remainder(360) - 180).abs()
-    else:
-        right = (log_score >= posterior.log_density.max(1).values).double()
     fit = pipeline.inference.find(name, ())
     used = [fit is not None and digest in fit.digests for digest in digest_tokens(tokens)]
     scales = zip(posterior.scales, used, strict=True)
     levels = [scale.level(0.9) if len(scale.denser) >= 9 and not known else torch.nan for scale, known in scales]
     bound = torch.tensor(levels, dtype=torch.float64)
     covered = torch.where(bound.isnan(), torch.nan, (denser < bound).double())
-    return torch.stack([right, log_score, posterior.probabilities.max(1).values, denser, covered], 1)
+    return torch.stack([posterior.errors(truth), log_score, posterior.probabilities.max(1).values, denser, covered], 1)
 
 
 def summarize(scores: Tensor, is_listed: bool) -> dict[str, float]:
     """Return the figures of scored rows. The calibration error of listed values is the mean over bins of confidence of
     the difference to the share that is right; of a range, the mean difference of the mass denser than the true value
     from even quantiles."""
-    right, log_score, confidence, denser, covered = scores.unbind(1)
+    errors, log_score, confidence, denser, covered = scores.unbind(1)
     if is_listed:
         bins = (confidence * BINS).long().clamp(max=BINS - 1)
-        gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, confidence - right)
-        error = float(gaps.abs().sum() / len(right))
+        gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, confidence - (1 - errors))
+        error = float(gaps.abs().sum() / len(errors))
     else:
         even = (torch.arange(len(denser), dtype=torch.float64) + 0.5) / len(denser)
         error = float((denser.sort().values - even).abs().mean())
     return {
-        "accuracy" if is_listed else "error": float(right.mean()),
+        **({"accuracy": 1 - float(errors.mean())} if is_listed else {"error": float(errors.mean())}),
         "log_score": float(log_score.mean()),
         "calibration_error": error,
         **({} if bool(covered.isnan().all()) else {"coverage": float(covered.nanmean())}),

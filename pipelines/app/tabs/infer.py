@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ...inference.posterior import Posterior
+from ...inference.posterior import Posterior, format_value
 from ...inference.sheets import draw_evidence
 from ..controls import (
     UNCONDITIONAL,
@@ -72,10 +72,7 @@ def describe(posterior: Posterior) -> str:
     scale = posterior.scales[0]
     fitted = f"temperature {scale.temperature:.3g}" if scale.denser else "not calibrated, so too confident"
     found = {name: values[0] for name, values in posterior.columns().items()}
-    lines = [
-        f"- {name}: **{value:.4g}**" if isinstance(value, float) else f"- {name}: **{value}**"
-        for name, value in found.items()
-    ]
+    lines = [f"- {name}: **{format_value(value)}**" for name, value in found.items()]
     if scale.denser:
         lines.append(f"- at 90 %: **{posterior.conformal(0.9)[0]}**")
     return "\n".join([*lines, f"\np({posterior.name}): {posterior.prior}; {fitted}"])

@@ -61,6 +61,8 @@ def test_what_calibrate_refuses_of_a_column(two_classes, capsys):
     for given, message in (
         (["column=size"], "column: unknown column 'size'"),
         (["column=label", "given=[label]"], "given: 'label' cannot be both inferred and given"),
+        (["column=label", "tile=true"], "tile: is not for column=NAME"),
+        (["given=[label]"], "given: needs column=NAME"),
         (["column=label", "every=2"], "column 'label': 10 images have a value; at least 20 are needed"),
     ):
         assert message in fails(capsys, "calibrate", pipeline, *given)
