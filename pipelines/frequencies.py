@@ -53,8 +53,9 @@ class StoredTable(BaseModel):
         return self
 
 
-class StoredQuantiles(BaseModel):
-    """Quantiles of the number or angle `column`: overall, or with `by` of the images of each class of that column."""
+class Quantiles(BaseModel):
+    """Quantiles of the number or angle `column`, and of how many images: overall, or with `by` of the images of each
+    class among the `values` of that column."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,11 +66,37 @@ class StoredQuantiles(BaseModel):
     quantiles: list[Annotated[list[Finite], Field(min_length=QUANTILES, max_length=QUANTILES)]]
 
     @model_validator(mode="after")
-    def has_equal_lengths(self) -> StoredQuantiles:
+    def has_equal_lengths(self) -> Quantiles:
         expected = 0 if self.by is None else len(self.counts)
         if len(self.quantiles) != len(self.counts) or len(self.values) != expected:
             raise ValueError("quantiles: must be as many as counts and, with `by`, as values")
         return self
+
+    @classmethod
+    def count(cls, name: str, numbers: Tensor, by: str | None = None, ids: Tensor | None = None) -> Quantiles | None:
+        """Summarize numbers `(n,)`; with `by`, for each class among its `ids`. None without numbers."""
+        known = ~numbers.isnan()
+        classes = [] if ids is None else ids[known & (ids >= 0)].unique().tolist()
+        parts = [numbers[known]] if ids is None else [numbers[known & (ids == one)] for one in classes]
+        if not known.any() or not parts or len(parts) > MOST_TABLES:
+            return None
+        at = (torch.arange(QUANTILES) + 0.5) / QUANTILES
+        rows = [[float(f"{number:.6g}") for number in quantile(part, at).tolist()] for part in parts]
+        return cls(column=name, by=by, values=classes, counts=[len(part) for part in parts], quantiles=rows)
+
+    def log_density(self, row: int, points: Tensor, column: Column) -> Tensor:
+        """Return the log density at points, up to a constant: a normal kernel at each quantile, as wide as Silverman's
+        rule says, and one more image that may be anywhere, so that nothing is impossible."""
+        assert column.span is not None
+        low, high = column.span
+        centres, count = torch.tensor(self.quantiles[row], dtype=torch.float64), self.counts[row]
+        spread = min(float(centres.std()), float(centres[47] - centres[16]) / 1.34) or float(centres.std())
+        width = max(0.9 * spread * count**-0.2, (high - low) / 200)
+        apart = points[..., None] - centres
+        if column.period is not None:
+            apart = (apart + column.period / 2).remainder(column.period) - column.period / 2
+        density = (-0.5 * (apart / width).square()).exp().mean(-1) / (width * math.sqrt(math.tau))
+        return ((count * density + 1 / (high - low)) / (count + 1)).log()
 
 
 class FrequencyFile(BaseModel):
@@ -77,7 +104,7 @@ class FrequencyFile(BaseModel):
 
     format_version: Whole
     tables: list[StoredTable]
-    quantiles: list[StoredQuantiles] = Field([], max_length=2 * MAX_COLUMNS)
+    quantiles: list[Quantiles] = Field([], max_length=2 * MAX_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -118,45 +145,6 @@ class CountTable:
         rows, sought, null = self.part([name]), pack_values(column, values), pack_values(column, column.null(1))
         same = ((rows[:, None] == sought) | (sought == null)).all(2) & (rows != null).any(1, keepdim=True)
         return torch.where(same.any(1), same.int().argmax(1), -1)
-
-
-@dataclass(frozen=True)
-class Quantiles:
-    """Quantiles `(n, QUANTILES)` of a number or angle and the number of images of each row: overall, or of the class
-    `ids` of the column `by`."""
-
-    column: str
-    by: str | None
-    ids: list[int]
-    counts: list[int]
-    quantiles: Tensor
-
-    @classmethod
-    def count(cls, name: str, values: Tensor, by: str | None = None, ids: Tensor | None = None) -> Quantiles | None:
-        """Summarize numbers `(n,)`; with `by`, for each class among its `ids`. None without numbers."""
-        known = ~values.isnan()
-        classes = [] if ids is None else ids[known & (ids >= 0)].unique().tolist()
-        parts = [values[known]] if ids is None else [values[known & (ids == one)] for one in classes]
-        if not known.any() or not parts or len(parts) > MOST_TABLES:
-            return None
-        at = (torch.arange(QUANTILES) + 0.5) / QUANTILES
-        return cls(
-            name, by, classes, [len(part) for part in parts], torch.stack([quantile(part, at) for part in parts])
-        )
-
-    def log_density(self, row: int, points: Tensor, column: Column) -> Tensor:
-        """Return the log density at points, up to a constant: a normal kernel at each quantile, as wide as Silverman's
-        rule says, and one more image that may be anywhere, so that nothing is impossible."""
-        assert column.span is not None
-        low, high = column.span
-        centres, count = self.quantiles[row].double(), self.counts[row]
-        spread = min(float(centres.std()), float(centres[47] - centres[16]) / 1.34) or float(centres.std())
-        width = max(0.9 * spread * count**-0.2, (high - low) / 200)
-        apart = points[..., None] - centres
-        if column.period is not None:
-            apart = (apart + column.period / 2).remainder(column.period) - column.period / 2
-        density = (-0.5 * (apart / width).square()).exp().mean(-1) / (width * math.sqrt(math.tau))
-        return ((count * density + 1 / (high - low)) / (count + 1)).log()
 
 
 @dataclass(frozen=True)
@@ -216,18 +204,13 @@ class Frequencies:
                 raise FormatError(f"{path}: tables.{number}.{error}") from error
             own = {name: columns[name] for name in fields.columns}
             tables.append(CountTable(own, torch.tensor(fields.values), torch.tensor(fields.counts)))
-        quantiles = list[Quantiles]()
-        for number, stored in enumerate(file.quantiles):
-            spans = stored.column in columns and columns[stored.column].span is not None
-            if not spans or (
-                stored.by is not None and (stored.by not in columns or not columns[stored.by].num_classes)
-            ):
+        for number, each in enumerate(file.quantiles):
+            spans = each.column in columns and columns[each.column].span is not None
+            if not spans or (each.by is not None and (each.by not in columns or not columns[each.by].num_classes)):
                 raise FormatError(
                     f"{path}: quantiles.{number}: expected a number and a column of classes of this folder"
                 )
-            rows = torch.tensor(stored.quantiles)
-            quantiles.append(Quantiles(stored.column, stored.by, stored.values, stored.counts, rows))
-        return cls(tuple(tables), tuple(quantiles))
+        return cls(tuple(tables), tuple(file.quantiles))
 
     def save(self, folder: Path) -> None:
         """Write `frequencies.json`, unless there is nothing to write."""
@@ -235,16 +218,7 @@ class Frequencies:
             {"columns": list(table.columns), "values": table.values.tolist(), "counts": table.counts.tolist()}
             for table in self.tables
         ]
-        quantiles = [
-            {
-                "column": each.column,
-                **({} if each.by is None else {"by": each.by}),
-                "values": each.ids,
-                "counts": each.counts,
-                "quantiles": [[float(f"{number:.6g}") for number in row] for row in each.quantiles.tolist()],
-            }
-            for each in self.quantiles
-        ]
+        quantiles = [each.model_dump(mode="json", exclude_none=True) for each in self.quantiles]
         more = {"quantiles": quantiles} if quantiles else {}
         if tables or quantiles:
             write_json(folder / FREQUENCIES, {"format_version": FORMAT_VERSION, "tables": tables, **more})
@@ -321,8 +295,9 @@ class Frequencies:
         found = torch.empty_like(points)
         for row in range(len(given)):
             number = int(given.rows[by][row]) if by is not None else -1
-            table = tables[by if by is not None and number in tables[by].ids else None]
-            found[row] = table.log_density(table.ids.index(number) if table.by is not None else 0, points[row], column)
+            table = tables[by if by is not None and number in tables[by].values else None]
+            place = table.values.index(number) if table.by is not None else 0
+            found[row] = table.log_density(place, points[row], column)
         return found, "quantiles of training" + f" given {by}" * (by is not None)
 
     def describe(self, name: str, given: Iterable[str] = ()) -> str:

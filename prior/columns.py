@@ -119,6 +119,13 @@ class Column(ModelConfig):
         """Return the raw rows of all values, `(n, *shape)`; None if these cannot be listed."""
         return None
 
+    def to_targets(self, values: Tensor) -> Tensor:
+        """Return what is inferred of raw values, `(n,)`: the place of each among the listed values, or its number."""
+        listed = self.list_values()
+        if listed is None:
+            return values[:, 0].double()
+        return (values[:, None] == listed).reshape(len(values), len(listed), -1).all(2).int().argmax(1)
+
     def list_parts(self) -> dict[str, Tensor]:
         """Return raw rows of the values of each part alone, `(n, *shape)`, while the others are null, by the name of
         the part; empty for columns without parts."""

@@ -6,6 +6,7 @@ import csv
 import json
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -94,7 +95,7 @@ def run(config: InferConfig) -> Posterior:
         announce(pipeline, config.column, pixels, given)
         options: dict[str, Any] = {"condition": given, "prior": config.prior, "groups": groups}
         posterior = pipeline.infer(pixels, config.column, **options)
-        rows = posterior.rename(names) if len(posterior) == len(names) and groups is None else posterior
+        rows = replace(posterior, rows=names) if len(posterior) == len(names) and groups is None else posterior
         columns = {"name": [*rows.rows], **rows.columns()}
         if config.level is not None:
             columns[f"set_{config.level:g}"] = [json.dumps(each) for each in rows.conformal(config.level)]
@@ -107,7 +108,7 @@ def run(config: InferConfig) -> Posterior:
             write_picture(rows.plot(), path)
     if "evidence" in pictures:
         with user_errors(ValueError, prefix="evidence: "), pictures["evidence"].file() as path:
-            write_picture(draw_evidence(pipeline, pixels[:8], rows.head(8), given[:8]), path)
+            write_picture(draw_evidence(pipeline, pixels[:8], rows, given[:8]), path)
     print(rows.table(SHOWN))
     print(f"\n{config.out}: {count_of(len(rows), 'row')}; p({config.column}): {rows.prior}")
     if all(scale.temperature == 1 for scale in rows.scales):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 """Values of an image in a table."""
-PER_ROW = ("rows", "log_likelihood", "log_prior", "scales", "points", "error")
-"""The fields of a posterior that have an entry for each row."""
 
 
 class Scale(NamedTuple):
@@ -151,14 +149,6 @@ class Posterior:
     def rivals(self) -> tuple[list[Any], list[Any]]:
         """Return the likeliest value of each row and the next; of a range of numbers, the ends of its interval."""
         raise NotImplementedError
-
-    def rename(self, rows: Sequence[str]) -> Posterior:
-        return replace(self, rows=rows)
-
-    def head(self, count: int) -> Posterior:
-        """Return the first rows."""
-        parts = {name: each[:count] for name, each in vars(self).items() if name in PER_ROW}
-        return replace(self, **parts)
 
     def table(self, most: int = 20) -> str:
         """Return a table of the first rows, as text."""

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from prior.columns import Column, find_column
+from prior.columns import find_column
 from tokenizer.files import check_format_version, parse_json, read_bytes, write_json
 
 from ..files import Whole, validate
@@ -143,7 +143,7 @@ def calibrate_column(
         names = [unit for unit, each in enumerate(chosen) for _ in each]
         posterior = pipeline.infer(images[flat], column, condition=given[flat], groups=names)
         fitting, scoring = slice(0, len(chosen) // 2), slice(len(chosen) // 2, None)
-        firsts = read_truth(kind, truth[[each[0] for each in chosen]])
+        firsts = kind.to_targets(truth[[each[0] for each in chosen]])
         scores = {one: with_temperature(posterior, one).log_density_at(firsts)[fitting].mean() for one in TEMPERATURES}
         temperature = max(TEMPERATURES, key=scores.__getitem__)
         scaled = with_temperature(posterior, temperature)
@@ -165,11 +165,3 @@ def digest_tokens(tokens: Tensor) -> list[str]:
 
 def with_temperature(posterior: Posterior, temperature: float) -> Posterior:
     return replace(posterior, scales=[Scale(temperature)] * len(posterior))
-
-
-def read_truth(column: Column, raw: Tensor) -> Tensor:
-    """Return true values as posteriors take them: the place of a listed value, or a number, `(B,)`."""
-    values = column.list_values()
-    if values is None:
-        return raw[:, 0].double()
-    return (raw[:, None] == values).reshape(len(raw), len(values), -1).all(2).int().argmax(1)

@@ -15,9 +15,11 @@ from .posterior import Posterior, format_value
 
 
 def draw_evidence(pipeline: ImagePipeline, images: Any, posterior: Posterior, condition: Any = None) -> np.ndarray:
-    """Draw each image beside what speaks for its likeliest value (red) and for the second (blue)."""
+    """Draw each image beside what speaks for its likeliest value (red) and for the second (blue).
+
+    posterior: of these images, or of these and more after them."""
     batch = pipeline.to_images(images)
-    first, second = posterior.rivals()
+    first, second = (each[: len(batch)] for each in posterior.rivals())
     maps = evidence_map(pipeline, batch, posterior.name, first, second, condition=condition)
     rows, names = [], []
     for image, heat, a, b in zip(batch.cpu(), maps.cpu(), first, second, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inference.infer import POINTS, infer_tokens
-from ..inference.scales import digest_tokens, read_truth
+from ..inference.scales import digest_tokens
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread_rows
 from ..tokens import TokenSplit
@@ -54,7 +54,7 @@ def score_rows(pipeline: ImagePipeline, test: TokenSplit, name: str, rows: np.nd
     """Return for each row `(n, 5)`: its error; the log score; the confidence in the mode;
     the mass that is denser than the true value; and whether the region of .9 contains it, NaN if there is no such
     region, or the image was used for it."""
-    truth = read_truth(pipeline.columns[name], test.given[rows].rows[name].cpu())
+    truth = pipeline.columns[name].to_targets(test.given[rows].rows[name].cpu())
     tokens = test.rows(rows).to(pipeline.device)
     posterior = infer_tokens(pipeline, tokens, test.given[rows].without(), name)
     log_score = posterior.log_density_at(truth)

@@ -54,7 +54,7 @@ def infer_upload(
     labels, condition = arguments["labels"], dict(arguments.get("condition", {}))
     if labels is not None and labels[0] is not None:
         condition["label"] = labels[0]
-    posterior = pipeline.infer(batch, column, condition=condition).rename([served.spec.noun])
+    posterior = pipeline.infer(batch, column, condition=condition, groups=[served.spec.noun])
     pictures, tokenizer = [], pipeline.tokenizer
     if tokenizer.placed and not tokenizer.grid.scales and len(served.spec.shape) == 3:
         sheet = draw_evidence(pipeline, batch, posterior, condition)
