@@ -2,7 +2,7 @@
 
     pip install -e ".[dev]"
     python -m benchmarks.tokenizers.equal_bits data=openmoji only=                      # only time the steps
-    python -m benchmarks.tokenizers.equal_bits data=openmoji minutes=4 gpt_minutes=4    # 576 bits: 8x8 ids of 512
+    python -m benchmarks.tokenizers.equal_bits data=openmoji minutes=4 gpt_minutes=4    # 704 bits: 8x8 ids of 2,048
     python -m benchmarks.tokenizers.equal_bits data=fashion_mnist minutes=3 seeds=3     # 392 bits: 7x7 ids of 256
     python -m benchmarks.tokenizers.equal_bits data=digits minutes=0.02 gpt_minutes=0.02 limit=200 only=ema,fsq  # quick
     python -m benchmarks.tokenizers.equal_bits data=digits "model.widths=[32]" train.batch_size=16 gpt.model.depth=2
