@@ -346,6 +346,8 @@ def check_pipeline() -> None:
     """The public methods of a pipeline."""
     from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
+    from pipelines.inference.scales import calibrate_column
+
     pipe = make_pipeline(sizes={"likelihood": {"kind": "discretized_logistic"}}).to(CUDA)
     images = pixels_for(pipe, 40)
     pipe(4, labels="cat", seed=3, guidance_scale=2.0)
@@ -355,6 +357,10 @@ def check_pipeline() -> None:
     pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
     pipe.log_prob(images[:4], marginal="label"), pipe.bits_per_dim(images[:4], marginal="label")
     pipe.calibrate(images, marginal="label"), pipe.anomaly_score(images[:4], marginal="label", p_values=True)
+    calibrate_column(pipe, pipe.to_images(images), "label", torch.arange(40) % 3)
+    pipe.infer(images[:4], "label", groups=["a", "a", "b", "c"]).table()
+    pipe.evidence_map(images[:4], "label", "cat", "dog")
+    make_conditioned(outline=False).to(CUDA).infer(images[:2], "age", condition={"view": "lateral"}).interval(0.9)
     place = {"place": {"kind": "vector", "size": 2, "encoder": "place"}}
     make_conditioned("masked", place, outline=False).to(CUDA).calibrate(images, stride=4)
 
