@@ -26,7 +26,7 @@ def draw_evidence(pipeline: ImagePipeline, images: Any, posterior: Posterior, co
         small = reduce_map(heat)
         rows.append([reduce_image(image, pipeline), colour_signed(small / small.abs().max().clamp(min=1e-9))])
         bits = float(heat.sum())
-        names.append([format_value(a), f"or {format_value(b)}: {bits:.1f} bits"])
+        names.append([format_value(a), f"{bits:.0f} bits over {format_value(b)}"])
     return draw_rows(rows, names)
 
 
