@@ -44,6 +44,7 @@ from pipelines.images.pictures import save_picture
 from pipelines.inference.posterior import Posterior, RangePosterior
 from pipelines.inference.scales import calibrate_column
 from pipelines.metrics.charts import BLUE, GREY, render
+from pipelines.metrics.inferred import score_posterior, summarize
 from pipelines.metrics.localization import auroc, auroc_interval
 from pipelines.provenance import inherit, trained_data
 from pipelines.tokens import load_tokens
@@ -77,13 +78,11 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What was inferred of units (images or objects), their true values, the mass that is denser than these, and
-    whether the calibrated regions of .9 contain them: NaN for group sizes that were not calibrated."""
+    """What was inferred of units (images or objects), their true values, and the scores of `score_posterior`."""
 
     posterior: Posterior
     truth: Tensor
-    denser: Tensor
-    covered: Tensor
+    scores: Tensor
 
 
 # Measurements -------------------------------------------------------------------------------------
@@ -122,32 +121,23 @@ def measure(
 def score(pipe: ImagePipeline, posterior: Posterior, column: str, raw: Tensor) -> Measured:
     """Compare a posterior with raw true values, one per row."""
     truth = pipe.columns[column].to_targets(raw)
-    denser = posterior.denser(posterior.log_density_at(truth)[:, None])[:, 0]
-    levels = [scale.level(0.9) if len(scale.denser) >= 9 else math.nan for scale in posterior.scales]
-    bound = torch.tensor(levels, dtype=denser.dtype)
-    covered = torch.where(bound.isnan(), math.nan, (denser < bound).to(denser.dtype))
-    return Measured(posterior, truth, denser, covered)
+    return Measured(posterior, truth, score_posterior(posterior, truth).double())
 
 
 def print_measured(name: str, given: str, found: Measured) -> None:
     """Print a row of the table."""
     posterior, truth = found.posterior, found.truth
-    errors = posterior.errors(truth)
+    errors, covered = found.scores[:, 0], found.scores[:, -1]
+    figures = summarize(found.scores, is_listed=not isinstance(posterior, RangePosterior))
     if isinstance(posterior, RangePosterior):
-        right = f"r = {np.corrcoef(posterior.mean, truth)[0, 1]:.3f}"
-        error = f"{float(errors.mean()):.3g}"
-        gap = (found.denser.sort().values - (torch.arange(len(truth)) + 0.5) / len(truth)).abs().mean()
+        right, error = f"r = {np.corrcoef(posterior.mean, truth)[0, 1]:.3f}", f"{figures['error']:.3g}"
     else:
         right, error = share(1 - errors), ""
-        gap = sum(float(abs(c - r)) * n for c, r, n in bins(found)) / len(truth)  # type: ignore[assignment]
-    log_score = float(posterior.log_density_at(truth).mean())
-    known = found.covered[~found.covered.isnan()]
+    known = covered[~covered.isnan()]
     fitted = max(len(scale.denser) for scale in posterior.scales)
     inside = share(known, fitted) if len(known) else "not calibrated"
-    print(
-        table_row([name, given, f"{len(truth):,}", right, error, f"{log_score:.3f}", f"{float(gap):.3f}", inside]),
-        flush=True,
-    )
+    more = [f"{figures[key]:.3f}" for key in ("log_score", "calibration_error")]
+    print(table_row([name, given, f"{len(truth):,}", right, error, *more, inside]), flush=True)
 
 
 def share(events: Tensor, fitted: int | None = None) -> str:
@@ -162,8 +152,8 @@ def share(events: Tensor, fitted: int | None = None) -> str:
 
 def bins(found: Measured, count: int = 15) -> list[tuple[float, float, int]]:
     """Return the mean confidence, the share that is right, and the number of units in each bin of confidence."""
-    confidence = found.posterior.probabilities.max(1).values
-    right, place = 1 - found.posterior.errors(found.truth), (confidence * count).long().clamp(max=count - 1)
+    confidence = found.scores[:, 2]
+    right, place = 1 - found.scores[:, 0], (confidence * count).long().clamp(max=count - 1)
     parts = [place == bin for bin in range(count)]
     return [
         (float(confidence[part].mean()), float(right[part].mean()), int(part.sum())) for part in parts if part.any()
@@ -178,7 +168,7 @@ def draw_calibration(curves: dict[str, Measured], path: Path) -> None:
         axes = figure.subplots()
         for name, found in curves.items():
             if isinstance(found.posterior, RangePosterior):
-                level = found.denser.sort().values
+                level = found.scores[:, 3].sort().values
                 axes.plot(level, (torch.arange(len(level)) + 1) / len(level), label=name)
             else:
                 points = [(c, r) for c, r, n in bins(found) if n >= 10]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inference.infer import POINTS, infer_tokens
+from ..inference.posterior import Posterior
 from ..inference.scales import digest_tokens
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread_rows
@@ -51,18 +52,23 @@ def evaluate_columns(pipeline: ImagePipeline, test: TokenSplit, group: ProcessGr
 
 
 def score_rows(pipeline: ImagePipeline, test: TokenSplit, name: str, rows: np.ndarray) -> Tensor:
-    """Return for each row `(n, 5)`: its error; the log score; the confidence in the mode;
-    the mass that is denser than the true value; and whether the region of .9 contains it, NaN if there is no such
-    region, or the image was used for it."""
+    """Return the scores of rows; whether a region contains the true value is NaN for images that were used for it."""
     truth = pipeline.columns[name].to_targets(test.given[rows].rows[name].cpu())
     tokens = test.rows(rows).to(pipeline.device)
     posterior = infer_tokens(pipeline, tokens, test.given[rows].without(), name)
-    log_score = posterior.log_density_at(truth)
-    denser = posterior.denser(log_score[:, None])[:, 0]
     fit = pipeline.inference.find(name, ())
     used = [fit is not None and digest in fit.digests for digest in digest_tokens(tokens)]
-    scales = zip(posterior.scales, used, strict=True)
-    levels = [scale.level(0.9) if len(scale.denser) >= 9 and not known else torch.nan for scale, known in scales]
+    scores = score_posterior(posterior, truth)
+    scores[torch.tensor(used), -1] = torch.nan
+    return scores
+
+
+def score_posterior(posterior: Posterior, truth: Tensor) -> Tensor:
+    """Return for each row `(n, 5)`: its error; the log score; the confidence in the mode; the mass that is denser than
+    the true value; and whether the region of .9 contains it, NaN if there is no such region."""
+    log_score = posterior.log_density_at(truth)
+    denser = posterior.denser(log_score[:, None])[:, 0]
+    levels = [scale.level(0.9) if len(scale.denser) >= 9 else torch.nan for scale in posterior.scales]
     bound = torch.tensor(levels, dtype=torch.float64)
     covered = torch.where(bound.isnan(), torch.nan, (denser < bound).double())
     return torch.stack([posterior.errors(truth), log_score, posterior.probabilities.max(1).values, denser, covered], 1)
