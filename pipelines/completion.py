@@ -9,7 +9,7 @@ result is the conditional of that order's density, which may differ from `log_pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +21,23 @@ from torch import Tensor
 
 from prior import Prior
 from prior.arguments import check_count, to_tensor, whole_number
+from prior.canvas import Chain
 from prior.given import Given
 from prior.options import Order, select_order
 from prior.sampling import check_known
 from tokenizer.precision import in_finest
 from tokenizer.spec import ImageSpec, check_output_type
 
+from .canvas import (
+    Wrap,
+    decode_canvas_batch,
+    encode_large_batch,
+    find_known_tokens,
+    find_patch,
+    make_chain,
+    read_canvas_given,
+    read_equal,
+)
 from .images.formats import decode_image
 from .images.pictures import LATENT
 
@@ -67,6 +78,10 @@ def complete(
     batch_size: int = 64,
     output_type: str = "pil",
     progress: bool = True,
+    size: Sequence[int] | None = None,
+    at: Sequence[int] | None = None,
+    stride: int | None = None,
+    wrap: Wrap = False,
     **settings: Any,
 ) -> PipelineOutput:
     """Sample the hidden part of images given the known part, or continue clips.
@@ -84,6 +99,11 @@ def complete(
     density of the order that starts with them (not `log_prob`'s); other priors condition it on the tokens that precede
     it in their order. Known pixels are returned unchanged.
 
+    size or stride: take images at their own size, all of one size, and complete them as a canvas of `size` (None: their
+    own), as `pipe(size=...)` draws one; `mask` or `known` is then of the images' own size. at: the upper left pixel of
+    the images on the canvas (None: the middle); what is around them is drawn, and with neither `mask` nor `known`
+    nothing else. Needs a prior that conditions on any known tokens.
+
     draws: completions per image. Draw d of image k uses seed + k * draws + d, in any batch. With several draws, images
     are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
     `out.images[k][d]` is draw d of image k; tokens are `(B, draws, *grid.shape)`. With one draw there is no such axis.
@@ -98,6 +118,16 @@ def complete(
     """
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
+    if size is not None or stride is not None:
+        if frames is not None:
+            raise ValueError("frames: a canvas has none; give known or mask")
+        laid, known, chain = lay_out(pipeline, images, known, mask, size, at, stride, wrap, order)
+        common: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+        common |= {"size": tuple(laid.shape[-2:]), "stride": stride, "wrap": wrap, "order": order, "seed": seed}
+        common |= {"batch_size": batch_size, "progress": progress, **settings}
+        return complete_canvas(pipeline, laid, known, chain, labels, condition, draws, output_type, common)
+    if at is not None or wrap is not False:
+        raise ValueError("at and wrap are those of a canvas; give its size, too")
     batch, known, given = read_partly_known(pipeline, images, known, labels, condition, mask, frames)
     count = len(batch)
     tokens, keep = encode_visible(pipeline, batch, known, batch_size)
@@ -124,6 +154,75 @@ def complete(
         decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=progress)
         found = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
     return type(made).of(found, sampled, made.class_names, made.axes)
+
+
+def lay_out(
+    pipeline: ImagePipeline,
+    images: Any,
+    known: Known,
+    mask: Mask,
+    size: Sequence[int] | None,
+    at: Sequence[int] | None,
+    stride: int | None,
+    wrap: Wrap,
+    order: Any,
+) -> tuple[Tensor, Tensor, Chain]:
+    """Return images laid on a canvas, `(B, C, H, W)`, 0 elsewhere; which pixels are known, bool `(B, H, W)`; and the
+    chain. Raises `ValueError` for images that do not fit."""
+    there = torch.stack(read_equal(pipeline.list_images(images)))
+    own = tuple(there.shape[-2:])
+    chain = make_chain(pipeline, own if size is None else size, stride, wrap, order)
+    whole = tuple(side * by for side, by in zip(chain.size, find_patch(pipeline), strict=True))
+    if known is None and mask is None:
+        keep = torch.ones(len(there), *own, dtype=torch.bool)
+    else:
+        keep = find_known_pixels(known, mask, images, there)
+    corner = [(side - inner) // 2 for side, inner in zip(whole, own, strict=True)] if at is None else list(at)
+    if len(corner) != 2 or any(type(one) is not int for one in corner):
+        raise ValueError(f"at: expected (top, left) in pixels (got {at!r})")
+    if any(not 0 <= first <= side - inner for first, side, inner in zip(corner, whole, own, strict=True)):
+        raise ValueError(f"at: images of {own} pixels at {tuple(corner)} do not lie within a canvas of {whole}")
+    if bool(keep.all()) and own == whole:
+        raise TypeError(
+            "give known (True = keep this pixel) or mask (white = redraw it), or a size larger than the images"
+        )
+    canvas, inside = there.new_zeros(*there.shape[:2], *whole), torch.zeros(len(there), *whole, dtype=torch.bool)
+    place = (..., slice(corner[0], corner[0] + own[0]), slice(corner[1], corner[1] + own[1]))
+    canvas[place], inside[place] = there, keep.cpu()
+    return canvas, inside, chain
+
+
+def complete_canvas(
+    pipeline: ImagePipeline,
+    canvas: Tensor,
+    known: Tensor,
+    chain: Chain,
+    labels: Label | Sequence[Label],
+    condition: Condition,
+    draws: int,
+    output_type: str,
+    settings: Mapping[str, Any],
+) -> PipelineOutput:
+    """Complete what `lay_out` returned; see `complete`."""
+    tokens = encode_large_batch(pipeline, paint_hidden(canvas, known.unsqueeze(-3)), chain)
+    keep = find_known_tokens(chain, known)
+    given = read_canvas_given(pipeline, chain, labels, condition, len(canvas))
+    rows = torch.arange(len(given)).view(len(canvas), -1).repeat_interleave(draws, 0).flatten()
+    made = pipeline(
+        len(canvas) * draws,
+        condition=given[rows],
+        tokens=tokens.repeat_interleave(draws, 0),
+        known=keep.repeat_interleave(draws, 0),
+        output_type=LATENT,
+        **settings,
+    )
+    lead = (len(canvas),) if draws == 1 else (len(canvas), draws)
+    found = sampled = made.tokens.unflatten(0, lead)
+    if output_type != LATENT:
+        there, original = (each.repeat_interleave(draws, 0) for each in (known.unsqueeze(-3), canvas))
+        decoded = decode_canvas_batch(pipeline, made.tokens, chain)
+        found = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
+    return type(made).of(found, sampled, None, made.axes, made.canvas)
 
 
 def read_partly_known(
@@ -218,7 +317,7 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, given: Given) -
     arguments out of range.
     """
     _, keep = check_known(prior, tokens, known, len(tokens))
-    if blocked := int((~sees_all_known(prior, keep)).sum()):
+    if blocked := int((~prior.sees_all_known(keep)).sum()):
         raise ConditionError(
             f"no exact conditional: this {prior.name} prior has one order, {prior.config.order!r}, and in {blocked} of "
             f"{len(tokens)} images known tokens come after hidden ones; use a mask whose known tokens come first, or "
@@ -226,19 +325,6 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, given: Given) -
         )
     each = prior.chain_log_probs(tokens, given, known=keep)
     return in_finest(each.flatten(1)).masked_fill(keep, 0).sum(1).float()
-
-
-def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
-    """Return whether hidden tokens are drawn from the exact conditional given all known tokens, bool `(B,)`.
-
-    keep: which tokens are known, bool `(B, N)` in raster order. Always True for an any-order prior. For a prior with
-    one order it is True if no known token depends on a hidden one: then p(known) is the product of the known tokens'
-    factors, and p(hidden | known) is the product of the others.
-    """
-    if prior.any_order:
-        return keep.new_ones(len(keep))
-    hidden_seen = (~keep).float() @ prior.receptive_field.to(keep.device).float().t()
-    return ~(keep & (hidden_seen > 0)).any(1)
 
 
 # Which pixels are known

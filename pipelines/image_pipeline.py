@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prior import Prior
 from prior.arguments import check_count, to_tensor, whole_number
+from prior.canvas import Canvas
 from prior.columns import LABEL, ClassColumn, Column, describe_columns
 from prior.given import Given
 from prior.noise import Generators
@@ -35,7 +36,7 @@ from tokenizer.files import ConfigError, read_folder
 from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from tokenizer.spec import ImageSpec, check_output_type, select_shown, to_uint8
 
-from . import completion, representation, saving
+from . import canvas, completion, representation, saving
 from .anomaly import calibrating, healing, maps, scores
 from .anomaly.calibration import Calibration
 from .columns import format_of
@@ -83,11 +84,15 @@ class PipelineOutput(OutputFields):
     3, or 4 with frames."""
 
     axes = 3
+    canvas: Canvas | None = None
+    """With `size`, the tokens and the chain that drew them, for `canvas_log_prob` and `decode_canvas`."""
 
     @classmethod
-    def of(cls, images: Any, tokens: Tensor, class_names: list[str] | None, axes: int) -> PipelineOutput:
+    def of(
+        cls, images: Any, tokens: Tensor, class_names: list[str] | None, axes: int, canvas: Canvas | None = None
+    ) -> PipelineOutput:
         found = cls(images, tokens, class_names)
-        found.axes = axes
+        found.axes, found.canvas = axes, canvas
         return found
 
     def __repr__(self) -> str:
@@ -210,6 +215,9 @@ class ImagePipeline:
         num_images_per_label: int | None = None,
         seed: int | None = None,
         generator: Generators = None,
+        size: Sequence[int] | None = None,
+        stride: int | None = None,
+        wrap: canvas.Wrap = False,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
         order: Order = None,
@@ -236,6 +244,12 @@ class ImagePipeline:
         training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). Clips (`frames` > 1) are lists
         of lists of PIL images, arrays (B, T, H, W, C) or tensors `(B, T, C, H, W)`. progress: False hides the bar.
 
+        size: (H, W) in pixels of images larger than the model's, for priors that condition on any known tokens: a
+        window slides over a canvas and continues the tokens that are there (`out.canvas`; see `prior.canvas`). stride:
+        pixels from one window to the next; None: half a window. wrap: True, "x" or "y" joins opposite borders. A value
+        of the condition may then be an array with one for each window, (count, rows, columns, ...), and a grid takes
+        images that lie over the canvas. Windows that do not overlap are drawn at once, `batch_size` at a time.
+
         temperature: below 1 prefers likely ids; 0 takes the likeliest. top_k: sample from the k likeliest ids only.
         top_p: sample from the likeliest ids with this total probability only. guidance_scale: above 1 follows labels
         and condition more closely, 1 is no guidance. None, as for settings that are left out, is the pipeline's own
@@ -258,9 +272,15 @@ class ImagePipeline:
                 raise ValueError("give num_images (in total) or num_images_per_label, not both")
             labels, condition, num_images = repeat_labels(labels, condition, num_images_per_label)
         num_images = None if num_images is None else check_count(num_images)
-        given = self.read_given(labels, condition, num_images)
-        num_images = check_count(len(given))
         check_output_type(output_type, LATENT)
+        if size is None and (stride is not None or wrap is not False):
+            raise ValueError("stride and wrap are those of a canvas; give its size, too")
+        chain = None if size is None else canvas.make_chain(self, size, stride, wrap, order)
+        if chain is None:
+            given = self.read_given(labels, condition, num_images)
+        else:
+            given = canvas.read_canvas_given(self, chain, labels, condition, num_images)
+        num_images = check_count(len(given) if chain is None else len(given) // len(chain.corners))
 
         def report(step: SamplingStep) -> None:
             assert callback_on_step_end is not None
@@ -268,18 +288,22 @@ class ImagePipeline:
 
         decoding = DecodingOptions(order, num_orders, cache, parallel)
         shared = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        tokens = self.prior.sample(
-            num_images,
-            condition=given,
-            sampling=self.resolve_sampling({**shared, **settings}, given.names, decoding),
-            decoding=decoding,
-            generator=make_generators(seed, generator, num_images),
-            tokens=tokens,
-            known=known,
-            batch_size=batch_size,
-            progress=self.progress_bar_config if progress else False,
-            on_step=None if callback_on_step_end is None else report,
-        )
+        sampling = self.resolve_sampling({**shared, **settings}, given.names, decoding)
+        request: Any = {
+            "sampling": sampling,
+            "decoding": decoding,
+            "generator": make_generators(seed, generator, num_images),
+            "tokens": tokens,
+            "known": known,
+            "batch_size": batch_size,
+            "progress": self.progress_bar_config if progress else False,
+            "on_step": None if callback_on_step_end is None else report,
+        }
+        if chain is not None:
+            drawn = canvas.sample_canvas(self, chain, given, **request)
+            images = drawn.tokens if output_type == LATENT else self.decode_canvas(drawn, output_type=output_type)
+            return PipelineOutput.of(images, drawn.tokens, None, len(self.spec.shape), drawn)
+        tokens = self.prior.sample(num_images, condition=given, **request)
         options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
         images = tokens if output_type == LATENT else self.decode(tokens, **options)
         names = self.class_names(given.rows[LABEL]) if LABEL in given.rows else None
@@ -384,6 +408,8 @@ class ImagePipeline:
 
     encode_tiles = serialized(encode_tiles)
     decode_tiles = serialized(decode_tiles)
+    encode_canvas = serialized(canvas.encode_canvas)
+    decode_canvas = serialized(canvas.decode_canvas)
 
     @serialized
     def reconstruct(
@@ -566,6 +592,7 @@ class ImagePipeline:
         return -torch.cat(parts) / (batch.shape[1:].numel() * np.log(2))
 
     conditional_log_prob = serialized(completion.conditional_log_prob)
+    canvas_log_prob = serialized(canvas.canvas_log_prob)
 
     # Finding anomalies
 

@@ -370,6 +370,17 @@ class Prior(PretrainedModel, family="prior"):
         """bool `(P, P)`, in raster order: row i marks the positions seen at i, by default those of earlier blocks."""
         return self.position_block_of < self.position_block_of[:, None]
 
+    def sees_all_known(self, known: Tensor) -> Tensor:
+        """Return whether hidden tokens are drawn from the exact conditional given all `known` tokens, bool `(B,)`.
+
+        known: bool `(B, N)`, in raster order. Always True for an any-order prior. For a prior with one order it is True
+        if no known token depends on a hidden one: then p(known) is the product of the known tokens' factors, and
+        p(hidden | known) is the product of the others."""
+        if self.any_order:
+            return known.new_ones(len(known))
+        hidden_seen = (~known).float() @ self.receptive_field.to(known.device).float().t()
+        return ~(known & (hidden_seen > 0)).any(1)
+
     # Features
 
     @property

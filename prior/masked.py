@@ -24,7 +24,7 @@ from .attention import EPS, Block, Rotations, coordinates
 from .base import Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .given import Given
-from .noise import CONFIDENCE_NOISE, TokenNoise, gumbel_noise
+from .noise import CONFIDENCE_NOISE, gumbel_noise
 from .options import DecodingOptions, Order, SamplingOptions, check_finite
 from .orders import Partition, block_numbers
 from .parallel import rows_per_pass
@@ -316,7 +316,7 @@ class Masked(Prior, name="masked"):
         """Draw all masked tokens, reveal the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
         size = len(self.grid)
         encoded = encode_rows(self, batch, options)
-        noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)
+        noise = batch.noise(self.grid).of_ranks(0, size)
         ids = torch.where(batch.known, batch.tokens, self.mask)
         masked = options.masked_before_steps((~batch.known).sum(1))
         last_size = torch.where(masked > 0, masked, masked[0]).amin(0)  # of the last step that draws any

@@ -85,6 +85,14 @@ def _to_gumbel(uniform: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_().float()
 
 
+def place_noise(keys: Tensor, places: Tensor, vocab_size: int) -> Tensor:
+    """Return the Gumbel variates of tokens with the numbers `places` `(B, n)`, float32 `(B, n, vocab_size)`."""
+    on = keys.device if finest(keys.device) == torch.float64 else torch.device("cpu")
+    counters = places.to(on)[..., None] * vocab_size + torch.arange(1, vocab_size + 1, device=on)
+    hashes = _hash(keys.to(on), TOKEN_NOISE, counters.flatten(1)).view(counters.shape)
+    return _to_gumbel(_to_uniform(hashes)).to(keys.device)
+
+
 def fused_gumbel_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
     """Return the same variates from one compiled kernel: the same hashes, and logarithms within an ulp of float64."""
     return _compiled_noise()(keys, use, torch.arange(first + 1, first + count + 1, device=keys.device))
@@ -103,10 +111,11 @@ def draw_numbers(keys: Tensor, use: int, count: int) -> Tensor:
 
 class TokenNoise:
     """The Gumbel noise of a batch's tokens by rank, computed for many ranks at a time. A batch for which one rank fills
-    a GPU uses a fused kernel, which takes seconds to compile."""
+    a GPU uses a fused kernel, which takes seconds to compile. places: the number of each rank's noise, `(B, N)`; None:
+    the rank itself."""
 
-    def __init__(self, keys: Tensor, num_tokens: int, vocab_size: int) -> None:
-        self.keys, self.num_tokens, self.vocab_size = keys, num_tokens, vocab_size
+    def __init__(self, keys: Tensor, num_tokens: int, vocab_size: int, places: Tensor | None = None) -> None:
+        self.keys, self.num_tokens, self.vocab_size, self.places = keys, num_tokens, vocab_size, places
         self.at_once = max(1, NUMBERS_AT_ONCE // (max(1, len(keys)) * vocab_size))
         fuses = len(keys) * vocab_size >= NUMBERS_AT_ONCE and can_compile(keys.device)
         self.draw = fused_gumbel_noise if fuses else gumbel_noise
@@ -117,7 +126,10 @@ class TokenNoise:
         """Return noise `(B, end - begin, V)` of the ranks from `begin` to `end` - 1."""
         if begin < self.begin or end > self.end:
             self.begin, self.end = begin, max(end, min(begin + self.at_once, self.num_tokens))
-            count = (self.end - begin) * self.vocab_size
-            noise = self.draw(self.keys, TOKEN_NOISE, begin * self.vocab_size, count)
-            self.noise = noise.view(len(self.keys), -1, self.vocab_size)
+            if self.places is not None:
+                self.noise = place_noise(self.keys, self.places[:, begin : self.end], self.vocab_size)
+            else:
+                count = (self.end - begin) * self.vocab_size
+                noise = self.draw(self.keys, TOKEN_NOISE, begin * self.vocab_size, count)
+                self.noise = noise.view(len(self.keys), -1, self.vocab_size)
         return self.noise[:, begin - self.begin : end - self.begin]

@@ -17,7 +17,6 @@ from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32
 
 from .condition_encoder import Encoded
-from .noise import TokenNoise
 from .options import SamplingOptions
 from .sampling import Monitor, SampleBatch, encode_rows
 
@@ -38,7 +37,7 @@ def sample_parallel(
     """Draw the same tokens as `sample_blocks` by passes over the whole grid. Return the tokens `(B, N)`, in decoding
     order, and the number of passes per image, `(B,)`."""
     (count, size), device = batch.tokens.shape, batch.tokens.device
-    noise = TokenNoise(batch.keys, size, prior.grid.vocab_size).of_ranks(0, size)
+    noise = batch.noise(prior.grid).of_ranks(0, size)
     ranks, sizes = torch.arange(size, device=device), torch.tensor(batch.blocks, device=device)
     ends = torch.cat([sizes.cumsum(0).repeat_interleave(sizes), sizes.new_tensor([size])])  # of each rank's block
     scale = options.scale_by_rank(batch.blocks, device)

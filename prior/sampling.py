@@ -37,7 +37,8 @@ T = TypeVar("T")
 class SampleBatch:
     """Images to draw, one per row: what is `given`, noise keys `(B,)`, and tokens to keep where bool `known` is True.
     `tokens` and `known` are `(B, N)` in the sequence of `order`, `(N,)` or `(B, N)`, which `blocks` cut. rows: indices
-    of these images in the request; own_order: whether order and blocks are the model's."""
+    of these images in the request; own_order: whether order and blocks are the model's; places: the number of each
+    token's noise, `(B, N)` in the same sequence, if it is not its rank."""
 
     given: Given
     keys: Tensor
@@ -47,6 +48,7 @@ class SampleBatch:
     blocks: tuple[int, ...]
     rows: Tensor
     own_order: bool = True
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -60,6 +62,7 @@ class SampleBatch:
             known=self.known[at],
             order=self.order if self.order.ndim == 1 else self.order[at],
             rows=self.rows[at],
+            places=None if self.places is None else self.places[at],
         )
 
     def in_order(self, partition: Partition | None, prior: Prior) -> SampleBatch:
@@ -67,8 +70,11 @@ class SampleBatch:
         order, blocks = (prior.order, prior.blocks) if partition is None else partition
         wide = order.expand(self.tokens.shape)
         tokens, known = self.tokens.gather(1, wide), self.known.gather(1, wide)
-        own = partition is None
-        return replace(self, tokens=tokens, known=known, order=order, blocks=blocks, own_order=own)
+        places, own = None if self.places is None else self.places.gather(1, wide), partition is None
+        return replace(self, tokens=tokens, known=known, order=order, blocks=blocks, own_order=own, places=places)
+
+    def noise(self, grid: TokenGrid) -> TokenNoise:
+        return TokenNoise(self.keys, len(grid), grid.vocab_size, self.places)
 
     def to_raster(self, values: Tensor) -> Tensor:
         return torch.empty_like(values).scatter_(1, self.order.expand(values.shape), values)
@@ -304,7 +310,8 @@ class UncachedState:
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
     sampled = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
-        inputs = {name: getattr(batch, name) for name in ("keys", "tokens", "known", "order")}
+        names = ("keys", "tokens", "known", "order", *(("places",) if batch.places is not None else ()))
+        inputs = {name: getattr(batch, name) for name in names}
         given = batch.given
         columns = {f"given.{name}": given.raw(name, prior.device) for name in given.columns}  # null ones, too
         inputs |= columns
@@ -345,7 +352,7 @@ def draw_blocks(
         skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
     encoded, partition = encode_rows(prior, batch, options), batch.partition(options)
     state = prior.start(encoded, partition, cache=cache)
-    noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
+    noise = batch.noise(prior.grid)
     sampled, tokens = batch.tokens.clone(), None
     steps = cuts if monitor is None else monitor.iterate(cuts)
     for (begin, end), scale in zip(steps, options.scale_by_block(batch.blocks), strict=False):

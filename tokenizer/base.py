@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -224,6 +225,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     grid: TokenGrid
     spec: ImageSpec
     levels: int = 1  # ids per position; each row of positions takes this many rows of the grid
+    resizable: bool = False
+    """Whether the same weights encode and decode images of other sizes; see `resize`."""
     prefixes: tuple[int, ...] = ()
     """Prefix lengths to show in previews, ending with the full length; empty if prefixes cannot be decoded."""
 
@@ -324,6 +327,17 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     def placed(self) -> bool:
         """Whether each token represents one region of the image, as `known_tokens` requires."""
         return len(self.grid.shape) > 1
+
+    def resize(self, height: int, width: int) -> Tokenizer | None:
+        """Return this tokenizer for images of another size, with the same weights; None unless it is `resizable`. The
+        sides must be whole numbers of tokens. Layers that see the whole image, such as `GroupNorm`, see the larger
+        one, so that pixels may differ slightly from those of parts."""
+        if not self.resizable or not self.placed or self.grid.scales:
+            return None
+        found, sides = copy.copy(self), zip(self.grid.shape, (height, width), self.spec.size, strict=True)
+        found.spec = self.spec.at(height, width)
+        found.grid = replace(self.grid, shape=tuple(count * side // own for count, side, own in sides))
+        return found
 
     def known_tokens(self, known: Tensor) -> Tensor:
         """Map known pixels, bool `(B, H, W)`, of clips `(B, T, H, W)`, to known tokens `(B, *grid.shape)`: a token is

@@ -31,6 +31,7 @@ class Palette(Tokenizer, name="palette"):
     table is a regular lattice. There is no pixel likelihood."""
 
     Config = PaletteConfig
+    resizable = True
     table: Tensor
 
     def __init__(self, config: PaletteConfig) -> None:

@@ -56,6 +56,7 @@ class Pixels(Tokenizer, name="pixels"):
     """
 
     Config = PixelsConfig
+    resizable = True
 
     def __init__(self, config: PixelsConfig) -> None:
         super().__init__(config)

@@ -83,6 +83,7 @@ class VQGAN(Autoencoder, name="vqgan"):
     """The published encoder and decoder, with any quantizer."""
 
     Config = VQGANConfig
+    resizable = True
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config, config.factor)

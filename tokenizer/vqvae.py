@@ -16,6 +16,7 @@ class VQVAE(Autoencoder, name="vqvae"):
     """The convolutional encoder and decoder of `layers.py` with a quantizer."""
 
     Config = VQVAEConfig
+    resizable = True
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config, config.factor)

@@ -22,7 +22,6 @@ from ..completion import (
     find_first_frames,
     find_white,
     make_mask,
-    sees_all_known,
 )
 from ..condition_keys import SamplesWithCondition
 from ..config import OutputConfig, UserError, run_command, tell, user_errors
@@ -261,7 +260,7 @@ def describe_context(prior: Prior, keep: Tensor) -> str:
     """Describe which known tokens, bool `keep` `(1, N)`, a hidden token is conditioned on."""
     if not bool(keep.any()):
         return "nothing: no patch is completely known"
-    if not bool(sees_all_known(prior, keep).all()):
+    if not bool(prior.sees_all_known(keep).all()):
         return f"the known tokens that come earlier in {prior.config.order} order"
     order = "" if prior.any_order else f" (in {prior.config.order} order they precede the hidden ones)"
     return f"all visible tokens{order}"
