@@ -30,6 +30,7 @@ from prior.sampling import choose_orders, equal_batches, make_batch
 from tokenizer.files import fsync
 from tokenizer.spec import ImageSpec
 
+from .canvas import make_chain
 from .condition_keys import GivenKeys, SamplesWithCondition
 from .config import OutputConfig, UserError, run_command, user_errors
 from .config.importing import format_imports
@@ -62,7 +63,7 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     unavailable = {"prompt": NO_TEXT}
     often = (
         "pipeline out overwrite num_images labels condition.NAME conditions seed temperature top_k top_p "
-        "guidance_scale guidance_on"
+        "guidance_scale guidance_on size wrap"
     )
 
     out: str = Field(
@@ -89,6 +90,15 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
         1, ge=1, description="sample from a mixture of this many orders; each image uses one of them"
     )
     parallel: bool = Field(False, description="predict many tokens per pass and verify them; the images are the same")
+    size: tuple[int, int] | None = Field(
+        None,
+        description="height and width in pixels of images larger than the model's, on which a window continues what is "
+        "there; for any-order priors",
+    )
+    stride: int | None = Field(None, ge=1, description="with size: pixels between windows; default: half a window")
+    wrap: bool | Literal["x", "y"] = Field(
+        False, description="with size: join opposite borders, for textures; x: left and right only, y: top and bottom"
+    )
     columns: int | None = Field(
         None, ge=1, description="columns of the grid; default: one per class up to 20 classes, else 8"
     )
@@ -106,7 +116,7 @@ def run(config: GenerateConfig) -> Path:
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = group.main_first(lambda: make_request(config, pipeline))
         count = len(request.given)
-        images = ImageFolder(config, count, pipeline.spec)
+        images = ImageFolder(config, count, request.spec)
         group.on_main(lambda: images.check(group.world))
         job = group.on_main(lambda: request.describe_job(images.file_suffix))
         saved = request.sampler.describe(without=request.settings)
@@ -134,7 +144,7 @@ def run(config: GenerateConfig) -> Path:
 class Request:
     """Images identified by number, independent of process and batch: image k has row k of `given`, which has the class
     `labels[k % len(labels)]` (none if there are no labels), and seed + k. keys: the condition as written; settings: the
-    sampling settings of the command."""
+    sampling settings of the command; canvas: the size, stride and wrap of images larger than the model's."""
 
     pipeline: ImagePipeline
     keys: GivenKeys
@@ -143,6 +153,11 @@ class Request:
     seed: int
     decoding: DecodingOptions
     settings: dict[str, Any]
+    canvas: dict[str, Any]
+
+    @property
+    def spec(self) -> ImageSpec:
+        return self.pipeline.spec.at(*self.canvas["size"]) if self.canvas else self.pipeline.spec
 
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
         """Draw the images with these numbers in one batch, an array (B, H, W, C), of clips (B, T, H, W, C). Raises
@@ -157,6 +172,7 @@ class Request:
                 batch_size=len(numbers),
                 output_type="np",
                 progress=progress,
+                **self.canvas,
                 **vars(self.decoding),
                 **vars(sampler),
             ).images
@@ -169,7 +185,7 @@ class Request:
 
     def describe_job(self, suffix: str) -> dict[str, Any]:
         """Return what the bytes of the result depend on, and the device. Raises `UserError`."""
-        pipeline, prior, spec = self.pipeline, self.pipeline.prior, self.pipeline.spec
+        pipeline, prior, spec = self.pipeline, self.pipeline.prior, self.spec
         with user_errors(ValueError, TypeError):
             batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
@@ -187,6 +203,7 @@ class Request:
             "seed": self.seed,
             "order": self.decoding.order,
             "num_orders": self.decoding.num_orders,
+            **self.canvas,
             "sampler": self.sampler.to_dict(),
             "device": pipeline.device.type,
         }
@@ -207,7 +224,22 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
         if len(labels):
             given = given.with_rows(label=labels[torch.arange(len(given)) % len(labels)]).drop_null()
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    return Request(pipeline, keys, labels, given, config.seed, decoding, config.sampling_settings())
+    canvas = read_canvas(config, pipeline, given)
+    return Request(pipeline, keys, labels, given, config.seed, decoding, config.sampling_settings(), canvas)
+
+
+def read_canvas(config: GenerateConfig, pipeline: ImagePipeline, given: Given) -> dict[str, Any]:
+    """Return the arguments of a canvas, empty without a size. Raises `UserError` for what does not fit the pipeline."""
+    if config.size is None:
+        if config.stride is not None or config.wrap is not False:
+            raise UserError("stride and wrap are those of a canvas; give its size, too")
+        return {}
+    if maps := [name for name in given.names if given.columns[name].is_map]:
+        raise UserError(f"condition.{maps[0]}: maps over a canvas are given in Python: pipe(size=..., condition=...)")
+    with user_errors(ValueError):
+        chain = make_chain(pipeline, config.size, config.stride, config.wrap, config.order)
+        chain.check(pipeline.prior, torch.zeros(1, len(chain.canvas), dtype=torch.bool))
+    return {"size": config.size, "stride": config.stride, "wrap": config.wrap}
 
 
 def choose_suffix(config: GenerateConfig, spec: ImageSpec | None) -> str:
