@@ -356,15 +356,20 @@ def encode_large_batch(pipeline: ImagePipeline, images: Tensor, chain: Chain, ba
         windows.append(images[..., rows, :][..., (left * patch[1] + torch.arange(spec.width)) % images.shape[-1]])
     every = torch.cat(windows)
     tokens = torch.cat([pipeline.encode_batch(part).cpu() for part in every.split(batch_size)])
-    tokens = tokens.unflatten(0, (len(windows), len(images))).flatten(2)  # (windows, B, N)
-    best = torch.full((len(half.canvas),), -1)
-    found = torch.zeros(len(images), len(half.canvas), dtype=torch.long)
-    for number, corner in enumerate(half.corners):
-        depth, at = depths(half, corner), half.indices[number]
+    return merge_windows(half, tokens.long().unflatten(0, (len(windows), len(images))).transpose(0, 1))
+
+
+def merge_windows(chain: Chain, values: Tensor) -> Tensor:
+    """Return values of the tokens of each window, `(B, windows, *grid.shape)`, on the canvas,
+    `(B, *chain.canvas.shape)`: those of the window in which a token is farthest from the border."""
+    best = torch.full((len(chain.canvas),), -1)
+    values, found = values.flatten(2), values.new_zeros(len(values), len(chain.canvas))
+    for number, corner in enumerate(chain.corners):
+        depth, at = depths(chain, corner), chain.indices[number]
         better = depth > best[at]
         best[at[better]] = depth[better]
-        found[:, at[better]] = tokens[number][:, better].long()
-    return found.unflatten(1, half.canvas.shape)
+        found[:, at[better]] = values[:, number, better]
+    return found.unflatten(1, chain.canvas.shape)
 
 
 def find_known_tokens(chain: Chain, known: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ..image_pipeline import ImagePipeline
 from .parts import SIDES, zoom
 from .served import Served
 from .tabs.anomaly import build_anomaly_tab
+from .tabs.canvas import build_canvas_tab
 from .tabs.compare import build_compare_tab
 from .tabs.complete import build_complete_tab
 from .tabs.compress import build_compress_tab
@@ -54,6 +55,8 @@ def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
                 build_complete_tab(served, samples)
             else:
                 gr.Markdown("This pipeline cannot complete images, because its tokens have no position in the image.")
+        with gr.Tab("Canvas"):
+            build_canvas_tab(served)
         with gr.Tab("Compare"):
             build_compare_tab(served, samples)
         with gr.Tab("Infer"):

@@ -67,6 +67,24 @@ def test_healing_removes_a_planted_patch_and_spares_clean_images(trained):
     assert shares == sorted(shares) and shares[1] < 0.04
 
 
+def test_large_images_are_healed_as_a_canvas():
+    """A calibration of flat tiles: what a prior of these finds surprising is drawn again, and nothing else."""
+    pipe = make_pipeline("pixels", "made", 1, size=(4, 4), sizes={"levels": 3}, labels=[], order_agnostic=True)
+    with torch.no_grad():
+        for parameter in pipe.prior.parameters():
+            parameter.zero_()
+        pipe.prior.biases[-1].shared.view(16, 3)[:] = torch.tensor([9.0, 4.0, 0.0])  # black, grey, white
+    calibrate(pipe, torch.where(torch.rand(100, 1, 4, 4) < 0.1, 0.0, -1.0))
+    images = torch.full((2, 1, 12, 8), -1.0)
+    images[1, 0, 5:7, 3:6] = 1.0
+    healed = heal(pipe, images, stride=2, draws=2)
+    assert torch.equal(healed.resampled, images[:, 0] > 0)
+    assert healed.images.shape == images.shape and healed.tokens.shape == (2, 12, 8)
+    assert (healed.images == -1).all() and torch.equal(healed.difference > 0.5, images[:, 0] > 0)
+    alone = heal(pipe, images[1:], stride=2, draws=2, seed=1)
+    assert torch.equal(alone.tokens[0], healed.tokens[1])
+
+
 def test_healing_depends_on_the_seed_of_the_image_only(trained):
     images = torch.cat([planted(stripes(5, seed=7)), constant()[:1]])
     one, two = (heal(trained, images, draws=1, seed=3) for _ in range(2))

@@ -1,8 +1,9 @@
 """The tabs without a browser: they do the same as the Python code they show; and bad uploads.
 
 Covers: pipelines/app/served.py, pipelines/app/tabs/sample.py, pipelines/app/tabs/complete.py,
-pipelines/app/tabs/compare.py, pipelines/app/tabs/anomaly.py, pipelines/app/tabs/infer.py, pipelines/app/tabs/search.py,
-pipelines/app/tabs/compress.py, pipelines/app/parts.py, pipelines/app/page.py.
+pipelines/app/tabs/canvas.py, pipelines/app/tabs/compare.py, pipelines/app/tabs/anomaly.py,
+pipelines/app/tabs/infer.py, pipelines/app/tabs/search.py, pipelines/app/tabs/compress.py, pipelines/app/parts.py,
+pipelines/app/page.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from tokenizer.frame_by_frame import FrameByFrame
 gr, page, parts, served_ = (
     Late(name) for name in ("gradio", *(f"pipelines.app.{x}" for x in ("page", "parts", "served")))
 )
-sample, complete, compare, anomaly, infer, search, compress = (
+sample, complete, canvas, compare, anomaly, infer, search, compress = (
     Late(f"pipelines.app.tabs.{name}")
-    for name in ("sample", "complete", "compare", "anomaly", "infer", "search", "compress")
+    for name in ("sample", "complete", "canvas", "compare", "anomaly", "infer", "search", "compress")
 )
 pytestmark = needs_gradio
 SIDE = 12
@@ -92,6 +93,22 @@ def layer(mask, times):
     """The value of the editor after painting a mask."""
     alpha = np.kron(mask, np.full((times, times), 216, np.uint8)).astype(np.uint8)
     return {"background": None, "layers": [np.dstack([np.zeros((*alpha.shape, 3), np.uint8), alpha])]}
+
+
+def test_a_canvas_is_drawn_and_only_the_painted_part_is_repainted(served, pipe, monkeypatch):
+    more = (1, 24, 18, True, 5, *settings(pipe))
+    large, drawn, facts, code = canvas.draw_canvas(served, quiet, *more)
+    assert np.array_equal(drawn[..., 0], np.asarray(result_of(code, pipe, monkeypatch).images[0]))
+    assert large.shape == (24 * 21, 18 * 21, 3) and facts.startswith("24 x 18 pixels, 6 windows in 6 waves")
+    mask = np.zeros((24, 18), bool)
+    mask[14:20, 2:9] = True
+    _, again, _, code = canvas.repaint_canvas(served, quiet, layer(mask, 21), drawn, 1, 24, 18, False, 6, *more[5:])
+    assert (again == drawn)[~mask].all() and (again != drawn)[mask].any()
+    files = {"image_file": Image.fromarray(drawn[..., 0]), "mask_file": Image.fromarray(mask)}
+    lines = re.sub(r"Image.open\(.(\w+).png.\)", r"\1_file", code)
+    assert np.array_equal(np.asarray(result_of(lines, pipe, monkeypatch, **files).images[0]), again[..., 0])
+    with pytest.raises(ValueError, match="draw an image first"):
+        canvas.repaint_canvas(served, quiet, layer(mask, 21), None, *more)
 
 
 @pytest.mark.parametrize(("inverted", "draws"), [(False, 3), (True, 1)])
