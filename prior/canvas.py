@@ -31,8 +31,8 @@ SCORED_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Chain:
-    """The order in which a canvas is drawn: windows row by row, and in each window its unknown tokens in `order` (None:
-    the prior's own).
+    """The order in which a canvas is drawn: windows row by row, or outwards from known tokens, and in each window its
+    unknown tokens in `order` (None: the prior's own).
 
     grid: that of a window. size: rows and columns of positions of the canvas. stride: positions from one window to the
     next, down and right; the last windows are flush with the border. wrap: whether the bottom continues at the top, and
@@ -122,22 +122,44 @@ class Chain:
             0, self.canvas.cells.flatten(), numbers.flatten()
         )
 
-    @cached_property
-    def waves(self) -> list[Tensor]:
-        """The numbers of the windows that are drawn at once: each as soon as all earlier ones that it overlaps are
-        there. With k windows in reach of one, window (i, j) is in wave k i + j; those across a border come last."""
-        last, waves = torch.zeros(len(self.canvas), dtype=torch.long), dict[int, list[int]]()
+    @property
+    def waves(self) -> list[list[int]]:
+        """The waves of a canvas of which nothing is known; see `plan_waves`."""
+        return self.plan_waves(torch.zeros(len(self.canvas), dtype=torch.bool))
+
+    def sort_windows(self, known: Tensor) -> list[int]:
+        """Return the numbers of all windows in the order of the chain, if the tokens `known` `(M,)` are there: those
+        across a border last; before that, outwards from what is known; else row by row."""
+        rings, reached = [0] * len(self.indices), known.clone()
+        left = set(range(len(rings))) if bool(known.any()) else set[int]()
+        ring = 0
+        while left:
+            at = [number for number in sorted(left) if bool(reached[self.indices[number]].any())]
+            for number in at:
+                rings[number] = ring
+            reached[self.indices[at]] = True
+            left.difference_update(at)
+            ring += 1
         closing = [
             [wraps and start == starts[-1] for start in starts]
             for wraps, starts in zip(self.wrap, self.starts, strict=True)
         ]
         across = [(down, right) for down in closing[0] for right in closing[1]]
-        for number in sorted(range(len(across)), key=across.__getitem__):
+        return sorted(range(len(rings)), key=lambda number: (across[number], rings[number]))
+
+    def plan_waves(self, known: Tensor) -> list[list[int]]:
+        """Return the numbers of the windows that are drawn at once, if the tokens `known` `(M,)` are there: each window
+        as soon as all earlier ones that it overlaps are there. With k windows in reach of one, window (i, j) of a
+        canvas without known tokens is in wave k i + j."""
+        last, waves, there = torch.zeros(len(self.canvas), dtype=torch.long), dict[int, list[int]](), known.clone()
+        for number in self.sort_windows(known):
             tokens = self.indices[number]
+            if bool(there[tokens].all()):
+                continue
             wave = int(last[tokens].max()) + 1
-            last[tokens] = wave
+            last[tokens], there[tokens] = wave, True
             waves.setdefault(wave, []).append(number)
-        return [torch.tensor(waves[wave]) for wave in sorted(waves)]
+        return [waves[wave] for wave in sorted(waves)]
 
     def check(self, prior: Prior, known: Tensor) -> None:
         """Raise `ValueError` unless `prior` continues every window exactly, if the tokens `known` `(B, M)` are
@@ -159,16 +181,20 @@ class Chain:
         """Yield the windows of each wave that have unknown tokens: for each of them, the row of its canvas, its number,
         the raster indices of its tokens, `(n, N)`, and which are there, bool `(n, N)`. known: bool `(B, M)`."""
         known = known.cpu().clone()
-        canvases = torch.arange(len(known))
-        for wave in self.waves:
-            rows, windows = canvases.repeat_interleave(len(wave)), wave.repeat(len(canvases))
+        patterns, which = known.unique(dim=0, return_inverse=True)
+        plans = [self.plan_waves(pattern) for pattern in patterns]
+        for wave in range(max(map(len, plans), default=0)):
+            pairs = [
+                (row, number)
+                for row, own in enumerate(which.tolist())
+                for at_once in plans[own][wave : wave + 1]
+                for number in at_once
+            ]
+            rows, windows = torch.tensor(pairs).unbind(1)
             tokens = self.indices[windows]
             there = known[rows[:, None], tokens]
-            some = ~there.all(1)
-            rows, windows, tokens, there = rows[some], windows[some], tokens[some], there[some]
             known[rows[:, None], tokens] = True
-            if len(rows):
-                yield rows, windows, tokens, there
+            yield rows, windows, tokens, there
 
 
 @dataclass(frozen=True)

@@ -42,33 +42,53 @@ def score(prior, chain, tokens, known=None):
     return canvas_log_probs(prior, chain, given, tokens, known)
 
 
-def serial_waves(chain):
-    """The windows row by row; those across the right border, the lower border and both after all others."""
-    rows, columns = map(len, chain.starts)
-    at = torch.arange(rows * columns)
-    down, right = chain.wrap[0] & (at // columns == rows - 1), chain.wrap[1] & (at % columns == columns - 1)
-    return [at[~down & ~right], at[~down & right], at[down & ~right], at[down & right]]
+class OneAtATime(Chain):
+    """A chain in which each window is its own wave."""
+
+    def plan_waves(self, known):
+        return [[number] for number in self.sort_windows(known)]
 
 
 def one_at_a_time(chain):
-    """The same chain, in which each window is its own wave."""
-    found = Chain(chain.grid, chain.size, chain.stride, chain.wrap, chain.order)
-    found.__dict__["waves"] = [number[None] for number in torch.cat(serial_waves(chain))]
-    return found
+    return OneAtATime(chain.grid, chain.size, chain.stride, chain.wrap, chain.order)
+
+
+@pytest.mark.parametrize("wrap", [(False, False), (False, True), (True, False), (True, True)])
+def test_windows_across_the_right_border_the_lower_border_and_both_come_last(wrap):
+    chain = Chain(TokenGrid((4, 4), 5), (9, 11), (2, 2), wrap)
+    rows, columns = map(len, chain.starts)
+    at = torch.arange(rows * columns)
+    down, right = wrap[0] & (at // columns == rows - 1), wrap[1] & (at % columns == columns - 1)
+    expected = torch.cat([at[~down & ~right], at[~down & right], at[down & ~right], at[down & right]])
+    assert chain.sort_windows(torch.zeros(99, dtype=torch.bool)) == expected.tolist()
+
+
+def test_windows_are_drawn_outwards_from_known_tokens():
+    """From the upper left corner, a window far from the known part would be drawn as if it were not there."""
+    chain = Chain(TokenGrid((4, 4), 5), (12, 12), (2, 2))
+    known = torch.zeros(12, 12, dtype=torch.bool)
+    known[6:8, 6:8] = True
+    there = known.flatten().clone()
+    for number in chain.sort_windows(known.flatten()):
+        assert there[chain.indices[number]].any()
+        there[chain.indices[number]] = True
+    rows, windows, _, _ = next(iter(chain.steps(torch.stack([known.flatten(), torch.zeros(144).bool()]))))
+    assert (0, windows[rows == 0].tolist()[0]) != (1, 0), "each canvas has its own order"
+    assert windows[rows == 1].tolist() == [0]
 
 
 @pytest.mark.parametrize(("size", "stride"), [((32, 32), (2, 2)), ((20, 28), (3, 2)), ((9, 31), (4, 3))], ids=str)
 def test_windows_of_a_wave_share_no_token_and_waves_are_as_few_as_they_can_be(size, stride):
     chain = Chain(TokenGrid((4, 6), 5), size, stride)
     for wave in chain.waves:
-        tokens = chain.indices[wave].flatten()
+        tokens = chain.indices[torch.tensor(wave)].flatten()
         assert len(tokens) == len(tokens.unique())
     rows, columns = map(len, chain.starts)
     reach = -(-6 // stride[1])
     assert len(chain.waves) <= columns + reach * (rows - 1)
     if (size[1] - 6) % stride[1] == 0 and columns >= reach:
         assert len(chain.waves) == columns + reach * (rows - 1)
-    assert torch.cat(chain.waves).sort().values.tolist() == list(range(rows * columns))
+    assert sorted(number for wave in chain.waves for number in wave) == list(range(rows * columns))
 
 
 @every_size
