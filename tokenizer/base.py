@@ -132,7 +132,7 @@ class Reconstruction(NamedTuple):
 
 
 FACTS = ("image_size", "channels", "dtype", "range", "show")  # settings that describe the images
-PLAIN = {"dtype": "uint8", "range": None, "show": None}  # defaults that the files of 8-bit tokenizers leave out
+PLAIN = {"dtype": "uint8", "range": None, "show": None, "norm": "group"}  # defaults that files leave out
 
 
 class TokenizerConfig(ModelConfig):
@@ -227,6 +227,9 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     levels: int = 1  # ids per position; each row of positions takes this many rows of the grid
     resizable: bool = False
     """Whether the same weights encode and decode images of other sizes; see `resize`."""
+    halo: int | None = None
+    """How many tokens around its own a pixel depends on at most, if this does not depend on the image's size, so that
+    parts with a halo are decoded like the whole, and encoded with as many pixels' tokens; None: on the whole image."""
     prefixes: tuple[int, ...] = ()
     """Prefix lengths to show in previews, ending with the full length; empty if prefixes cannot be decoded."""
 

@@ -8,7 +8,8 @@ images); with one width per factor of two, the network is that of VQGAN (Esser e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -34,6 +35,11 @@ class ConvolutionsConfig(TokenizerConfig):
         (2,), min_length=1, description="residual blocks at each resolution; a single number applies to all"
     )
     attention: bool = Field(False, description="self-attention at the token resolution")
+    norm: Literal["group", "position"] = Field(
+        "group",
+        description="`group` normalises over the whole image; `position` over the channels of each position, so that a "
+        "token means the same in every crop of a large image",
+    )
     upsampling: Literal["nearest", "subpixel"] = Field(
         "subpixel",
         description="`subpixel` shuffles channels into pixels (Shi et al. 2016), with narrow convolutions at "
@@ -75,7 +81,7 @@ class ConvolutionsConfig(TokenizerConfig):
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions added to their input `(B, width, H, W)` (He et al. 2016, pre-activation)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: MakeNorm) -> None:
         super().__init__()
         self.norm1, self.conv1 = norm(width), nn.Conv2d(width, width, 3, padding=1)
         self.norm2, self.conv2 = norm(width), nn.Conv2d(width, width, 3, padding=1)
@@ -96,7 +102,7 @@ class FusedLinear(nn.Linear):
 class SelfAttention(nn.Module):
     """Single-head attention over all positions, added to the input `(B, width, H, W)`."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: MakeNorm) -> None:
         super().__init__()
         self.norm, self.qkv, self.project = norm(width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 
@@ -209,28 +215,57 @@ def norm(width: int, groups: int | None = None) -> nn.GroupNorm:
     return GroupNorm(groups or width // 8, width, eps=1e-6)
 
 
+class PositionNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of each position of `(B, width, H, W)` (Ba et al. 2016)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+MakeNorm = Callable[[int], nn.Module]
+NORMS: dict[str, MakeNorm] = {"group": norm, "position": PositionNorm}
+
+
+def find_halo(decoder: nn.Module) -> int | None:
+    """Return how many tokens away a pixel of a decoder of convolutions sees at most; None if a layer sees all."""
+    reach, scale = 0.0, 1
+    for layer in decoder.modules():
+        if isinstance(layer, (nn.GroupNorm, SelfAttention)):
+            return None
+        if isinstance(layer, nn.Conv2d):
+            reach += layer.dilation[0] * (layer.kernel_size[0] // 2) / scale
+        elif isinstance(layer, nn.PixelShuffle):
+            scale *= layer.upscale_factor
+        elif isinstance(layer, Upsample):
+            scale *= 2
+    return math.ceil(reach)
+
+
 def build_encoder(config: ConvolutionsConfig, dim: int) -> nn.Sequential:
     """Build a network from `(B, channels, H, W)` to `(B, dim, H / factor, W / factor)`."""
-    widths, patch = config.widths, config.patch
+    widths, patch, norm = config.widths, config.patch, NORMS[config.norm]
     layers: list[nn.Module] = [Unshuffle(patch), nn.Conv2d(config.channels * patch**2, widths[0], 3, padding=1)]
     for level, (width, count) in enumerate(zip(widths, config.blocks_of_widths, strict=True)):
         if level:
             layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
-        layers += [ResidualBlock(width) for _ in range(count)]
+        layers += [ResidualBlock(width, norm) for _ in range(count)]
     if config.attention:
-        layers += [SelfAttention(widths[-1]), ResidualBlock(widths[-1])]
+        layers += [SelfAttention(widths[-1], norm), ResidualBlock(widths[-1], norm)]
     return nn.Sequential(*layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
 
 
 def build_decoder(config: ConvolutionsConfig, dim: int, outputs: int) -> nn.Sequential:
     """Build the mirrored network, from `(B, dim, H / factor, W / factor)` to `(B, outputs, H, W)`."""
-    widths, subpixel = config.widths, config.upsampling == "subpixel"
+    widths, subpixel, norm = config.widths, config.upsampling == "subpixel", NORMS[config.norm]
     upsample = Shuffle if subpixel else Upsample
     layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
     if config.attention:
-        layers += [ResidualBlock(widths[-1]), SelfAttention(widths[-1])]
+        layers += [ResidualBlock(widths[-1], norm), SelfAttention(widths[-1], norm)]
     for level in reversed(range(len(widths))):
-        layers += [ResidualBlock(widths[level]) for _ in range(config.blocks_of_widths[level])]
+        layers += [ResidualBlock(widths[level], norm) for _ in range(config.blocks_of_widths[level])]
         if level:
             layers.append(upsample(widths[level], widths[level - 1]))
     layers += [norm(widths[0]), nn.SiLU()]

@@ -32,6 +32,7 @@ class Palette(Tokenizer, name="palette"):
 
     Config = PaletteConfig
     resizable = True
+    halo = 0
     table: Tensor
 
     def __init__(self, config: PaletteConfig) -> None:

@@ -57,6 +57,7 @@ class Pixels(Tokenizer, name="pixels"):
 
     Config = PixelsConfig
     resizable = True
+    halo = 0
 
     def __init__(self, config: PixelsConfig) -> None:
         super().__init__(config)

@@ -214,7 +214,9 @@ def measure_sprites(pipe: ImagePipeline, options: SimpleNamespace, out: Path) ->
 
 def measure_tiles(pipe: ImagePipeline, options: SimpleNamespace, out: Path) -> None:
     folder = image_folder("magnetic_tile")
-    good = np.asarray(Image.open(sorted((folder / "test" / "good").glob("*.*"))[3]).convert("L"))[64:192, 64:192]
+    files = sorted((folder / "test" / "good").glob("*.*"))
+    wide = next(file for file in files if min(Image.open(file).size) >= 256)
+    good = np.asarray(Image.open(wide).convert("L"))[64:192, 64:192]
     wider = pipe.complete(good, size=(320, 320), at=(64, 64), seed=0, output_type="np", progress=False).images[
         0, ..., 0
     ]

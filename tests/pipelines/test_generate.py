@@ -193,6 +193,55 @@ def test_processes_that_are_launched_write_the_same_bytes(pipeline, tmp_path, co
     assert written(tmp_path / "several" / form) == written(tmp_path / "one" / form)
 
 
+# Images larger than the model
+
+
+@pytest.fixture(scope="module")
+def any_order(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("any_order") / "pipeline"
+    torch.manual_seed(0)
+    make_pipeline("pixels", "made", size=(4, 4), order_agnostic=True).save_pretrained(folder)
+    return folder
+
+
+CANVAS = {"size": (8, 12), "wrap": "x", "stride": 2, "num_images": 9, "seed": 5}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_canvases_are_shared_by_processes_and_continued(any_order, tmp_path, monkeypatch, form):
+    run(config(any_order, tmp_path / "alone" / form, **CANVAS))
+    together(monkeypatch, 3, config(any_order, tmp_path / "3" / form, **{**CANVAS, "batch_size": 2}))
+    interrupt(monkeypatch, settings := config(any_order, tmp_path / "again" / form, **CANVAS), after=1)
+    run(settings)
+    assert written(tmp_path / "alone" / form) == written(tmp_path / "3" / form) == written(tmp_path / "again" / form)
+
+
+def test_canvases_of_a_command_are_those_of_a_call(any_order, tmp_path):
+    run(config(any_order, tmp_path / "set.npz", **CANVAS))
+    given = {name: CANVAS[name] for name in ("size", "stride", "wrap")}
+    expected = ImagePipeline.from_pretrained(any_order)(9, [0, 1, 2] * 3, seed=5, output_type="np", **given).images
+    with np.load(tmp_path / "set.npz") as found:
+        assert np.array_equal(found["arr_0"], expected.repeat(3, -1))
+
+
+@pytest.mark.slow
+def test_canvases_of_two_launched_processes_are_the_same(any_order, tmp_path):
+    argv = [f"pipeline={any_order}", "num_images=40", "size=8,12", f"out={tmp_path / 'several'}"]
+    output_of(start(two_processes("generate", argv, 2)))
+    run(config(any_order, tmp_path / "one", num_images=40, size=(8, 12)))
+    assert written(tmp_path / "several") == written(tmp_path / "one")
+
+
+def test_a_canvas_that_does_not_fit_is_refused(any_order, pipeline, tmp_path):
+    for where, options, message in (
+        (any_order, {"size": (3, 12)}, "3 x 12 is smaller than the model's 4 x 4; the nearest that does is 4 x 12"),
+        (any_order, {"wrap": True}, "give its size, too"),
+        (pipeline, {"size": (16, 16)}, "one order, 'raster', and cannot continue tokens on all sides"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(config(where, tmp_path / "out", **options))
+
+
 # Refused
 
 

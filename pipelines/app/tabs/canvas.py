@@ -107,9 +107,9 @@ def run_timed(draw: Any, step: ReportStep, *inputs: Any, **arguments: Any) -> tu
 
 def show(out: Any, seconds: float, code: str) -> Any:
     """Return the outputs of the tab."""
-    image, chain = out.images[0], out.canvas.chain
+    image, plan = out.images[0], out.canvas.chain.plan_waves(out.canvas.known[0].flatten())
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
     times = max(1, SHOWN // max(picture.size))
     large = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-    waves = f"{count_of(len(chain.corners), 'window')} in {count_of(len(chain.waves), 'wave')}"
+    waves = f"{count_of(sum(map(len, plan)), 'window')} in {count_of(len(plan), 'wave')}"
     return np.asarray(large), image, f"{picture.height} x {picture.width} pixels, {waves}, {seconds:.1f} s", code
