@@ -42,7 +42,8 @@ WRAPS: dict[Any, tuple[bool, bool]] = {
     "y": (True, False),
 }
 FORMAT_VERSION = 1  # of a canvas's file
-LARGEST_WHOLE = 1 << 22  # pixels that a decoder of convolutions decodes at once; larger canvases are blended
+LARGEST_WHOLE = 1 << 22  # pixels that a decoder decodes at once if it sees the whole image; larger ones are blended
+PART = 64  # tokens on a side of the parts of any other decoder of convolutions
 
 
 # The chain ----------------------------------------------------------------------------------------
@@ -398,8 +399,9 @@ def depths(chain: Chain, corner: tuple[int, int]) -> Tensor:
 def decode_canvas(
     pipeline: ImagePipeline, canvas: Canvas, *, output_type: str = "pil", batch_size: int = 64, progress: bool = True
 ) -> Any:
-    """Decode a canvas to images at its own size. A decoder of convolutions decodes it whole; any other one, and
-    canvases of more than 4 million pixels, window by window, which are blended."""
+    """Decode a canvas to images at its own size. A decoder of convolutions decodes it whole: in parts with a halo,
+    which are equal, if no layer sees the whole image (`tokenizer.halo`). Any other decoder, and a canvas of more than 4
+    million pixels for one with such layers, decodes windows, which are blended."""
     return pipeline.convert_images(decode_canvas_batch(pipeline, canvas.tokens, canvas.chain, batch_size), output_type)
 
 
@@ -409,16 +411,19 @@ def decode_canvas_batch(
 ) -> Tensor:
     """Like `decode_canvas`, for tokens `(B, *chain.canvas.shape)`; return float images `(B, C, H, W)`, on the CPU.
     whole: False decodes window by window in any case."""
-    patch = find_patch(pipeline)
-    pads = [window if wraps else 0 for window, wraps in zip(chain.window, chain.wrap, strict=True)]
+    patch, halo = find_patch(pipeline), pipeline.tokenizer.halo
+    pads = [max(window, halo or 0) if wraps else 0 for window, wraps in zip(chain.window, chain.wrap, strict=True)]
     rows, columns = (torch.arange(-pad, side + pad) for pad, side in zip(pads, chain.size, strict=True))
     padded = Chain(chain.grid, (len(rows), len(columns)), chain.half)
     there = tokens.flatten(1).cpu()[:, chain.select(rows, columns)]
     size = padded.size[0] * patch[0], padded.size[1] * patch[1]
-    large = pipeline.tokenizer.resize(*size) if whole and size[0] * size[1] <= LARGEST_WHOLE else None
+    fits = size[0] * size[1] <= LARGEST_WHOLE
+    large = pipeline.tokenizer.resize(*size) if whole and fits and halo is None else None
     images = list[Tensor]()
     for one in there:
-        if large is not None:
+        if whole and halo is not None:
+            image = decode_parts(pipeline, one, padded, halo)
+        elif large is not None:
             image = large.decode(one.view(1, *padded.canvas.shape).to(pipeline.device))[0].cpu()
         else:
             view = View(pipeline.spec.size, (padded.stride[0] * patch[0], padded.stride[1] * patch[1]))
@@ -427,6 +432,32 @@ def decode_canvas_batch(
         top, left = pads[0] * patch[0], pads[1] * patch[1]
         images.append(image[..., top : size[0] - top, left : size[1] - left])
     return torch.stack(images)
+
+
+def decode_parts(pipeline: ImagePipeline, tokens: Tensor, chain: Chain, halo: int) -> Tensor:
+    """Decode the tokens of a canvas, `(len(chain.canvas),)`, in parts, each with `halo` tokens around it."""
+    patch, (rows, columns) = find_patch(pipeline), chain.size
+    image = torch.empty(pipeline.spec.channels, rows * patch[0], columns * patch[1])
+    for top in range(0, rows, PART):
+        for left in range(0, columns, PART):
+            spans = [
+                (first, min(first + PART, side), max(0, first - halo), min(first + PART + halo, side))
+                for first, side in ((top, rows), (left, columns))
+            ]
+            down, right = (torch.arange(begin, end) for _, _, begin, end in spans)
+            large = pipeline.tokenizer.resize(len(down) * patch[0], len(right) * patch[1])
+            assert large is not None
+            part = tokens[chain.select(down, right)].view(1, *large.grid.shape)
+            decoded = large.decode(part.to(pipeline.device))[0].cpu()
+            inner, outer = (
+                [
+                    slice((first - origin) * by, (last - origin) * by)
+                    for (first, last, begin, _), by, origin in zip(spans, patch, origins, strict=True)
+                ]
+                for origins in ([spans[0][2], spans[1][2]], [0, 0])
+            )
+            image[:, outer[0], outer[1]] = decoded[:, inner[0], inner[1]]
+    return image
 
 
 # Storing ------------------------------------------------------------------------------------------

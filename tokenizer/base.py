@@ -132,7 +132,7 @@ class Reconstruction(NamedTuple):
 
 
 FACTS = ("image_size", "channels", "dtype", "range", "show")  # settings that describe the images
-PLAIN = {"dtype": "uint8", "range": None, "show": None, "norm": "group"}  # defaults that files leave out
+PLAIN = {"dtype": "uint8", "range": None, "show": None, "local": False}  # defaults that files leave out
 
 
 class TokenizerConfig(ModelConfig):

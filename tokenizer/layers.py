@@ -35,10 +35,10 @@ class ConvolutionsConfig(TokenizerConfig):
         (2,), min_length=1, description="residual blocks at each resolution; a single number applies to all"
     )
     attention: bool = Field(False, description="self-attention at the token resolution")
-    norm: Literal["group", "position"] = Field(
-        "group",
-        description="`group` normalises over the whole image; `position` over the channels of each position, so that a "
-        "token means the same in every crop of a large image",
+    local: bool = Field(
+        False,
+        description="normalise over the channels of each position and repeat pixels at the borders, so that a token "
+        "means nearly the same in every crop of a large image; false: normalise over the whole image",
     )
     upsampling: Literal["nearest", "subpixel"] = Field(
         "subpixel",
@@ -226,7 +226,13 @@ class PositionNorm(nn.LayerNorm):
 
 
 MakeNorm = Callable[[int], nn.Module]
-NORMS: dict[str, MakeNorm] = {"group": norm, "position": PositionNorm}
+
+
+def repeat_borders(network: nn.Module) -> None:
+    """Let convolutions repeat the outermost pixels where they see zeros beyond the border."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
+            layer.padding_mode = "replicate"
 
 
 def find_halo(decoder: nn.Module) -> int | None:
@@ -244,9 +250,13 @@ def find_halo(decoder: nn.Module) -> int | None:
     return math.ceil(reach)
 
 
+def choose_norm(config: ConvolutionsConfig) -> MakeNorm:
+    return PositionNorm if config.local else norm
+
+
 def build_encoder(config: ConvolutionsConfig, dim: int) -> nn.Sequential:
     """Build a network from `(B, channels, H, W)` to `(B, dim, H / factor, W / factor)`."""
-    widths, patch, norm = config.widths, config.patch, NORMS[config.norm]
+    widths, patch, norm = config.widths, config.patch, choose_norm(config)
     layers: list[nn.Module] = [Unshuffle(patch), nn.Conv2d(config.channels * patch**2, widths[0], 3, padding=1)]
     for level, (width, count) in enumerate(zip(widths, config.blocks_of_widths, strict=True)):
         if level:
@@ -259,7 +269,7 @@ def build_encoder(config: ConvolutionsConfig, dim: int) -> nn.Sequential:
 
 def build_decoder(config: ConvolutionsConfig, dim: int, outputs: int) -> nn.Sequential:
     """Build the mirrored network, from `(B, dim, H / factor, W / factor)` to `(B, outputs, H, W)`."""
-    widths, subpixel, norm = config.widths, config.upsampling == "subpixel", NORMS[config.norm]
+    widths, subpixel, norm = config.widths, config.upsampling == "subpixel", choose_norm(config)
     upsample = Shuffle if subpixel else Upsample
     layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
     if config.attention:

@@ -97,6 +97,22 @@ def test_a_decoder_of_convolutions_decodes_the_whole_canvas(pipe):
     assert torch.allclose(images, pipe.tokenizer.decode(single.tokens).cpu(), atol=1e-5)
 
 
+@pytest.mark.parametrize("wrap", [False, True, "x"])
+def test_a_decoder_without_global_layers_decodes_parts_like_the_whole(monkeypatch, wrap):
+    made = make_pipeline("vqvae", "gpt", 3, size=(16, 16), any_order=True, sizes={"local": True})
+    assert made.tokenizer.halo is not None and make_pipeline("vqvae", "gpt").tokenizer.halo is None
+    chain = make_chain(made, (80, 64), wrap=wrap)
+    tokens = torch.randint(32, (1, 20, 16))
+    whole = decode_canvas_batch(made, tokens, chain)
+    if wrap is False:
+        torch.testing.assert_close(whole, made.tokenizer.resize(80, 64).decode(tokens))
+    monkeypatch.setattr("pipelines.canvas.PART", 5)
+    torch.testing.assert_close(decode_canvas_batch(made, tokens, chain), whole)
+    moved = decode_canvas_batch(made, tokens.roll((7, 3), (1, 2)), chain)
+    equal = torch.allclose(moved, whole.roll((28, 12), (2, 3)), atol=1e-5)
+    assert equal == (wrap is True), "a canvas that wraps has no border"
+
+
 def test_pixels_at_a_border_that_wraps_depend_on_the_other_side():
     """Without halos from the other side, convolutions see zeros at the border, and copies have a seam."""
     made = make_pipeline("vqvae", "gpt", 1, size=(16, 16), any_order=True)
