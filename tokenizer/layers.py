@@ -228,11 +228,14 @@ class PositionNorm(nn.LayerNorm):
 MakeNorm = Callable[[int], nn.Module]
 
 
-def repeat_borders(network: nn.Module) -> None:
-    """Let convolutions repeat the outermost pixels where they see zeros beyond the border."""
+def join_layers(config: ConvolutionsConfig, *layers: nn.Module) -> nn.Sequential:
+    """Join layers; if the network is `local`, convolutions see the outermost pixels again beyond the border, not
+    zeros."""
+    network = nn.Sequential(*layers)
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
+        if config.local and isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
             layer.padding_mode = "replicate"
+    return network
 
 
 def find_halo(decoder: nn.Module) -> int | None:
@@ -264,7 +267,7 @@ def build_encoder(config: ConvolutionsConfig, dim: int) -> nn.Sequential:
         layers += [ResidualBlock(width, norm) for _ in range(count)]
     if config.attention:
         layers += [SelfAttention(widths[-1], norm), ResidualBlock(widths[-1], norm)]
-    return nn.Sequential(*layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
+    return join_layers(config, *layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
 
 
 def build_decoder(config: ConvolutionsConfig, dim: int, outputs: int) -> nn.Sequential:
@@ -281,9 +284,9 @@ def build_decoder(config: ConvolutionsConfig, dim: int, outputs: int) -> nn.Sequ
     layers += [norm(widths[0]), nn.SiLU()]
     if not subpixel:
         patch = nn.Conv2d(widths[0], outputs * config.patch**2, 3, padding=1)
-        return nn.Sequential(*layers, patch, nn.PixelShuffle(config.patch))
+        return join_layers(config, *layers, patch, nn.PixelShuffle(config.patch))
     tail = default_tail(outputs, config.patch) if config.tail is None else config.tail
-    return nn.Sequential(*layers, *upsampling_tail(outputs, widths[0], tail))
+    return join_layers(config, *layers, *upsampling_tail(outputs, widths[0], tail))
 
 
 def default_tail(outputs: int, patch: int) -> tuple[int, ...]:

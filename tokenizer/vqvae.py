@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .layers import ConvolutionsConfig, build_decoder, build_encoder, find_halo, repeat_borders
+from .layers import ConvolutionsConfig, build_decoder, build_encoder, find_halo
 
 
 class VQVAEConfig(AutoencoderConfig, ConvolutionsConfig):
@@ -22,7 +22,5 @@ class VQVAE(Autoencoder, name="vqvae"):
         super().__init__(config, config.factor)
         self.encoder = build_encoder(config, self.quantizer.dim)
         self.decoder = build_decoder(config, self.quantizer.dim, self.outputs)
-        if config.local:
-            repeat_borders(self)
         self.halo = find_halo(self.decoder)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
