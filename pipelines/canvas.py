@@ -436,27 +436,18 @@ def decode_canvas_batch(
 
 def decode_parts(pipeline: ImagePipeline, tokens: Tensor, chain: Chain, halo: int) -> Tensor:
     """Decode the tokens of a canvas, `(len(chain.canvas),)`, in parts, each with `halo` tokens around it."""
-    patch, (rows, columns) = find_patch(pipeline), chain.size
-    image = torch.empty(pipeline.spec.channels, rows * patch[0], columns * patch[1])
+    (high, wide), (rows, columns) = find_patch(pipeline), chain.size
+    image = torch.empty(pipeline.spec.channels, rows * high, columns * wide)
     for top in range(0, rows, PART):
         for left in range(0, columns, PART):
-            spans = [
-                (first, min(first + PART, side), max(0, first - halo), min(first + PART + halo, side))
-                for first, side in ((top, rows), (left, columns))
-            ]
-            down, right = (torch.arange(begin, end) for _, _, begin, end in spans)
-            large = pipeline.tokenizer.resize(len(down) * patch[0], len(right) * patch[1])
-            assert large is not None
-            part = tokens[chain.select(down, right)].view(1, *large.grid.shape)
-            decoded = large.decode(part.to(pipeline.device))[0].cpu()
-            inner, outer = (
-                [
-                    slice((first - origin) * by, (last - origin) * by)
-                    for (first, last, begin, _), by, origin in zip(spans, patch, origins, strict=True)
-                ]
-                for origins in ([spans[0][2], spans[1][2]], [0, 0])
-            )
-            image[:, outer[0], outer[1]] = decoded[:, inner[0], inner[1]]
+            down = torch.arange(max(0, top - halo), min(rows, top + PART + halo))
+            right = torch.arange(max(0, left - halo), min(columns, left + PART + halo))
+            large = pipeline.tokenizer.resize(len(down) * high, len(right) * wide)
+            assert large is not None  # a decoder with a halo is one of convolutions
+            part = tokens[chain.select(down, right)].view(1, *large.grid.shape).to(pipeline.device)
+            place = image[:, top * high : (top + PART) * high, left * wide : (left + PART) * wide]
+            y, x = (top - int(down[0])) * high, (left - int(right[0])) * wide
+            place.copy_(large.decode(part)[0, :, y : y + place.shape[1], x : x + place.shape[2]])
     return image
 
 

@@ -177,6 +177,8 @@ def test_a_canvas_that_is_continued_equals_one_that_was_drawn_at_once():
     whole = draw(prior, Chain(prior.grid, (10, 6), (2, 2)))
     first = draw(prior, Chain(prior.grid, (6, 6), (2, 2)))
     assert torch.equal(first, whole[:, :6])
+    wide, narrow = (draw(prior, Chain(prior.grid, (4, side), (2, 2))) for side in (10, 6))
+    assert torch.equal(wide[..., :6], narrow), "a place has the same noise in a canvas of any width"
     tokens, known = torch.zeros_like(whole), torch.zeros_like(whole, dtype=torch.bool)
     tokens[:, :6], known[:, :6] = first, True
     assert torch.equal(draw(prior, Chain(prior.grid, (10, 6), (2, 2)), tokens=tokens, known=known), whole)

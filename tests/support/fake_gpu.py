@@ -365,6 +365,22 @@ def check_pipeline() -> None:
     make_conditioned("masked", place, outline=False).to(CUDA).calibrate(images, stride=4)
 
 
+def check_canvases() -> None:
+    """Images larger than the model: drawn, scored, completed and healed."""
+    from small import ANY_ORDER
+    from small_pipelines import make_pipeline, pixels_for
+
+    for kind, config in ANY_ORDER.items():
+        pipe = make_pipeline("vqvae", kind, 3, size=(8, 8), sizes={"local": kind == "gpt"}, **config).to(CUDA)
+        out = pipe(2, size=(16, 12), labels=[0, None], wrap=True, seed=0)
+        pipe.canvas_log_prob(out.canvas, [0, None])
+        pipe.complete(out.images, size=(24, 24), at=(4, 4), seed=1, guidance_scale=2.0, labels=1)
+        pipe(labels=torch.zeros(1, 3, 2).long(), size=(16, 12), seed=0)
+    pipe.calibrate(pixels_for(pipe, 40))
+    pipe.heal(out.images, stride=4, draws=2)
+    pipe.decode_canvas(pipe.encode_canvas(out.images))
+
+
 def check_plan(*argv: str) -> None:
     """A plan builds a model on the GPU and measures its steps."""
     from pipelines.commands import plan
@@ -411,6 +427,7 @@ def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
     for name, config in [*((name, {}) for name in [*PRIORS, *VARIANTS]), *ANY_ORDER.items()]:
         yield f"prior {name} {' '.join(config)}".strip(), partial(check_prior, name, config)
     yield "pipeline", check_pipeline
+    yield "canvases", check_canvases
     quiet = {"train__log_every": 1000}
     critic = {"critic": {"weight": 0.5, "width": 8, "layers": 1, "warmup": 1, "ramp": 1, "adaptive": True}}
     grid = ["grid=[4,4]", "vocab_size=16", "classes=3"]
