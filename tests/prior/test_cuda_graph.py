@@ -16,7 +16,10 @@ from givens.columns import draw_given, make_conditioned
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 
 from prior import cuda_graph, sampling
+from prior.canvas import Chain, draw_canvas
 from prior.cuda_graph import Graph, capture, release_graph
+from prior.given import Given
+from prior.options import DecodingOptions, SamplingOptions
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,22 @@ def test_a_graph_draws_the_same_tokens(name: str, settings: dict[str, float]) ->
         with torch.no_grad():
             next(iter(model.parameters())).mul_(1.1)
     assert (Emulated.captured, Emulated.replayed) == (1, 3)  # the first call warms up
+
+
+def test_places_of_a_canvas_are_inputs_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the noise of a captured window is not that of all others."""
+    model = make_prior("gpt", (4, 4), any_order=True).double()
+    chain, keys = Chain(model.grid, (8, 10), (2, 2)), torch.arange(2)
+    given, empty = Given(model.columns, {}, 2 * len(chain.corners)), torch.zeros(2, 8, 10, dtype=torch.long)
+
+    def draw() -> torch.Tensor:
+        options = SamplingOptions(), DecodingOptions()
+        return draw_canvas(model, chain, given, keys, empty, empty.bool(), *options)
+
+    drawn = draw()
+    assert Emulated.captured and Emulated.replayed
+    monkeypatch.setattr(sampling, "can_capture", lambda device: False)
+    assert torch.equal(drawn, draw())
 
 
 @pytest.mark.parametrize(
