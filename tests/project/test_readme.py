@@ -109,6 +109,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     clips = FrameByFrame.wrap(make_tokenizer("vqvae", (8, 8), 1).eval(), 4)
     prior = make_prior("gpt", grid=clips.grid, num_classes=0, tokenizer=clips.fingerprint())
     ImagePipeline(clips, prior).save_pretrained(tmp_path / "runs/clips/pipeline")
+    parts = make_tokenizer("vqvae", (64, 64), 3, factor=16, local=True).eval()
+    prior = make_prior("masked", grid=parts.grid, num_classes=2, tokenizer=parts.fingerprint())
+    ImagePipeline(parts, prior, labels=["wall", "floor"]).save_pretrained(tmp_path / "runs/parts_masked/pipeline")
+    for name in ("photo.png", "spot.png"):
+        Image.linear_gradient("L").resize((128, 128)).convert("RGB").save(tmp_path / name)
     make_conditioned(columns=FACES).save_pretrained(tmp_path / "runs/faces_gpt/pipeline")
     (tmp_path / "outlines").mkdir()
     Image.new("L", (32, 32)).save(tmp_path / "outlines/0001.png")
