@@ -72,10 +72,9 @@ def make_chain(
     size, patch, window = [whole_number("size", side) for side in size], find_patch(pipeline), pipeline.spec.size
     nearest = [max(least, round(side / by) * by) for side, by, least in zip(size, patch, window, strict=True)]
     if [*size] != nearest:
-        smaller = any(side < least for side, least in zip(size, window, strict=True))
-        why = (
-            f"is smaller than the model's {show(window)}" if smaller else f"does not fit tokens of {show(patch)} pixels"
-        )
+        why = f"does not fit tokens of {show(patch)} pixels"
+        if any(side < least for side, least in zip(size, window, strict=True)):
+            why = f"is smaller than the model's {show(window)}"
         raise ValueError(f"size: {show(size)} {why}; the nearest that does is {show(nearest)}")
     grid, least = pipeline.prior.grid, min(window)
     if stride is None:
@@ -170,7 +169,7 @@ def takes_map(columns: Mapping[str, Column], name: str, value: Any) -> bool:
 
 def is_per_window(value: Any, column: Column | None) -> bool:
     """Return whether a value has three axes more than one of the column: canvases, and rows and columns of windows."""
-    return column is not None and len(axes_of(value)) == 3 + len(column.shape)
+    return column is not None and len(axes_of(value)) == 3 + column.axes
 
 
 def axes_of(value: Any) -> tuple[int, ...]:
@@ -194,13 +193,9 @@ def read_map(pipeline: ImagePipeline, chain: Chain, name: str, value: Any) -> Te
                 f"condition: {name}: a value for each window is an array (count, {windows[0]}, {windows[1]}) here "
                 f"(got {found})"
             )
-        value = to_tensor(value).flatten(0, 2) if hasattr(value, "shape") and not is_object(value) else flatten(value)
+        value = value.reshape(-1, *column.shape) if isinstance(value, Tensor) else flatten(value)
     raw: Tensor = pipeline.read_given(condition={name: value}, count=len(value)).raw(name, pipeline.device)
     return raw
-
-
-def is_object(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind in "OUS"
 
 
 def flatten(value: Any) -> list[Any]:
@@ -216,9 +211,9 @@ def cut_map(pipeline: ImagePipeline, chain: Chain, name: str, images: Any) -> Te
         raise ValueError(f"condition: {name}: has no tokenizer of images, which a canvas needs")
     spec = tokenizer.spec
     pitches = [side / window for side, window in zip(spec.size, chain.window, strict=True)]
-    if any(pitch * step % 1 for pitch, step in zip(pitches, chain.stride, strict=True)):
+    if any(start * pitch % 1 for starts, pitch in zip(chain.starts, pitches, strict=True) for start in starts):
         raise ValueError(
-            f"condition: {name}: its {show(spec.size)} pixels do not follow a stride of {chain.stride} tokens"
+            f"condition: {name}: has too few pixels, {show(spec.size)}, for windows that begin at any token"
         )
     size = tuple(int(pitch * side) for pitch, side in zip(pitches, chain.size, strict=True))
     several, tiles = list_images(images, spec), list[Tensor]()

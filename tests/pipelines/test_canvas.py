@@ -179,6 +179,9 @@ def test_grids_are_cut_like_the_canvas_and_places_are_found():
         assert torch.equal(given.rows["low"][row], expected)
     assert given.rows["where"][0].tolist() == pytest.approx([8 / 48, 8 / 32])
     assert given.rows["where"][-1].tolist() == pytest.approx([40 / 48, 24 / 32])
+    ages = torch.arange(15).view(1, 5, 3) / 2
+    for each in (ages, ages.numpy(), ages.tolist()):
+        assert torch.equal(read_canvas_given(made, chain, condition={"age": each}).rows["age"], ages.view(15, 1))
     assert len(made(condition={"low": [low, low]}, size=(48, 32)).images) == 2
     with pytest.raises(ValueError, match="low: a map of this canvas has 24 x 16 pixels \\(got 16 x 24\\)"):
         made(condition={"low": low.transpose(Image.Transpose.ROTATE_90)}, size=(48, 32))
@@ -200,6 +203,10 @@ def test_an_image_is_continued_beyond_its_borders(pipe):
     several = pipe.complete(picture, size=(32, 48), at=(8, 16), draws=2, seed=1)
     assert len(several.images) == 1 and len(several.images[0]) == 2
     assert np.array_equal(several.images[0][0], out.images[0]), "draw d of image k uses seed + k * draws + d"
+    both = pipe.complete([picture] * 2, size=(32, 48), labels=[0, 1], draws=2, seed=1, output_type="np").images
+    for k in (0, 1):
+        alone = pipe.complete(picture, size=(32, 48), labels=[k], draws=2, seed=1 + 2 * k, output_type="np").images
+        assert np.array_equal(both[k], alone[0])
 
 
 def test_a_large_image_is_repaired_where_a_mask_is_white(pipe):
