@@ -172,12 +172,14 @@ def lay_out(
     there = torch.stack(read_equal(pipeline.list_images(images)))
     own = tuple(there.shape[-2:])
     chain = make_chain(pipeline, own if size is None else size, stride, wrap, order)
-    whole = tuple(side * by for side, by in zip(chain.size, find_patch(pipeline), strict=True))
+    patch = find_patch(pipeline)
+    whole = tuple(side * by for side, by in zip(chain.size, patch, strict=True))
     if known is None and mask is None:
         keep = torch.ones(len(there), *own, dtype=torch.bool)
     else:
         keep = find_known_pixels(known, mask, images, there)
-    corner = [(side - inner) // 2 for side, inner in zip(whole, own, strict=True)] if at is None else list(at)
+    middle = [(side - inner) // 2 // by * by for side, inner, by in zip(whole, own, patch, strict=True)]
+    corner = middle if at is None else list(at)
     if len(corner) != 2 or any(type(one) is not int for one in corner):
         raise ValueError(f"at: expected (top, left) in pixels (got {at!r})")
     if any(not 0 <= first <= side - inner for first, side, inner in zip(corner, whole, own, strict=True)):
