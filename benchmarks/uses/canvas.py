@@ -22,7 +22,8 @@ from PIL import Image
 from benchmarks.support.options import image_folder, read_options, use_threads
 from pipelines import ImagePipeline
 
-OPTIONS = {"nuclei": None, "sprites": None, "tiles": None, "out": "runs/canvas", "count": 8, "threads": 1}
+OPTIONS = {"nuclei": None, "sprites": None, "tiles": None, "out": "runs/canvas", "count": 8, "seed": 0, "threads": 1}
+IN_TRAINING = "random:1"  # a prior of the sprites is trained in random orders alone (model.random_share=1)
 LEAST = 30  # pixels of a nucleus
 OF_OTSU = 0.8  # of the way from the median to Otsu's threshold: the best for 120 training images and their masks
 
@@ -45,12 +46,15 @@ def measure_nuclei(pipe: ImagePipeline, options: SimpleNamespace, out: Path) -> 
     files = sorted((image_folder("nuclei") / "test" / "images").glob("*.png"))
     real = np.stack([np.asarray(Image.open(file).convert("L")) for file in files])
     began = time.process_time()
-    drawn = pipe(options.count, size=(512, 512), seed=0, output_type="np", progress=False)
+    drawn = pipe(options.count, size=(512, 512), seed=options.seed, output_type="np", progress=False)
     seconds = (time.process_time() - began) / options.count
+    assert drawn.canvas is not None
     images = drawn.images[..., 0]
     waves = len(drawn.canvas.chain.waves)
     print(f"512 x 512: {waves} waves of {len(drawn.canvas.chain.corners)} windows, {seconds:.1f} s per image")
-    tiles = pipe(options.count, size=(512, 512), stride=64, seed=0, output_type="np", progress=False).images[..., 0]
+    tiles = pipe(options.count, size=(512, 512), stride=64, seed=options.seed, output_type="np", progress=False).images[
+        ..., 0
+    ]
     print(
         f"gradient at borders / inside: {border_ratio(images, 32):.3f}; independent tiles {border_ratio(tiles, 64):.3f}"
     )
@@ -176,15 +180,8 @@ def measure_sprites(pipe: ImagePipeline, options: SimpleNamespace, out: Path) ->
     from scipy import stats
 
     names = pipe.labels
-    made = pipe(
-        64,
-        labels=[k % len(names) for k in range(64)],
-        size=(64, 64),
-        wrap=True,
-        seed=0,
-        output_type="np",
-        progress=False,
-    )
+    common: dict[str, Any] = {"order": IN_TRAINING, "output_type": "np", "progress": False}
+    made = pipe(64, labels=[k % len(names) for k in range(64)], size=(64, 64), wrap=True, seed=options.seed, **common)
     images = made.images.astype(float)
     for axis in (1, 2):
         each = images.swapaxes(1, axis)
@@ -201,10 +198,14 @@ def measure_sprites(pipe: ImagePipeline, options: SimpleNamespace, out: Path) ->
     rows = columns = 15
     inside = (np.arange(rows)[:, None] - 7) ** 2 + (np.arange(columns) - 7) ** 2 < 22
     where = np.where(inside, names.index("floor"), names.index("wall"))[None]
-    map_of = pipe(size=(128, 128), condition={"label": where}, seed=0, output_type="np", progress=False).images[0]
-    save(out / "sprites_map.png", [Image.fromarray(map_of).resize((512, 512), Image.Resampling.NEAREST)])
+    maps = pipe(
+        4, size=(128, 128), condition={"label": where.repeat(4, 0)}, seed=0, guidance_scale=3.0, **common
+    ).images
+    save(out / "sprites_map.png", [Image.fromarray(each).resize((384, 384), Image.Resampling.NEAREST) for each in maps])
     began = time.process_time()
-    chain = pipe(size=(256, 256), seed=0, labels="wall", progress=False, output_type="np").canvas.chain
+    canvas = pipe(size=(256, 256), seed=0, labels="wall", **common).canvas
+    assert canvas is not None
+    chain = canvas.chain
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"256 x 256 RGB from 16 x 16: {len(chain.waves)} waves of {len(chain.corners)} windows, "
