@@ -162,15 +162,17 @@ def follow_masks(pipe: ImagePipeline, real: np.ndarray, files: list[Path], out: 
     marks = [Image.open(folder / file.name).convert("L") for file in files[:16]]
     masks = [mark.point(lambda v: 255 * (v > 200)) for mark in marks]  # inside nuclei, without their borders
     half = [mask.resize((128, 128), Image.Resampling.BOX).point(lambda v: 255 * (v >= 128)) for mask in masks]
-    images = pipe(condition={"mask": half}, size=(256, 256), seed=0, output_type="np", progress=False).images[..., 0]
-    for name, each in (("real", real[:16]), ("drawn", images)):
+    common: dict[str, Any] = {"condition": {"mask": half}, "size": (256, 256), "seed": 0, "output_type": "np"}
+    images = pipe(**common, progress=False).images[..., 0]
+    sharp = pipe(**common, guidance_scale=2.0, temperature=0.5, progress=False).images[..., 0]
+    for name, each in (("real", real[:16]), ("drawn", images), ("drawn with guidance 2, temperature .5", sharp)):
         scores = []
         for image, mark in zip(each, marks, strict=True):
             below = np.median(image)
             inside, found = np.asarray(mark) > 100, image > below + OF_OTSU * (threshold(image) - below)
             scores.append((inside & found).sum() / max(1, (inside | found).sum()))
         print(f"mask: IoU of {name} images {np.mean(scores):.3f}")
-    save(out / "masks.png", [np.asarray(masks[0]), images[0], real[0], np.asarray(masks[1]), images[1], real[1]])
+    save(out / "masks.png", [np.asarray(masks[0]), sharp[0], real[0], np.asarray(masks[1]), sharp[1], real[1]])
 
 
 # Textures -----------------------------------------------------------------------------------------
