@@ -169,7 +169,7 @@ class Chain:
         if not prior.exact:
             raise ValueError("canvas: needs exact conditionals, but this prior has exact=False; set prior.exact = True")
         prior.check_order(self.order, 1)
-        for _, _, _, there in self.steps(known):
+        for _, _, _, there in () if prior.any_order else self.steps(known):
             if not bool(prior.sees_all_known(there).all()):
                 raise ValueError(
                     f"canvas: this {prior.name} prior has one order, {prior.config.order!r}, and cannot continue "
