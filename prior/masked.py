@@ -24,7 +24,7 @@ from .attention import EPS, Block, Rotations, coordinates
 from .base import Prior, to_device_async
 from .condition_encoder import ConditionEmbedding, Encoded
 from .given import Given
-from .noise import CONFIDENCE_NOISE, gumbel_noise
+from .noise import CONFIDENCE_NOISE, gumbel_noise, place_noise
 from .options import DecodingOptions, Order, SamplingOptions, check_finite
 from .orders import Partition, block_numbers
 from .parallel import rows_per_pass
@@ -33,6 +33,7 @@ from .transformer import TransformerConfig, reset
 
 MIDPOINTS = 1 << 12  # for integrating a schedule
 CPU_TOKENS, GPU_TOKENS = 1 << 13, 1 << 16  # per pass; on a CPU the activations then fit in cache
+STEP = 1 << 50  # more than any number of a place on a canvas
 ROUNDS_DOWN = 1e-9  # added before rounding down, because a whole number may come out slightly too small
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -329,7 +330,10 @@ class Masked(Prior, name="masked"):
             logits = options.guide(logits, options.scale_at(decided[:, None]))
             sampled = options.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, sampled[..., None])[..., 0]
-            jitter = gumbel_noise(batch.keys, CONFIDENCE_NOISE, step * size, size)
+            if batch.places is None:
+                jitter = gumbel_noise(batch.keys, CONFIDENCE_NOISE, step * size, size)
+            else:
+                jitter = place_noise(batch.keys, CONFIDENCE_NOISE, batch.places + step * STEP, 1)[..., 0]
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
             ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
             ids = torch.where((ids == self.mask) & (ranks < (size - masked[step + 1])[:, None]), sampled, ids)

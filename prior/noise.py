@@ -85,11 +85,11 @@ def _to_gumbel(uniform: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_().float()
 
 
-def place_noise(keys: Tensor, places: Tensor, vocab_size: int) -> Tensor:
+def place_noise(keys: Tensor, use: int, places: Tensor, vocab_size: int) -> Tensor:
     """Return the Gumbel variates of tokens with the numbers `places` `(B, n)`, float32 `(B, n, vocab_size)`."""
     on = keys.device if finest(keys.device) == torch.float64 else torch.device("cpu")
     counters = places.to(on)[..., None] * vocab_size + torch.arange(1, vocab_size + 1, device=on)
-    hashes = _hash(keys.to(on), TOKEN_NOISE, counters.flatten(1)).view(counters.shape)
+    hashes = _hash(keys.to(on), use, counters.flatten(1)).view(counters.shape)
     return _to_gumbel(_to_uniform(hashes)).to(keys.device)
 
 
@@ -127,7 +127,7 @@ class TokenNoise:
         if begin < self.begin or end > self.end:
             self.begin, self.end = begin, max(end, min(begin + self.at_once, self.num_tokens))
             if self.places is not None:
-                self.noise = place_noise(self.keys, self.places[:, begin : self.end], self.vocab_size)
+                self.noise = place_noise(self.keys, TOKEN_NOISE, self.places[:, begin : self.end], self.vocab_size)
             else:
                 count = (self.end - begin) * self.vocab_size
                 noise = self.draw(self.keys, TOKEN_NOISE, begin * self.vocab_size, count)
