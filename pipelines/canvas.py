@@ -76,6 +76,9 @@ def make_chain(
         if any(side < least for side, least in zip(size, window, strict=True)):
             why = f"is smaller than the model's {show(window)}"
         raise ValueError(f"size: {show(size)} {why}; the nearest that does is {show(nearest)}")
+    for side, least, wraps in zip(size, window, WRAPS[wrap], strict=True):
+        if wraps and side == least:
+            raise ValueError(f"wrap: {show(size)} must be larger than the model's {show(window)} where it wraps")
     grid, least = pipeline.prior.grid, min(window)
     if stride is None:
         steps = [max(1, side // by // 2) for side, by in zip(window, patch, strict=True)]

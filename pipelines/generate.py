@@ -236,6 +236,8 @@ def read_canvas(config: GenerateConfig, pipeline: ImagePipeline, given: Given) -
         return {}
     if maps := [name for name in given.names if given.columns[name].is_map]:
         raise UserError(f"condition.{maps[0]}: maps over a canvas are given in Python: pipe(size=..., condition=...)")
+    if config.num_orders > 1:
+        raise UserError("num_orders: a canvas has one chain; leave it out")
     with user_errors(ValueError):
         chain = make_chain(pipeline, config.size, config.stride, config.wrap, config.order)
         chain.check(pipeline.prior, torch.zeros(1, len(chain.canvas), dtype=torch.bool))

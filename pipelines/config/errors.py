@@ -114,7 +114,7 @@ def at_a_shell() -> Iterator[None]:
     def format_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
-        ours = category is UserWarning and filename.startswith(own)
+        ours = category is UserWarning and (filename.startswith(own) or filename == sys.argv[0])
         return f"warning: {message}\n" if ours else plain(message, category, filename, lineno, line)
 
     warnings.formatwarning = format_warning

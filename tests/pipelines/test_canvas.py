@@ -259,7 +259,7 @@ BAD = [
     ({"size": (32, 32), "stride": 20}, "stride: must be a multiple"),
     ({"size": (32, 32), "stride": 6}, "stride: must be a multiple"),
     ({"size": (32, 32), "wrap": "z"}, "wrap must be True, False, 'x'"),
-    ({"size": (16, 32), "wrap": True}, "not larger, as a side that wraps must be, than a window"),
+    ({"size": (16, 32), "wrap": True}, "wrap: 16 x 32 must be larger than the model's 16 x 16 where it wraps"),
     ({"size": (32, 32), "order": "spiral"}, "no order is called 'spiral'"),
     ({"size": (32, 32), "order": torch.arange(16)}, "the name of an order"),
     ({"size": (32, 32), "num_orders": 2}, "num_orders: a canvas has one chain"),

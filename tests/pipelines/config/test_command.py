@@ -10,6 +10,8 @@ import errno
 import json
 import re
 import shlex
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ from pydantic import Field
 from pipelines.__main__ import load_verb, main, verbs
 from pipelines.config import Config, UserError, errors, run_command
 from pipelines.config.command import build_config, parse
-from pipelines.config.errors import ReportedElsewhere
+from pipelines.config.errors import ReportedElsewhere, at_a_shell
 from pipelines.config.schema import to_yaml
 from pipelines.config.yaml_text import read_yaml, write_yaml
 from tokenizer.config import ModelConfig, Node
@@ -420,3 +422,12 @@ def test_one_process_of_several_prints(monkeypatch: pytest.MonkeyPatch, capsys: 
     pauses: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)  # the launcher ends this process meanwhile
     assert ended(ReportedElsewhere("all have it")) == 2 and pauses == [errors.HEAD_START]
+
+
+def test_warnings_of_ours_are_one_line_in_the_installed_command_too(monkeypatch):
+    """There, the user's line is that of the script which starts us."""
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/smalti", "generate"])
+    with at_a_shell():
+        for place in ("/usr/bin/smalti", str(Path(errors.__file__))):
+            assert warnings.formatwarning("too small", UserWarning, place, 8) == "warning: too small\n"
+        assert warnings.formatwarning("odd", UserWarning, "/home/me/script.py", 8).startswith("/home/me/script.py:8")
