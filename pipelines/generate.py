@@ -63,7 +63,7 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     unavailable = {"prompt": NO_TEXT}
     often = (
         "pipeline out overwrite num_images labels condition.NAME conditions seed temperature top_k top_p "
-        "guidance_scale guidance_on size wrap"
+        "guidance_scale size"
     )
 
     out: str = Field(
@@ -92,8 +92,7 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     parallel: bool = Field(False, description="predict many tokens per pass and verify them; the images are the same")
     size: tuple[int, int] | None = Field(
         None,
-        description="height and width in pixels of images larger than the model's, on which a window continues what is "
-        "there; for any-order priors",
+        description="height and width in pixels of images larger than the model's (any-order priors)",
     )
     stride: int | None = Field(None, ge=1, description="with size: pixels between windows; default: half a window")
     wrap: bool | Literal["x", "y"] = Field(

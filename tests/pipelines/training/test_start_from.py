@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
 def test_model_and_data_default_to_those_of_the_folder(trained, tmp_path):
     config = resolved(tmp_path / "run", init=str(trained["vqvae"]), data__limit=60)
     saved = json.loads((trained["vqvae"] / "config.json").read_text())
-    saved["quantizer"]["rate"] = 0.0  # is not stored
+    saved["quantizer"]["rate"], saved["local"] = 0.0, False  # are not stored
     assert config.model == {key: value for key, value in saved.items() if key not in ("image_size", "channels")}
     assert config.data.augment.rotate == 3 and config.data.limit == 60
 
