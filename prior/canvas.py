@@ -67,7 +67,7 @@ class Chain:
         return rows, columns
 
     def grid_of(self, size: tuple[int, int]) -> TokenGrid:
-        """Return the grid of tokens with so many rows and columns of positions."""
+        """Return the grid of tokens for a canvas or window of `size` positions."""
         return replace(self.grid, shape=(size[0] * self.grid.ids_per_position, size[1]))
 
     @property
