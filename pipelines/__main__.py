@@ -13,6 +13,7 @@ from .config.errors import UserError, at_a_shell, did_you_mean, exit_codes
 from .config.table import width, wrap, wrap_rows
 
 GROUPS = {
+    "from images to a pipeline, with one command": ("train",),
     "from images to a pipeline": ("train_tokenizer", "encode", "train_prior", "generate", "evaluate"),
     "use a pipeline": ("complete", "search", "infer", "calibrate", "detect", "compress", "decompress", "app"),
     "tune and inspect": ("tune", "reconstruct", "inspect", "probe"),
