@@ -380,7 +380,7 @@ def model_config(
     """Build the configuration of a validated `{kind: ...}` node for images of this size, and of the type and range of
     `data`; a range that is still to be measured is any. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
-    facts = {} if data is None else data.facts
+    facts = {} if data is None else data.stored_values
     if "dtype" in facts:
         facts.setdefault("range", (0.0, 1.0))
     return Tokenizer.find(node["kind"]).Config(image_size=image_size, channels=channels, **facts, **choices)

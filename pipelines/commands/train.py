@@ -41,7 +41,7 @@ from ..train_tokenizer import TrainTokenizerConfig
 
 FILES = ("tokenizer", "tokens", "prior", "samples", "evaluation")
 """The names, within `out`, of the results of the five steps, and of the files with their settings."""
-LEAST_IMAGES = 50
+LEAST_IMAGES, LEAST_STEPS = 50, 50
 SAMPLE = 32  # images that are looked at
 FEW = 20_000  # images up to which a prior of the largest size would memorise them
 FLAT = 64  # colours: an image with fewer is drawn pixel by pixel, and rotation would blur it
@@ -56,8 +56,12 @@ TRIAL = 10  # steps between measurements of speed, of which the third counts
 class TrainConfig(Config):
     """Settings of `smalti train`."""
 
-    examples = ("images=my-images", "images=my-images minutes=20 out=runs/mine", "images=my-images choose=true")
-    often = "images minutes out choose data.KEY"
+    examples = (
+        "images=my-images",
+        "images=my-images minutes=20 out=runs/mine",
+        "images=my-table data.group=object data.image_column=photo choose=true",
+    )
+    often = "images minutes out choose"
 
     images: str = Field(
         description="folder of images, with a subfolder for each class if there are classes; or any other data.source "
@@ -146,6 +150,7 @@ def read_facts(config: TrainConfig) -> Facts:
     splits = open_source(data)
     if "group" not in config.data and (group := find_objects(splits[data.split]() if data.split in splits else None)):
         data = data.model_copy(update={"group": group})
+        splits = open_source(data)
     part = divide_images(splits, data, quiet=True).parts["train"]
     if len(part.positions) < LEAST_IMAGES:
         found = count_of(len(part.positions), "training image")
@@ -315,7 +320,7 @@ def count_copies(count: int) -> int:
 
 def set_steps(settings: Any, speed: float, minutes: float) -> None:
     """Set the steps that a run takes at `speed`, in images per second, and the average that suits them."""
-    number = max(50, int(60 * minutes * speed / settings["train"]["batch_size"]) // 50 * 50)
+    number = max(LEAST_STEPS, int(60 * minutes * speed / settings["train"]["batch_size"]) // 50 * 50)
     decay = 0.99 if number < 1000 else 0.995 if number < 5000 else 0.999
     settings["train"] = {"steps": number, **settings["train"], "ema_decay": decay}
 

@@ -208,7 +208,7 @@ class DataConfig(Config):
         return ImageSpec(self.channels, height, width, self.frames or 1, dtype, low, high, self.show)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def stored_values(self) -> dict[str, Any]:
         """The facts about images that a tokenizer keeps beside their shape."""
         values = {"dtype": self.dtype or "uint8", "range": self.range, "show": self.show}
         return {key: value for key, value in values.items() if (key, value) not in PLAIN.items()}
