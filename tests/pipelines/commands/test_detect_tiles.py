@@ -111,13 +111,13 @@ def test_a_pipeline_that_was_trained_on_crops_is_calibrated_on_whole_images(worl
     assert found.to_json() == expected.to_json()
 
 
-def test_a_mistake_is_one_line(world, capsys):
+def test_a_mistake_is_one_line(world, tmp_path, capsys):
     for argv, message in (
         ([f"pipeline={world}/pipe"], "calibrated with tiles of 16 x 16 and stride=8, but now with whole images"),
         ([f"pipeline={world}/whole", "tile=true"], "calibrated with whole images, but now with tiles"),
         ([f"pipeline={world}/pipe", "tile=true", f"images={world}/small"], "small/001.png: 40 x 15 pixels"),
     ):
-        assert message in fails(capsys, "detect", *argv)
+        assert message in fails(capsys, "detect", *argv, f"out={tmp_path}/out")  # not the folder of another worker
 
 
 def test_tiles_are_compared_with_masks_of_the_size_of_each_image(world, tmp_path):
