@@ -33,7 +33,6 @@ from ..files import lock_output
 from ..images.classes import number_labels
 from ..images.dataset import GREY_SPREAD
 from ..images.loading import open_source
-from ..images.settings import DataConfig
 from ..images.sources import Source
 from ..images.splits import divide_images
 from ..shuffling import spread_rows
@@ -84,10 +83,9 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choice depends on. size: median height and width. is_flat: whether most images have few colours, as
-    pixel art. group: a column that names objects. columns: the others of a table."""
+    """What the choice depends on. size: median height and width, or data.image_size. is_flat: whether most images
+    have few colours, as pixel art. group: a column that names objects. columns: the others of a table."""
 
-    data: DataConfig
     count: int
     size: tuple[int, int]
     is_grey: bool
@@ -100,7 +98,7 @@ class Facts:
         kind = "grey" if self.is_grey else "colour"
         classes = f"{self.classes:,} classes" if self.classes else "no classes"
         height, width = self.size
-        return f"{self.count:,} {kind} training images, median size {height} x {width}, {classes}"
+        return f"{self.count:,} {kind} training images, {height} x {width} pixels, {classes}"
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -164,9 +162,8 @@ def read_facts(config: TrainConfig) -> Facts:
     table = part.source.table
     known = {data.image_column, data.label_column, data.group}
     return Facts(
-        data=data,
         count=len(part.positions),
-        size=(median([image.shape[1] for image in images]), median([image.shape[2] for image in images])),
+        size=data.spec.size if "image_size" in config.data else median_size(images),
         is_grey=median([int(np.ptp(image, axis=0).max()) for image in images]) <= GREY_SPREAD,
         is_flat=median([count_colours(image) for image in images]) <= FLAT,
         classes=0 if part.source.labels is None else len(number_labels([part.source])[1]),
@@ -177,6 +174,10 @@ def read_facts(config: TrainConfig) -> Facts:
 
 def median(numbers: list[int]) -> int:
     return sorted(numbers)[len(numbers) // 2]
+
+
+def median_size(images: list[NDArray[Any]]) -> tuple[int, int]:
+    return median([image.shape[1] for image in images]), median([image.shape[2] for image in images])
 
 
 def count_colours(image: NDArray[Any]) -> int:

@@ -74,6 +74,8 @@ def test_the_choice_depends_on_the_images(tmp_path):
     facts, chosen = settings_of(write_images(tmp_path / "a", 120), tmp_path)
     assert (facts.size, facts.is_grey, facts.is_flat, facts.classes) == ((12, 12), False, False, 2)
     assert chosen["data"]["channels"] == 3 and chosen["data"]["augment"] == {"shift": 1, "rotate": 8, "zoom": 0.08}
+    _, chosen = settings_of(tmp_path / "a", tmp_path, "data.image_size=[64,48]")
+    assert chosen["data"]["image_size"] == [64, 48] and chosen["model"]["factor"] == 8
     for path in write_images(tmp_path / "b", 120, classes=1).rglob("*.png"):
         Image.open(path).convert("L").point(lambda value: 64 * (value // 64)).resize((70, 50)).save(path)
     facts, chosen = settings_of(tmp_path / "b", tmp_path, "data.label_column=null", "data.augment.shift=9")
