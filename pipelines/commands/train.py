@@ -96,7 +96,7 @@ class Facts:
 
     def describe(self) -> str:
         kind = "grey" if self.is_grey else "colour"
-        classes = f"{self.classes:,} classes" if self.classes else "no classes"
+        classes = f"{self.classes:,} class{'es' * (self.classes != 1)}" if self.classes else "no classes"
         height, width = self.size
         return f"{self.count:,} {kind} training images, {height} x {width} pixels, {classes}"
 
@@ -113,8 +113,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
         else:
             header, chosen = choose(config, out)
             out.mkdir(parents=True, exist_ok=True)
-            for name, settings in chosen.items():
+            for name, settings in chosen.items():  # all before any is printed, which a closed pipe would end
                 files[name].write_text(f"# {header}\n{write_yaml(settings)}", encoding="utf-8")
+            for name, settings in chosen.items():
                 print(f"\n# {files[name]}\n{write_yaml(settings)}", end="", flush=True)
     if config.choose:
         return {}
