@@ -131,8 +131,8 @@ class Reconstruction(NamedTuple):
     losses: dict[str, Tensor]
 
 
-FACTS = ("image_size", "channels", "dtype", "range", "show")  # settings that describe the images
-PLAIN = {"dtype": "uint8", "range": None, "show": None, "local": False}  # defaults that files leave out
+FACTS = ("image_size", "channels", "dtype", "range", "show", "alpha")  # settings that describe the images
+PLAIN = {"dtype": "uint8", "range": None, "show": None, "alpha": False, "local": False}  # defaults that files leave out
 
 
 class TokenizerConfig(ModelConfig):
@@ -147,6 +147,7 @@ class TokenizerConfig(ModelConfig):
     show: Fact[tuple[int, int, int] | None] = Field(
         None, description="channels that pictures show as red, green and blue; null: the first three"
     )
+    alpha: Fact[bool] = Field(False, description="the last of four channels is opacity: RGBA pictures")
 
     @model_serializer(mode="wrap")
     def _omit_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -157,10 +158,10 @@ class TokenizerConfig(ModelConfig):
     def spec(self) -> ImageSpec:
         height, width = self.image_size
         low, high = self.range or BYTES
-        return ImageSpec(self.channels, height, width, dtype=self.dtype, low=low, high=high, show=self.show)
+        return ImageSpec(self.channels, height, width, 1, self.dtype, low, high, self.show, self.alpha)
 
     def check_picture(self, what: str) -> Iterator[str]:
-        if not (spec := self.spec).is_picture:
+        if not (spec := self.spec).is_picture or spec.alpha:
             got = spec.describe_values() if self.channels in (1, 3) else f"{self.channels} channels"
             yield f"channels: {what} takes 8-bit images with 1 or 3 channels (got {got})"
 
@@ -176,7 +177,7 @@ class TokenizerConfig(ModelConfig):
     def check(self) -> Iterator[str]:
         if len(self.image_size) != 2:
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
-        yield from spec_problems(self.channels, self.dtype, self.range, self.show)
+        yield from spec_problems(self.channels, self.dtype, self.range, self.show, alpha=self.alpha)
 
 
 class OuterConfig(TokenizerConfig):

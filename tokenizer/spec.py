@@ -23,6 +23,7 @@ class ImageSpec:
 
     frames: number of frames of a clip; 1 for images. dtype: type of the values as stored. low, high: the values that
     become -1 and 1 inside; values beyond are clipped. show: three channels that pictures show; None: the first three.
+    alpha: whether the last of four channels is opacity, so that an image is an RGBA picture.
 
     A batch is float `(..., C, H, W)` in [-1, 1]: images, draws and frames are leading axes.
     """
@@ -35,6 +36,7 @@ class ImageSpec:
     low: float = BYTES[0]
     high: float = BYTES[1]
     show: tuple[int, int, int] | None = None
+    alpha: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,8 +59,13 @@ class ImageSpec:
 
     @property
     def is_picture(self) -> bool:
-        """Whether an image, or a frame, is an 8-bit picture: grey or RGB."""
-        return self.is_bytes and self.channels in (1, 3)
+        """Whether an image, or a frame, is an 8-bit picture: grey, RGB or RGBA."""
+        return self.is_bytes and (self.channels in (1, 3) or self.alpha)
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of a picture's mode."""
+        return {1: "L", 3: "RGB", 4: "RGBA"}[self.channels]
 
     @property
     def stored_type(self) -> np.dtype[Any]:
@@ -117,15 +124,16 @@ class ImageSpec:
         return unit.clip(-1, 1).astype(np.float32)
 
     def from_unit(self, images: Tensor, output_type: str) -> Any:
-        """Convert float images `(..., C, H, W)` in [-1, 1] to nested lists of PIL images ("pil"), or an array (..., H,
-        W, C) of their type and range ("np"); "pt" returns them unchanged. Raises `ValueError` for another type."""
+        """Convert float images `(..., C, H, W)` in [-1, 1] to nested lists of PIL images ("pil"; of RGBA images, with
+        their transparency), or an array (..., H, W, C) of their type and range ("np"); "pt" returns them unchanged.
+        Raises `ValueError` for another type."""
         check_output_type(output_type)
         if output_type == "pt":
             return images
         if output_type == "pil":
-            return draw_pictures(self.picture(images))
+            return draw_pictures(channels_last(images) if self.alpha else self.picture(images))
         if self.is_bytes:
-            return to_uint8(images.cpu()).movedim(-3, -1).numpy()
+            return channels_last(images)
         array = images.float().cpu().movedim(-3, -1).numpy()
         array = (array.astype(np.float64).clip(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low
         if self.dtype == "float32":
@@ -133,8 +141,13 @@ class ImageSpec:
         return array.round().clip(0, np.iinfo(self.dtype).max).astype(self.dtype)
 
     def picture(self, images: Tensor) -> NDArray[np.uint8]:
-        """Return what pictures show of images `(..., C, H, W)` in [-1, 1], as uint8 (..., H, W, 1 or 3)."""
-        return cast("NDArray[np.uint8]", to_uint8(select_shown(images.cpu(), self.show)).movedim(-3, -1).numpy())
+        """Return what pictures show of images `(..., C, H, W)` in [-1, 1], as uint8 (..., H, W, 1 or 3): RGBA images
+        on white."""
+        return channels_last(self.select_shown(images))
+
+    def select_shown(self, images: Tensor) -> Tensor:
+        """Return the one or three channels of `(..., C, H, W)` in [-1, 1] that pictures show."""
+        return put_on_white(images) if self.alpha else select_shown(images, self.show)
 
     def check(self, images: Tensor) -> None:
         """Raise `ValueError` unless `images` is float `(B, *shape)`."""
@@ -167,10 +180,12 @@ class ImageSpec:
                 f"range: the {whose}'s images are {self.describe_values()}; set data.dtype={self.dtype} "
                 f"data.range={self.low!r},{self.high!r}"
             )
+        if self.alpha != other.alpha:
+            raise ValueError(f"alpha: the {whose} takes {self.describe()}; set data.alpha={str(self.alpha).lower()}")
 
     def describe(self) -> str:
         """Describe the images, such as `28 x 28 grey images` (height, width)."""
-        colours = {1: "grey", 3: "RGB"}.get(self.channels, f"{self.channels}-channel")
+        colours = "RGBA" if self.alpha else {1: "grey", 3: "RGB"}.get(self.channels, f"{self.channels}-channel")
         if self.frames == 1:
             return f"{self.height} x {self.width} {colours} images"
         return f"{colours} clips of {self.frames} frames of {self.height} x {self.width}"
@@ -185,6 +200,7 @@ def spec_problems(
     limits: tuple[float, float] | None,
     show: tuple[int, int, int] | None,
     measured: bool = False,
+    alpha: bool = False,
 ) -> Iterator[str]:
     """Yield problems of settings of an `ImageSpec` as 'FIELD: problem'. measured: a range may be missing."""
     if limits is not None and not limits[0] < limits[1]:
@@ -193,7 +209,9 @@ def spec_problems(
         yield f"range: missing; {dtype} images need it"
     if show is not None and channels <= 3:
         yield f"show: is for images with more than 3 channels (got {channels})"
-    elif show is not None and not all(0 <= channel < channels for channel in show):
+    if alpha and (channels != 4 or dtype not in ("uint8", None) or limits is not None or show is not None):
+        yield "alpha: is for 8-bit images with channels=4, without range or show"
+    elif show is not None and channels > 3 and not all(0 <= channel < channels for channel in show):
         yield f"show: channels go from 0 to {channels - 1} (got {', '.join(map(str, show))})"
 
 
@@ -223,6 +241,17 @@ def select_shown(images: Tensor, show: Sequence[int] | None = None) -> Tensor:
     if channels in (1, 3):
         return images
     return images[..., list(show or (0, 1, 2)) if channels > 2 else [0], :, :]
+
+
+def put_on_white(images: Tensor) -> Tensor:
+    """Put RGBA images `(..., 4, H, W)` in [-1, 1] on white; return `(..., 3, H, W)`."""
+    colours, opacity = images[..., :3, :, :], (images[..., 3:, :, :] + 1) / 2
+    return 1 - (1 - colours) * opacity
+
+
+def channels_last(images: Tensor) -> NDArray[np.uint8]:
+    """Return images `(..., C, H, W)` in [-1, 1] as uint8 (..., H, W, C)."""
+    return cast("NDArray[np.uint8]", to_uint8(images.cpu()).movedim(-3, -1).numpy())
 
 
 def draw_pictures(pixels: NDArray[np.uint8]) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.spec import select_shown, to_float, to_uint8
+from tokenizer.spec import to_float, to_uint8
 
 from ..images.grids import class_grid
 from .examine import Examination
@@ -104,7 +104,7 @@ def apply_colormap(values: Tensor) -> Tensor:
 def reduce_image(image: Tensor, pipeline: ImagePipeline) -> Tensor:
     """Return the shown channels of an image `(C, H, W)`, or of a clip with its frames below one another, reduced by the
     factor of its map."""
-    colours = select_shown(image, pipeline.spec.show).movedim(-3, 0).flatten(1, -2)
+    colours = pipeline.spec.select_shown(image).movedim(-3, 0).flatten(1, -2)
     return F.avg_pool2d(colours[None], factor_of(image.shape), ceil_mode=True)[0]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
-from tokenizer.spec import select_shown, to_float
+from tokenizer.spec import to_float
 
 from ..anomaly.sheets import draw_rows, factor_of
 from ..config import OutputConfig, run_command, user_errors
@@ -87,7 +87,7 @@ def reconstruct_tiled(
         found = {"psnr": psnr(decoded[None], image[None]).mean(), **pixel_losses(decoded, image)}
         sums.update({name: float(value) for name, value in found.items()})
         if number in chosen:
-            pair = select_shown(torch.stack([image, decoded]), tokenizer.spec.show)
+            pair = tokenizer.spec.select_shown(torch.stack([image, decoded]))
             rows.append(list(F.avg_pool2d(pair, factor_of(image.shape[1:]), ceil_mode=True)))
             names.append([Path(several.names[number]).name, "reconstruction"])
     figures: dict[str, Any] = {name: total / len(several) for name, total in sums.items()}

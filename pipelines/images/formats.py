@@ -134,7 +134,7 @@ def decode_image(
 
 
 def open_picture(payload: Single | Image.Image, spec: ImageSpec, formats: tuple[str, ...]) -> Image.Image | None:
-    """Open an image that becomes 8-bit grey or RGB; return None for what is read as an array, in all `FORMATS`."""
+    """Open an image that becomes an 8-bit picture; return None for what is read as an array, in all `FORMATS`."""
     if formats == FORMATS and (not spec.is_picture or is_array(payload)):
         return None
     if isinstance(payload, Image.Image):
@@ -155,11 +155,11 @@ def open_picture(payload: Single | Image.Image, spec: ImageSpec, formats: tuple[
 
 
 def decode_picture(image: Image.Image, spec: ImageSpec, least: tuple[int, int] | None = None) -> PixelArray:
-    """Return the pixels (C, H, W) of an upright picture in grey or RGB; see `decode_image`. Raises `ValueError` for an
-    empty one."""
+    """Return the pixels (C, H, W) of an upright picture in the mode of `spec`; see `decode_image`. Raises `ValueError`
+    for an empty one."""
     if not (image.width and image.height):
         raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
-    image = flatten(image).convert("L" if spec.channels == 1 else "RGB")
+    image = flatten(image, opaque=not spec.alpha).convert(spec.mode)
     height, width = spec.size if least is None else enlarged_size((image.height, image.width), least)
     if image.size != (width, height):
         resize = ImageOps.fit if least is None else Image.Image.resize
@@ -204,8 +204,9 @@ def channels_first(array: Array, channels: int) -> Array:
     raise ValueError(f"shape {array.shape}; data.channels={channels} needs (H, W, {channels}) or ({channels}, H, W)")
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Return the image with 8 bits per channel and no transparency: scale 16-bit grey, composite alpha on white."""
+def flatten(image: Image.Image, *, opaque: bool = True) -> Image.Image:
+    """Return the image with 8 bits per channel: scale 16-bit grey, put transparency on white. opaque: False keeps
+    transparency as RGBA."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         if isinstance(clear := image.info.get("transparency"), int):  # one grey level of a PNG is transparent
@@ -215,7 +216,7 @@ def flatten(image: Image.Image) -> Image.Image:
         return image.convert("RGB")  # the only conversion of LAB that Pillow supports
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB") if opaque else image
     return image
 
 

@@ -23,6 +23,7 @@ Unit = Literal["image", "object", "clip", "folder", "shard"]
 OPTIONAL = {
     **dict.fromkeys(("frames", "group", "key", "dtype", "range", "show", "crop", "binarize")),
     "clips": False,
+    "alpha": False,
     "crops_per_image": 1,
 }
 """Settings that files hold only if they are set."""
@@ -34,6 +35,7 @@ EXCLUSIVE = (
     ("streaming", "frames", "frames: clips are not streamed; set streaming=false"),
     ("crop", "frames", "frames: clips are not cropped at random; set crop=null"),
     ("streaming", "binarize", NOT_BINARIZED),
+    ("alpha", "frames", "alpha: is for images, not for the frames of clips; set alpha=false"),
     ("frames", "binarize", NOT_BINARIZED),
     ("crop", "binarize", NOT_BINARIZED),
 )
@@ -117,6 +119,11 @@ class DataConfig(Config):
     show: tuple[int, int, int] | None = Field(
         default=None, description="of more than 3 channels, those that pictures show in red, green and blue"
     )
+    alpha: bool = Field(
+        default=False,
+        description="with channels=4: RGBA pictures, whose fourth channel is opacity; otherwise pictures are put on "
+        "white",
+    )
     image_column: str = Field(default=IMAGE, description="column of the images; in a .tar, their suffix")
     label_column: str | None = Field(default=LABEL, description="column of the classes; null ignores classes")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random augmentation of the training images")
@@ -157,7 +164,7 @@ class DataConfig(Config):
     def _settings_agree(self) -> DataConfig:
         if self.split == self.held_out:
             raise ValueError(f"split and held_out are both {self.split!r}: evaluation needs images not trained on")
-        for problem in spec_problems(self.channels, self.dtype, self.range, self.show, measured=True):
+        for problem in spec_problems(self.channels, self.dtype, self.range, self.show, measured=True, alpha=self.alpha):
             raise ValueError(problem)
         if self.crops_per_image > 1 and self.crop is None:
             raise ValueError("crops_per_image needs crop=random; without crops, set crops_per_image=1")
@@ -205,12 +212,12 @@ class DataConfig(Config):
         """What the images are; their type and range only if these are declared or were measured."""
         height, width = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
         dtype, (low, high) = self.dtype or "uint8", self.range or BYTES
-        return ImageSpec(self.channels, height, width, self.frames or 1, dtype, low, high, self.show)
+        return ImageSpec(self.channels, height, width, self.frames or 1, dtype, low, high, self.show, self.alpha)
 
     @property
     def stored_values(self) -> dict[str, Any]:
         """The facts about images that a tokenizer keeps beside their shape."""
-        values = {"dtype": self.dtype or "uint8", "range": self.range, "show": self.show}
+        values = {"dtype": self.dtype or "uint8", "range": self.range, "show": self.show, "alpha": self.alpha}
         return {key: value for key, value in values.items() if (key, value) not in PLAIN.items()}
 
 
