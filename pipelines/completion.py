@@ -153,7 +153,7 @@ def complete(
         there, original = (each.repeat_interleave(draws, 0) for each in (known.unsqueeze(-3), batch))
         decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=progress)
         found = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
-    return type(made).of(found, sampled, made.class_names, made.axes)
+    return type(made).of(found, sampled, made.class_names, made.spec)
 
 
 def lay_out(
@@ -224,7 +224,7 @@ def complete_canvas(
         there, original = (each.repeat_interleave(draws, 0) for each in (known.unsqueeze(-3), canvas))
         decoded = decode_canvas_batch(pipeline, made.tokens, chain)
         found = pipeline.convert_images(torch.where(there, original, decoded).unflatten(0, lead), output_type)
-    return type(made).of(found, sampled, None, made.axes, made.canvas)
+    return type(made).of(found, sampled, None, made.spec, made.canvas)
 
 
 def read_partly_known(

@@ -396,13 +396,13 @@ class ImageFolder:
     def write_file(self, labels: list[int] | None, classes: list[str] | None) -> None:
         """Write the single file, unless an interrupted run did, and remove the work folder."""
         assert (spec := self.spec) is not None
-        arrays = self.file_suffix == ".npy"
+        arrays, mode = self.file_suffix == ".npy", "RGBA" if spec.alpha else "RGB"
         images: Iterable[np.ndarray] = (
-            np.load(self.folder / name) if arrays else np.asarray(Image.open(self.folder / name).convert("RGB"))
+            np.load(self.folder / name) if arrays else np.asarray(Image.open(self.folder / name).convert(mode))
             for name in self.names
         )
         if self.suffix == ".npz":
-            channels, dtype = (spec.channels, spec.dtype) if arrays else (3, "uint8")
+            channels, dtype = (spec.channels, spec.dtype) if arrays else (len(mode), "uint8")
             write_npz(self.result, images, (len(self.names), *spec.shape[:-3], *spec.size, channels), labels, dtype)
         else:
             every = np.stack(list(images))

@@ -34,7 +34,7 @@ from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError, read_folder
 from tokenizer.model import Dtype, PretrainedModel, choose_dtype
-from tokenizer.spec import ImageSpec, check_output_type, select_shown, to_uint8
+from tokenizer.spec import ImageSpec, channels_last, check_output_type, select_shown
 
 from . import canvas, completion, representation, saving
 from .anomaly import calibrating, healing, maps, scores
@@ -80,19 +80,23 @@ class OutputFields(NamedTuple):
 
 
 class PipelineOutput(OutputFields):
-    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it. axes: the number of axes of an image:
-    3, or 4 with frames."""
+    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it. spec: what the images are."""
 
-    axes = 3
+    spec: ImageSpec | None = None
     canvas: Canvas | None = None
     """With `size`, the tokens and the chain that drew them, for `canvas_log_prob` and `decode_canvas`."""
 
     @classmethod
     def of(
-        cls, images: Any, tokens: Tensor, class_names: list[str] | None, axes: int, canvas: Canvas | None = None
+        cls,
+        images: Any,
+        tokens: Tensor,
+        class_names: list[str] | None,
+        spec: ImageSpec | None,
+        canvas: Canvas | None = None,
     ) -> PipelineOutput:
         found = cls(images, tokens, class_names)
-        found.axes, found.canvas = axes, canvas
+        found.spec, found.canvas = spec, canvas
         return found
 
     def __repr__(self) -> str:
@@ -104,23 +108,24 @@ class PipelineOutput(OutputFields):
     def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
         their order, each below its class name. labels: False omits the names. show: three channels of "pt" images to
-        show, by default the first three. The completions (`draws`) of an image form a row; the frames of a clip lie
-        below one another. Small images are enlarged by an integer factor until a name fits above them. Raises
+        show, by default those of the pipeline. The completions (`draws`) of an image form a row; the frames of a clip
+        lie below one another. Small images are enlarged by an integer factor until a name fits above them. Raises
         `ValueError` for the output of `output_type="latent"`, which has no images."""
         if columns is not None and columns < 1:
             raise ValueError(f"columns must be at least 1 (got {columns})")
         if self.images is self.tokens:
             raise ValueError("grid: the output has no images; decode its tokens with pipe.decode(out.tokens)")
-        images = self.images
+        images, spec = self.images, self.spec
+        axes = 3 if spec is None else len(spec.shape)
         if isinstance(images, Tensor):
-            pixels = to_uint8(select_shown(images.cpu(), show)).movedim(-3, -1).numpy()
+            pixels = channels_last(select_shown(images, show) if show or not spec else spec.select_shown(images))
         else:
             pixels = stack_pictures(images) if isinstance(images, list) else images
-        if pixels.dtype != np.uint8 or pixels.shape[-1] not in (1, 3):
+        if pixels.dtype != np.uint8 or pixels.shape[-1] not in (1, 3, 4):
             raise ValueError(f'grid: shows images of output_type="pil" or "pt" (got arrays of {pixels.dtype})')
-        draws = pixels.shape[1] if pixels.ndim > 1 + self.axes else None
+        draws = pixels.shape[1] if pixels.ndim > 1 + axes else None
         names = self.class_names if draws is None else None
-        pixels = pixels.reshape(-1, *pixels.shape[-self.axes :])
+        pixels = pixels.reshape(-1, *pixels.shape[-axes:])
         return Image.fromarray(class_grid(pixels, names, columns or draws, captions=labels))
 
 
@@ -302,12 +307,12 @@ class ImagePipeline:
         if chain is not None:
             drawn = canvas.sample_canvas(self, chain, given, **request)
             images = drawn.tokens if output_type == LATENT else self.decode_canvas(drawn, output_type=output_type)
-            return PipelineOutput.of(images, drawn.tokens, None, len(self.spec.shape), drawn)
+            return PipelineOutput.of(images, drawn.tokens, None, self.spec, drawn)
         tokens = self.prior.sample(num_images, condition=given, **request)
         options: Any = {"output_type": output_type, "batch_size": batch_size, "progress": progress}
         images = tokens if output_type == LATENT else self.decode(tokens, **options)
         names = self.class_names(given.rows[LABEL]) if LABEL in given.rows else None
-        return PipelineOutput.of(images, tokens, names, len(self.spec.shape))
+        return PipelineOutput.of(images, tokens, names, self.spec)
 
     def resolve_sampling(
         self, settings: Mapping[str, Any], given: Collection[str], decoding: DecodingOptions
@@ -643,9 +648,7 @@ class ImagePipeline:
         if tile:
             view = View.side_by_side(self.spec)
             if isinstance(several, (list, tuple)) and lossless:
-                several = [
-                    whole_image(one, frame.channels, True) if isinstance(one, PILImage) else one for one in several
-                ]
+                several = [whole_image(one, frame, True) if isinstance(one, PILImage) else one for one in several]
             whole = list_images(several, self.spec)
             given = self.read_given(None, condition, len(whole), limit=False)
             options["chooses_classes"] = has_no_label(condition)

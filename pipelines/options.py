@@ -194,7 +194,7 @@ def require_pictures(spec: ImageSpec, verb: str) -> None:
     """Raise `UserError` for a verb that reads and writes 8-bit pictures only."""
     if not spec.is_picture:
         raise UserError(
-            f"{verb}: takes 8-bit images with 1 or 3 channels; those of this tokenizer have "
+            f"{verb}: takes 8-bit images with 1 or 3 channels, or RGBA (data.alpha=true); those of this tokenizer have "
             f"{count_of(spec.channels, 'channel')} of {spec.dtype} (the Python methods take arrays)"
         )
 

@@ -160,10 +160,12 @@ class TokenizerConfig(ModelConfig):
         low, high = self.range or BYTES
         return ImageSpec(self.channels, height, width, 1, self.dtype, low, high, self.show, self.alpha)
 
-    def check_picture(self, what: str) -> Iterator[str]:
-        if not (spec := self.spec).is_picture or spec.alpha:
+    def check_picture(self, what: str, *, alpha: bool = False) -> Iterator[str]:
+        """Yield a problem unless the images are grey or RGB pictures, or with `alpha`, RGBA pictures."""
+        if not (spec := self.spec).is_picture or spec.alpha > alpha:
             got = spec.describe_values() if self.channels in (1, 3) else f"{self.channels} channels"
-            yield f"channels: {what} takes 8-bit images with 1 or 3 channels (got {got})"
+            also = ", or RGBA pictures with data.alpha=true" if alpha else ""
+            yield f"channels: {what} takes 8-bit images with 1 or 3 channels{also} (got {got})"
 
     @field_validator("image_size", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ class PaletteConfig(TokenizerConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        yield from self.check_picture("palette")
+        yield from self.check_picture("palette", alpha=True)
 
 
 class Palette(Tokenizer, name="palette"):

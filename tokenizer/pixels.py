@@ -32,7 +32,7 @@ class PixelsConfig(TokenizerConfig):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
-        yield from self.check_picture("pixels")
+        yield from self.check_picture("pixels", alpha=True)
         if self.patch > 1 and self.channels > 1:
             yield f"patch: needs grey images, channels=1 (got {self.channels})"
         if any(side % self.patch for side in self.image_size):

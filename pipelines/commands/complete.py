@@ -107,7 +107,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
             write_clips(out, spec.picture(torch.cat([truth[:, None], sampled], 1)), known)
         else:
             with out.file() as path:
-                write_picture(draw_completions(truth, sampled, known), path)
+                write_picture(draw_completions(spec.select_shown(truth), spec.select_shown(sampled), known), path)
     print(format_completion(config, pipeline, known, figures, refusal))
     return figures
 
@@ -188,7 +188,8 @@ def pixel_errors(pipeline: ImagePipeline, truth: Tensor, sampled: Tensor, known:
 
 
 def draw_completions(truth: Tensor, sampled: Tensor, known: Tensor) -> np.ndarray:
-    """Draw a row per image: the original, the masked image (hatched), the completions. Return uint8 `(H, W, 3)`."""
+    """Draw a row per grey or RGB image: the original, the masked image (hatched), the completions. Return uint8
+    `(H, W, 3)`."""
     _, draws, _, height, width = sampled.shape
     stripes = (torch.arange(height)[:, None] + torch.arange(width)) // max(2, width // 14) % 2
     hatching = torch.tensor(TINTS)[stripes].movedim(-1, 0)

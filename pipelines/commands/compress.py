@@ -92,7 +92,7 @@ def run(config: CompressConfig) -> Path:
 
     def read_whole(number: int) -> Tensor:
         try:
-            return whole_image(open_image(Path(paths[number])), shape[0], config.lossless)
+            return whole_image(open_image(Path(paths[number])), spec, config.lossless)
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
 

@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -83,19 +83,24 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choice depends on. size: median height and width, or data.image_size. is_flat: whether most images
-    have few colours, as pixel art. group: a column that names objects. columns: the others of a table."""
+    """What the choice depends on. size: median height and width, or data.image_size. channels: 1, 3, or 4 if most
+    images have transparent pixels. is_flat: whether most have few colours, as pixel art. group: a column that names
+    objects. columns: the others of a table."""
 
     count: int
     size: tuple[int, int]
-    is_grey: bool
+    channels: int
     is_flat: bool
     classes: int
     group: str | None
     columns: tuple[str, ...]
 
+    @property
+    def is_grey(self) -> bool:
+        return self.channels == 1
+
     def describe(self) -> str:
-        kind = "grey" if self.is_grey else "colour"
+        kind = {1: "grey", 4: "RGBA"}.get(self.channels, "colour")
         classes = f"{self.classes:,} class{'es' * (self.classes != 1)}" if self.classes else "no classes"
         height, width = self.size
         return f"{self.count:,} {kind} training images, {height} x {width} pixels, {classes}"
@@ -160,12 +165,13 @@ def read_facts(config: TrainConfig) -> Facts:
     if 2 * len(images) < len(read):
         row, reason = next((row, image) for row, image in zip(rows, read, strict=True) if isinstance(image, str))
         raise UserError(f"images: most cannot be read; {part.source.name(row)}: {reason}")
+    clear = [part.source.read(row, replace(data.spec.frame, channels=4, alpha=True)) for row in rows]
     table = part.source.table
     known = {data.image_column, data.label_column, data.group}
     return Facts(
         count=len(part.positions),
         size=data.spec.size if "image_size" in config.data else median_size(images),
-        is_grey=median([int(np.ptp(image, axis=0).max()) for image in images]) <= GREY_SPREAD,
+        channels=count_channels(images, [] if "channels" in config.data else clear),
         is_flat=median([count_colours(image) for image in images]) <= FLAT,
         classes=0 if part.source.labels is None else len(number_labels([part.source])[1]),
         group=data.group,
@@ -179,6 +185,13 @@ def median(numbers: list[int]) -> int:
 
 def median_size(images: list[NDArray[Any]]) -> tuple[int, int]:
     return median([image.shape[1] for image in images]), median([image.shape[2] for image in images])
+
+
+def count_channels(images: list[NDArray[Any]], clear: list[NDArray[Any] | str]) -> int:
+    """Return 4 if most images have transparent pixels, 1 if most are grey, or else 3. clear: the images as RGBA."""
+    if 2 * sum(not isinstance(image, str) and image[3].min() < 255 for image in clear) > len(images):
+        return 4
+    return 1 if median([int(np.ptp(image, axis=0).max()) for image in images]) <= GREY_SPREAD else 3
 
 
 def count_colours(image: NDArray[Any]) -> int:
@@ -244,7 +257,8 @@ def choose_tokenizer(config: TrainConfig, facts: Facts, out: Path) -> dict[str, 
         "data": {
             "source": config.images,
             "image_size": height if height == width else [height, width],
-            "channels": 1 if facts.is_grey else 3,
+            "channels": facts.channels,
+            **({"alpha": True} if facts.channels == 4 else {}),
         },
         "augmented": False,  # variants are for the prior; they cost the tokenizer half a decibel
         "model": {"kind": "vqvae", "factor": factor, **network, "quantizer": quantizer},

@@ -87,7 +87,7 @@ def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
     """Convert an image, or a frame, that has this size when upright to uint8 `(C, H, W)`. Raises `ValueError` for
     another size and, if lossless, for content that 8 bits per channel cannot represent: another mode, a transparent
     colour, or 16 bits per channel, which Pillow silently reduces to 8."""
-    problem = find_inexact(image, spec.channels) if lossless else None
+    problem = find_inexact(image, spec.mode) if lossless else None
     upright = ImageOps.exif_transpose(image)
     require_spec_size(*upright.size, spec)
     if problem:
@@ -95,23 +95,22 @@ def exact_pixels(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
     return torch.from_numpy(decode_image(upright, spec).copy())
 
 
-def find_inexact(image: PILImage, channels: int) -> str | None:
+def find_inexact(image: PILImage, mode: str) -> str | None:
     """Return what 8 bits per channel cannot represent, or None; see `exact_pixels`."""
-    modes = ("L", "1") if channels == 1 else ("RGB",)
     halved = any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
-    if image.mode not in modes:
-        return f"lossless compression needs images of mode {modes[0]} here, this one is {image.mode}"
+    if image.mode != mode and (image.mode, mode) != ("1", "L"):
+        return f"lossless compression needs images of mode {mode} here, this one is {image.mode}"
     if halved or "transparency" in image.info:
         what = "16 bits per channel" if halved else "a transparent colour"
         return f"lossless compression needs 8 bits per channel, this image has {what}"
     return None
 
 
-def whole_image(image: PILImage, channels: int, lossless: bool) -> Tensor:
+def whole_image(image: PILImage, spec: ImageSpec, lossless: bool) -> Tensor:
     """Convert an image of any size to uint8 `(C, H, W)`; see `exact_pixels`."""
-    if lossless and (problem := find_inexact(image, channels)):
+    if lossless and (problem := find_inexact(image, spec.mode)):
         raise ValueError(problem)
-    return torch.from_numpy(decode_image(image, ImageSpec(channels, image.height, image.width), least=OWN_SIZE).copy())
+    return torch.from_numpy(decode_image(image, spec.at(image.height, image.width), least=OWN_SIZE).copy())
 
 
 def check_exact(images: Tensor) -> None:

@@ -12,7 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from tokenizer.spec import channels_last, put_on_white, to_float
 
 MAX_CLASSES = 20  # that get a column each
 COLUMNS = 8  # of a grid without one column per class; doubled if there are several classes
@@ -26,7 +29,8 @@ MISSING = "?"
 def class_grid(
     images: np.ndarray, names: Sequence[str] | None, columns: int | None = None, *, captions: bool = True
 ) -> np.ndarray:
-    """Return uint8 images (B, ..., H, W, C) as one picture (H, W, 3), the frames of clips below one another.
+    """Return uint8 images (B, ..., H, W, C) as one picture (H, W, 3), the frames of clips below one another and RGBA
+    images on white.
 
     names: the class of each image, if any. columns: None makes a column for each class if there are at most
     `MAX_CLASSES`, in order of first appearance, and otherwise 8 columns (16 for more classes); a number keeps the order
@@ -80,6 +84,8 @@ def enlarge_images(images: np.ndarray, names: Sequence[str] | None) -> np.ndarra
     wanted = max(MIN_WIDTH, min(MAX_NAME_WIDTH, name_width))
     scale = max(1, -(-wanted // images.shape[2]))
     images = images.repeat(scale, 1).repeat(scale, 2)
+    if images.shape[3] == 4:
+        images = channels_last(put_on_white(to_float(torch.from_numpy(images).movedim(3, 1))))
     return images.repeat(3, 3) if images.shape[3] == 1 else images
 
 

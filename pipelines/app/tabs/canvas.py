@@ -11,6 +11,7 @@ from PIL import Image
 
 from ...canvas import find_patch
 from ...config.table import count_of
+from ...images.formats import flatten
 from .. import controls
 from ..parts import make_code_field, make_run_buttons, on_click
 from ..served import ReportStep, Served, report_tokens
@@ -108,7 +109,7 @@ def run_timed(draw: Any, step: ReportStep, *inputs: Any, **arguments: Any) -> tu
 def show(out: Any, seconds: float, code: str) -> Any:
     """Return the outputs of the tab."""
     image, plan = out.images[0], out.canvas.chain.plan_waves(out.canvas.known[0].flatten())
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
+    picture = flatten(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)).convert("RGB")
     times = max(1, SHOWN // max(picture.size))
     large = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
     waves = f"{count_of(sum(map(len, plan)), 'window')} in {count_of(len(plan), 'wave')}"

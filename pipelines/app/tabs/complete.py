@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from tokenizer.spec import to_float
+
 from .. import controls
 from ..parts import SampleGallery, make_code_field, make_gallery, make_image_picker, make_run_buttons, on_click, zoom
 from ..served import Picked, ReportStep, Served, picked_image, report_tokens, to_gallery
@@ -72,8 +74,11 @@ def enlarge_image(served: Served, step: ReportStep, picked: Picked) -> np.ndarra
     """Enlarge the image for the editor, so that it can be painted on."""
     if not picked:
         return None
-    image, times = picked_image(picked, served.spec)[0], zoom(served.spec.width, "canvas")
-    return image.expand(3, -1, -1).movedim(0, -1).numpy().repeat(times, 0).repeat(times, 1)
+    pixels, times = (
+        served.spec.picture(to_float(picked_image(picked, served.spec)[0])),
+        zoom(served.spec.width, "canvas"),
+    )
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).repeat(times, 0).repeat(times, 1)
 
 
 def find_painted(editor: Any, width: int, height: int) -> np.ndarray:

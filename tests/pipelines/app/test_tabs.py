@@ -139,6 +139,13 @@ def test_a_pixel_counts_as_painted_if_half_of_it_is(served, picked):
     assert np.array_equal(canvas[14::28, 14::28, 0], np.asarray(Image.open(picked[0][0])))
 
 
+def test_the_editor_shows_a_transparent_image_on_white(tmp_path):
+    Image.new("RGBA", (12, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    served = served_.Served(make_pipeline(channels=4, sizes={"alpha": True}), "clear")
+    canvas = complete.enlarge_image(served, quiet, [(str(tmp_path / "clear.png"), None)])
+    assert canvas.shape[2] == 3 and (canvas == 255).all()
+
+
 def test_an_image_beside_its_reconstruction(served, pipe, picked):
     (image, again, tokens, bits), figures, _ = compare.compare_image(served, quiet, picked[:1], -1)
     assert np.array_equal(np.asarray(image[0]), np.asarray(Image.open(picked[0][0])))

@@ -135,3 +135,16 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert "is for the images other, not" in fails(capsys, "train", f"images={two}", f"out={tmp_path}/out")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs as one process" in fails(capsys, "train", f"images={two}")
+
+
+def test_images_with_transparent_pixels_keep_them(tmp_path):
+    for number in range(80):
+        pixels = np.full((12, 12, 4), 10 * (number % 3), np.uint8)
+        pixels[..., 3] = 255 if number < 20 else number
+        (folder := tmp_path / "images" / "all").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    facts, chosen = settings_of(tmp_path / "images", tmp_path)
+    assert facts.channels == 4 and "RGBA training images" in facts.describe()
+    assert chosen["data"]["channels"] == 4 and chosen["data"]["alpha"]
+    facts, chosen = settings_of(tmp_path / "images", tmp_path, "data.channels=3")
+    assert chosen["data"]["channels"] == 3 and "alpha" not in chosen["data"]

@@ -73,12 +73,12 @@ def test_impossible_settings_are_refused(wrong):
 
 
 SET = {"clips": True, "frames": 4, "group": "a", "key": "id", "dtype": "uint8", "range": (0.0, 9.0), "show": (2, 1, 0)}
-SET |= {"crop": "random", "crops_per_image": 3, "binarize": "drawn"}
+SET |= {"crop": "random", "crops_per_image": 3, "binarize": "drawn", "alpha": True}
 
 
 @pytest.mark.parametrize("key", OPTIONAL)
 def test_settings_that_0_3_began_without_are_written_only_if_they_are_set(key):
-    others = {"crops_per_image": {"crop": "random"}, "show": {"channels": 4}}
+    others = {"crops_per_image": {"crop": "random"}, "show": {"channels": 4}, "alpha": {"channels": 4}}
     used = DataConfig(**{key: SET[key], **others.get(key, {})})
     written = used.model_dump(mode="json")
     assert DataConfig.model_validate(written) == used
