@@ -719,7 +719,8 @@ class ImagePipeline:
         device: str | torch.device | None = None,
         verify: bool = True,
     ) -> P:
-        """Load a pipeline from its folder, its run, a Hub id, or the name of a shipped pipeline (`digits`, `garments`).
+        """Load a pipeline from its folder, its run, a Hub id, or the name of a shipped pipeline (`digits`, `garments`,
+        `sprites`).
         Raises a `PipelineLoadError` that names the file, the field, what was found and what is allowed.
 
         variant: "fp16" or "bf16"; None uses that of the folder. dtype: dtype of the weights in memory; "auto" keeps

@@ -62,7 +62,8 @@ def run(config: AppConfig) -> None:
         raise UserError("data: the pipelines in the package have images of their own; add pipeline=NAME")
     served, configs = [], [config]
     if not config.pipeline:
-        folders = [str(SHIPPED / name) for name in list_shipped()]  # even if a local folder has the same name
+        names = sorted(list_shipped(), key=lambda name: name != "sprites")  # the page opens in colour
+        folders = [str(SHIPPED / name) for name in names]  # even if a local folder has the same name
         data = [DataConfig(**defaults({"pipeline": folder})["data"]) for folder in folders]
         pairs = zip(folders, data, strict=True)
         configs = [config.model_copy(update={"pipeline": folder, "data": of}) for folder, of in pairs]

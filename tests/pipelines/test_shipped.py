@@ -74,7 +74,7 @@ def test_a_local_folder_takes_precedence(tmp_path, monkeypatch):
     assert resolve_shipped("digits") == "digits"
     with pytest.raises(PathError, match="model_index.json"):
         ImagePipeline.from_pretrained("digits")
-    with pytest.raises(PathError, match="'digitz'.* digits, garments$"):
+    with pytest.raises(PathError, match="'digitz'.* digits, garments, sprites$"):
         ImagePipeline.from_pretrained("digitz")
 
 

@@ -44,7 +44,7 @@ def test_a_wheel_contains_every_module_preset_and_shipped_pipeline_and_nothing_e
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
     presets = {f"pipelines/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert presets and held == presets | {path.relative_to(ROOT).as_posix() for path in files}
-    assert wheel.stat().st_size < 6_000_000
+    assert wheel.stat().st_size < 8_000_000
 
 
 @pytest.mark.slow

@@ -414,6 +414,7 @@ def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp
     (tmp_path / "digits").mkdir()
     main(["app", "max_images=3", "port=7999"])
     ((served, host, port, _),) = calls
-    assert [each.name for each in served] == list_shipped() and (host, port) == ("127.0.0.1", 7999)
+    assert [each.name for each in served] == ["sprites", "digits", "garments"]
+    assert {each.name for each in served} == {*list_shipped()} and (host, port) == ("127.0.0.1", 7999)
     for each in served:
         assert each.max_images == 3 and (each.train is not None) == (each.name == "digits")  # others are on the Hub
