@@ -42,12 +42,12 @@ def gpt2_sampler(sizes: Any, device: Any, dtype: Any) -> Callable[..., Any]:
     return generate
 
 
-def vq_model(reference: Any, sizes: Any, images: Any) -> Reference:
-    """Build the VQGAN of diffusers. reference: widths, blocks and groups."""
+def build_vq_model(reference: Any, sizes: Any) -> Any:
+    """Build the VQGAN of diffusers. reference: widths, blocks and groups. sizes: our tokenizer's configuration."""
     import diffusers
 
     (widths, blocks, groups), quantizer = reference, sizes.quantizer
-    model = diffusers.VQModel(
+    return diffusers.VQModel(
         in_channels=sizes.channels,
         out_channels=sizes.channels,
         block_out_channels=widths,
@@ -59,7 +59,11 @@ def vq_model(reference: Any, sizes: Any, images: Any) -> Reference:
         num_vq_embeddings=quantizer.codes,
         norm_num_groups=groups,
         sample_size=sizes.image_size[0],
-    ).train()
+    )
+
+
+def vq_model(reference: Any, sizes: Any, images: Any) -> Reference:
+    model = build_vq_model(reference, sizes).train()
 
     def loss() -> Any:
         output = model(images)

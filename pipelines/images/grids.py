@@ -83,9 +83,9 @@ def enlarge_images(images: np.ndarray, names: Sequence[str] | None) -> np.ndarra
     name_width = max((round(font.getlength(text)) + 4 for text, font in texts), default=0)
     wanted = max(MIN_WIDTH, min(MAX_NAME_WIDTH, name_width))
     scale = max(1, -(-wanted // images.shape[2]))
-    images = images.repeat(scale, 1).repeat(scale, 2)
     if images.shape[3] == 4:
         images = channels_last(put_on_white(to_float(torch.from_numpy(images).movedim(3, 1))))
+    images = images.repeat(scale, 1).repeat(scale, 2)
     return images.repeat(3, 3) if images.shape[3] == 1 else images
 
 

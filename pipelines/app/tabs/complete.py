@@ -74,10 +74,8 @@ def enlarge_image(served: Served, step: ReportStep, picked: Picked) -> np.ndarra
     """Enlarge the image for the editor, so that it can be painted on."""
     if not picked:
         return None
-    pixels, times = (
-        served.spec.picture(to_float(picked_image(picked, served.spec)[0])),
-        zoom(served.spec.width, "canvas"),
-    )
+    image, times = to_float(picked_image(picked, served.spec)[0]), zoom(served.spec.width, "canvas")
+    pixels = served.spec.picture(image)
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).repeat(times, 0).repeat(times, 1)
 
 
