@@ -25,6 +25,7 @@ from small_pipelines import GIVEN
 from torch import Tensor
 
 from pipelines import ImagePipeline
+from pipelines.canvas import load_canvas
 from pipelines.compression import coding
 from pipelines.frequencies import Frequencies
 from pipelines.images import DataConfig, load_images
@@ -53,6 +54,7 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiles": ("plain", {"tile": True}),
     "levels": ("depth", {}),
     "clips": ("clips", {}),
+    "rgba": ("rgba", {"lossless": True}),
 }
 """Of each stream, the pipeline and the options of `compress`."""
 RUN = arguments(
@@ -128,10 +130,14 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
         "tokens": ids(pipe.encode(images)),
         "log_prob": numbers(pipe.log_prob(images, condition=condition)),
     }
+    if pipe.inference.fits:
+        facts["inference"] = repr(pipe.inference)
+        facts["posterior"] = numbers(pipe.infer(images, "label").log_density)
+        facts["open class"] = numbers(pipe.log_prob(images, marginal="label"))
     if pipe.calibration is not None:
-        facts["calibration"] = repr(pipe.calibration)
+        facts["calibration"], given = repr(pipe.calibration), {"marginal": pipe.calibration.marginal}
         for method in pipe.calibration.scores:
-            facts[f"score {method}"] = numbers(pipe.anomaly_score(images, method=method))
+            facts[f"score {method}"] = numbers(pipe.anomaly_score(images, method=method, **given))
         facts["map"] = numbers(pipe.anomaly_map(images))
     return facts
 
@@ -222,6 +228,13 @@ def read_division(path: Path) -> dict[str, Any]:
     return {"parts": " ".join(parts), "facts": facts.to_dict(), "text": facts.describe()}
 
 
+def read_canvas(path: Path) -> dict[str, Any]:
+    """Read a canvas."""
+    canvas = load_canvas(path)
+    chain = [getattr(canvas.chain, name) for name in ("size", "stride", "wrap", "order")]
+    return {"tokens": ids(canvas.tokens), "known": ids(canvas.known), "prior": canvas.prior, "chain": chain}
+
+
 def read_frequencies(path: Path) -> dict[str, Any]:
     """Read how often classes occur; their probabilities given a flag."""
     found, red = Frequencies.load(path.parent, COUNTED), {"tags": torch.tensor([[1.0, torch.nan]])}
@@ -235,19 +248,21 @@ READ: dict[str, Callable[..., dict[str, Any]]] = {
     "pipelines": read_pipeline,
     "tokens": read_tokens,
     "run": read_run,
+    "run_of_0.4": read_run,
     "streams": read_stream,
     "sets": read_set,
     "splits": read_division,
     "frequencies": read_frequencies,
     "angles": read_prior,
+    "canvases": read_canvas,
     "export": read_export,
 }
 """The parts of the fixtures, each with the function that reads one of its entries."""
 
 
 def entries_of(part: str) -> list[str]:
-    """The names of a part's fixtures; `run` and `export` are one each."""
-    if part in ("run", "export"):
+    """The names of a part's fixtures; those that are one folder have one."""
+    if part in ("run", "run_of_0.4", "export"):
         return [part]
     return [f"{part}/{path.name}" for path in sorted((FOLDER / part).iterdir())]
 

@@ -1,11 +1,12 @@
 """Write `tests/fixtures/on_disk`, one small example of each format, which later versions must read.
 
     PYTHONPATH=. python tests/support/write_on_disk.py                      # the parts that are missing
+    PYTHONPATH=. python tests/support/write_on_disk.py streams              # what a part lacks
     PYTHONPATH=. python tests/support/write_on_disk.py --overwrite streams  # a part once more
 
 Replace a fixture only if its format was never released. A new format, or a new version of one, gets a fixture beside
-the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, splits, frequencies, angles,
-export.
+the older ones. Parts: tokenizers, priors, pipelines, tokens, run, run_of_0.4, streams, sets, splits, frequencies,
+angles, canvases, export.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
@@ -32,11 +35,12 @@ from small_pipelines import LABELS, PROVENANCE, make_conditioned, make_pipeline 
 from tiny_task import stopped_at  # noqa: E402
 
 from pipelines import ImagePipeline  # noqa: E402
+from pipelines.canvas import save_canvas  # noqa: E402
 from pipelines.exports import export_tokenizer  # noqa: E402
 from pipelines.frequencies import Frequencies  # noqa: E402
 from pipelines.generate import main as generate  # noqa: E402
 from pipelines.images.sources import Source, hash_names  # noqa: E402
-from pipelines.images.splits import SplitPart, Units, describe_parts, find_thresholds  # noqa: E402
+from pipelines.images.splits import SPLITS_KEY, SplitPart, Units, describe_parts, find_thresholds  # noqa: E402
 from pipelines.tokens import TokenDataset  # noqa: E402
 from pipelines.train_prior import main as train_prior  # noqa: E402
 from prior.columns import AngleColumn  # noqa: E402
@@ -84,6 +88,16 @@ def make_smaller() -> None:
 def write_tokenizers(folder: Path) -> None:
     for name in sorted({*TOKENIZERS} - {"vqvae", "frame_by_frame"}):  # those are in the pipelines
         make_tokenizer(name, (8, 12), 1).save_pretrained(folder / name)
+    make_priced().save_pretrained(folder / "rate")
+
+
+def make_priced() -> Tokenizer:
+    """A tokenizer of RGBA whose codes have a price and whose tokens see a neighbourhood."""
+    model = make_tokenizer("vqvae", (8, 12), 4, quantizer={**EMA, "rate": 2.0}, local=True, alpha=True)
+    model.train()
+    for number in range(3):  # what codes cost follows from how often they occur
+        model(images_for(model, 8, seed=number) / 127.5 - 1)
+    return model.eval()
 
 
 def write_priors(folder: Path) -> None:
@@ -107,12 +121,28 @@ def write_pipelines(folder: Path) -> None:
     pipe.prior.class_embedding.weight.data *= 10  # so that classes shorten a stream, which then contains them
     pipe.save_pretrained(folder / "depth", variant="bf16")
     make_pipeline("frame_by_frame", "gpt").save_pretrained(folder / "clips")
+    write_newer_pipelines(folder)
+
+
+def write_newer_pipelines(folder: Path) -> None:
+    """Write what 0.4 added: RGBA, calibration by folds and of a column, an open class, images held out by name."""
+    pipe = make_pipeline("pixels", "marginal", 4, size=(4, 4), sizes={"levels": 4, "alpha": True})
+    pipe.save_pretrained(folder / "rgba")
+    pipe = make_pipeline("vqvae", "gpt", labels=LABELS)
+    pipe.frequencies = Frequencies.count(Given(pipe.columns, {"label": pattern(40, values=3)}, 40))
+    images = images_for(pipe.tokenizer, 40)
+    pipe.calibrate(images, folds=2, marginal="label")
+    pipe.calibrate_column(images, "label", pattern(40, values=3))
+    pipe.provenance = {**PROVENANCE, SPLITS_KEY: json.loads((FOLDER / "splits/splits.json").read_text())}
+    pipe.save_pretrained(folder / "folds")
 
 
 def write_tokens(folder: Path) -> None:
     data = make_dataset("titok", registers=3)
     data.splits["validation"] = data.splits["test"]
     add_columns(data).save(folder / "labels", rows_per_shard=4)
+    facts = {SPLITS_KEY: json.loads((FOLDER / "splits/splits.json").read_text())}
+    replace(add_columns(data, only=["wind"]), source={**data.source, **facts}).save(folder / "angles")
     tokenizer = make_tokenizer("pixels", (4, 4), 1, levels=2, patch=2)
     splits = {
         "train": make_split(pattern(3, 2, 2, 4).to(torch.uint8), stochastic=True),
@@ -122,9 +152,11 @@ def write_tokens(folder: Path) -> None:
 
 
 def write_run(folder: Path) -> None:
-    with one_process(), in_folder(str(folder.parent)), stopped_at(3):
+    with TemporaryDirectory() as copy, one_process(), in_folder(copy), stopped_at(3):
+        shutil.copytree(FOLDER / "tokens", "tokens")
         train_prior(RUN)
-    shutil.rmtree(folder / "previews")
+        shutil.rmtree("run/previews")
+        shutil.copytree("run", folder)
 
 
 def write_streams(folder: Path) -> None:
@@ -164,6 +196,11 @@ def write_angles(folder: Path) -> None:
     make_prior("gpt", (2, 2), 8, conditions=columns, condition_width=8).save_pretrained(folder / "prior")
 
 
+def write_canvases(folder: Path) -> None:
+    pipe = make_pipeline("vqvae", "gpt", size=(8, 8), any_order=True)
+    save_canvas(pipe(2, size=(12, 16), wrap="x", seed=0).canvas, folder / "canvas.safetensors")
+
+
 def write_export(folder: Path) -> None:
     export_tokenizer(Tokenizer.from_pretrained(FOLDER / "tokenizers/palette"), folder, "onnx")
 
@@ -174,14 +211,23 @@ WRITE: dict[str, Callable[[Path], None]] = {
     "pipelines": write_pipelines,
     "tokens": write_tokens,
     "run": write_run,
+    "run_of_0.4": write_run,
     "streams": write_streams,
     "sets": write_sets,
     "splits": write_splits,
     "frequencies": write_frequencies,
     "angles": write_angles,
+    "canvases": write_canvases,
     "export": write_export,
 }
 """The parts in an order in which each needs only earlier ones."""
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -194,24 +240,33 @@ def main() -> None:
         sys.exit(f"error: {unknown[0]}: no such part; choose from {', '.join(WRITE)}")
     if given.overwrite and not given.parts:
         sys.exit("error: --overwrite needs the names of parts")
-    existing = [part for part in given.parts if (FOLDER / part).exists()]
-    if existing and not given.overwrite:
-        sys.exit(f"error: {existing[0]} exists; nothing was written. Fixtures of a release stay; see --help")
     make_smaller()
     parts = [part for part in WRITE if part in given.parts or not (given.parts or (FOLDER / part).exists())]
     path = FOLDER / "facts.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
     for part in parts:
-        target = FOLDER / part
+        target, earlier = FOLDER / part, FOLDER / f"{part}.earlier"
         if target.exists():
-            shutil.rmtree(target)
-        if part in ("streams", "sets", "splits", "frequencies"):
+            target.rename(earlier)
+        if part in ("streams", "sets", "splits", "frequencies", "canvases"):
             target.mkdir()
         torch.manual_seed(0)
-        WRITE[part](target)
-        facts = {name: fact for name, fact in facts.items() if name.split("/")[0] != part}
-        facts |= {name: READ[part](FOLDER / name) for name in entries_of(part)}
-        print(f"wrote {part}")
+        try:
+            WRITE[part](target)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+        if earlier.exists() and not given.overwrite:  # fixtures of a release stay
+            for entry in earlier.iterdir():
+                remove(target / entry.name)
+                entry.rename(target / entry.name)
+        shutil.rmtree(earlier, ignore_errors=True)
+        added = [name for name in entries_of(part) if given.overwrite or name not in facts]
+        facts = {name: fact for name, fact in facts.items() if not given.overwrite or name.split("/")[0] != part}
+        facts |= {name: READ[part](FOLDER / name) for name in added}
+        print(f"wrote {', '.join(added) or 'nothing: ' + part + ' has everything'}")
     lines = ",\n".join(f'"{name}": {json.dumps(fact, sort_keys=True)}' for name, fact in sorted(facts.items()))
     path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     write_manifest(FOLDER)
