@@ -93,11 +93,10 @@ def write_tokenizers(folder: Path) -> None:
 
 def make_priced() -> Tokenizer:
     """A tokenizer of RGBA whose codes have a price and whose tokens see a neighbourhood."""
-    model = make_tokenizer("vqvae", (8, 12), 4, quantizer={**EMA, "rate": 2.0}, local=True, alpha=True)
-    model.train()
-    for number in range(3):  # what codes cost follows from how often they occur
-        model(images_for(model, 8, seed=number) / 127.5 - 1)
-    return model.eval()
+    model = make_tokenizer("vqvae", (8, 12), 4, quantizer={**EMA, "rate": 2.0}, local=True, alpha=True).eval()
+    model.quantizer.price.set_counts(torch.tensor([[1, 2, 4, 8, 16, 32, 64, 128]]))
+    model.quantizer.price.distance.fill_(0.05)
+    return model
 
 
 def write_priors(folder: Path) -> None:
