@@ -6,8 +6,9 @@
 
 Each coder writes all held-out images of the pipeline's data (or of `source=FOLDER`; `count=N`: only the first N) as one
 archive. PNG, WebP, JPEG-LS and JPEG XL get a sheet of 100 images per row, or one column of images, whichever comes out
-smaller; zlib gets the raw bytes. "own bits": -log2 p of the images under the model, without a class, in
-float32. Images per second are from one run.
+smaller, or with `files=true` each image by itself; zlib gets the raw bytes. WebP may change the colours of pixels that
+are transparent. "own bits": -log2 p of the images under the model, without a class, in float32. Images per second are
+from one run.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ def make_layouts(pixels: np.ndarray) -> Iterator[np.ndarray]:
     images = pixels.transpose(0, 2, 3, 1)
     padded = np.concatenate([images, np.zeros((-count % SIDE, height, width, channels), np.uint8)])
     rows = padded.reshape(-1, SIDE, height, width, channels).swapaxes(1, 2)
-    yield rows.reshape(-1, SIDE * width, channels).squeeze(-1) if channels == 1 else rows.reshape(-1, SIDE * width, 3)
-    tall = images.reshape(-1, width, channels)
-    yield tall.squeeze(-1) if channels == 1 else tall
+    for sheet in (rows.reshape(-1, SIDE * width, channels), images.reshape(-1, width, channels)):
+        yield sheet.squeeze(-1) if channels == 1 else sheet
 
 
 def count_in_strips(coder: Callable[[np.ndarray], bytes], height: int) -> Callable[[np.ndarray], int]:
@@ -50,8 +50,8 @@ def count_in_strips(coder: Callable[[np.ndarray], bytes], height: int) -> Callab
     return size
 
 
-def measure_peers(pixels: np.ndarray) -> dict[str, int]:
-    """Count the bytes of one archive of all images by each coder, in the better layout."""
+def measure_peers(pixels: np.ndarray, files: bool) -> dict[str, int]:
+    """Count the bytes of all images by each coder: as one archive in the better layout, or as files."""
     import imagecodecs as coders
 
     forms = {
@@ -64,6 +64,11 @@ def measure_peers(pixels: np.ndarray) -> dict[str, int]:
             lambda sheet: coders.jpegxl_encode(sheet, lossless=True, effort=9), 28_000
         ),
     }
+    if pixels.shape[1] == 4:
+        del forms["JPEG-LS"]
+    if files:
+        images = [next(make_layouts(image))[:, : image.shape[-1]] for image in np.split(pixels, len(pixels))]
+        return {name: sum(map(size, images)) for name, size in forms.items()}
     sizes = {"zlib": len(zlib.compress(np.ascontiguousarray(pixels).tobytes(), 9))}
     return sizes | {name: min(map(size, make_layouts(pixels))) for name, size in forms.items()}
 
@@ -87,7 +92,7 @@ def time_call(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.perf_counter() - start
 
 
-def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool) -> None:
+def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool, files: bool) -> None:
     """Check the round trip, and print the size for each coder."""
     images, dims = pipe.to_images(pixels), pixels.numel()
     data, plain = time_call(lambda: pipe.compress(images, lossless=lossless))
@@ -103,14 +108,14 @@ def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool) -> None:
     )
     print(f"images per second: {len(pixels) / plain:.0f} encoded, {len(pixels) / back:.0f} decoded\n")
     print(table_head("coder", "bytes an image", "bits per dim", "stream / this"))
-    rows = {"this pipeline": len(data), **(measure_peers(pixels.numpy()) if with_peers else {})}
+    rows = {"this pipeline": len(data), **(measure_peers(pixels.numpy(), files) if with_peers else {})}
     for name, size in rows.items():
         cells = (name, f"{size / len(pixels):.1f}", f"{8 * size / dims:.3f}", f"{len(data) / size:.3f}")
         print(table_row(cells), flush=True)
 
 
 def main() -> None:
-    given = {"pipeline": str, "source": None, "count": 0, "lossless": False, "peers": True}
+    given = {"pipeline": str, "source": None, "count": 0, "lossless": False, "peers": True, "files": False}
     options = read_options(__doc__, given)
     if options.peers:
         require_packages("imagecodecs")
@@ -120,7 +125,7 @@ def main() -> None:
     held_out = load_images(DataConfig(**source)).held_out
     count = min(len(held_out), options.count or len(held_out))
     pixels = held_out.pixels(torch.arange(count))
-    compare(pipe, pixels, options.lossless, options.peers)
+    compare(pipe, pixels, options.lossless, options.peers, options.files)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,10 @@ def read_facts(config: TrainConfig) -> Facts:
     """Divide the images as training will, and look at a sample. Raises `UserError`."""
     given = {"channels": 3, **config.data, "source": config.images}
     data = build_config(TrainTokenizerConfig, [], {"out": "trial", "data": given}).data
-    splits = open_source(data)
+    try:
+        splits = open_source(data)
+    except UserError as error:
+        raise UserError(re.sub(r"^data\.source\b", "images", str(error))) from None
     if "group" not in config.data and (group := find_objects(splits[data.split]() if data.split in splits else None)):
         data = data.model_copy(update={"group": group})
         splits = open_source(data)

@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     for images, expected in (
         (two, "1 training image in .*; at least 50 are needed"),
         (tmp_path / "empty", "empty"),
-        (tmp_path / "missing", "missing"),
+        (tmp_path / "missing", "^error: images: there is no file or folder .*missing"),
         (text, "most cannot be read; .*not an image"),
         (huge, "10000 x 10000 pixels; the limit is"),
     ):
