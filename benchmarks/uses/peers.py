@@ -5,11 +5,11 @@
     python -m benchmarks.uses.peers preset=traffic_signs source=FOLDER augmentations=4 share=0.5
 
 Smalti trains its presets, with `share` of their steps. The others are joined as a user would: as many codes and tokens,
-GPT-2 as wide and deep, a first token for the class, AdamW with a cosine schedule; each of their stages gets as many
-seconds of CPU time on one thread as ours. The width and the learning rate of the VQModel are the best of a few that we
-tried on garments: 16, 32, 64 channels make four steps where 32, 64, 128 make one. A network that neither was trained
-with judges samples, reconstructions and test images: the share whose class is the requested one, and the Frechet
-distance of its features to those of test images.
+GPT-2 as wide and deep, a first token for the class, no guidance, AdamW with a cosine schedule; each of their stages
+gets as many seconds of CPU time on one thread as ours. The width and the learning rate of the VQModel are the best of a
+few that we tried on garments: 16, 32, 64 channels make four steps where 32, 64, 128 make one. A network that neither
+was trained with judges samples, reconstructions and test images: the share whose class is the requested one, and the
+Frechet distance of its features to those of test images.
 """
 
 from __future__ import annotations
@@ -70,9 +70,14 @@ def main() -> None:
             found += [judge.agreement(shown, classes), judge.distance(shown, test)]
         print(table_row([name, *(f"{value:.3f}" for value in found), f"{sum(seconds) / 60:.1f}"]), flush=True)
 
-    parts = [pipe(len(part), part.tolist(), seed=int(part[0]), output_type="pt").images for part in asked.split(250)]
+    def draw(**settings: Any) -> Tensor:
+        parts = asked.split(250)
+        settings["output_type"] = "pt"
+        return torch.cat([pipe(len(part), part.tolist(), seed=int(part[0]), **settings).images for part in parts])
+
     again = torch.cat([pipe.decode_batch(pipe.encode_batch(part), progress=False) for part in test.split(250)])
-    report("Smalti", torch.cat(parts), again)
+    report("Smalti", draw(), again)
+    report("Smalti, without guidance", draw(guidance_scale=1.0, guidance_end=None), again)
     report("diffusers and transformers", *train_others(pipe, read_images(images.train), images, seconds, asked, test))
 
 

@@ -1,4 +1,4 @@
-"""Serve a pipeline as a web page (sample, complete, compare, search, compress), or write a Hub Space for it.
+"""Serve a pipeline as a web page (sample, complete, infer, score, search, compress), or write a Hub Space for it.
 
 The server accepts connections from this machine only, unless `host` is set. With `space`, no server is started.
 """
