@@ -254,9 +254,7 @@ def choose_tokenizer(config: TrainConfig, facts: Facts, out: Path) -> dict[str, 
         codes, rate = (2048, 0.2) if factor > 4 else (1024, 0.1)
         network = {"widths": [64, 128], "blocks": [1, 1]}
     moves: dict[str, float] = {} if facts.is_flat else {"rotate": 8, "zoom": 0.08}
-    if (
-        facts.is_flat or not facts.is_grey
-    ):  # digits and scans have their place: shifted by a pixel, samples of digits agreed less
+    if facts.is_flat or not facts.is_grey:  # shifts would change the places of digits
         moves["shift"] = max(1, round(max(height, width) / 20))
     quantizer = {"kind": "ema", "codes": codes, "dim": 32 if facts.is_grey else 64, "rate": rate}
     chosen: dict[str, Any] = {
