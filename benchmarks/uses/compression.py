@@ -67,7 +67,7 @@ def measure_peers(pixels: np.ndarray, files: bool) -> dict[str, int]:
     if pixels.shape[1] == 4:
         del forms["JPEG-LS"]
     if files:
-        images = [next(make_layouts(image))[:, : image.shape[-1]] for image in np.split(pixels, len(pixels))]
+        images = [[*make_layouts(image)][-1] for image in np.split(pixels, len(pixels))]  # columns of one image
         return {name: sum(map(size, images)) for name, size in forms.items()}
     sizes = {"zlib": len(zlib.compress(np.ascontiguousarray(pixels).tobytes(), 9))}
     return sizes | {name: min(map(size, make_layouts(pixels))) for name, size in forms.items()}

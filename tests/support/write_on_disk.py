@@ -245,6 +245,9 @@ def main() -> None:
     facts = json.loads(path.read_text()) if path.exists() else {}
     for part in parts:
         target, earlier = FOLDER / part, FOLDER / f"{part}.earlier"
+        if target.exists() and entries_of(part) == [part] and not given.overwrite:
+            print(f"{part} is there")
+            continue
         if target.exists():
             target.rename(earlier)
         if part in ("streams", "sets", "splits", "frequencies", "canvases"):
@@ -265,7 +268,7 @@ def main() -> None:
         added = [name for name in entries_of(part) if given.overwrite or name not in facts]
         facts = {name: fact for name, fact in facts.items() if not given.overwrite or name.split("/")[0] != part}
         facts |= {name: READ[part](FOLDER / name) for name in added}
-        print(f"wrote {', '.join(added) or 'nothing: ' + part + ' has everything'}")
+        print(f"wrote {', '.join(added) or f'nothing: {part} lacks nothing'}")
     lines = ",\n".join(f'"{name}": {json.dumps(fact, sort_keys=True)}' for name, fact in sorted(facts.items()))
     path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     write_manifest(FOLDER)
